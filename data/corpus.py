@@ -1,0 +1,115 @@
+"""A name or a path becomes checked text, or a source of token records.
+
+Invariant: a Corpus is never empty and is the same on every host that reads the same files, in the same order.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.records import TokenRecords
+from data.tiny_shakespeare import load_tiny_shakespeare
+
+TEXT_SUFFIXES = (".txt", ".md")
+RECORD_SUFFIXES = (".array_record", ".arrayrecord")
+OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way."
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a run learns from: `documents` of text or `records` of tokens, one of the two.
+
+    Attributes:
+        name: short, fit for the name of a run folder.
+        edition: one line that says what the text is and where it came from.
+        documents: the texts, a single one for a single file; empty for records.
+        records: token documents with the tokenizer that made them, or None.
+    """
+
+    name: str
+    edition: str
+    documents: tuple[str, ...] = field(default=(), repr=False)
+    records: TokenRecords | None = None
+
+
+def _print_to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load_corpus(
+    name_or_path: str, data_dir: str | None = None, *, notify: Callable[[str], None] = _print_to_stderr
+) -> Corpus:
+    """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md) or ArrayRecord token files.
+
+    A folder with record files in it is read as records, any other as text, with all its subfolders. The
+    records' `tokenizer.json` lies beside them.
+
+    Args:
+        name_or_path: the `--dataset` flag.
+        data_dir: where to look for Tiny Shakespeare first; None means $PARALLAX_DATA_DIR.
+        notify: receives a line that says which text is used and where it came from.
+
+    Raises:
+        ValueError: one line with the rule, the value and a remedy.
+    """
+    if name_or_path == "tiny_shakespeare":
+        text, title = load_tiny_shakespeare(data_dir, notify)
+        return Corpus("tiny_shakespeare", title, (text,))
+    path = Path(name_or_path).expanduser()
+    if not path.exists():
+        rule = f"dataset {name_or_path!r} must be tiny_shakespeare or a path that exists"
+        raise ValueError(f"{rule}; check the spelling")
+    corpus = _load_folder(path) if path.is_dir() else _load_file(path)
+    notify(f"dataset {corpus.edition}")
+    return corpus
+
+
+def overfit_corpus() -> Corpus:
+    """One short sentence, for the test that a model can learn a single window by heart."""
+    return Corpus("overfit", "one sentence to be learned by heart", (OVERFIT_SENTENCE,))
+
+
+def _load_file(path: Path) -> Corpus:
+    if path.suffix.lower() in RECORD_SUFFIXES:
+        return _load_records(path, [path])
+    return Corpus(_short_name(path.stem), f"text file {path}", (_read_text(path),))
+
+
+def _load_folder(folder: Path) -> Corpus:
+    records = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in RECORD_SUFFIXES)
+    if records:
+        return _load_records(folder, records)
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
+    if not files:
+        kinds = ", ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES + RECORD_SUFFIXES)
+        raise ValueError(f"dataset folder {folder} must hold a text or record file ({kinds}) and holds none")
+    files.sort(key=lambda path: path.relative_to(folder).as_posix())
+    edition = f"folder {folder}, text files: {len(files)}"
+    return Corpus(_short_name(folder.resolve().name), edition, tuple(_read_text(path) for path in files))
+
+
+def _load_records(path: Path, files: list[Path]) -> Corpus:
+    records = TokenRecords(files)
+    edition = f"token records {path}: {len(records)} documents, files: {len(files)}"
+    return Corpus(_short_name(path.resolve().stem), edition, records=records)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # drops a byte order mark, keeps line ends as they are
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise ValueError(f"text file {path} must be UTF-8 and has {found}; convert it to UTF-8") from None
+    except OSError as error:
+        raise ValueError(
+            f"text file {path} must be readable ({error.strerror}); check its permissions"
+        ) from None
+    if not text:
+        raise ValueError(f"text file {path} must hold text and is empty; remove it or choose another")
+    return text
+
+
+def _short_name(stem: str) -> str:
+    return re.sub(r"[^\w.-]+", "_", stem) or "text"

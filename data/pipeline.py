@@ -1,0 +1,154 @@
+"""A corpus to global batches, and of those the rows that this process holds.
+
+Invariant: global batch k is a pure function of (corpus, tokenizer, seq_len, batch_size, seed, k). Processes
+differ only in the rows that they take of it, and the state of the pipeline is the integer k.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from data.corpus import Corpus
+from data.packing import pack
+from data.samples import Batch, PackedDocuments, Samples, Windows
+from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+
+Rows = np.ndarray | slice
+PREFETCHED_BATCHES = 2
+ENDLESS = 2**40  # batches; a source must have a length
+
+
+def tokenizer_for(corpus: Corpus, spec: str | None = None) -> Tokenizer:
+    """The corpus's tokenizer: trained on its texts as `spec` says (None: `char`), or its records' own.
+
+    Raises:
+        ValueError: the spec is unknown, or is given for records, whose tokens are made already.
+    """
+    if corpus.records is None:
+        return train_tokenizer(spec or "char", corpus.documents)
+    if spec is not None:
+        raise ValueError(
+            f"--tokenizer {spec} does not go with token records, which carry their own; leave it out"
+        )
+    return load_tokenizer(corpus.records.tokenizer_path)
+
+
+def prepare(
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, *, held_out_fraction: float = 0.1
+) -> tuple[Samples, Samples]:
+    """Splits the corpus into (train, held out) and lays it out for rows of `seq_len` tokens.
+
+    One document is split by its characters, at the same place for every tokenizer, and trained on in random
+    windows; several are split by whole documents, at least one to each side, and packed. The last ones are
+    held out. With `held_out_fraction=0` both sides are the whole corpus.
+
+    Raises:
+        ValueError: a text is shorter than one sequence, it holds a character that the tokenizer does not
+            know, or an argument or a record is out of range.
+    """
+    if seq_len < 1:
+        raise ValueError(f"seq_len={seq_len} must be at least 1; try 256")
+    if not 0 <= held_out_fraction < 1:
+        raise ValueError(f"held_out_fraction={held_out_fraction} must be at least 0 and less than 1; try 0.1")
+    if len(corpus.records or corpus.documents) > 1:
+        return _prepare_documents(corpus, tokenizer, seq_len, held_out_fraction)
+    return _prepare_text(corpus, tokenizer, seq_len, held_out_fraction)
+
+
+def training_batches(
+    train: Samples, *, batch_size: int, seed: int, rows: Rows | None = None, start: int = 0
+) -> Iterator[Batch]:
+    """Global batches start, start + 1, ... without end; of each the rows `rows` (None: all), made ahead.
+
+    Raises:
+        ValueError: the batch size, the seed or the start is out of range.
+    """
+    _check_batch_size(batch_size)
+    if seed < 0 or start < 0:
+        raise ValueError(f"seed={seed} and the first batch, {start}, must be at least 0; try 0")
+    held = slice(None) if rows is None else rows
+    return _prefetched(lambda k: train.gather(train.draw(batch_size, seed, k)[held]), start, ENDLESS)
+
+
+def evaluation_batches(samples: Samples, *, batch_size: int, rows: Rows | None = None) -> Iterator[Batch]:
+    """Every target of `samples` once, in order; the last batch is filled up with rows of padding.
+
+    Raises:
+        ValueError: the batch size is not positive.
+    """
+    _check_batch_size(batch_size)
+    held = slice(None) if rows is None else rows
+    ids = samples.all_ids()
+    ids = np.pad(ids, (0, -len(ids) % batch_size), constant_values=-1).reshape(-1, batch_size)
+    return _prefetched(lambda k: samples.gather(ids[k][held]), 0, len(ids))
+
+
+def count_target_bytes(samples: Samples, tokenizer: Tokenizer) -> int:
+    """UTF-8 bytes that all targets of `samples` together stand for: what bits per byte are divided by."""
+    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    targets = (batch["targets"] for batch in evaluation_batches(samples, batch_size=64))
+    return sum(int(sizes[row[row >= 0]].sum()) for row in targets)
+
+
+def _prepare_text(
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, held_out_fraction: float
+) -> tuple[Samples, Samples]:
+    if corpus.records:
+        corpus.records.lengths(tokenizer.vocab_size)  # checks the ids
+    whole = corpus.records[0] if corpus.records else corpus.documents[0]
+
+    def windows(part: str | np.ndarray, what: str) -> Windows:
+        return Windows(tokenizer.encode(part) if isinstance(part, str) else part, seq_len, what)
+
+    if held_out_fraction == 0:
+        samples = windows(whole, "text")
+        return samples, samples
+    cut = int(len(whole) * (1 - held_out_fraction))
+    return windows(whole[:cut], "training text"), windows(whole[cut:], "held-out text")
+
+
+def _prepare_documents(
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, held_out_fraction: float
+) -> tuple[Samples, Samples]:
+    if corpus.records is None:
+        documents: Sequence[np.ndarray] = [tokenizer.encode(text) for text in corpus.documents]
+        lengths = np.array([len(document) for document in documents])
+    else:
+        documents, lengths = corpus.records, corpus.records.lengths(tokenizer.vocab_size)
+
+    def packed(first: int, stop: int) -> PackedDocuments:
+        index = pack(np.arange(first, stop), lengths[first:stop], seq_len)
+        return PackedDocuments(documents, index, seq_len, tokenizer.eos_id)
+
+    count = len(documents)
+    if held_out_fraction == 0:
+        samples = packed(0, count)
+        return samples, samples
+    cut = min(max(int(count * (1 - held_out_fraction)), 1), count - 1)
+    return packed(0, cut), packed(cut, count)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1; try 32")
+
+
+class _BatchSource:
+    """Whole batches as a random-access source: one item a batch costs far less than one item a row."""
+
+    def __init__(self, build: Callable[[int], Batch], length: int) -> None:
+        self._build, self._length = build, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._build(index)
+
+
+def _prefetched(build: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+    """build(start), ..., build(stop - 1), in order; a background thread stays PREFETCHED_BATCHES ahead."""
+    import grain
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
+    return iter(grain.MapDataset.source(_BatchSource(build, stop))[start:].to_iter_dataset(options))

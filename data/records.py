@@ -1,0 +1,104 @@
+"""Token documents in ArrayRecord files: a document a record, little-endian int32 ids, a `tokenizer.json`.
+
+Invariant: a document is read back as it was written, in the order of the files and of the records in them.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.atomic import replacing
+
+READ_AT_ONCE = 1024
+
+
+def write_token_records(path: str | Path, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
+    """Writes documents of token ids as one ArrayRecord file, without end-of-text ids: the pipeline adds them.
+
+    Raises:
+        ValueError: a document is empty, or an id is negative or does not fit into 32 bits.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with replacing(Path(path)) as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")  # single records are read at random
+        try:
+            for number, document in enumerate(documents):
+                writer.write(_encode(number, np.asarray(document)))
+        finally:
+            writer.close()
+
+
+class TokenRecords(Sequence[np.ndarray]):
+    """The documents of ArrayRecord files, read when asked for: item i is document i, int32 [length].
+
+    Attributes:
+        tokenizer_path: the `tokenizer.json` that made the ids.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Opens the files.
+
+        Raises:
+            ValueError: a file is damaged or empty, or no `tokenizer.json` lies beside the first one.
+        """
+        from grain.sources import ArrayRecordDataSource
+
+        self._files = files
+        self.tokenizer_path = files[0].parent / "tokenizer.json"
+        if not self.tokenizer_path.is_file():
+            raise ValueError(f"token records {files[0]} need a tokenizer; put it into {self.tokenizer_path}")
+        try:
+            self._source: Any = ArrayRecordDataSource([str(file) for file in files])
+        except RuntimeError as error:  # the reader's only kind of error
+            reason = " ".join(str(error).split())
+            rule = f"token records in {files[0].parent} must be ArrayRecord files ({reason})"
+            raise ValueError(f"{rule}; write them again") from None
+        if not len(self._source):
+            raise ValueError(f"token records {files[0]} must hold a document and hold none; write them again")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> np.ndarray:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return np.frombuffer(self._source[range(len(self))[index]], "<i4")  # IndexError ends an iteration
+
+    def __repr__(self) -> str:
+        return f"TokenRecords({len(self)} documents in {len(self._files)} files)"
+
+    def lengths(self, vocab_size: int) -> np.ndarray:
+        """Reads everything once: the number of ids in each document, int64 [documents].
+
+        Raises:
+            ValueError: a record is not a row of ids below `vocab_size`.
+        """
+        lengths = np.zeros(len(self), np.int64)
+        for first in range(0, len(self), READ_AT_ONCE):
+            numbers = range(first, min(first + READ_AT_ONCE, len(self)))
+            for number, record in zip(numbers, self._source.__getitems__(numbers), strict=True):
+                lengths[number] = _count(number, record, vocab_size)
+        return lengths
+
+
+def _encode(number: int, ids: np.ndarray) -> bytes:
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
+        found = f"{ids.dtype} {list(ids.shape)}"
+        raise ValueError(f"document {number} must be a row of integer ids, got {found}; leave it out")
+    if ids.min() < 0 or ids.max() >= 2**31:
+        found = f"{ids.min()} to {ids.max()}"
+        raise ValueError(
+            f"document {number} must hold ids from 0 to 2147483647, got {found}; encode it again"
+        )
+    return ids.astype("<i4").tobytes()
+
+
+def _count(number: int, record: bytes, vocab_size: int) -> int:
+    if not record or len(record) % 4:
+        raise ValueError(f"record {number} must be int32 ids and has {len(record)} bytes; write it again")
+    ids = np.frombuffer(record, "<i4")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        rule = f"record {number} must hold ids from 0 to {vocab_size - 1}, got {ids.min()} to {ids.max()}"
+        raise ValueError(f"{rule}; put the tokenizer.json that made them beside the records")
+    return len(ids)

@@ -1,0 +1,172 @@
+"""Continue prompts: prefill, then token after token, in one compiled function.
+
+Invariant: what a row becomes depends on its own prompt, settings and seed alone. The token at position p is
+drawn with fold_in(key(seed), p), so neighbours, padding and where a stream pauses change nothing.
+"""
+
+from collections.abc import Iterator
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parallax.config import TransformerConfig
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings, sample
+from parallax.inference.stopping import ends_with_stop
+from parallax.model.cache import KVCache
+from parallax.model.transformer import Params, TransformerLM
+
+
+@chex.dataclass(frozen=True)
+class Generation:
+    """B rows under way. The cache holds all of a row's tokens but the last."""
+
+    cache: KVCache
+    tokens: jax.Array  # int32 [B, S]: the prompt, then what was generated
+    lengths: jax.Array  # int32 [B]: tokens so far
+    prompt_lengths: jax.Array  # int32 [B]
+    done: jax.Array  # bool [B]: ended by eos or by a stop
+    seen: jax.Array  # bool [B, V]: which tokens the row holds, for the repetition penalty
+    keys: jax.Array  # [B] typed keys
+    settings: SamplingSettings
+    stops: jax.Array  # int32 [R, L] from pack_stops
+    eos_id: jax.Array  # int32 []: -1 for none
+
+
+def start(
+    config: TransformerConfig,
+    params: Params,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+    settings: SamplingSettings,
+    seeds_B: jax.Array,
+    stops_RL: jax.Array,
+    eos_id: jax.Array,
+    limit: jax.Array,
+    *,
+    capacity: int,
+) -> Generation:
+    """Reads prompts, right-padded to P tokens, and generates up to `limit` tokens a row.
+
+    Padding needs no mask: its keys lie in the slots of their positions, later than any query of the prompt,
+    and the next tokens overwrite them before anything sees them.
+
+    Args:
+      tokens_BP: int32 [B, P].
+      lengths_B: int32 [B], each from 1 to P.
+      seeds_B: uint32 [B].
+      limit: int32 [], at least 1.
+      capacity: S ≥ P, the most tokens a row can hold; static.
+    """
+    B, P = tokens_BP.shape
+    positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None, :], (B, P))
+    model = TransformerLM.from_params(config, params)
+    x_BPD, cache = model.hidden(tokens_BP, positions_BP, cache=KVCache.create(config, B, capacity))
+    x_B1D = jnp.take_along_axis(x_BPD, (lengths_B - 1)[:, None, None], axis=1)
+    # Padding marks a token beyond the vocabulary, which is dropped.
+    ids_BP = jnp.where(positions_BP < lengths_B[:, None], tokens_BP, config.vocab_size)
+    seen_BV = (
+        jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
+    )
+    generation = Generation(
+        cache=cache,
+        tokens=jnp.pad(tokens_BP, ((0, 0), (0, capacity - P))),
+        lengths=lengths_B,
+        prompt_lengths=lengths_B,
+        done=jnp.zeros(B, bool),
+        seen=seen_BV,
+        keys=jax.vmap(jax.random.key)(seeds_B),
+        settings=settings,
+        stops=stops_RL,
+        eos_id=eos_id,
+    )
+    generation = _append(generation, model.unembed(x_B1D)[:, 0], _active(generation, limit))
+    return extend(config, params, generation, limit)
+
+
+def extend(config: TransformerConfig, params: Params, generation: Generation, limit: jax.Array) -> Generation:
+    """Goes on until each row is done or has `limit` generated tokens, those of earlier calls included."""
+
+    def unfinished(generation: Generation) -> jax.Array:
+        return jnp.any(_active(generation, limit))
+
+    def step(generation: Generation) -> Generation:
+        # A row at rest feeds its last token to the same slot again: the same keys and values as before.
+        model = TransformerLM.from_params(config, params)
+        positions_B1 = generation.lengths[:, None] - 1
+        last_B1 = jnp.take_along_axis(generation.tokens, positions_B1, axis=1)
+        logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache)
+        return _append(generation.replace(cache=cache), logits_B1V[:, 0], _active(generation, limit))
+
+    return jax.lax.while_loop(unfinished, step, generation)
+
+
+def _active(generation: Generation, limit: jax.Array) -> jax.Array:
+    """Which rows take another token, bool [B]."""
+    room = jnp.minimum(generation.prompt_lengths + limit, generation.tokens.shape[1])
+    return ~generation.done & (generation.lengths < room)
+
+
+def _append(generation: Generation, logits_BV: jax.Array, active_B: jax.Array) -> Generation:
+    """Draws the next token of each active row."""
+    rows, S, V = jnp.arange(len(active_B)), generation.tokens.shape[1], logits_BV.shape[1]
+    keys_B = jax.vmap(jax.random.fold_in)(generation.keys, generation.lengths)
+    token_B = sample(logits_BV, generation.settings, generation.seen, keys_B)
+    # A row at rest writes beyond the end, which is dropped.
+    slot_B, mark_B = jnp.where(active_B, generation.lengths, S), jnp.where(active_B, token_B, V)
+    tokens = generation.tokens.at[rows, slot_B].set(token_B, mode="drop")
+    lengths = generation.lengths + active_B
+    stopped_B = ends_with_stop(tokens, generation.prompt_lengths, lengths, generation.stops)
+    return generation.replace(
+        tokens=tokens,
+        lengths=lengths,
+        seen=generation.seen.at[rows, mark_B].set(True, mode="drop"),
+        done=generation.done | (active_B & (stopped_B | (token_B == generation.eos_id))),
+    )
+
+
+class Generator:
+    """The compiled functions of one model shape.
+
+    One compilation serves all requests with as many rows whose longest prompt, and that plus max_tokens,
+    round up to the same powers of two. Tokens come back as drawn: a row ends with its eos or stop.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        self.config = config
+        self.start = jax.jit(
+            lambda *args, capacity: start(config, *args, capacity=capacity), static_argnames="capacity"
+        )
+        self.extend = jax.jit(lambda *args: extend(config, *args), donate_argnums=1)
+
+    def generate(self, params: Params, request: Request) -> list[np.ndarray]:
+        """The tokens that follow each prompt, int32, in one call of the device.
+
+        Raises:
+          ValueError: from `Request.arrays`.
+        """
+        arrays, capacity = request.arrays(self.config)
+        generation = self.start(params, *arrays, np.int32(request.max_tokens), capacity=capacity)
+        tokens, lengths = np.array(generation.tokens), np.array(generation.lengths)
+        return [tokens[row, len(prompt) : lengths[row]] for row, prompt in enumerate(request.prompts)]
+
+    def stream(self, params: Params, request: Request, chunk: int = 8) -> Iterator[tuple[int, int]]:
+        """The tokens of `generate` as (row, token), one a row at once and then `chunk` a row at a time."""
+        return self._stream(params, request, *request.arrays(self.config), chunk)
+
+    def _stream(self, params: Params, request: Request, arrays: tuple, capacity: int, chunk: int):
+        limit, given = 1, [len(prompt) for prompt in request.prompts]
+        generation = self.start(params, *arrays, np.int32(limit), capacity=capacity)
+        while True:
+            # Copies: the next call reuses the buffers.
+            tokens, lengths, done = (
+                np.array(x) for x in (generation.tokens, generation.lengths, generation.done)
+            )
+            for row, token_ids in enumerate(tokens):
+                yield from ((row, int(token)) for token in token_ids[given[row] : lengths[row]])
+            if done.all() or limit >= request.max_tokens:
+                return
+            given, limit = lengths, min(limit + chunk, request.max_tokens)
+            generation = self.extend(params, generation, np.int32(limit))

@@ -1,0 +1,133 @@
+"""Draw one token a row from logits, each row by its own settings and its own key.
+
+Invariant: settings are arrays, operands of the compiled function, so all settings share one compilation; and
+a row's token is a function of that row's logits, settings, seen tokens and key, never of its neighbours.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+RULES = {
+    "temperature": (
+        lambda value: 0 <= value <= 1e6,
+        "lie in [0, 1e6]; try 0.8, or 0 for the likeliest token",
+    ),
+    "top_k": (lambda value: 0 <= value < 2**31, "lie in [0, 2^31); 0 is off"),
+    "top_p": (lambda value: 1e-30 <= value <= 1, "lie in (0, 1]; 1 is off"),
+    "min_p": (lambda value: 0 <= value < 1, "lie in [0, 1); 0 is off"),
+    "repetition_penalty": (lambda value: 1e-6 <= value <= 1e6, "lie in [1e-6, 1e6]; 1 is off"),
+}
+
+
+@chex.dataclass(frozen=True)
+class SamplingSettings:
+    """How each of B rows draws its tokens; every field is an array [B]. `create` builds and checks one."""
+
+    temperature: jax.Array
+    """Divides the logits; 0 takes the likeliest token."""
+    top_k: jax.Array
+    """Keeps the k likeliest tokens; 0 is off."""
+    top_p: jax.Array
+    """Keeps the fewest likeliest tokens whose probability reaches p; 1 is off."""
+    min_p: jax.Array
+    """Keeps the tokens with at least this share of the likeliest one's probability; 0 is off."""
+    repetition_penalty: jax.Array
+    """Above 1 makes the tokens of the prompt and of the text so far less likely; 1 is off."""
+
+    @classmethod
+    def create(
+        cls,
+        num_rows: int,
+        *,
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int | Sequence[int] = 0,
+        top_p: float | Sequence[float] = 1.0,
+        min_p: float | Sequence[float] = 0.0,
+        repetition_penalty: float | Sequence[float] = 1.0,
+    ) -> "SamplingSettings":
+        """Settings of `num_rows` rows, from one value for all of them or one value each.
+
+        Raises:
+          ValueError: a value is out of its range, or there is not one value a row.
+        """
+        return cls(
+            temperature=_column("temperature", temperature, num_rows, np.float32),
+            top_k=_column("top_k", top_k, num_rows, np.int32),
+            top_p=_column("top_p", top_p, num_rows, np.float32),
+            min_p=_column("min_p", min_p, num_rows, np.float32),
+            repetition_penalty=_column("repetition_penalty", repetition_penalty, num_rows, np.float32),
+        )
+
+
+def _column(name: str, given: float | Sequence[float], num_rows: int, dtype: type) -> Any:
+    values = list(given) if isinstance(given, Sequence) else [given] * num_rows
+    if len(values) != num_rows:
+        raise ValueError(f"{name} has {len(values)} values for {num_rows} rows; give one, or one a row")
+    holds, rule = RULES[name]
+    for value in values:
+        if not holds(value):
+            raise ValueError(f"{name}={value} must {rule}")
+    return np.asarray(values, dtype)
+
+
+def penalise(logits_BV: jax.Array, penalty_B: jax.Array, seen_BV: jax.Array) -> jax.Array:
+    """Logits [B, V], those of seen tokens l moved to l / r where l > 0 and to l · r elsewhere.
+
+    Keskar et al. 2019, CTRL, arXiv:1909.05858, section 4.1, which divides whatever the sign; a negative logit
+    is multiplied here, since dividing it would make a seen token more likely.
+    """
+    penalty_B1 = penalty_B[:, None]
+    moved_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, moved_BV, logits_BV)
+
+
+def keep(falling_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
+    """Which tokens may be drawn, bool [B, V], given each row's logits in falling order; the first always may.
+
+    In this order, each filter sees the tokens left by the one before, their probabilities summing to 1 again:
+      top-k: the k first (Fan et al. 2018, arXiv:1805.04833, section 5.4);
+      top-p: the shortest beginning whose probability reaches p, that is, each token with less than p before
+        it (Holtzman et al. 2020, arXiv:1904.09751, equation 2);
+      min-p: probability ≥ min_p · that of the first (Nguyen et al. 2024, arXiv:2407.01082, section 3).
+    """
+    rank_1V = jnp.arange(falling_BV.shape[1])[None, :]
+    top_k_B1, top_p_B1 = settings.top_k[:, None], settings.top_p[:, None]
+    by_top_k_BV = (top_k_B1 == 0) | (rank_1V < top_k_B1)
+    probs_BV = jax.nn.softmax(jnp.where(by_top_k_BV, falling_BV, -jnp.inf), axis=1)
+    before_BV = jnp.cumsum(probs_BV, axis=1) - probs_BV
+    by_top_p_BV = (top_p_B1 == 1) | (before_BV < top_p_B1)  # off must be off: a rounded sum may reach 1 early
+    by_min_p_BV = jnp.exp(falling_BV - falling_BV[:, :1]) >= settings.min_p[:, None]
+    return by_top_k_BV & by_top_p_BV & by_min_p_BV
+
+
+def sample(
+    logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array, keys_B: jax.Array
+) -> jax.Array:
+    """One token a row, int32 [B]: repetition penalty, temperature, the filters of `keep`, then the draw.
+
+    The draw is argmax(l + g) over what is kept, g ~ Gumbel(0, 1), which is a draw from softmax(l). The noise
+    is tied to token ids, not ranks, so near-equal logits that rounding swaps still give the same token.
+
+    Args:
+      logits_BV: float32 [B, V].
+      settings: arrays [B].
+      seen_BV: bool [B, V], which tokens the row holds so far, its prompt included.
+      keys_B: one typed random key a row.
+    """
+    penalised_BV = penalise(logits_BV, settings.repetition_penalty, seen_BV)
+    greedy_B = settings.temperature < jnp.finfo(jnp.float32).tiny  # a subnormal divides like 0
+    # The best logit becomes 0 first: a temperature near 0 then sends the others to -inf, and none to inf.
+    shifted_BV = penalised_BV - jnp.max(penalised_BV, axis=1, keepdims=True)
+    scaled_BV = shifted_BV / jnp.where(greedy_B, 1.0, settings.temperature)[:, None]
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:], scaled_BV.dtype))(keys_B)
+    ids_BV = jax.lax.broadcasted_iota(jnp.int32, scaled_BV.shape, 1)
+    rising_BV, ids_BV, noise_BV = jax.lax.sort((-scaled_BV, ids_BV, noise_BV), dimension=1, num_keys=1)
+    scores_BV = jnp.where(keep(-rising_BV, settings), noise_BV - rising_BV, -jnp.inf)
+    # The sort is stable, so rank 0 is the argmax: the lowest id among equals.
+    rank_B = jnp.where(greedy_B, 0, jnp.argmax(scores_BV, axis=1))
+    return jnp.take_along_axis(ids_BV, rank_B[:, None], axis=1)[:, 0]

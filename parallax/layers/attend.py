@@ -1,0 +1,132 @@
+"""The attention product itself: scores, mask, softmax, weighted sum.
+
+Invariant: `attend_in_chunks` computes what `attend` computes, with memory linear in the number of tokens.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from parallax.layers.dropout import dropout as drop
+
+MASKED = -1e30
+"""Finite, so that a chunk in which a query sees nothing gives weights of zero and not NaN."""
+
+Pair = tuple[jax.Array, jax.Array]
+"""One array for the queries [B, T] (or [1, T]) and one for the keys [B, S] (or [1, S])."""
+
+
+def visible(positions: Pair, segments: Pair | None, window: int) -> jax.Array:
+    """Which keys a query sees, [B, T, S] (B may be 1)."""
+    distance = positions[0][:, :, None] - positions[1][:, None, :]
+    seen = distance >= 0
+    if window:
+        seen &= distance < window
+    if segments is not None:
+        seen &= segments[0][:, :, None] == segments[1][:, None, :]
+    return seen
+
+
+def _scores(q_BTGRK: jax.Array, k_BSGK: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+    """Masked scores [B, G, R, T, S], at least float32."""
+    wide = jnp.promote_types(q_BTGRK.dtype, jnp.float32)
+    scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide)
+    return jnp.where(seen_BTS[:, None, None], scores, jnp.asarray(MASKED, wide))
+
+
+def _grouped(q_BTHK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+    """Queries as [B, T, G, R, K]: R query heads share each key/value head."""
+    B, T, H, K = q_BTHK.shape
+    G = k_BSGK.shape[2]
+    return q_BTHK.reshape(B, T, G, H // G, K)
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    positions: Pair,
+    segments: Pair | None = None,
+    window: int = 0,
+    dropout: tuple[float, jax.Array | None] = (0.0, None),
+) -> jax.Array:
+    """All scores at once; queries are scaled already. Returns [B, T, H, K] in the dtype of the values."""
+    scores = _scores(_grouped(q_BTHK, k_BSGK), k_BSGK, visible(positions, segments, window))
+    weights = drop(jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype), *dropout)
+    return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v_BSGK).reshape(q_BTHK.shape)
+
+
+class _Running(NamedTuple):
+    """Online softmax over the keys so far (Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3)."""
+
+    maximum: jax.Array  # [B, G, R, T]
+    normaliser: jax.Array  # [B, G, R, T]
+    weighted: jax.Array  # [B, G, R, T, K]
+
+
+def attend_in_chunks(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    *,
+    positions: Pair,
+    segments: Pair | None = None,
+    window: int = 0,
+    dropout: tuple[float, jax.Array | None] = (0.0, None),
+    chunk: int,
+) -> jax.Array:
+    """`attend`, with scores of at most [chunk, chunk] at a time, recomputed in the backward pass.
+
+    Rabe & Staats 2021, arXiv:2112.05682. Lengths need not be multiples of the chunk: both sides are padded.
+    """
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    rate, key = dropout
+    q_chunks = _cut(_grouped(q_BTHK, k_BSGK), chunk, 0)
+    k_chunks, v_chunks = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0)
+    # Padded keys get a position that no query reaches; what padded queries compute is cut off below.
+    q_at, k_at = _cut(positions[0], chunk, 0), _cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
+    q_in, k_in = (
+        (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
+    )
+
+    @jax.checkpoint
+    def one_query_chunk(query):
+        q, q_position, q_segment, i = query
+
+        @jax.checkpoint
+        def one_key_chunk(running: _Running, keys):
+            k, v, k_position, k_segment, j = keys
+            pair = None if q_segment is None else (q_segment, k_segment)
+            scores = _scores(q, k, visible((q_position, k_position), pair, window))
+            maximum = jnp.maximum(running.maximum, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - maximum[..., None])
+            shrink = jnp.exp(running.maximum - maximum)
+            normaliser = running.normaliser * shrink + jnp.sum(weights, axis=-1)
+            block_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, i), j)
+            dropped = drop(weights.astype(v.dtype), rate, block_key)
+            update = jnp.einsum("BGRTS,BSGK->BGRTK", dropped, v, preferred_element_type=scores.dtype)
+            return _Running(maximum, normaliser, running.weighted * shrink[..., None] + update), None
+
+        B, t, G, R, K = q.shape
+        wide = jnp.promote_types(q.dtype, jnp.float32)
+        start = _Running(
+            jnp.full((B, G, R, t), MASKED, wide),
+            jnp.zeros((B, G, R, t), wide),
+            jnp.zeros((B, G, R, t, K), wide),
+        )
+        numbered = (k_chunks, v_chunks, k_at, k_in, jnp.arange(k_chunks.shape[0]))
+        end, _ = jax.lax.scan(one_key_chunk, start, numbered)
+        return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(v_BSGK.dtype)
+
+    out = jax.lax.map(one_query_chunk, (q_chunks, q_at, q_in, jnp.arange(q_chunks.shape[0])))
+    out = jnp.moveaxis(out, 0, 1).reshape(q_BTHK.shape[0], -1, *q_BTHK.shape[2:])
+    return out[:, :T]
+
+
+def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
+    """[B, T, ...] to [chunks, B, chunk, ...], padded with `fill` at the end."""
+    padding = [(0, 0), (0, -x.shape[1] % chunk), *[(0, 0)] * (x.ndim - 2)]
+    padded = jnp.pad(x, padding, constant_values=fill)
+    return jnp.moveaxis(padded.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)

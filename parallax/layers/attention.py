@@ -1,0 +1,100 @@
+"""Causal self-attention with grouped key/value heads.
+
+Invariant: a query sees a key only at its own or an earlier position, in its own segment and within the window,
+whether keys come from the same tokens or from a cache.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from parallax.axes import constrain, param
+from parallax.config import TransformerConfig
+from parallax.layers.attend import attend, attend_in_chunks
+from parallax.layers.normalization import RMSNorm
+from parallax.layers.rotary import frequencies, rotate
+from parallax.model.cache import LayerCache
+
+CHUNK = 512
+"""Above twice this length scores are computed chunk by chunk: [T, S] no longer fits caches, and memory stays linear."""
+
+
+class Attention(nnx.Module):
+    """softmax(q kᵀ / √K) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1), H query heads over G key/value heads.
+
+    Grouped heads: Ainslie et al. 2023, arXiv:2305.13245. QK-norm: Dehghani et al. 2023, arXiv:2302.05442.
+    Sliding window: Mistral 7B, arXiv:2310.06825.
+    """
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        D, H, G, K = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        self.config = config
+        inward = jax.nn.initializers.normal(D**-0.5)
+        outward = jax.nn.initializers.normal(
+            (2 * config.num_layers * H * K) ** -0.5
+        )  # residual sum over 2N branches
+        self.query = param(inward, rngs.params(), (D, H, K), ("embed", "heads", "head_dim"))
+        self.key = param(inward, rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
+        self.value = param(inward, rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
+        self.out = param(outward, rngs.params(), (H, K, D), ("heads", "head_dim", "embed"))
+        if config.attention_bias:
+            zeros = jax.nn.initializers.zeros
+            self.query_bias = param(zeros, rngs.params(), (H, K), ("heads", "head_dim"))
+            self.key_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
+            self.value_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
+        if config.qk_norm:
+            self.query_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
+            self.key_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None = None,
+        cache: LayerCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """[B, T, D] to [B, T, D], and the cache with these tokens written into it.
+
+        `positions_BT` is [B, T] or [1, T]; segments are for training and do not mix with a cache.
+        """
+        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT)
+        key_positions, key_segments = positions_BT, segments_BT
+        if cache is not None:
+            cache = cache.write(k_BSGK, v_BSGK, positions_BT)
+            k_BSGK, v_BSGK = cache.read()
+            key_positions = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)[None, :]
+        long = q_BTHK.shape[1] > 2 * CHUNK
+        heads_BTHK = (attend_in_chunks if long else attend)(
+            q_BTHK,
+            k_BSGK,
+            v_BSGK,
+            positions=(positions_BT, key_positions),
+            segments=None if segments_BT is None else (segments_BT, key_segments),
+            window=self.config.sliding_window,
+            dropout=(self.config.dropout_rate, dropout_key),
+            **({"chunk": CHUNK} if long else {}),
+        )
+        heads_BTHK = constrain(heads_BTHK, "batch", "length", "act_heads", None)
+        return jnp.einsum("BTHK,HKD->BTD", heads_BTHK, self.out[...].astype(x_BTD.dtype)), cache
+
+    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], scaled by 1/√K, keys and values [B, T, G, K]; queries and keys rotated."""
+        dtype = x_BTD.dtype
+        q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.query[...].astype(dtype))
+        k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.key[...].astype(dtype))
+        v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.value[...].astype(dtype))
+        if self.config.attention_bias:
+            q_BTHK += self.query_bias[...].astype(dtype)[None, None]
+            k_BTGK += self.key_bias[...].astype(dtype)[None, None]
+            v_BTGK += self.value_bias[...].astype(dtype)[None, None]
+        if self.config.qk_norm:
+            q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
+        omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        q_BTHK = rotate(q_BTHK, positions_BT, omega) / math.sqrt(self.config.head_dim)
+        k_BTGK = rotate(k_BTGK, positions_BT, omega)
+        q_BTHK = constrain(q_BTHK, "batch", "length", "act_heads", None)
+        k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
+        return q_BTHK, k_BTGK, constrain(v_BTGK, "batch", None, "act_kv_heads", None)

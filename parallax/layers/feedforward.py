@@ -1,0 +1,33 @@
+"""The gated feed-forward of a block.
+
+Invariant: acts on each token alone.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from parallax.axes import constrain, param
+from parallax.config import TransformerConfig
+
+
+class SwiGLU(nnx.Module):
+    """y = (silu(x W_gate) ⊙ x W_up) W_down (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        D, F = config.embed_dim, config.mlp_dim
+        inward = jax.nn.initializers.normal(D**-0.5)
+        outward = jax.nn.initializers.normal(
+            (2 * config.num_layers * F) ** -0.5
+        )  # residual sum over 2N branches
+        self.gate = param(inward, rngs.params(), (D, F), ("embed", "mlp"))
+        self.up = param(inward, rngs.params(), (D, F), ("embed", "mlp"))
+        self.down = param(outward, rngs.params(), (F, D), ("mlp", "embed"))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        dtype = x_BTD.dtype
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...].astype(dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...].astype(dtype))
+        hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "act_mlp")
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, self.down[...].astype(dtype))

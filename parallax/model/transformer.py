@@ -1,0 +1,129 @@
+"""The decoder-only language model.
+
+Invariant: a pure function of parameters, tokens and dropout key. NNX says what the parameters are; they live outside,
+as a nested dict of arrays, and plain JAX transforms what is computed with them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from parallax.axes import names_of
+from parallax.config import TransformerConfig
+from parallax.layers.dropout import dropout
+from parallax.layers.embedding import Embedding
+from parallax.layers.normalization import RMSNorm
+from parallax.model.block import TransformerBlock
+from parallax.model.cache import KVCache, LayerCache
+
+Params = dict[str, Any]
+
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class TransformerLM(nnx.Module):
+    """Embedding, N blocks stacked along a leading dim and scanned, final norm, output embedding."""
+
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs: nnx.Rngs) -> TransformerBlock:
+            return TransformerBlock(config, rngs=rngs)
+
+        self.config = config
+        self.embedding = Embedding(config, rngs=rngs)
+        self.blocks = stack(rngs.split(config.num_layers))
+        self.final_norm = RMSNorm(config.embed_dim, "embed", eps=config.norm_eps, rngs=rngs)
+        if not config.tie_embeddings:
+            self.output = Embedding(config, rngs=rngs)
+
+    @classmethod
+    def from_params(cls, config: TransformerConfig, params: Params) -> "TransformerLM":
+        """The model around given parameters; build it inside the function that is traced."""
+        graph, abstract = _abstract(config)
+        state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, since replacing works in place
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graph, state)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Token ids [B, T] to float32 logits [B, T, V], and the cache with these tokens in it.
+
+        Args:
+          tokens_BT: ids in [0, V).
+          positions: [B, T], needed with a cache; by default 0 … T-1.
+          segments: [B, T]; tokens attend within their own segment.
+          cache: earlier tokens; a token is written to the slot of its position.
+          dropout_key: without one nothing is dropped.
+        """
+        x_BTD, cache = self.hidden(tokens_BT, positions, segments, cache, dropout_key)
+        return self.unembed(x_BTD), cache
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: KVCache | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """`__call__` up to the final norm: [B, T, D], so that a loss can take the logits a chunk at a time."""
+        if positions is None:
+            positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers + 1)
+        x_BTD = self.embedding.embed(tokens_BT)
+        x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])
+        graph, stacked = nnx.split(self.blocks)
+
+        def block(carry, layer):
+            x_BTD, cache = carry
+            weights, number, key = layer
+            view = None if cache is None else LayerCache(cache=cache, layer=number)
+            x_BTD, view = nnx.merge(graph, weights)(x_BTD, positions, segments, view, key)
+            return (x_BTD, None if view is None else view.cache), None
+
+        if self.config.remat != "none" and cache is None:
+            block = jax.checkpoint(block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        layers = (stacked, jnp.arange(self.config.num_layers), None if keys is None else keys[:-1])
+        (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), layers)
+        return self.final_norm(x_BTD), cache
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] to float32 logits [B, T, V]."""
+        return (self.embedding if self.config.tie_embeddings else self.output).unembed(x_BTD)
+
+
+def init_params(config: TransformerConfig, key: jax.Array) -> Params:
+    """Fresh parameters, a nested dict of float32 arrays; layers share a leading dim N."""
+    return nnx.to_pure_dict(nnx.state(TransformerLM(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+def param_axes(config: TransformerConfig) -> Params:
+    """The tree of `init_params` with a PartitionSpec of logical axis names for each array."""
+    _, abstract = _abstract(config)
+    specs = jax.tree.map(
+        lambda variable: PartitionSpec(*names_of(variable)),
+        abstract,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
+    )
+    return nnx.to_pure_dict(specs)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: TransformerConfig) -> tuple[Any, nnx.State]:
+    """Structure and abstract parameters of a model, without computing anything."""
+    model = nnx.eval_shape(lambda: TransformerLM(config, rngs=nnx.Rngs(0)))
+    return nnx.split(model)

@@ -1,0 +1,237 @@
+"""Saves a run's state in the background and restores it anywhere: Orbax behind a thin module.
+
+Invariant: nothing is restored whose checksums do not hold, and arrays arrive as the caller's abstract tree
+describes them, whatever devices and processes saved them. It knows trees of arrays and JSON, but no model.
+"""
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from parallax.training.checkpoint_folder import CheckpointFolder
+from parallax.training.manifest import read_manifest
+
+Documents = dict[str, dict[str, Any]]
+
+
+class Restored(NamedTuple):
+    """A checkpoint's contents: arrays as they were asked for, and the JSON documents by name."""
+
+    step: int
+    state: Any
+    documents: Documents
+
+
+class Checkpointer:
+    """The checkpoints of one run: in each, one pytree of global arrays and some JSON documents.
+
+    Every process of a run makes one and calls the same methods in the same order. Only the writer writes
+    manifests, renames and deletes, and only in `save` and `restore`: other methods leave the folder as it is.
+
+    Orbax's AsyncCheckpointer is used without its CheckpointManager. That one tells JAX's preemption service a
+    stale step from a background thread, after which a SIGTERM can go unseen, and it deletes old steps before
+    the new one can be trusted.
+
+    Args:
+      directory: a local folder or a gs:// address; made by the first save.
+      keep: how many of the newest trusted steps stay, beside the one with the lowest evaluation loss.
+      is_writer: whether this process may change the folder; in a training run, true of process 0 alone.
+      notify: takes one line about a checkpoint that cannot be trusted.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        keep: int,
+        is_writer: bool = True,
+        notify: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    ):
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1; try 3")
+        self._folder = CheckpointFolder(directory, notify)
+        self._keep = keep
+        self._is_writer = is_writer
+        self._saver: Any = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future] | None = None
+
+    def save(self, step: int, state: Any, documents: Documents, eval_loss: float | None = None) -> bool:
+        """Starts a save, and returns once the arrays are safe: the caller may donate them at once.
+
+        Waits for the save before it. Returns False, with nothing done, if that step is trusted already.
+
+        Raises:
+          ValueError: the folder cannot be made, or the documents are not JSON.
+          OSError: this save could not start, or the one before failed in the background.
+        """
+        import orbax.checkpoint as ocp
+
+        self.wait()
+        if _agree(lambda: step in self.steps()):
+            return False
+        snapshot = json.loads(json.dumps(documents, allow_nan=False))
+        if self._is_writer:
+            self._folder.make_room(step)
+        if self._saver is None:
+            self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), documents=ocp.args.JsonSave(snapshot))
+        with self._saving(step):
+            self._saver.save(self._folder.path(step), args=items)
+        measured = None if eval_loss is None or not math.isfinite(eval_loss) else float(eval_loss)
+        facts = {"eval_loss": measured, "arrays": _signature(state)}
+        self._pending = step, self._background.submit(self._finish, step, facts)
+        return True
+
+    def wait(self) -> None:
+        """Blocks until the last save is trusted and older steps are gone. Raises OSError if that failed."""
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            with self._saving(step):
+                future.result()
+
+    def close(self) -> None:
+        """`wait`, then ends the background threads. Raises OSError if the last save failed."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            if self._saver is not None:
+                self._saver.close()
+
+    def steps(self) -> list[int]:
+        """The steps that have a manifest, oldest first. Their other files are not read."""
+        return sorted(self._folder.best_first())
+
+    def latest_step(self) -> int | None:
+        """The newest of `steps`, or None."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The one of `steps` with the lowest evaluation loss, the newest where none has one, or None."""
+        return next(iter(self._folder.best_first()), None)
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+        """The newest checkpoint whose checksums hold, or None where there is no checkpoint at all.
+
+        A damaged one on the way is named, the writer renames it to `STEP.damaged`, and the one before it is
+        tried. With `step`, it is that checkpoint or an error.
+
+        Args:
+          abstract_state: the tree to fill, of jax.ShapeDtypeStruct with shardings.
+          step: which checkpoint; by default the newest.
+
+        Raises:
+          ValueError: no checkpoint is intact, `step` is not there, or its arrays are not those asked for.
+        """
+        self.wait()
+        if self._is_writer:
+            self._folder.remove_unfinished()
+        chosen = self._choose(step, self._folder.newest_first, set_aside=self._is_writer)
+        return None if chosen is None else Restored(chosen, *self._read(chosen, abstract_state))
+
+    def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[int, Any, Documents]:
+        """(step, params, documents) of the best intact checkpoint, or of `step`; no other array is read.
+
+        Raises:
+          ValueError: no checkpoint is intact, `step` is not there, or its params are not those asked for.
+        """
+        self.wait()
+        folder = self._folder
+        chosen = folder.require(self._choose(step, lambda: folder.best_first() or folder.newest_first()))
+        tree, documents = self._read(chosen, {"params": abstract_params}, part="params")
+        return chosen, tree["params"], documents
+
+    def read_documents(self, step: int | None = None) -> Documents:
+        """The JSON documents of `step`, by default of the best step, without its arrays.
+
+        Raises:
+          ValueError: the step is not there, or its documents are damaged.
+        """
+        import orbax.checkpoint as ocp
+
+        chosen = self._folder.require(self.best_step() if step is None else step)
+        self._folder.check(chosen, under="documents/")
+        return dict(ocp.JsonCheckpointHandler().restore(self._folder.path(chosen) / "documents"))
+
+    def _choose(
+        self, step: int | None, order: Callable[[], list[int]], set_aside: bool = False
+    ) -> int | None:
+        """`step`, verified, or else the first intact step in that order; None where there is none."""
+        if step is not None:
+            self._folder.check(self._folder.require(step))
+            return step
+        none_there, none_intact = -1, -2
+
+        def decide() -> int:
+            candidates = order()
+            intact = self._folder.first_intact(candidates, set_aside)
+            return intact if intact is not None else none_intact if candidates else none_there
+
+        chosen = _agree(decide)
+        if chosen == none_intact:
+            raise ValueError(f"no checkpoint in {self._folder.root} is intact; start anew in another folder")
+        return None if chosen == none_there else chosen
+
+    def _read(self, step: int, abstract: Any, part: str = "") -> tuple[Any, Documents]:
+        """The documents of an intact step and its arrays: all of them, or those of one part of the tree."""
+        import orbax.checkpoint as ocp
+
+        folder = self._folder.path(step)
+        saved, wanted = read_manifest(folder)["arrays"], _signature(abstract)
+        for name in sorted(saved.keys() | wanted.keys()):
+            there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+            if there != here and (not part or name.split("/")[0] == part):
+                raise ValueError(
+                    f"{name} is {there} in checkpoint {step} but {here} here; use the config saved with it"
+                )
+        placed = jax.tree.map(_with_sharding, abstract)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
+        args = ocp.args.PyTreeRestore(item=placed, restore_args=restore_args, partial_restore=bool(part))
+        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
+            return reader.restore(folder / "state", args=args), self.read_documents(step)
+
+    def _finish(self, step: int, facts: dict[str, Any]) -> None:
+        """Runs in the background: Orbax's commit, then the manifest, then the deletion of older steps."""
+        self._saver.wait_until_finished()
+        if self._is_writer:
+            self._folder.trust(step, facts, self._keep)
+
+    @contextlib.contextmanager
+    def _saving(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"checkpoint {step} could not be saved in {self._folder.root}: {reason}") from error
+
+
+def _agree(decide: Callable[[], int]) -> int:
+    """Process 0 decides and tells the others, who may see a shared folder at another moment."""
+    if jax.process_count() == 1:
+        return decide()
+    from jax.experimental import multihost_utils
+
+    decision = decide() if jax.process_index() == 0 else 0
+    return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+
+
+def _signature(tree: Any) -> dict[str, str]:
+    """Dtype and shape of every array by its path, as `params/embed: float32[65, 128]`."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named}
+
+
+def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same leaf, on this process's first device where it names no sharding."""
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

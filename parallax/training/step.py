@@ -1,0 +1,62 @@
+"""The one training step.
+
+Invariant: (state, batch) to (state, metrics), pure. Where arrays lie and how gradients are combined is the strategy's,
+which comes in as `gradients`; the mathematics is here and nowhere else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from parallax.training.loss import LossFn, Sums
+from parallax.training.state import TrainState
+
+Gradients = Callable[[LossFn], Callable[[Any, dict[str, jax.Array], jax.Array], tuple[Sums, jax.Array, Any]]]
+"""From a loss to (params, batch, key) -> (sums over the global batch, its target tokens, the averaged gradient)."""
+
+DROPOUT = 1
+"""What a key is for is folded into it; initialisation uses the bare seed."""
+
+
+def train_step(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    learning_rate: optax.Schedule,
+    gradients: Gradients,
+    seed: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer step on a batch of [B, T] arrays.
+
+    A loss or gradient that is not finite changes neither parameters nor optimizer, and is counted in `bad_steps`.
+
+    Returns:
+      The next state and scalar metrics: losses in nats a target token, `grad_norm` of the averaged gradient before
+      clipping, `param_norm` after the update, `learning_rate`, `tokens` (targets in the global batch), `bad_steps`.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), DROPOUT)
+    sums, tokens, grads = gradients(loss_fn)(state.params, batch, key)
+    losses = {name: value / jnp.maximum(tokens, 1) for name, value in sums.items()}
+    grad_norm = optax.tree.norm(grads)
+    rate = learning_rate(state.step)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda param, update: param + rate * update, state.params, updates)
+
+    finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+    metrics = losses | {
+        "grad_norm": grad_norm,
+        "param_norm": optax.tree.norm(params),
+        "learning_rate": rate,
+        "tokens": tokens,
+        "bad_steps": bad_steps,
+    }
+    return TrainState(step=state.step + 1, params=params, opt_state=opt_state, bad_steps=bad_steps), metrics

@@ -1,0 +1,78 @@
+"""How the gradients of a batch are combined.
+
+Invariant: what comes back is the gradient of (sum of losses) / (global number of target tokens), whatever microbatches
+and devices the batch was cut into. Accumulation lives here and nowhere else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
+    """(params, batch, key) to (sums, tokens, gradient of sums["loss"]) over this batch, a microbatch at a time."""
+
+    def objective(params, batch, key):
+        sums, tokens = loss_fn(params, batch, key)
+        return sums["loss"], (sums, tokens)
+
+    def whole(params, batch, key):
+        (_, (sums, tokens)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
+        return sums, tokens, grads
+
+    def in_parts(params, batch, key):
+        def add(total, part):
+            index, rows = part
+            return jax.tree.map(jnp.add, total, whole(params, rows, jax.random.fold_in(key, index))), None
+
+        parts = jax.tree.map(lambda x: _deal(x, microbatches), batch)
+        one = jax.eval_shape(whole, params, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+        return jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))[0]
+
+    return whole if microbatches == 1 else in_parts
+
+
+def _deal(x: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] to [parts, B/parts, ...], dealt like cards, so that each part holds rows of every device."""
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+
+def mean(microbatches: int = 1) -> Callable[[Callable], Callable]:
+    """The gradient function where one program sees the whole batch: on one device, and on a mesh under jit."""
+
+    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
+        def function(params, batch, key):
+            sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+            return sums, tokens, _divide(grads, tokens)
+
+        return function
+
+    return gradients
+
+
+def pmean(axis_name: str, microbatches: int = 1) -> Callable[[Callable], Callable]:
+    """The gradient function where each device sees its rows under the mapped axis `axis_name`.
+
+    Rows may hold different numbers of targets, so both the gradient of the sum and the count are averaged, and the
+    quotient is the global mean. Each device folds its index into the dropout key.
+    """
+
+    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
+        def function(params, batch, key):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+            sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+            grads, mean_tokens = jax.lax.pmean((grads, tokens.astype(jnp.float32)), axis_name)
+            sums, tokens = jax.lax.psum((sums, tokens), axis_name)
+            return sums, tokens, _divide(grads, mean_tokens)
+
+        return function
+
+    return gradients
+
+
+def _divide(grads: Any, tokens: jax.Array) -> Any:
+    """Never by zero: a batch without a target teaches nothing."""
+    return jax.tree.map(lambda leaf: leaf / jnp.where(tokens == 0, 1, tokens), grads)

@@ -1,0 +1,65 @@
+"""Command lines from dataclasses, and errors as one line.
+
+Invariant: bad input gives exactly one line on standard error, with rule, value and remedy, and exit status 2.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import tyro
+
+Flags = TypeVar("Flags")
+
+
+def parse(
+    flags: type[Flags], *, default: Flags | None = None, description: str, args: Sequence[str] | None = None
+) -> Flags:
+    """The command line as an instance of a dataclass, whose field docstrings are the help.
+
+    Raises:
+      ValueError: a flag is unknown, or its value breaks a rule.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    if {"-h", "--help"} & set(arguments):
+        return tyro.cli(flags, args=arguments, default=default, description=description)
+    box = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"  # no message is wrapped, so that its first line is all of it
+    try:
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
+            return tyro.cli(flags, args=arguments, default=default, description=description)
+    except SystemExit:
+        raise ValueError(_first_message(box.getvalue())) from None
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _first_message(box: str) -> str:
+    """The sentence inside tyro's boxed error, with where to look appended when it names no remedy."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [line.strip("│ ").strip() for line in text.splitlines() if line.startswith("│")]
+    message = next((line for line in lines if line), "the command line cannot be read").rstrip(".")
+    message = re.sub(r"^Error parsing [\w.-]*: (?=\w+=)", "", message)
+    return message if "; try" in message else f"{message}; see --help"
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Around a script's main: bad input prints one line and exits 2; a closed pipe or Ctrl-C exits quietly."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be flushed
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

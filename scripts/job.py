@@ -1,0 +1,117 @@
+"""A run as it is known before its first step.
+
+Invariant: a job that exists has had all of its input checked, and has touched no run folder.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from data.corpus import Corpus, load_corpus, overfit_corpus
+from data.pipeline import prepare, tokenizer_for
+from data.samples import Samples
+from data.tokenizer import Tokenizer, load_tokenizer
+from parallax.training.loss import make_evaluation, make_loss
+from parallax.training.optimizer import make_learning_rate, make_optimizer
+from parallax.training.state import make_init, state_axes
+from parallax.training.step import train_step
+from parallelism.strategy import Strategy, get_strategy
+from scripts.new_run import choose_folder, require_corpus
+from scripts.train_flags import Flags
+
+
+def say(line: str) -> None:
+    """A line for the person who watches, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to train, on what, where, and into which folder."""
+
+    flags: Flags
+    corpus: Corpus
+    corpus_sha256: str
+    tokenizer: Tokenizer
+    training: Samples
+    held_out: Samples
+    strategy: Strategy
+    step: Callable
+    evaluate: Callable
+    folder: Path
+
+    def describe(self) -> None:
+        """Says what is about to be trained."""
+        model, settings = self.flags.model, self.flags.train
+        say(f"model     {self.flags.config}: {model.num_params():,} parameters, {model.dtype}")
+        say(
+            f"data      {self.corpus.edition}; {self.tokenizer.name} vocabulary of {self.tokenizer.vocab_size}"
+        )
+        say(f"steps     {settings.steps} × {settings.batch_size} sequences × {settings.seq_len} tokens")
+        say(f"strategy  {self.strategy.describe()}")
+
+
+def prepare_job(flags: Flags) -> Job:
+    """Checks all input and builds what a run needs.
+
+    Raises:
+      ValueError: whatever is wrong with the input.
+    """
+    overfit = flags.mode == "overfit"
+    corpus = (
+        overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=lambda line: None)
+    )
+    folder = choose_folder(flags.output_dir, corpus.name, flags.config, resume=flags.resume)
+    sha256 = _corpus_sha256(corpus)
+    if flags.resume:
+        require_corpus(folder, sha256, corpus.edition)
+    saved = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(saved) if saved.exists() else tokenizer_for(corpus, flags.tokenizer)
+    flags = _with_sizes(flags, tokenizer, corpus)
+    training, held_out = prepare(
+        corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1
+    )
+    strategy, step = _build(flags)
+    evaluate = make_evaluation(flags.model)
+    return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder)
+
+
+def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
+    """The sizes that follow from the text: the vocabulary and, to learn one sentence, its length."""
+    train = flags.train
+    if flags.mode == "overfit":
+        train = dataclasses.replace(train, seq_len=len(tokenizer.encode(corpus.documents[0])) - 1)
+    model = dataclasses.replace(flags.model, vocab_size=tokenizer.vocab_size)
+    return dataclasses.replace(flags, train=train, model=model)
+
+
+def _build(flags: Flags) -> tuple[Strategy, Callable]:
+    """The strategy, and the step with everything bound but state and batch."""
+    optimizer = make_optimizer(flags.learning)
+    learning_rate = make_learning_rate(flags.learning, flags.train.steps)
+    init_state = make_init(flags.model, optimizer, flags.train.seed)
+    axes, name = state_axes(flags.model, init_state), flags.strategy or "single"
+    strategy = get_strategy(name, init_state, axes, mesh=flags.mesh, accumulate=flags.train.accumulate)
+    strategy.rows(flags.train.batch_size)  # refuses a batch that the devices cannot share
+    step = functools.partial(
+        train_step,
+        loss_fn=make_loss(flags.model, flags.train),
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        gradients=strategy.gradients,
+        seed=flags.train.seed,
+    )
+    return strategy, step
+
+
+def _corpus_sha256(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for document in corpus.documents if corpus.records is None else corpus.records:
+        piece = document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
+        digest.update(f"{len(piece)}\n".encode() + piece)
+    return digest.hexdigest()

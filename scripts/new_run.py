@@ -1,0 +1,63 @@
+"""The folder that a training run writes, and who may write it.
+
+Invariant: a folder that exists is resumed or refused, never overwritten, and nothing is made before all input is known
+to be good.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: bool) -> Path:
+    """The folder to write: `output_dir`, or the next free runs/DATASET-CONFIG[-N]. Makes nothing.
+
+    Raises:
+      ValueError: it exists and is not to be resumed, or is not a run.
+    """
+    if output_dir is None:
+        base = Path("runs") / f"{dataset}-{config}"
+        folder, number = base, 1
+        while folder.exists():
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+        return folder
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output-dir {folder} must be a folder and is a file; choose another")
+    if folder.exists() and not resume:
+        raise ValueError(f"--output-dir {folder} exists already; add --resume, or choose another")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"--output-dir {folder} holds files but no config.json of a run; choose another")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"--output-dir {folder} cannot be made in {parent}, which is not writable; choose another"
+        )
+    return folder
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes whole or not at all."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a run, or nothing when it was killed before it wrote one."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def require_corpus(folder: Path, sha256: str, edition: str) -> None:
+    """Raises ValueError when a run that is resumed learned from another text."""
+    path = folder / "config.json"
+    if path.exists():
+        corpus = json.loads(path.read_text())["corpus"]
+        if corpus["sha256"] != sha256:
+            raise ValueError(
+                f"dataset ({edition}) is not the text that {folder} was trained on ({corpus['edition']}, sha256 "
+                f"{corpus['sha256'][:12]}…); give that one back, or start a run in another --output-dir"
+            )

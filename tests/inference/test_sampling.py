@@ -1,0 +1,154 @@
+"""Samplers against analytic probabilities, and a row's independence of its neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallax.inference.sampling import SamplingSettings, keep, penalise, sample
+
+VOCAB = 12
+DRAWS = 8192
+draw = jax.jit(sample)
+SETTINGS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 2.5},
+    {"top_k": 1},
+    {"top_k": 4},
+    {"top_k": 1000},
+    {"top_p": 0.6},
+    {"top_p": 1e-6},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.8},
+    {"repetition_penalty": 0.6},
+    {"temperature": 1.3, "top_k": 7, "top_p": 0.85, "min_p": 0.1, "repetition_penalty": 1.3},
+]
+
+
+def allowed_probabilities(
+    logits, seen, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
+):
+    """What a row should be drawn from, written from the definitions, one token after another, in float64."""
+    logits = [float(value) for value in logits]
+    for token in range(len(logits)):
+        if seen[token]:
+            logits[token] *= 1 / repetition_penalty if logits[token] > 0 else repetition_penalty
+    weights = np.exp((np.array(logits) - max(logits)) / temperature)
+    ranked = sorted(range(len(logits)), key=lambda token: -weights[token])
+    if top_k:
+        ranked = ranked[:top_k]
+    total, mass, nucleus = sum(weights[token] for token in ranked), 0.0, []
+    for token in ranked:
+        nucleus.append(token)
+        mass += weights[token] / total
+        if mass >= top_p:
+            break
+    kept = [token for token in nucleus if weights[token] >= min_p * weights[ranked[0]]]
+    probabilities = np.zeros(len(logits))
+    probabilities[kept] = weights[kept]
+    return probabilities / probabilities.sum()
+
+
+def random_logits(seed, num_rows):
+    return 2 * jax.random.normal(jax.random.key(seed), (num_rows, VOCAB))
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_frequencies_are_the_probabilities(setting):
+    logits_V = random_logits(0, 1)[0]
+    seen_V = jax.random.bernoulli(jax.random.key(1), 0.4, (VOCAB,))
+    expected = allowed_probabilities(logits_V, seen_V, **setting)
+    tokens = draw(
+        jnp.broadcast_to(logits_V[None], (DRAWS, VOCAB)),
+        SamplingSettings.create(DRAWS, **setting),
+        jnp.broadcast_to(seen_V[None], (DRAWS, VOCAB)),
+        jax.random.split(jax.random.key(2), DRAWS),
+    )
+    counts = np.bincount(np.asarray(tokens), minlength=VOCAB)
+    assert counts[expected == 0].sum() == 0
+    likely = expected > 0
+    chi_square = np.sum((counts[likely] - DRAWS * expected[likely]) ** 2 / (DRAWS * expected[likely]))
+    assert chi_square < 35  # for 11 degrees of freedom, chance exceeds this with probability 2e-4
+
+
+def test_every_filter_keeps_what_its_definition_says():
+    rng, rows = np.random.default_rng(0), 256
+    logits_BV = np.asarray(random_logits(3, rows))
+    values = {
+        "top_k": rng.integers(0, VOCAB + 2, rows).tolist(),
+        "top_p": rng.uniform(0.01, 1.0, rows).tolist(),
+        "min_p": rng.uniform(0.0, 0.9, rows).tolist(),
+    }
+    kept_BV = jax.jit(keep)(
+        jnp.asarray(-np.sort(-logits_BV, axis=1)), SamplingSettings.create(rows, **values)
+    )
+    for row, logits_V in enumerate(logits_BV):
+        setting = {name: column[row] for name, column in values.items()}
+        expected = allowed_probabilities(logits_V, np.zeros(VOCAB, bool), **setting)
+        assert np.count_nonzero(kept_BV[row]) == np.count_nonzero(expected)
+
+
+def test_temperature_zero_is_the_argmax_of_penalised_logits():
+    rows = 64
+    logits_BV = random_logits(4, rows)
+    seen_BV = jax.random.bernoulli(jax.random.key(5), 0.5, (rows, VOCAB))
+    settings = SamplingSettings.create(rows, temperature=0.0, top_p=0.3, min_p=0.5, repetition_penalty=1.7)
+    tokens = draw(logits_BV, settings, seen_BV, jax.random.split(jax.random.key(6), rows))
+    expected = jnp.argmax(penalise(logits_BV, jnp.full(rows, 1.7), seen_BV), axis=1)
+    assert (tokens == expected).all()
+    assert (tokens != jnp.argmax(logits_BV, axis=1)).any()
+
+
+@pytest.mark.parametrize("temperature", [1e-42, 1e-38, 2e-38, 1e-12, 1e-3])
+def test_a_tiny_temperature_is_greedy_without_overflow(temperature):
+    logits_BV = random_logits(7, 16)
+    settings = SamplingSettings.create(16, temperature=temperature)
+    tokens = draw(logits_BV, settings, jnp.zeros((16, VOCAB), bool), jax.random.split(jax.random.key(8), 16))
+    assert (tokens == jnp.argmax(logits_BV, axis=1)).all()
+
+
+def test_equal_logits_give_the_lowest_id_when_greedy_and_exactly_k_tokens_otherwise():
+    logits_BV, seen_BV = jnp.zeros((512, VOCAB)), jnp.zeros((512, VOCAB), bool)
+    keys_B = jax.random.split(jax.random.key(9), 512)
+    greedy = draw(logits_BV, SamplingSettings.create(512, temperature=0.0), seen_BV, keys_B)
+    assert (greedy == 0).all()
+    drawn = draw(logits_BV, SamplingSettings.create(512, top_k=3), seen_BV, keys_B)
+    assert set(np.asarray(drawn).tolist()) == {0, 1, 2}
+
+
+def test_a_row_ignores_its_neighbours_and_settings_need_no_compilation():
+    rows = len(SETTINGS)
+    logits_BV, keys_B = random_logits(10, rows), jax.random.split(jax.random.key(11), rows)
+    seen_BV = jax.random.bernoulli(jax.random.key(12), 0.4, (rows, VOCAB))
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    mixed = {name: [setting.get(name, value) for setting in SETTINGS] for name, value in defaults.items()}
+    together = draw(logits_BV, SamplingSettings.create(rows, **mixed), seen_BV, keys_B)
+    alone = jax.jit(lambda *args: sample(*args))  # its own cache
+    for row, setting in enumerate(SETTINGS):
+        at = slice(row, row + 1)
+        token = alone(logits_BV[at], SamplingSettings.create(1, **setting), seen_BV[at], keys_B[at])
+        assert token[0] == together[row]
+    assert alone._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("temperature", -0.1, "temperature=-0.1 must lie in [0, 1e6]"),
+        ("temperature", float("nan"), "temperature=nan must lie in [0, 1e6]"),
+        ("top_k", -1, "top_k=-1 must lie in [0, 2^31); 0 is off"),
+        ("top_k", 2**31, "top_k=2147483648 must lie in"),
+        ("top_p", 0.0, "top_p=0.0 must lie in (0, 1]; 1 is off"),
+        ("top_p", 1.5, "top_p=1.5 must lie in (0, 1]; 1 is off"),
+        ("min_p", 1.0, "min_p=1.0 must lie in [0, 1); 0 is off"),
+        ("min_p", -0.5, "min_p=-0.5 must lie in [0, 1); 0 is off"),
+        ("repetition_penalty", 0.0, "repetition_penalty=0.0 must lie in [1e-6, 1e6]; 1 is off"),
+        ("top_k", [1, 2], "top_k has 2 values for 3 rows; give one, or one a row"),
+    ],
+)
+def test_bad_settings_name_rule_value_and_remedy(name, value, rule):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+        SamplingSettings.create(3, **{name: value})
+    assert rule in str(error.value)
+    assert "\n" not in str(error.value)
