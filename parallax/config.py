@@ -86,17 +86,13 @@ class TransformerConfig:
     """Compute dtype; parameters stay float32."""
 
     def __post_init__(self):
-        for name in (
-            "vocab_size",
-            "embed_dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_dim",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, f"{name}={value} must be at least 1; try {TINY_SIZES[name]}")
+        sizes = {"vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _require(
+                field.name not in sizes or value >= 1,
+                f"{field.name}={value} must be at least 1; try {field.default}",
+            )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
@@ -126,11 +122,6 @@ class TransformerConfig:
         block = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
         tables = 1 if self.tie_embeddings else 2
         return self.num_layers * block + tables * self.vocab_size * self.embed_dim + self.embed_dim
-
-
-TINY_SIZES = {
-    "vocab_size": 65, "embed_dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 4, "head_dim": 32, "mlp_dim": 96
-}  # fmt: skip
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
@@ -202,11 +193,12 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite before the run stops."""
 
     def __post_init__(self):
-        defaults = {"steps": 1000, "batch_size": 32, "seq_len": 128, "accumulate": 1, "log_interval": 10,
-                    "eval_interval": 250, "checkpoint_interval": 250, "keep": 3, "max_bad_steps": 5}  # fmt: skip
-        for name, remedy in defaults.items():
-            value = getattr(self, name)
-            _require(value >= 1, f"{name}={value} must be at least 1; try {remedy}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            counts = field.type is int and field.name != "seed"
+            _require(
+                not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}"
+            )
         _require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31); try 0")
         _require(
             self.batch_size % self.accumulate == 0,

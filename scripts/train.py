@@ -12,7 +12,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
 import jax
-import numpy as np
 
 from data.pipeline import evaluation_batches, training_batches
 from data.tokenizer import save_tokenizer
@@ -21,14 +20,13 @@ from parallax.model.overview import parameter_overview
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.fingerprint import params_sha256
 from parallax.training.loop import Diverged, Observer, Stopwatch, train
-from parallax.training.metrics import MetricsWriter
 from parallax.training.profile import Profiler
-from parallax.training.progress import TrainingProgress
 from parallax.training.state import TrainState
 from parallelism.hardware import peak_flops
 from scripts.command_line import errors_in_one_line
 from scripts.job import Job, prepare_job, say
 from scripts.new_run import write_json
+from scripts.observers import Files, Terminal
 from scripts.overfit import report_overfit
 from scripts.train_flags import flags_to_dict, read_flags
 
@@ -96,9 +94,9 @@ def describe_run(job: Job) -> dict[str, Any]:
 def run(job: Job, checkpoints: Checkpointer, state: TrainState, start: int) -> int:
     """Trains in the run folder to the last step, a request to stop, or a failure; returns the exit status."""
     settings, strategy, stopwatch = job.flags.train, job.strategy, Stopwatch()
-    observers: list[Any] = [TrainingProgress(start, settings.steps)]
+    observers: list[Any] = []
     if strategy.is_writer:
-        observers.append(MetricsWriter(job.folder, resume_step=start))
+        observers += [Files(job.folder, start), Terminal(start, settings.steps)]
     if job.flags.profile:
         observers.append(Profiler(job.folder / "profile", start))
     strategy.stop_requested.listen()
@@ -180,9 +178,8 @@ def finish(
     if failure is not None:
         say(f"error: {failure}; the last good checkpoint is step {checkpoints.latest_step()} of {folder}")
         return 1
-    say(
-        f"{'finished' if finished else 'stopped'}  at step {step} of {steps}; best checkpoint: {best}; run folder: {folder}"
-    )
+    how = "finished" if finished else "stopped "
+    say(f"{how}  at step {step} of {steps}; best checkpoint: step {best}; run folder: {folder}")
     if not finished:
         say(f"go on     python scripts/train.py --resume --output-dir {folder}")
         return 0

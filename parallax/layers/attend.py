@@ -81,7 +81,7 @@ def attend_in_chunks(
 
     Rabe & Staats 2021, arXiv:2112.05682. Lengths need not be multiples of the chunk: both sides are padded.
     """
-    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    T = q_BTHK.shape[1]
     rate, key = dropout
     q_chunks = _cut(_grouped(q_BTHK, k_BSGK), chunk, 0)
     k_chunks, v_chunks = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0)

@@ -37,29 +37,28 @@ class MetricsWriter:
         folder = pathlib.Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
-        kept = (
-            [] if resume_step is None else [row for row in read_metrics(path) if row["step"] <= resume_step]
-        )
+        first = 0 if resume_step is None else resume_step + 1
+        kept = [row for row in read_metrics(path) if row["step"] < first] if first else []
         draft = path.with_name(f"{METRICS_FILE}.draft")
-        draft.write_text("".join(map(_line, kept)))
+        draft.write_text("".join(map(_line, kept)), encoding="utf-8")
         draft.replace(path)
-        self._file = path.open("a")
-        # Purging starts at a step, so the first one to forget is the one after the last that stays.
-        purge = None if resume_step is None else resume_step + 1
-        self._events = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
+        self._file = path.open("a", encoding="utf-8")
+        # Event files are named by the second; the suffix keeps a quick restart from writing over the last one.
+        self._events = SummaryWriter(str(folder), purge_step=first or None, filename_suffix=f".{first}")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends {"step": step, **values} and flushes it.
 
-        Values are numbers, or arrays of one. A value that is not finite becomes null, since standard JSON has no
-        NaN. An evaluation is a row of its own, {"step", "eval_loss"}.
+        Values are numbers, or arrays of one. A value that is not finite becomes null, for standard JSON has no NaN,
+        and no event. An evaluation is a row of its own, {"step", "eval_loss"}.
         """
-        row = {"step": int(step), **{name: float(value) for name, value in values.items()}}
-        self._file.write(_line(row))
+        numbers = {name: float(value) for name, value in values.items()}
+        self._file.write(_line({"step": int(step), **numbers}))
         self._file.flush()
-        for name, value in row.items():
-            if name != "step":
-                self._events.add_scalar(name, value, row["step"])
+        for name, number in numbers.items():
+            if math.isfinite(number):
+                self._events.add_scalar(name, number, int(step))
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes both files."""
@@ -74,25 +73,27 @@ def read_metrics(path: str | os.PathLike) -> list[Row]:
       ValueError: another line is not a JSON object with a step.
     """
     try:
-        text = pathlib.Path(path).read_text(errors="replace")
+        text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     # What follows the last newline was cut off while being written, even where it happens to parse.
-    lines = text.split("\n")[:-1]
     rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            row["step"] + 0
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"line {number} of {path} is not a row of metrics; remove that line") from None
+    for number, line in enumerate(text.split("\n")[:-1], start=1):
+        row = _parsed(line)
+        if row is None:
+            raise ValueError(f"line {number} of {path} is not a row of metrics; remove that line")
         rows.append(row)
     return rows
 
 
+def _parsed(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
 def _line(row: Row) -> str:
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
+    finite = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"

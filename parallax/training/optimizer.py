@@ -56,9 +56,9 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Averaged gradient to update at rate 1, which the step scales by its rate: clipping, then AdamW or Muon.
 
     AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; matrices decay, norms and biases do not.
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum orthogonalised by Newton-Schulz iterations for
-    the matrices of the blocks, scaled to the size of an Adam update (Moonlight, arXiv:2502.16982, eq. 4), so that the
-    same rate serves both; Adam without decay for all else.
+    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum orthogonalised by Newton-Schulz
+    iterations for the matrices of the blocks, scaled to the size of an Adam update (Moonlight, arXiv:2502.16982,
+    eq. 4), so that the same rate serves both; Adam without decay for all else.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.optimizer == "adamw":

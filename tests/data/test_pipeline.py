@@ -222,6 +222,13 @@ def test_last_documents_are_held_out_whole(count, held):
     assert seen == ["".join(documents[: count - held]), "".join(documents[count - held :])]
 
 
+@pytest.mark.parametrize("fraction", [1e-20, 0.1, 0.99])
+def test_each_side_has_a_document_whatever_the_fraction(fraction):
+    corpus = Corpus("two", "two", ("ab", "cd"))
+    for side in prepare(corpus, tokenizer_for(corpus), 2, held_out_fraction=fraction):
+        assert side.num_targets == 2
+
+
 def test_overfitting_trains_and_evaluates_on_one_window():
     corpus = overfit_corpus()
     text, tokenizer = corpus.documents[0], tokenizer_for(corpus)
