@@ -35,16 +35,14 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
         if size == "all" and wild is None:
             wild, size = axis, "1"
         if not size.isdecimal() or int(size) < 1:
-            raise ValueError(
-                f"mesh={text!r} needs a positive number for {axis}, not {size!r}; try {axis}={devices}"
-            )
+            remedy = f"{axis}={1 if '=all' in text else 'all'}"
+            raise ValueError(f"mesh={text!r} needs a positive number for {axis}, not {size!r}; try {remedy}")
         sizes[axis] = int(size)
     if wild:
         sizes[wild] = max(1, devices // math.prod(sizes.values()))
     if math.prod(sizes.values()) != devices:
-        product = "×".join(str(size) for size in sizes.values())
         raise ValueError(
-            f"mesh={text!r} needs {product}={math.prod(sizes.values())} devices but {devices} are visible; "
+            f"mesh={text!r} needs {math.prod(sizes.values())} devices but {devices} are visible; "
             f"try --mesh data={devices}"
         )
     return {axis: sizes.get(axis, 1) for axis in MESH_AXES}

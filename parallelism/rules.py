@@ -4,6 +4,7 @@ Invariant: an array is split only as its rule says. A rule that would use one me
 into unequal pieces, is refused, never bent.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
@@ -59,18 +60,17 @@ def partition_spec(
                     f"remove it from one of the two rules"
                 )
             used[axis] = name
-        pieces = 1
-        for axis in mesh_axes:
-            pieces *= mesh_shape[axis]
-        if size % pieces:
-            product = "×".join(f"{axis}={mesh_shape[axis]}" for axis in mesh_axes)
-            raise ValueError(
-                f"{name}={size} must be divisible by {product}; try a mesh with "
-                f"{mesh_axes[-1]}={_largest_divisor(size, mesh_shape[mesh_axes[-1]])} or {name}={size + -size % pieces}"
-            )
+        sizes = {axis: mesh_shape[axis] for axis in mesh_axes}
+        if size % math.prod(sizes.values()):
+            product = "×".join(f"{axis}={count}" for axis, count in sizes.items())
+            raise ValueError(f"{name}={size} must be divisible by {product}; try {_remedy(name, size, sizes)}")
         spec.append(mesh_axes if len(mesh_axes) != 1 else mesh_axes[0])
     return PartitionSpec(*(axes or None for axes in spec))
 
 
-def _largest_divisor(number: int, at_most: int) -> int:
-    return next(d for d in range(min(number, at_most), 0, -1) if number % d == 0)
+def _remedy(name: str | None, size: int, sizes: dict[str, int]) -> str:
+    """The nearest larger dim, and the largest last mesh axis that the dim allows when there is one."""
+    pieces, (last, count) = math.prod(sizes.values()), list(sizes.items())[-1]
+    larger = f"{name}={size + -size % pieces}"
+    fits = [fewer for fewer in range(1, count) if size % (pieces // count * fewer) == 0]
+    return f"a mesh with {last}={fits[-1]} or {larger}" if fits else larger

@@ -42,12 +42,12 @@ def parse(
 
 
 def _first_message(box: str) -> str:
-    """The sentence inside tyro's boxed error, with where to look appended when it names no remedy."""
+    """The sentence inside tyro's boxed error, between its title and its advice, with a remedy where it has none."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [line.strip("│ ").strip() for line in text.splitlines() if line.startswith("│")]
-    message = next((line for line in lines if line), "the command line cannot be read").rstrip(".")
+    title, *sections = re.split(r"^[ │]*[-─]{3,}[ │]*$", text, flags=re.MULTILINE)
+    message = " ".join((sections or [title])[0].replace("│", " ").split()).rstrip(".")
     message = re.sub(r"^Error parsing [\w.-]*: (?=\w+=)", "", message)
-    return message if "; try" in message else f"{message}; see --help"
+    return message if "; " in message else f"{message}; see --help"
 
 
 @contextlib.contextmanager

@@ -44,14 +44,16 @@ class Job:
     step: Callable
     evaluate: Callable
     folder: Path
+    notes: list[str]
 
     def describe(self) -> None:
         """Says what is about to be trained."""
         model, settings = self.flags.model, self.flags.train
+        say(f"run       {self.folder}")
         say(f"model     {self.flags.config}: {model.num_params():,} parameters, {model.dtype}")
-        say(
-            f"data      {self.corpus.edition}; {self.tokenizer.name} vocabulary of {self.tokenizer.vocab_size}"
-        )
+        for note in self.notes:
+            say(note)
+        say(f"tokens    {self.tokenizer.name}, vocabulary of {self.tokenizer.vocab_size}")
         say(f"steps     {settings.steps} × {settings.batch_size} sequences × {settings.seq_len} tokens")
         say(f"strategy  {self.strategy.describe()}")
 
@@ -63,9 +65,8 @@ def prepare_job(flags: Flags) -> Job:
       ValueError: whatever is wrong with the input.
     """
     overfit = flags.mode == "overfit"
-    corpus = (
-        overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=lambda line: None)
-    )
+    notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
+    corpus = overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=notes.append)
     folder = choose_folder(flags.output_dir, corpus.name, flags.config, resume=flags.resume)
     sha256 = _corpus_sha256(corpus)
     if flags.resume:
@@ -78,7 +79,7 @@ def prepare_job(flags: Flags) -> Job:
     )
     strategy, step = _build(flags)
     evaluate = make_evaluation(flags.model)
-    return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder)
+    return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder, notes)
 
 
 def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:

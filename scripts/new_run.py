@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data.atomic import write_atomically
+
 
 def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: bool) -> Path:
     """The folder to write: `output_dir`, or the next free runs/DATASET-CONFIG[-N]. Makes nothing.
@@ -40,15 +42,7 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes whole or not at all."""
-    draft = path.with_name(f".{path.name}.new")
-    draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """summary.json of a run, or nothing when it was killed before it wrote one."""
-    path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def require_corpus(folder: Path, sha256: str, edition: str) -> None:

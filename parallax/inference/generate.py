@@ -21,7 +21,7 @@ from parallax.model.transformer import Params, TransformerLM
 
 @chex.dataclass(frozen=True)
 class Generation:
-    """B rows under way. The cache holds all of a row's tokens but the last."""
+    """B rows under way. The cache holds a row's tokens before its last, which is fed to draw the next."""
 
     cache: KVCache
     tokens: jax.Array  # int32 [B, S]: the prompt, then what was generated
@@ -48,7 +48,7 @@ def start(
     *,
     capacity: int,
 ) -> Generation:
-    """Reads prompts, right-padded to P tokens, and generates up to `limit` tokens a row.
+    """Reads prompts, right-padded to P tokens, into the cache, then generates up to `limit` tokens a row.
 
     Padding needs no mask: its keys lie in the slots of their positions, later than any query of the prompt,
     and the next tokens overwrite them before anything sees them.
@@ -57,14 +57,13 @@ def start(
       tokens_BP: int32 [B, P].
       lengths_B: int32 [B], each from 1 to P.
       seeds_B: uint32 [B].
-      limit: int32 [], at least 1.
+      limit: int32 [].
       capacity: S ≥ P, the most tokens a row can hold; static.
     """
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None, :], (B, P))
     model = TransformerLM.from_params(config, params)
-    x_BPD, cache = model.hidden(tokens_BP, positions_BP, cache=KVCache.create(config, B, capacity))
-    x_B1D = jnp.take_along_axis(x_BPD, (lengths_B - 1)[:, None, None], axis=1)
+    _, cache = model.hidden(tokens_BP, positions_BP, cache=KVCache.create(config, B, capacity))
     # Padding marks a token beyond the vocabulary, which is dropped.
     ids_BP = jnp.where(positions_BP < lengths_B[:, None], tokens_BP, config.vocab_size)
     seen_BV = (
@@ -82,7 +81,6 @@ def start(
         stops=stops_RL,
         eos_id=eos_id,
     )
-    generation = _append(generation, model.unembed(x_B1D)[:, 0], _active(generation, limit))
     return extend(config, params, generation, limit)
 
 
@@ -93,7 +91,7 @@ def extend(config: TransformerConfig, params: Params, generation: Generation, li
         return jnp.any(_active(generation, limit))
 
     def step(generation: Generation) -> Generation:
-        # A row at rest feeds its last token to the same slot again: the same keys and values as before.
+        # A last token that was fed before, by the prefill or in a row at rest, writes the same keys and values.
         model = TransformerLM.from_params(config, params)
         positions_B1 = generation.lengths[:, None] - 1
         last_B1 = jnp.take_along_axis(generation.tokens, positions_B1, axis=1)

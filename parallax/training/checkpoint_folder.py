@@ -22,7 +22,8 @@ class CheckpointFolder:
     """
 
     def __init__(self, root: epath.PathLike, notify: Callable[[str], None]):
-        self.root = epath.Path(root).expanduser().absolute()
+        path = epath.Path(root)
+        self.root = path if "://" in str(path) else path.expanduser().absolute()
         self._notify = notify
 
     def path(self, step: int) -> epath.Path:

@@ -15,7 +15,7 @@ def params_sha256(params: Any) -> str:
     digest = hashlib.sha256()
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
-        array = np.ascontiguousarray(jax.device_get(leaf))
+        array = np.asarray(jax.device_get(leaf), order="C")  # ascontiguousarray would make a scalar [1]
         digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype.name}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,8 +33,6 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | os.PathLike, *, resume_step: int | None):
-        from tensorboardX import SummaryWriter
-
         folder = pathlib.Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS_FILE
@@ -43,8 +42,7 @@ class MetricsWriter:
         draft.write_text("".join(map(_line, kept)), encoding="utf-8")
         draft.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        # Event files are named by the second; the suffix keeps a quick restart from writing over the last one.
-        self._events = SummaryWriter(str(folder), purge_step=first or None, filename_suffix=f".{first}")
+        self._events = _Events(folder, first)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends {"step": step, **values} and flushes it.
@@ -55,15 +53,44 @@ class MetricsWriter:
         numbers = {name: float(value) for name, value in values.items()}
         self._file.write(_line({"step": int(step), **numbers}))
         self._file.flush()
-        for name, number in numbers.items():
-            if math.isfinite(number):
-                self._events.add_scalar(name, number, int(step))
-        self._events.flush()
+        finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
+        self._events.write(int(step), finite)
 
     def close(self) -> None:
         """Flushes and closes both files."""
         self._file.close()
         self._events.close()
+
+
+class _Events:
+    """A TensorBoard event file whose first event forgets all events from step `first` on.
+
+    Written in place and not by tensorboardX's SummaryWriter, whose queue loses what a killed run logged last.
+    """
+
+    def __init__(self, folder: pathlib.Path, first: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        # Generated modules: their classes are made at import, where no type checker sees them.
+        self._event: Any = event_pb2
+        self._summary: Any = summary_pb2
+        # Event files are named by the second; the suffix keeps a quick restart from writing over the last one.
+        self._writer = EventsWriter(str(folder / "events"), f".{first}")
+        self._append(first, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        values = [
+            self._summary.Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()
+        ]
+        self._append(step, summary=self._summary.Summary(value=values))
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _append(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event.Event(wall_time=time.time(), step=step, **content))
+        self._writer.flush()
 
 
 def read_metrics(path: str | os.PathLike) -> list[Row]:

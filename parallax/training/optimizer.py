@@ -34,7 +34,7 @@ def make_learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
     def learning_rate(step: jax.Array) -> jax.Array:
         rising = (step + 1) / (warmup + 1)
-        done = jnp.clip((step - warmup) / max(1, steps - warmup), 0, 1)
+        done = jnp.clip((step - warmup) / max(1, steps - 1 - warmup), 0, 1)
         falling = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + jnp.cos(jnp.pi * done))
         return peak * jnp.where(step < warmup, rising, falling)
 
@@ -58,7 +58,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; matrices decay, norms and biases do not.
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum orthogonalised by Newton-Schulz
     iterations for the matrices of the blocks, scaled to the size of an Adam update (Moonlight, arXiv:2502.16982,
-    eq. 4), so that the same rate serves both; Adam without decay for all else.
+    eq. 4), so that the same rate serves both; for all else Adam without decay, in its Nesterov form (Dozat 2016).
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     if config.optimizer == "adamw":

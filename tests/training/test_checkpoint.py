@@ -394,7 +394,7 @@ def test_a_kill_at_any_moment_leaves_the_newest_trusted_step(tmp_path):
     moments = random.Random(0)
     reached = 0
     with run_python(SAVE_FOR_EVER, tmp_path, stdin=subprocess.PIPE) as server:
-        for _ in range(8):
+        for _ in range(5):
             server.stdin.write("go\n")
             server.stdin.flush()
             told = {}

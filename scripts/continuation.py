@@ -1,0 +1,138 @@
+"""Prompts continued on standard output.
+
+Invariant: what is shown is the same whether it is streamed or written at once.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from data.tokenizer import StreamDecoder, Tokenizer
+from parallax.inference.generate import Generator
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings
+from parallax.inference.stopping import StopFilter
+from scripts.run_folder import Run
+
+if TYPE_CHECKING:
+    from scripts.generate import Flags
+
+
+class Writer:
+    """Writes continuations by one model."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._generator = Generator(run.config)
+        self._warm = False
+
+    def stream(self, flags: "Flags") -> None:
+        """One sample, as it is drawn.
+
+        Raises:
+          ValueError: from `make_request` and `Generator.stream`, before anything is shown.
+        """
+        request, began, drawn = make_request(flags, self._run.tokenizer), time.perf_counter(), []
+        pairs = self._generator.stream(self._run.params, request)
+        self._introduce()
+
+        def tokens() -> Iterator[int]:
+            for _, token in pairs:
+                drawn.append(token)
+                yield token
+
+        try:
+            show(flags.prompt)
+            for piece in decode(tokens(), self._run.tokenizer, stops_of(flags)):
+                show(piece)
+        finally:
+            if flags.interactive:
+                show("\n")
+            elif sys.stdout.isatty():
+                tell("")
+            self._tell_speed(len(drawn), began)
+
+    def write_samples(self, flags: "Flags") -> None:
+        """All samples, drawn in one batch. A new line stands between two.
+
+        Raises:
+          ValueError: from `make_request` and `Generator.generate`, before anything is shown.
+        """
+        request, began = make_request(flags, self._run.tokenizer), time.perf_counter()
+        rows = self._generator.generate(self._run.params, request)
+        self._introduce()
+        self._tell_speed(sum(map(len, rows)), began)
+        for number, tokens in enumerate(rows):
+            show("\n" if number else "")
+            tell(f"--- sample {number} ---")
+            show(flags.prompt + "".join(decode(tokens, self._run.tokenizer, stops_of(flags))))
+        if sys.stdout.isatty():
+            tell("")
+
+    def _introduce(self) -> None:
+        """Says once which model writes; only after a request was found good, so that an error is one line."""
+        run = self._run
+        if not self._warm:
+            size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
+            tell(f"model     {run.folder}, step {run.step}: {size}, {kind}")
+
+    def _tell_speed(self, num_tokens: int, began: float) -> None:
+        seconds = time.perf_counter() - began
+        remark = "" if self._warm else ", compilation included"
+        tell(f"speed     {num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} a second{remark}")
+        self._warm = True
+
+
+def make_request(flags: "Flags", tokenizer: Tokenizer) -> Request:
+    """The request that the flags describe.
+
+    Raises:
+      ValueError: the tokenizer cannot spell the prompt or a stop, or a setting is out of its range.
+    """
+    rows = flags.num_samples
+    settings = SamplingSettings.create(
+        rows,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+    )
+    return Request(
+        prompts=[tokenizer.encode(flags.prompt)] * rows,
+        settings=settings,
+        seeds=range(flags.seed, flags.seed + rows),
+        max_tokens=flags.max_tokens,
+        stops=[tokenizer.encode(stop) for stop in stops_of(flags)],
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def stops_of(flags: "Flags") -> list[str]:
+    r"""The stops, with \n, \t and \\ as a new line, a tab and one backslash: shells make those hard to type."""
+    meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return [re.sub(r"\\[nt\\]", lambda match: meant[match[0]], stop) for stop in flags.stop]
+
+
+def decode(tokens: Iterable[int], tokenizer: Tokenizer, stops: list[str]) -> Iterator[str]:
+    """The text of tokens, in pieces as they come, up to the first stop."""
+    decoder, until_stop = StreamDecoder(tokenizer), StopFilter(stops)
+    for token in tokens:
+        yield until_stop.push(decoder.push(token))
+        if until_stop.stopped:
+            return
+    yield until_stop.push(decoder.flush())
+    yield until_stop.flush()
+
+
+def show(text: str) -> None:
+    """Text as it is, in UTF-8 whatever the locale."""
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()
+
+
+def tell(line: str) -> None:
+    """A line for the person who watches, on standard error."""
+    print(line, file=sys.stderr, flush=True)

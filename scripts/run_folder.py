@@ -1,0 +1,70 @@
+"""A run folder as a model to use: config, tokenizer and the parameters of a checkpoint.
+
+Invariant: only reads, and needs nothing but the folder.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from parallax.config import TransformerConfig, config_from_dict
+from parallax.model.transformer import Params, init_params
+from parallax.training.checkpoint import Checkpointer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run left, ready to use."""
+
+    folder: Path
+    config: TransformerConfig
+    tokenizer: Tokenizer
+    params: Params
+    step: int
+    """The checkpoint that `params` came from."""
+    settings: dict[str, Any]
+    """All of config.json: how the run was trained, and on what."""
+
+
+def load_run(folder: str | Path, step: int | None = None) -> Run:
+    """Reads a run with the parameters of `step`, by default those of its best checkpoint.
+
+    Raises:
+      ValueError: the folder is no run, its files contradict each other, or no such checkpoint is intact.
+    """
+    folder = Path(folder)
+    settings = _read_settings(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    config = config_from_dict(settings["model"])
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} in {folder / 'config.json'} must equal the {tokenizer.vocab_size} of "
+            "tokenizer.json; restore the files that training wrote"
+        )
+    abstract_params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False)
+    try:
+        found, params, _ = checkpoints.restore_params(abstract_params, step)
+    finally:
+        checkpoints.close()
+    return Run(folder, config, tokenizer, params, found, settings)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    remedy = "give the folder that train.py wrote"
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"run folder {folder} has no readable config.json ({error.strerror}); {remedy}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON ({error}); {remedy}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        raise ValueError(f"{path} must hold an object with a model config; {remedy}")
+    return settings

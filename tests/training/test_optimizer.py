@@ -1,0 +1,250 @@
+"""Rates by closed form, AdamW against its algorithm written out, Muon's updates against their geometry."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from parallax.config import OptimizerConfig, TransformerConfig
+from parallax.model.transformer import init_params
+from parallax.training.optimizer import (
+    INPUT_DIMS,
+    is_matrix,
+    make_learning_rate,
+    make_optimizer,
+    warmup_steps,
+)
+
+CONFIG = TransformerConfig(
+    vocab_size=13, embed_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=40,
+    attention_bias=True, qk_norm=True, tie_embeddings=False,
+)  # fmt: skip
+SHAPES = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+FEW = {"blocks": {"out": np.zeros((2, 4, 3, 5)), "scale": np.zeros((2, 5))}}
+NOT_DECAYED = {"scale", "query_bias", "key_bias", "value_bias"}
+
+
+def name_of(path):
+    return path[-1].key
+
+
+def random_like(tree, seed, scale=1.0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.normal(0, scale, leaf.shape).astype(np.float32), tree)
+
+
+@functools.cache
+def compiled(config):
+    optimizer = make_optimizer(config)
+    return optimizer.init, jax.jit(optimizer.update)
+
+
+def updates_of(config, gradients, params):
+    """The updates that a sequence of gradients gives, with the parameters standing still."""
+    init, update = compiled(config)
+    state, updates = init(params), []
+    for gradient in gradients:
+        step, state = update(gradient, state, params)
+        updates.append(step)
+    return updates
+
+
+def rates(config, steps):
+    learning_rate = make_learning_rate(config, steps)
+    return np.array([learning_rate(step) for step in np.arange(steps, dtype=np.int32)])
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(1, None), (1, 0), (1, 1), (2, 0), (2, 1), (5, 5), (7, 6), (7, 3), (12, 0), (60, None), (70, 20)],
+)
+def test_rate_rises_in_a_line_and_falls_along_a_cosine(steps, warmup):
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=warmup, final_rate=0.2)
+    rate, warmup = rates(config, steps), warmup_steps(config, steps)
+    rising = 0.5 * np.arange(1, warmup + 1) / (warmup + 1)
+    np.testing.assert_allclose(rate[:warmup], rising, rtol=1e-6)  # float32
+    if warmup < steps:
+        progress = np.arange(steps - warmup) / max(1, steps - 1 - warmup)
+        falling = 0.5 * (0.2 + 0.8 * (1 + np.cos(np.pi * progress)) / 2)
+        np.testing.assert_allclose(rate[warmup:], falling, rtol=1e-6)
+        np.testing.assert_allclose(rate[warmup], 0.5, rtol=1e-6)
+    if warmup < steps - 1:
+        np.testing.assert_allclose(rate[-1], 0.5 * 0.2, rtol=1e-6)
+
+
+def test_rate_is_the_same_traced_and_never_rises_again():
+    config, steps = OptimizerConfig(learning_rate=1e-3, warmup_steps=4), 30
+    traced = jax.jit(jax.vmap(make_learning_rate(config, steps)))(jnp.arange(2 * steps, dtype=jnp.int32))
+    np.testing.assert_allclose(traced[:steps], rates(config, steps), rtol=1e-6)
+    np.testing.assert_allclose(traced[steps:], 1e-4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 9, 10, 15, 999, 1000, 100_000])
+def test_default_warmup_is_a_tenth_of_the_run_up_to_a_hundred_steps(steps):
+    assert warmup_steps(OptimizerConfig(), steps) == min(100, steps // 10)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 2), (10, 11), (100, 1000)])
+def test_warmup_longer_than_the_run_is_refused_with_a_remedy(steps, warmup):
+    with pytest.raises(ValueError, match=f"warmup_steps={warmup} must not exceed steps={steps}") as caught:
+        make_learning_rate(OptimizerConfig(warmup_steps=warmup), steps)
+    assert "\n" not in str(caught.value)
+    remedy = int(str(caught.value).split("try ")[1])
+    make_learning_rate(OptimizerConfig(warmup_steps=remedy), steps)
+
+
+def test_matrices_are_all_leaves_but_scales_and_biases():
+    chosen = jax.tree_util.tree_leaves_with_path(is_matrix(SHAPES))
+    assert {name_of(path) for path, matrix in chosen if not matrix} == NOT_DECAYED
+    assert {name_of(path) for path, matrix in chosen if matrix} == {*INPUT_DIMS, "table"}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_only_matrices_decay(kind):
+    """Without a gradient an update is decay alone; Muon leaves the tables to an Adam without decay."""
+    params, zeros = random_like(SHAPES, 0), jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f"), SHAPES)
+    (updates,) = updates_of(OptimizerConfig(optimizer=kind, weight_decay=0.3), [zeros], params)
+    decayed = {*INPUT_DIMS, "table"} if kind == "adamw" else {*INPUT_DIMS}
+
+    def check(path, update, param):
+        expected = -0.3 * param if name_of(path) in decayed else 0 * param
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(check, updates, params)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_gradients_are_clipped_to_the_norm_and_no_further(kind):
+    """A long gradient acts as if scaled to the norm, a short one as it is; 0 turns clipping off."""
+    params, unit = random_like(FEW, 1), random_like(FEW, 2)
+    unit = jax.tree.map(lambda leaf: leaf / float(optax.tree.norm(unit)), unit)
+    other = random_like(FEW, 3, 1e-2)  # a second one, since the first step of Adam forgets all scale
+    times = [jax.tree.map(lambda leaf: leaf * factor, unit) for factor in (100.0, 2.0, 1.0)]
+    run = functools.partial(OptimizerConfig, optimizer=kind)
+    clipped = [updates_of(run(clip_norm=2.0), [gradient, other], params)[1] for gradient in times]
+    free = [updates_of(run(clip_norm=0.0), [gradient, other], params)[1] for gradient in times]
+    same = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6)  # float32, through 5 Newton-Schulz
+    jax.tree.map(same, clipped[0], free[1])
+    jax.tree.map(same, clipped[1], free[1])
+    jax.tree.map(same, clipped[2], free[2])
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (free[0], free[1])), strict=True)) > 0.1
+
+
+def test_adamw_is_its_algorithm():
+    """Three steps of algorithm 2 of arXiv:1711.05101 in float64, clipping before it."""
+    config = OptimizerConfig(beta1=0.8, beta2=0.9, weight_decay=0.2, clip_norm=1.5)
+    params = {"blocks": {"gate": np.full((2, 3, 4), 0.5, "f"), "scale": np.ones((2, 3), "f")}}
+    params["embedding"] = {"table": np.linspace(-1, 1, 10, dtype="f").reshape(5, 2)}
+    gradients = [random_like(params, seed, scale) for seed, scale in enumerate((1.0, 0.1, 2.0))]
+    updates = updates_of(config, gradients, params)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
+    first, second = zeros, zeros
+    for t, (gradient, update) in enumerate(zip(gradients, updates, strict=True), start=1):
+        norm = np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in jax.tree.leaves(gradient)))
+        shrink = min(1, 1.5 / norm)
+        first = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g * shrink, first, gradient)
+        second = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * (g * shrink) ** 2, second, gradient)
+
+        def check(path, update, m, v, param, t=t):
+            expected = -(m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8)
+            expected = expected - (0 if name_of(path) == "scale" else 0.2) * param
+            np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-6)  # float32 against float64
+
+        jax.tree_util.tree_map_with_path(check, update, first, second, params)
+
+
+def flattened(name, leaf):
+    """A stacked kernel as one (input, output) matrix a layer."""
+    inputs = np.prod(leaf.shape[1 : 1 + INPUT_DIMS[name]])
+    return np.asarray(leaf, np.float64).reshape(leaf.shape[0], inputs, -1)
+
+
+@pytest.fixture(scope="module")
+def muon_updates():
+    """First and second gradients and updates, a layer's gradient 100 times the other's, clipping and decay off."""
+    params, gradients = random_like(SHAPES, 4), [random_like(SHAPES, seed) for seed in (5, 6)]
+    for gradient in gradients:
+        for leaf in jax.tree.leaves(gradient["blocks"]):
+            leaf[1] *= 100
+    config = OptimizerConfig(optimizer="muon", clip_norm=0.0, weight_decay=0.0)
+    return params, gradients, updates_of(config, gradients, params)
+
+
+def test_every_matrix_of_a_block_knows_its_input_dims(muon_updates):
+    """What a kernel multiplies is D wide, or H·K or F: told from the config, not from the table under test."""
+    D, HK, GK, F = 24, 4 * 8, 2 * 8, 40
+    expected = {
+        "query": (D, HK), "key": (D, GK), "value": (D, GK), "out": (HK, D),
+        "gate": (D, F), "up": (D, F), "down": (F, D),
+    }  # fmt: skip
+    leaves = jax.tree_util.tree_leaves_with_path(SHAPES["blocks"])
+    shapes = {name_of(p): flattened(name_of(p), np.zeros(x.shape)).shape for p, x in leaves if name_of(p) in expected}
+    assert shapes == {name: (2, *shape) for name, shape in expected.items()}
+
+
+def test_muon_turns_each_layers_gradient_into_a_nearly_orthogonal_matrix(muon_updates):
+    """With g = U S Vᵀ the first update is -U S' Vᵀ with S' near 1, times 0.2 √max(in, out), whatever the scale of g.
+
+    The band is what five Newton-Schulz iterations with Jordan's coefficients leave: 0.68 to 1.13, and a little room.
+    """
+    _, (gradient, _), (update, _) = muon_updates
+    gradients, updates = (
+        {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree["blocks"])}
+        for tree in (gradient, update)
+    )
+    for name in INPUT_DIMS:
+        for g, step in zip(flattened(name, gradients[name]), flattened(name, updates[name]), strict=True):
+            u, _, vt = np.linalg.svd(g, full_matrices=False)
+            core = -u.T @ step @ vt.T / (0.2 * np.sqrt(max(g.shape)))
+            values = np.diag(core)
+            assert values.min() > 0.65, name
+            assert values.max() < 1.16, name
+            np.testing.assert_allclose(core, np.diag(values), atol=1e-4, err_msg=name)  # float32 products
+            rest = step - u @ (u.T @ step @ vt.T) @ vt
+            np.testing.assert_allclose(rest, 0, atol=1e-4, err_msg=name)
+
+
+def test_muon_leaves_the_rest_to_adam(muon_updates):
+    params, gradients, updates = muon_updates
+    adam = optax.adamw(1.0, 0.9, 0.95, weight_decay=0.0, nesterov=True)
+    state, adam_update = adam.init(params), jax.jit(adam.update)
+    for gradient, update in zip(gradients, updates, strict=True):
+        expected, state = adam_update(gradient, state, params)
+
+        def check(path, ours, adams):
+            if name_of(path) not in INPUT_DIMS:
+                np.testing.assert_allclose(ours, adams, rtol=1e-5, err_msg=str(path))  # float32
+            else:
+                assert np.abs(ours - adams).max() > 1e-2, path
+
+        jax.tree_util.tree_map_with_path(check, update, expected)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_loss_falls(kind):
+    """A two-layer regression in the model's own leaf names: both optimizers learn it to a twentieth of the loss."""
+    rng = np.random.default_rng(7)
+    x, teacher = rng.normal(size=(64, 6)), rng.normal(size=(6, 3))
+    y = np.tanh(x @ teacher)
+    params = {"blocks": {"up": rng.normal(0, 0.4, (1, 6, 32)), "down": rng.normal(0, 0.2, (1, 32, 3))}}
+    params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
+    optimizer = make_optimizer(OptimizerConfig(optimizer=kind, weight_decay=0.0))
+
+    def loss(params):
+        hidden = jnp.tanh(x.astype(np.float32) @ params["blocks"]["up"][0])
+        return jnp.mean((hidden @ params["blocks"]["down"][0] - y) ** 2)
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return jax.tree.map(lambda p, u: p + 0.02 * u, params, updates), state, value
+
+    state, values = optimizer.init(params), []
+    for _ in range(150):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    assert values[-1] < values[0] / 20

@@ -1,0 +1,67 @@
+"""The first state, and the names of the axes of everything in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from parallax.config import OptimizerConfig, TransformerConfig
+from parallax.model.transformer import param_axes
+from parallax.training.fingerprint import params_sha256
+from parallax.training.optimizer import make_optimizer
+from parallax.training.state import make_init, state_axes
+
+CONFIG = TransformerConfig(
+    vocab_size=13, embed_dim=8, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12,
+    attention_bias=True, qk_norm=True,
+)  # fmt: skip
+
+
+def is_spec(leaf):
+    return isinstance(leaf, PartitionSpec)
+
+
+def init_of(kind="adamw", seed=0):
+    return make_init(CONFIG, make_optimizer(OptimizerConfig(optimizer=kind)), seed)
+
+
+def test_first_state_is_a_pure_function_of_the_seed():
+    first, again, other = (jax.jit(init_of(seed=seed))() for seed in (0, 0, 1))
+    assert params_sha256(first.params) == params_sha256(again.params) != params_sha256(other.params)
+    for counter in (first.step, first.bad_steps):
+        assert counter == 0
+        assert counter.dtype == jnp.int32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(first.params))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(first.opt_state))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_array_has_one_name_a_dim_and_moments_lie_like_their_parameters(kind):
+    """Two Adam moments a parameter, or Muon's one for a matrix, carry exactly the parameter's names."""
+    state = jax.eval_shape(init_of(kind))
+    axes = state_axes(CONFIG, init_of(kind))
+    assert jax.tree.structure(axes, is_leaf=is_spec) == jax.tree.structure(state)
+    jax.tree.map(lambda leaf, spec: np.testing.assert_equal(len(spec), leaf.ndim), state, axes)
+
+    params = jax.tree_util.tree_leaves_with_path(param_axes(CONFIG), is_leaf=is_spec)
+    moments = jax.tree_util.tree_leaves_with_path(axes.opt_state, is_leaf=is_spec)
+    for path, spec in params:
+        found = [names for other, names in moments if tuple(other[-len(path) :]) == tuple(path)]
+        assert found in ([spec, spec], [spec] if kind == "muon" else None), path
+    named = sum(any(spec) for _, spec in moments)
+    assert named == sum(2 if kind == "adamw" or spec_is_adams(path) else 1 for path, _ in params)
+    assert axes.step == axes.bad_steps == PartitionSpec()
+
+
+def spec_is_adams(path):
+    """Whether Muon leaves a parameter to Adam."""
+    return path[-1].key in {"scale", "table", "query_bias", "key_bias", "value_bias"}
+
+
+def test_a_state_is_a_frozen_pytree():
+    state = jax.jit(init_of())()
+    leaves, structure = jax.tree.flatten(state)
+    assert type(jax.tree.unflatten(structure, leaves)) is type(state)
+    with pytest.raises(AttributeError):
+        state.step = 1
