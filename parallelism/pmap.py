@@ -47,7 +47,7 @@ class Pmap:
     def init(self) -> State:
         return self.adopt(jax.jit(self._init_state, out_shardings=self._whole)())
 
-    def compile(self, step: Callable) -> Callable:
+    def compile(self, step: Callable) -> jax.stages.Wrapped:
         def on_one_device(state, batch):
             with axes.bound(None):
                 return step(state, batch)

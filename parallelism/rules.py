@@ -63,7 +63,9 @@ def partition_spec(
         sizes = {axis: mesh_shape[axis] for axis in mesh_axes}
         if size % math.prod(sizes.values()):
             product = "×".join(f"{axis}={count}" for axis, count in sizes.items())
-            raise ValueError(f"{name}={size} must be divisible by {product}; try {_remedy(name, size, sizes)}")
+            raise ValueError(
+                f"{name}={size} must be divisible by {product}; try {_remedy(name, size, sizes)}"
+            )
         spec.append(mesh_axes if len(mesh_axes) != 1 else mesh_axes[0])
     return PartitionSpec(*(axes or None for axes in spec))
 

@@ -36,7 +36,7 @@ class Single:
     def init(self) -> State:
         return jax.jit(self._init_state, out_shardings=self._device)()
 
-    def compile(self, step: Callable) -> Callable:
+    def compile(self, step: Callable) -> jax.stages.Wrapped:
         return jax.jit(step, donate_argnums=0)
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:

@@ -5,7 +5,7 @@ it there are only canonical arrays: global, with no device dim.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from parallelism.hosts import StopRequest
 
 STRATEGIES = ("single", "pmap", "mesh")
 
-State = Any
+State: TypeAlias = Any
 Batch = dict[str, np.ndarray]
 
 
@@ -23,7 +23,7 @@ class Strategy(Protocol):
 
     gradients: Callable[[Callable], Callable]
     """The gradient function for the step: loss_fn -> (params, batch, key) -> (sums, tokens, averaged gradient)."""
-    devices: list[jax.Device]
+    devices: list[Any]
     """Those that the step runs on."""
     is_writer: bool
     """Whether this process writes the files that all processes share."""
@@ -42,8 +42,8 @@ class Strategy(Protocol):
         """The first state, born in its place."""
         ...
 
-    def compile(self, step: Callable) -> Callable[[State, Any], tuple[State, dict[str, jax.Array]]]:
-        """The step on placed state and batch; it donates the state."""
+    def compile(self, step: Callable) -> jax.stages.Wrapped:
+        """The step, (state, batch) -> (state, metrics), on placed state and batch; it donates the state."""
         ...
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:

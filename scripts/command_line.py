@@ -4,6 +4,7 @@ Invariant: bad input gives exactly one line on standard error, with rule, value 
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -25,14 +26,16 @@ def parse(
       ValueError: a flag is unknown, or its value breaks a rule.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    keywords = {} if default is None else {"default": default}
+    parser = functools.partial(tyro.cli, flags, args=arguments, description=description, **keywords)
     if {"-h", "--help"} & set(arguments):
-        return tyro.cli(flags, args=arguments, default=default, description=description)
+        return parser()
     box = io.StringIO()
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"  # no message is wrapped, so that its first line is all of it
     try:
         with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
-            return tyro.cli(flags, args=arguments, default=default, description=description)
+            return parser()
     except SystemExit:
         raise ValueError(_first_message(box.getvalue())) from None
     finally:

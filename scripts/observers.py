@@ -22,7 +22,7 @@ class Files:
         pass
 
     def row(self, row: Row) -> None:
-        self._writer.write(row["step"], {name: value for name, value in row.items() if name != "step"})
+        self._writer.write(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
         if "eval_loss" in row:
             plot_loss(self._folder)
 
@@ -42,7 +42,7 @@ class Terminal:
         self._progress.update(step)
 
     def row(self, row: Row) -> None:
-        self._progress.update(**row)
+        self._progress.update(**{**row, "step": int(row["step"])})
 
     def close(self) -> None:
         self._progress.close()

@@ -58,10 +58,11 @@ def show_costs(job: Job) -> int:
     print(
         f"A step takes {step_flops(job.flags.model, settings.batch_size, settings.seq_len):.4g} FLOPs in all."
     )
-    print(
-        f"A device holds {memory.argument_size_in_bytes:,} bytes of state and batch, "
-        f"and needs {memory.temp_size_in_bytes:,} bytes beside them while it computes."
-    )
+    if memory is not None:  # a backend may not say
+        print(
+            f"A device holds {memory.argument_size_in_bytes:,} bytes of state and batch, "
+            f"and needs {memory.temp_size_in_bytes:,} bytes beside them while it computes."
+        )
     return 0
 
 

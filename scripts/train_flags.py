@@ -87,6 +87,10 @@ def read_flags(args: list[str] | None = None) -> Flags:
     args = list(sys.argv[1:] if args is None else args)
     saved = _saved_flags(args)
     default = saved or Flags(model=PRESETS.get(_value(args, "--config"), PRESETS["tiny"]))
+    if saved is None and _value(args, "--mode") == "overfit":
+        default = dataclasses.replace(
+            default, train=TrainConfig(batch_size=8)
+        )  # one sentence, a row a device
     flags = _settle(parse(Flags, default=default, description=DESCRIPTION, args=args))
     if saved is not None:
         _refuse_changes(saved, flags)

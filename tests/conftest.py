@@ -4,9 +4,13 @@ Invariant: nothing here depends on which tests run, so any test can be run alone
 """
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = ""  # a device count inherited from the shell would win over the one below
+# Tests and the processes that they start compile the same programs again and again: they share them here.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
 

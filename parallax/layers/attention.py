@@ -61,7 +61,7 @@ class Attention(nnx.Module):
         `positions_BT` is [B, T] or [1, T]; segments are for training and do not mix with a cache.
         """
         q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT)
-        key_positions, key_segments = positions_BT, segments_BT
+        key_positions = positions_BT
         if cache is not None:
             cache = cache.write(k_BSGK, v_BSGK, positions_BT)
             k_BSGK, v_BSGK = cache.read()
@@ -72,7 +72,7 @@ class Attention(nnx.Module):
             k_BSGK,
             v_BSGK,
             positions=(positions_BT, key_positions),
-            segments=None if segments_BT is None else (segments_BT, key_segments),
+            segments=None if segments_BT is None else (segments_BT, segments_BT),
             window=self.config.sliding_window,
             dropout=(self.config.dropout_rate, dropout_key),
             **({"chunk": CHUNK} if long else {}),

@@ -3,6 +3,9 @@
 Invariant: the rate is a function of the step alone, so a skipped step delays nothing.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +13,9 @@ import optax.contrib
 
 from parallax.config import OptimizerConfig
 from parallax.model.transformer import Params
+
+Schedule = Callable[[jax.Array], jax.Array]
+"""Step, int32 from 0, to learning rate."""
 
 INPUT_DIMS = {"gate": 1, "up": 1, "down": 1, "query": 1, "key": 1, "value": 1, "out": 2}
 """How many dims of each stacked matrix, after the leading layers dim, are summed over."""
@@ -20,7 +26,7 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
     return min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
 
 
-def make_learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def make_learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
     """Step, from 0, to rate: linear to the peak, then a cosine to `final_rate` of it at the last step.
 
     Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5. The first step of a warm-up already moves.
@@ -75,7 +81,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(clip, muon)
 
 
-def _matrix_dims(params: Params) -> Params:
+def _matrix_dims(params: Any) -> Any:
     """For each stacked matrix of a block its summed and its resulting dims; None for what Adam updates."""
 
     def of(path, leaf):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from parallax.training.loss import LossFn, Sums
+from parallax.training.optimizer import Schedule
 from parallax.training.state import TrainState
 
 Gradients = Callable[[LossFn], Callable[[Any, dict[str, jax.Array], jax.Array], tuple[Sums, jax.Array, Any]]]
@@ -27,7 +28,7 @@ def train_step(
     *,
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
-    learning_rate: optax.Schedule,
+    learning_rate: Schedule,
     gradients: Gradients,
     seed: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:

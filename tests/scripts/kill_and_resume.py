@@ -31,7 +31,10 @@ FLAGS = [
 def start(folder: Path, run: str, *flags: str) -> subprocess.Popen:
     """train.py on the text in `folder`; compiled programs are kept there, since the same one is started often."""
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "--dataset", "text.txt", *FLAGS]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [*command, "--output-dir", run, *flags],
         cwd=folder,
@@ -94,7 +97,9 @@ def kill_and_compare(folder: Path, kills: int, seed: int) -> list[str]:
         process = start(folder, "killed", "--resume")
         condition = (saving if number % 2 else reached)(folder / "killed", step)
         kill_when(process, condition)
-        saved = sorted(int(path.name) for path in (folder / "killed" / "checkpoints").glob("*") if path.name.isdigit())
+        saved = sorted(
+            int(path.name) for path in (folder / "killed" / "checkpoints").glob("*") if path.name.isdigit()
+        )
         how = "in a save" if number % 2 else "between steps"
         report.append(f"killed {how} after step {rows(folder / 'killed')[-1]['step']}; checkpoints {saved}")
     found = finish(start(folder, "killed", "--resume"))

@@ -1,5 +1,6 @@
 """generate.py on a run folder made here: what it prints where, its samples, stops, prompt loop and bad input."""
 
+import functools
 import io
 import json
 import os
@@ -18,15 +19,16 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.model.transformer import init_params
 from parallax.training.checkpoint import Checkpointer
-from scripts import generate
+from scripts import continuation, generate
 from scripts.continuation import Writer, decode
 from scripts.run_folder import load_run
 
 TOKENIZER = CharTokenizer("\n !?abcdefé☃")
 CONFIG = TransformerConfig(
     vocab_size=TOKENIZER.vocab_size, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24,
-    tie_embeddings=False, max_seq_len=128,
+    tie_embeddings=False, max_seq_len=256,
 )  # fmt: skip
+generator = functools.cache(Generator)  # compiles once for all tests
 
 
 def random_params(seed):
@@ -58,6 +60,8 @@ def folder(tmp_path_factory):
 def call(folder, monkeypatch, capsysbinary):
     """Runs generate.py in this process; gives exit status, standard output and the lines of standard error."""
 
+    monkeypatch.setattr(continuation, "Generator", generator)
+
     def run(*args, stdin="", checkpoint=folder):
         monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(checkpoint), *args])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -71,7 +75,7 @@ def call(folder, monkeypatch, capsysbinary):
     return run
 
 
-def continuation(step, prompt, seed, max_tokens, **settings):
+def expected(step, prompt, seed, max_tokens, **settings):
     """What should be written, by way of Generator."""
     request = Request(
         prompts=[TOKENIZER.encode(prompt)],
@@ -79,7 +83,7 @@ def continuation(step, prompt, seed, max_tokens, **settings):
         seeds=[seed],
         max_tokens=max_tokens,
     )
-    (tokens,) = Generator(CONFIG).generate(random_params(step), request)
+    (tokens,) = generator(CONFIG).generate(random_params(step), request)
     return TOKENIZER.decode(tokens)
 
 
@@ -88,14 +92,14 @@ def test_standard_output_is_prompt_and_continuation_of_the_best_checkpoint(call)
         "--prompt", "é☃!\nab", "--max-tokens", "24", "--temperature", "1.5", "--seed", "3"
     )
     assert status == 0
-    assert out == "é☃!\nab" + continuation(10, "é☃!\nab", 3, 24, temperature=1.5)
+    assert out == "é☃!\nab" + expected(10, "é☃!\nab", 3, 24, temperature=1.5)
     assert len(err) == 2
     assert "step 10" in err[0]
     assert "24 tokens in" in err[1]
     _, newest, _ = call(
         "--prompt", "é☃!\nab", "--max-tokens", "24", "--temperature", "1.5", "--seed", "3", "--step", "20"
     )
-    assert newest == "é☃!\nab" + continuation(20, "é☃!\nab", 3, 24, temperature=1.5)
+    assert newest == "é☃!\nab" + expected(20, "é☃!\nab", 3, 24, temperature=1.5)
     assert newest != out
 
 
@@ -121,7 +125,7 @@ def test_a_sample_of_several_is_the_one_of_its_seed(call):
 
 
 def test_text_ends_before_the_first_stop(call):
-    flags = ("--prompt", "ab", "--max-tokens", "60", "--seed", "1", "--temperature", "1.2")
+    flags = ("--prompt", "ab", "--max-tokens", "28", "--seed", "1", "--temperature", "1.2")
     free = call(*flags)[1]
     stop = free[20:22]
     spelled = stop.replace("\n", r"\n")
@@ -151,9 +155,9 @@ def test_text_is_decoded_as_it_is_drawn():
 def test_the_prompt_loop_continues_each_line(call):
     lines = ["ab", "/temperature 0", "é", "é", "/stop c", "/max-tokens 3", "/help", "", "/quit", "never"]
     status, out, err = call("--interactive", "--max-tokens", "9", "--seed", "4", stdin="\n".join(lines))
-    greedy = continuation(10, "é", 0, 9, temperature=0.0)
+    greedy = expected(10, "é", 0, 9, temperature=0.0)
     assert status == 0
-    assert out == f"ab{continuation(10, 'ab', 4, 9, temperature=0.8)}\né{greedy}\né{greedy}\n"
+    assert out == f"ab{expected(10, 'ab', 4, 9, temperature=0.8)}\né{greedy}\né{greedy}\n"
     assert sum("9 tokens in" in line for line in err) == 3
     assert "  seed 7  " in err[-1]
     assert err[-1].endswith("stop ('c',)")
@@ -167,7 +171,7 @@ def test_a_bad_line_costs_one_complaint(call):
         "/jump",
         "/max-tokens 0",
         "a",
-        "/max-tokens 500",
+        "/max-tokens 256",
         "a",
         "/max-tokens 2",
         "a",
@@ -177,7 +181,7 @@ def test_a_bad_line_costs_one_complaint(call):
     assert status == 0
     assert len(complaints) == 6
     assert all("; " in line for line in complaints)
-    assert out == f"a{continuation(10, 'a', 0, 2, temperature=0.8)}\n"
+    assert out == f"a{expected(10, 'a', 0, 2, temperature=0.8)}\n"
 
 
 def test_an_interrupt_ends_a_continuation_and_not_the_loop(call, monkeypatch):
@@ -211,10 +215,10 @@ def test_an_interrupt_ends_a_continuation_and_not_the_loop(call, monkeypatch):
         (["--prompt", "a", "--min-p", "1"], "min_p=1.0 must lie in [0, 1); 0 is off"),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty=0.0 must lie in"),
         (["--prompt", "a", "--max-tokens", "0"], "max_tokens=0 must be at least 1; try 200"),
-        (["--prompt", "a", "--max-tokens", "128"], "must not exceed max_seq_len=128; try max_tokens 127"),
+        (["--prompt", "a", "--max-tokens", "256"], "must not exceed max_seq_len=256; try max_tokens 255"),
         (
-            ["--prompt", "a" * 128, "--max-tokens", "1"],
-            "must not exceed max_seq_len=128; try a shorter prompt",
+            ["--prompt", "a" * 256, "--max-tokens", "1"],
+            "must not exceed max_seq_len=256; try a shorter prompt",
         ),
         (["--prompt", "a", "--seed", "-1"], "seed=-1 must lie in [0, 2^32); try 0"),
         (["--prompt", "a", "--stop", ""], "stop 0 is empty; leave it out"),
@@ -284,5 +288,5 @@ def test_it_runs_from_a_shell_anywhere(folder, tmp_path):
         [*command, "--max-tokens", "5"], input=b"ab\n", capture_output=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode() == f"ab{continuation(10, 'ab', 0, 5, temperature=0.8)}\n"
+    assert done.stdout.decode() == f"ab{expected(10, 'ab', 0, 5, temperature=0.8)}\n"
     assert len(done.stderr.splitlines()) == 3

@@ -36,6 +36,10 @@ def random_like(tree, seed, scale=1.0):
     return jax.tree.map(lambda leaf: rng.normal(0, scale, leaf.shape).astype(np.float32), tree)
 
 
+def scaled(tree, factor):
+    return jax.tree.map(lambda leaf: leaf * np.float32(factor), tree)
+
+
 @functools.cache
 def compiled(config):
     optimizer = make_optimizer(config)
@@ -120,17 +124,21 @@ def test_only_matrices_decay(kind):
 def test_gradients_are_clipped_to_the_norm_and_no_further(kind):
     """A long gradient acts as if scaled to the norm, a short one as it is; 0 turns clipping off."""
     params, unit = random_like(FEW, 1), random_like(FEW, 2)
-    unit = jax.tree.map(lambda leaf: leaf / float(optax.tree.norm(unit)), unit)
+    unit = scaled(unit, 1 / float(optax.tree.norm(unit)))
     other = random_like(FEW, 3, 1e-2)  # a second one, since the first step of Adam forgets all scale
-    times = [jax.tree.map(lambda leaf: leaf * factor, unit) for factor in (100.0, 2.0, 1.0)]
+    times = [scaled(unit, factor) for factor in (100.0, 2.0, 1.0)]
     run = functools.partial(OptimizerConfig, optimizer=kind)
     clipped = [updates_of(run(clip_norm=2.0), [gradient, other], params)[1] for gradient in times]
     free = [updates_of(run(clip_norm=0.0), [gradient, other], params)[1] for gradient in times]
-    same = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6)  # float32, through 5 Newton-Schulz
+    same = functools.partial(
+        np.testing.assert_allclose, rtol=2e-4, atol=1e-6
+    )  # float32, through 5 Newton-Schulz
     jax.tree.map(same, clipped[0], free[1])
     jax.tree.map(same, clipped[1], free[1])
     jax.tree.map(same, clipped[2], free[2])
-    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (free[0], free[1])), strict=True)) > 0.1
+    assert (
+        max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (free[0], free[1])), strict=True)) > 0.1
+    )
 
 
 def test_adamw_is_its_algorithm():
@@ -144,9 +152,9 @@ def test_adamw_is_its_algorithm():
     first, second = zeros, zeros
     for t, (gradient, update) in enumerate(zip(gradients, updates, strict=True), start=1):
         norm = np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in jax.tree.leaves(gradient)))
-        shrink = min(1, 1.5 / norm)
-        first = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g * shrink, first, gradient)
-        second = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * (g * shrink) ** 2, second, gradient)
+        gradient = scaled(gradient, min(1, 1.5 / norm))
+        first = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, first, gradient)
+        second = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g.astype(np.float64) ** 2, second, gradient)
 
         def check(path, update, m, v, param, t=t):
             expected = -(m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-8)
@@ -181,7 +189,11 @@ def test_every_matrix_of_a_block_knows_its_input_dims(muon_updates):
         "gate": (D, F), "up": (D, F), "down": (F, D),
     }  # fmt: skip
     leaves = jax.tree_util.tree_leaves_with_path(SHAPES["blocks"])
-    shapes = {name_of(p): flattened(name_of(p), np.zeros(x.shape)).shape for p, x in leaves if name_of(p) in expected}
+    shapes = {
+        name_of(p): flattened(name_of(p), np.zeros(x.shape)).shape
+        for p, x in leaves
+        if name_of(p) in expected
+    }
     assert shapes == {name: (2, *shape) for name, shape in expected.items()}
 
 

@@ -17,7 +17,7 @@ def trace(monkeypatch):
 
 
 @pytest.mark.parametrize("start", [0, 40])
-@pytest.mark.parametrize("steps", range(0, SKIPPED + TRACED + 4))
+@pytest.mark.parametrize("steps", range(SKIPPED + TRACED + 4))
 def test_one_trace_of_five_steps_or_of_as_many_as_there_are(trace, tmp_path, steps, start):
     profiler, running, traced = Profiler(tmp_path / "profile", start), False, []
     for step in range(start + 1, start + steps + 1):

@@ -34,15 +34,27 @@ CASES = {
         ["--seq-len", "99", "--model.max-seq-len", "64"],
         ["seq_len=99", "max_seq_len=64", "try --seq-len 64"],
     ),
-    "single with pmap": (["--mode", "single", "--strategy", "pmap"], ["single", "pmap", "try --mode distributed"]),
-    "distributed on one": (["--mode", "distributed", "--strategy", "single"], ["single", "try --strategy pmap"]),
+    "single with pmap": (
+        ["--mode", "single", "--strategy", "pmap"],
+        ["single", "pmap", "try --mode distributed"],
+    ),
+    "distributed on one": (
+        ["--mode", "distributed", "--strategy", "single"],
+        ["single", "try --strategy pmap"],
+    ),
     "mesh for pmap": (["--strategy", "pmap", "--mesh", "data=8"], ["data=8", "--strategy mesh"]),
     "unknown mesh axis": (["--mesh", "expert=8"], ["expert", "known are data"]),
     "repeated mesh axis": (["--mesh", "data=2,data=4"], ["data", "twice", "once"]),
     "mesh of too few": (["--mesh", "data=2"], ["data=2", "8 are visible", "try --mesh data=8"]),
     "mesh of nothing": (["--mesh", "data=0"], ["data=0", "positive", "try data=8"]),
-    "uneven batch, pmap": (["--strategy", "pmap", "--batch-size", "12"], ["batch_size=12", "try --batch-size 16"]),
-    "uneven batch, mesh": (["--strategy", "mesh", "--batch-size", "9"], ["batch_size=9", "try --batch-size 8"]),
+    "uneven batch, pmap": (
+        ["--strategy", "pmap", "--batch-size", "12"],
+        ["batch_size=12", "try --batch-size 16"],
+    ),
+    "uneven batch, mesh": (
+        ["--strategy", "mesh", "--batch-size", "9"],
+        ["batch_size=9", "try --batch-size 8"],
+    ),
     "indivisible dim": (["--mesh", "fsdp=8", "--model.embed-dim", "100"], ["embed=100", "fsdp=8", "try"]),
     "missing data": (["--dataset", "nowhere.txt"], ["nowhere.txt", "check the spelling"]),
     "missing data folder": (
@@ -113,7 +125,10 @@ def test_the_same_from_a_shell(name, workplace):
     script = Path(train.__file__)
     before = files(workplace)
     done = subprocess.run(
-        [sys.executable, str(script), *with_text(args)], capture_output=True, text=True, env=os.environ | {"COLUMNS": "40"}
+        [sys.executable, str(script), *with_text(args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "40"},
     )
     assert done.returncode == 2
     assert done.stdout == ""

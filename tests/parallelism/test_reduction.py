@@ -1,0 +1,111 @@
+"""However a batch is cut into microbatches and devices, the sums and the averaged gradient are those of the whole."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallax.training.loss import NO_TARGET, token_losses
+from parallelism import reduction
+
+DEVICES, ROWS, T, D, V = 4, 16, 5, 3, 7
+PARAMS = {"w": np.random.default_rng(0).normal(size=(D, V)).astype(np.float32)}
+CUTS = [(1, 1), (1, 2), (1, 4), (DEVICES, 1), (DEVICES, 2), (DEVICES, 4)]
+
+
+def loss_fn(params, batch, key):
+    logits = jnp.einsum("BTD,DV->BTV", batch["x"], params["w"])
+    return token_losses(logits, batch["targets"], z_loss=1e-2), jnp.sum(batch["targets"] != NO_TARGET)
+
+
+def batch(seed, densities):
+    """Rows with targets at the given densities, repeated over the batch."""
+    rng = np.random.default_rng(seed)
+    kept = rng.random((ROWS, T)) < np.resize(densities, ROWS)[:, None]
+    targets = np.where(kept, rng.integers(0, V, (ROWS, T)), NO_TARGET).astype(np.int32)
+    return {"x": rng.normal(size=(ROWS, T, D)).astype(np.float32), "targets": targets}
+
+
+@functools.cache
+def compiled(devices, microbatches, loss_fn=loss_fn):
+    """A whole batch to (sums, tokens, gradient); devices are a mapped axis, as under pmap, with rows in blocks."""
+    if devices == 1:
+        return jax.jit(reduction.mean(microbatches)(loss_fn))
+    function = jax.vmap(
+        reduction.pmean("batch", microbatches)(loss_fn), in_axes=(None, 0, None), axis_name="batch", axis_size=devices
+    )
+
+    def dealt(params, batch, key):
+        return function(params, jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch), key)
+
+    return jax.jit(dealt)
+
+
+def reduced(devices, microbatches, data, loss_fn=loss_fn, key=0):
+    """What each device ends with, [devices, ...]."""
+    results = compiled(devices, microbatches, loss_fn)(PARAMS, data, jax.random.key(key))
+    return jax.tree.map(lambda x: x[None], results) if devices == 1 else results
+
+
+@pytest.mark.parametrize("densities", [[1.0], [0.9, 0.1], [1, 1, 0, 0.5], [0, 0, 0, 0.3]], ids=str)
+@pytest.mark.parametrize(("devices", "microbatches"), CUTS)
+def test_gradient_is_that_of_the_global_mean(devices, microbatches, densities):
+    """Uneven numbers of targets included, down to a microbatch, a row or a device with none."""
+    data = batch(1, densities)
+    counted = int(np.sum(data["targets"] != NO_TARGET))
+
+    def mean_loss(params):
+        return loss_fn(params, data, None)[0]["loss"] / counted
+
+    sums, tokens, gradient = reduced(devices, microbatches, data)
+    expected = loss_fn(PARAMS, data, None)[0]
+    assert tokens.shape == (devices,)
+    np.testing.assert_array_equal(tokens, counted)
+    for name, value in expected.items():
+        np.testing.assert_allclose(sums[name], np.full(devices, value), rtol=1e-6, err_msg=name)
+    truth = jax.grad(mean_loss)(PARAMS)["w"]
+    for of_device in gradient["w"]:
+        np.testing.assert_allclose(of_device, truth, rtol=1e-5, atol=1e-7)  # order of float32 sums
+    np.testing.assert_array_equal(gradient["w"], np.broadcast_to(gradient["w"][0], gradient["w"].shape))
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), CUTS)
+def test_a_batch_without_targets_teaches_nothing(devices, microbatches):
+    sums, tokens, gradient = reduced(devices, microbatches, batch(2, [0.0]))
+    for leaf in jax.tree.leaves((sums, tokens, gradient)):
+        np.testing.assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_each_microbatch_holds_rows_of_every_block(microbatches):
+    """Dealt like cards: on a mesh, where devices hold blocks of rows, no microbatch leaves a device idle."""
+
+    def first_rows(params, batch, key):
+        marks = jnp.zeros(ROWS).at[batch["row"]].set(1) * 2.0 ** jnp.sum(batch["row"] == 0)
+        return {"loss": jnp.sum(params["w"]) * 0, "marks": marks}, jnp.int32(1)
+
+    sums, _, _ = reduced(1, microbatches, {"row": np.arange(ROWS)}, loss_fn=first_rows)
+    with_row_zero = np.flatnonzero(sums["marks"][0] == 2)
+    assert len(with_row_zero) == ROWS // microbatches
+    per_block = np.bincount(with_row_zero // (ROWS // DEVICES), minlength=DEVICES)
+    np.testing.assert_array_equal(per_block, ROWS // microbatches // DEVICES)
+
+
+def coins(params, batch, key):
+    """64 coin flips of the key it was given; sums count the heads."""
+    return {"loss": jnp.sum(params["w"]), "heads": jax.random.bernoulli(key, 0.5, (64,)).astype(int)}, jnp.int32(1)
+
+
+@pytest.mark.parametrize(("devices", "microbatches"), CUTS[1:])
+def test_every_device_and_microbatch_has_a_key_of_its_own(devices, microbatches):
+    """With one key for all, each flip would be all heads or all tails."""
+    data, keys = {"x": np.zeros(ROWS)}, devices * microbatches
+    heads = np.asarray(reduced(devices, microbatches, data, loss_fn=coins)[0]["heads"][0])
+    spread = np.var(heads)
+    assert keys / 8 < spread < keys / 2, "64 binomials of variance keys/4, within a factor of two"
+    again = reduced(devices, microbatches, data, loss_fn=coins)[0]["heads"][0]
+    np.testing.assert_array_equal(again, heads)
+    other = reduced(devices, microbatches, data, loss_fn=coins, key=1)[0]["heads"][0]
+    assert np.any(other != heads)

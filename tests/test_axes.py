@@ -1,0 +1,142 @@
+"""The seam between model and placement: transparent while nothing is bound, strict about names always."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from parallax import axes
+
+X = jnp.arange(6.0).reshape(2, 3)
+UNKNOWN = "logical axis 'tensor' is unknown; known are .*act_embed.*vocab"
+
+
+class Recorder:
+    """A placement that notes what it is asked, and marks what passes through it."""
+
+    def __init__(self):
+        self.calls = []
+
+    def constrain(self, x, names):
+        self.calls.append(("constrain", x.shape, names))
+        return x + 100
+
+    def local(self, fn, in_names, out_names):
+        self.calls.append(("local", in_names, out_names))
+        return lambda *args: fn(*args) + 1000
+
+
+def test_constrain_returns_the_very_array_when_nothing_is_bound():
+    assert axes.constrain(X, "batch", None) is X
+
+
+def test_constrain_adds_nothing_to_a_traced_function():
+    jaxpr = jax.make_jaxpr(lambda x: axes.constrain(x, "batch", "act_embed"))(X)
+    assert not jaxpr.eqns
+
+
+@pytest.mark.parametrize("placement", [None, Recorder()], ids=["unbound", "bound"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("tensor", None), UNKNOWN),
+        (("batch", "tensor"), UNKNOWN),
+        (("batch",), r"\('batch',\) must be one a dim of shape \(2, 3\); give 2 names"),
+        (("batch", None, None), r"must be one a dim of shape \(2, 3\); give 2 names"),
+    ],
+)
+def test_constrain_refuses_wrong_names(placement, names, message):
+    with axes.bound(placement), pytest.raises(ValueError, match=message):
+        axes.constrain(X, *names)
+    assert placement is None or not placement.calls
+
+
+def test_bound_placement_receives_array_and_names():
+    recorder = Recorder()
+    with axes.bound(recorder):
+        y = axes.constrain(X, "batch", "act_mlp")
+    assert recorder.calls == [("constrain", (2, 3), ("batch", "act_mlp"))]
+    assert jnp.array_equal(y, X + 100)
+
+
+def test_binding_is_seen_while_a_function_is_traced():
+    recorder = Recorder()
+    with axes.bound(recorder):
+        y = jax.jit(lambda x: axes.constrain(x, "batch", None))(X)
+    assert jnp.array_equal(y, X + 100)
+
+
+def test_bindings_nest_and_none_unbinds():
+    outer, inner = Recorder(), Recorder()
+    with axes.bound(outer):
+        with axes.bound(None):
+            assert axes.constrain(X, "batch", None) is X
+            with axes.bound(inner):
+                axes.constrain(X, "batch", None)
+            assert axes.constrain(X, "batch", None) is X
+        axes.constrain(X, None, "vocab")
+    assert axes.constrain(X, "batch", None) is X
+    assert [names for _, _, names in outer.calls] == [(None, "vocab")]
+    assert [names for _, _, names in inner.calls] == [("batch", None)]
+
+
+def test_an_error_unbinds():
+    with pytest.raises(ValueError, match="unknown"), axes.bound(Recorder()):
+        axes.constrain(X, "nonsense", None)
+    assert axes.constrain(X, "batch", None) is X
+
+
+def test_a_binding_stays_in_its_thread():
+    seen = []
+    with axes.bound(Recorder()):
+        thread = threading.Thread(target=lambda: seen.append(axes.constrain(X, "batch", None)))
+        thread.start()
+        thread.join()
+    assert seen[0] is X
+
+
+def test_local_is_the_function_itself_when_nothing_is_bound():
+    def double(x):
+        return 2 * x
+
+    names = [("batch", None)]
+    assert axes.local(double, names, ("batch", None)) is double
+    with axes.bound(None):
+        assert axes.local(double, names, ("batch", None)) is double
+
+
+def test_local_goes_through_a_bound_placement():
+    recorder = Recorder()
+    with axes.bound(recorder):
+        y = axes.local(lambda x: 2 * x, [("batch", None)], ("batch", None))(X)
+    assert recorder.calls == [("local", [("batch", None)], ("batch", None))]
+    assert jnp.array_equal(y, 2 * X + 1000)
+
+
+@pytest.mark.parametrize(("in_names", "out_names"), [([("tensor",)], ()), ([("batch",)], ("tensor",))])
+def test_local_refuses_unknown_names(in_names, out_names):
+    with pytest.raises(ValueError, match=UNKNOWN):
+        axes.local(lambda x: x, in_names, out_names)
+
+
+def test_param_is_float32_and_carries_its_names():
+    key = jax.random.key(3)
+    made = axes.param(jax.random.normal, key, (4, 2), ["embed", None])
+    assert made[...].dtype == jnp.float32
+    assert axes.names_of(made) == ("embed", None)
+    assert jnp.array_equal(made[...], jax.random.normal(key, (4, 2)))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(("embed", "tensor"), UNKNOWN), (("embed",), r"must be one a dim of shape \(4, 2\); give 2 names")],
+)
+def test_param_refuses_wrong_names(names, message):
+    with pytest.raises(ValueError, match=message):
+        axes.param(jax.random.normal, jax.random.key(0), (4, 2), names)
+
+
+def test_parameters_and_activations_share_no_name():
+    """Or a rule for weights would silently move activations too."""
+    assert not axes.PARAM_AXES & axes.ACTIVATION_AXES

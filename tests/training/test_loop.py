@@ -1,0 +1,299 @@
+"""The loop against a plain account of when things are due, on a small compiled step."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallax.config import TrainConfig
+from parallax.training import loop
+from parallax.training.loop import Diverged, Stopwatch, train
+from parallax.training.state import TrainState
+
+TIMING = {"tokens_per_second", "step_time", "mfu"}
+TOKENS = 12
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def small_step(state, batch):
+    """Params follow from every batch so far, so that a lost or repeated batch shows in all later rows."""
+    w = 0.5 * state.params["w"] + batch["x"]
+    finite = jnp.isfinite(batch["x"])
+    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
+    metrics = {"loss": jnp.sin(w), "tokens": jnp.int32(TOKENS), "bad_steps": bad_steps}
+    params = {"w": jnp.where(finite, w, state.params["w"])}
+    return TrainState(step=state.step + 1, params=params, opt_state=(), bad_steps=bad_steps), metrics
+
+
+def fresh_state():
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(step=zero, params={"w": jnp.float32(1)}, opt_state=(), bad_steps=zero + 0)
+
+
+class Harness:
+    """Placement, observer, evaluation and storage in one, which writes down what happens in order."""
+
+    def __init__(self, stop_at=None, bad=(), clock=None):
+        self.events, self.saved, self.dispatched = [], {}, 0
+        self._stop_at, self._bad, self._clock = stop_at, bad, clock
+        self.stopwatch = Stopwatch()
+
+    def _takes(self, seconds):
+        if self._clock is not None:
+            self._clock.now += seconds
+
+    def batches(self, start):
+        for k in itertools.count(start):
+            self._takes(0.25)
+            yield {"x": np.float32(np.nan if k in self._bad else np.sin(3.0 * k))}
+
+    def put_batch(self, batch):
+        return jax.device_put(batch)
+
+    def stop_requested(self, step):
+        return self._stop_at is not None and step >= self._stop_at
+
+    def take_step(self, state, batch):
+        self._takes(1.0 if self.dispatched else 100.0)
+        self.dispatched += 1
+        return small_step(state, batch)
+
+    def step(self, step, metrics):
+        self.events.append(("step", step, metrics))
+
+    def row(self, row):
+        self.events.append(("row", row["step"], row))
+
+    def evaluate(self, state):
+        self._takes(30.0)
+        self.events.append(("evaluate", int(state.step), None))
+        return float(state.params["w"]) + 1
+
+    def save(self, step, state, eval_loss):
+        self._takes(7.0)
+        self.saved[step] = jax.tree.map(np.array, state)
+        self.events.append(("save", step, eval_loss))
+
+    def train(self, config, start=0, state=None, observers=None, **keywords):
+        return train(
+            fresh_state() if state is None else jax.tree.map(jnp.array, state),
+            start=start,
+            step=self.take_step,
+            batches=self.batches(start),
+            placement=self,
+            config=config,
+            evaluate=self.evaluate,
+            save=self.save,
+            observers=[self] if observers is None else observers,
+            stopwatch=self.stopwatch,
+            **keywords,
+        )
+
+    def of(self, kind):
+        return [step for what, step, _ in self.events if what == kind]
+
+    @property
+    def rows(self):
+        return [row for what, _, row in self.events if what == "row"]
+
+    @property
+    def logged(self):
+        return [row["step"] for row in self.rows if "loss" in row]
+
+
+def without_timing(rows):
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in rows]
+
+
+def draw_config(seed):
+    rng = np.random.default_rng(seed)
+    steps, log, evaluation, checkpoint = (int(n) for n in rng.integers(1, [20, 9, 12, 12]))
+    return TrainConfig(
+        steps=steps, log_interval=log, eval_interval=evaluation, checkpoint_interval=checkpoint
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_everything_happens_when_it_is_due_and_only_then(seed):
+    config, run = draw_config(seed), Harness()
+    state, done = run.train(config)
+    every = range(1, config.steps + 1)
+    last = {config.steps}
+    assert done == state.step == config.steps == run.dispatched
+    assert run.of("step") == list(every)
+    assert run.logged == [n for n in every if n % config.log_interval == 0 or n in {1, *last}]
+    evaluated = [n for n in every if n % config.eval_interval == 0 or n in last]
+    assert run.of("evaluate") == evaluated
+    assert [row["step"] for row in run.rows if "eval_loss" in row] == evaluated
+    saved = [n for n in every if n % config.checkpoint_interval == 0 or n in evaluated]
+    assert run.of("save") == saved
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_happens_after_a_step_happens_in_order(seed):
+    """Observed, logged, evaluated, recorded, saved: each of its own step, before the next is observed."""
+    config, run = draw_config(seed), Harness()
+    run.train(config)
+    order = {"step": 0, "row": 1, "evaluate": 2, "save": 4}
+    places = [
+        (step, 3 if what == "row" and "eval_loss" in detail else order[what])
+        for what, step, detail in run.events
+    ]
+    assert places == sorted(set(places))
+
+
+def test_rows_hold_the_metrics_of_their_step_and_saves_its_state_and_held_out_loss():
+    config, run = TrainConfig(steps=9, log_interval=1, eval_interval=3, checkpoint_interval=2), Harness()
+    run.train(config)
+    w, states, losses = np.float32(1), {}, {}
+    for k in range(9):
+        w = np.float32(0.5) * w + np.float32(np.sin(3.0 * k))
+        states[k + 1], losses[k + 1] = w, np.sin(w)
+    for row in run.rows:
+        if "loss" in row:
+            np.testing.assert_allclose(row["loss"], losses[row["step"]], rtol=1e-5, atol=1e-6)  # float32
+            assert {"step", "loss", "bad_steps"} <= set(row) <= {"step", "loss", "bad_steps", *TIMING}
+        else:
+            np.testing.assert_allclose(row["eval_loss"], states[row["step"]] + 1, rtol=1e-5)
+            assert set(row) == {"step", "eval_loss"}
+    evaluated = {row["step"]: row["eval_loss"] for row in run.rows if "eval_loss" in row}
+    for what, step, eval_loss in run.events:
+        if what == "save":
+            assert eval_loss == evaluated.get(step)
+            assert run.saved[step].step == step
+            np.testing.assert_allclose(run.saved[step].params["w"], states[step], rtol=1e-5)
+
+
+def test_observers_get_host_numbers_one_after_the_other():
+    first, second, calls = Harness(), Harness(), []
+    for name, observer in (("first", first), ("second", second)):
+        observer.step = lambda step, metrics, name=name: calls.append((name, step, metrics))
+        observer.row = lambda row, name=name: calls.append((name, row["step"], row))
+    Harness().train(TrainConfig(steps=3, log_interval=2), observers=[first, second])
+    assert [name for name, _, _ in calls] == ["first", "second"] * (len(calls) // 2)
+    assert all(a[1:] == b[1:] for a, b in zip(calls[::2], calls[1::2], strict=True))
+    assert all(type(value) in (int, float) for _, _, numbers in calls for value in numbers.values())
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_resumed_run_writes_the_rows_of_the_uninterrupted_one(seed):
+    """From every checkpoint: the same rows, evaluations, saves and final state, timing aside."""
+    config, whole = draw_config(seed), Harness()
+    end, _ = whole.train(config)
+    for step, state in whole.saved.items():
+        rest = Harness()
+        resumed, done = rest.train(config, start=step, state=state)
+        assert done == config.steps
+        assert without_timing(rest.rows) == without_timing(row for row in whole.rows if row["step"] > step)
+        assert rest.of("save") == [n for n in whole.of("save") if n > step]
+        assert rest.of("step") == list(range(step + 1, config.steps + 1))
+        assert resumed.params["w"] == end.params["w"]
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 8, 10, 12])
+def test_a_request_to_stop_saves_and_leaves_without_a_row_of_its_own(stop_at):
+    """Stopping and going on leaves the rows of the run that was not stopped."""
+    config = TrainConfig(steps=12, log_interval=4, eval_interval=5, checkpoint_interval=100)
+    whole, run = Harness(), Harness(stop_at=stop_at)
+    whole.train(config)
+    state, done = run.train(config)
+    assert done == state.step == stop_at == run.dispatched
+    assert run.of("step") == list(range(1, stop_at + 1))
+    assert run.events[-1][:2] == ("save", stop_at)
+    assert run.of("save").count(stop_at) == 1
+    assert without_timing(run.rows) == without_timing(row for row in whole.rows if row["step"] <= stop_at)
+    rest = Harness()
+    rest.train(config, start=stop_at, state=run.saved[stop_at])
+    assert without_timing(run.rows + rest.rows) == without_timing(whole.rows)
+
+
+@pytest.mark.parametrize(("log_interval", "first_bad"), [(1, 0), (1, 4), (100, 4), (7, 4), (7, 5), (3, 9)])
+def test_too_many_bad_steps_in_a_row_end_the_run(log_interval, first_bad):
+    """It is noticed at once or, where the host runs ahead, one step later; the bad state is not saved."""
+    config = TrainConfig(
+        steps=50, log_interval=log_interval, eval_interval=10, checkpoint_interval=1, max_bad_steps=3
+    )
+    for checkpoint_interval in (1, 100):
+        run = Harness(bad=range(first_bad, 50))
+        with pytest.raises(Diverged, match=f"3 steps in a row up to step {first_bad + 3}") as caught:
+            run.train(dataclasses.replace(config, checkpoint_interval=checkpoint_interval))
+        assert "\n" not in str(caught.value)
+        assert "try " in str(caught.value)
+        assert run.dispatched <= first_bad + 4
+        assert max(run.of("save"), default=0) < first_bad + 3
+        assert run.of("step")[-1] == first_bad + 3
+
+
+def test_bad_steps_that_end_in_time_do_not_end_the_run():
+    config = TrainConfig(steps=12, log_interval=1, max_bad_steps=3)
+    run = Harness(bad={2, 3, 5, 6, 10})
+    run.train(config)
+    assert [row["bad_steps"] for row in run.rows if "loss" in row] == [0, 0, 1, 2, 0, 1, 2, 0, 0, 0, 1, 0]
+
+
+def test_a_run_that_is_over_takes_no_step():
+    run = Harness()
+    state, done = run.train(TrainConfig(steps=5), start=5, state=fresh_state())
+    assert done == 5
+    assert run.events == []
+    assert state.params["w"] == 1
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(loop.time, "perf_counter", clock)
+    return clock
+
+
+def test_stopwatch_knows_what_the_time_went_to(clock):
+    """A step of 1 s after a first of 100 s, data of 0.25 s, evaluations of 30 s, checkpoints of 7 s."""
+    config = TrainConfig(steps=10, log_interval=4, eval_interval=5, checkpoint_interval=3)
+    run = Harness(clock=clock)
+    run.train(config)
+    expected = {"compile": 100.0, "step": 9.0, "data": 2.5, "evaluation": 2 * 30.0, "checkpoint": 5 * 7.0}
+    assert run.stopwatch.seconds == expected
+    assert sum(expected.values()) == clock.now
+
+
+def test_speed_is_of_steps_and_data_and_not_of_compiling_evaluating_or_saving(clock):
+    config = TrainConfig(steps=10, log_interval=4, eval_interval=5, checkpoint_interval=3)
+    run = Harness(clock=clock)
+    run.train(config, step_flops=20.0, peak_flops=32.0)
+    first, *later = [row for row in run.rows if "loss" in row]
+    assert not TIMING & set(first)
+    assert [row["step"] for row in later] == [4, 8, 10]
+    for row in later:
+        assert row["step_time"] == 1.25
+        assert row["tokens_per_second"] == TOKENS / 1.25
+        assert row["mfu"] == 0.5
+
+
+def test_without_a_known_peak_there_is_no_utilisation():
+    run = Harness()
+    run.train(TrainConfig(steps=4, log_interval=1), step_flops=20.0, peak_flops=None)
+    assert not any("mfu" in row for row in run.rows)
+    assert all(row["tokens_per_second"] > 0 for row in run.rows[1:] if "loss" in row)
+
+
+def test_stopwatch_adds_up_and_counts_what_failed(clock):
+    stopwatch = Stopwatch()
+    for seconds in (2.0, 3.0):
+        with stopwatch.timing("step"):
+            clock.now += seconds
+    with contextlib.suppress(KeyError), stopwatch.timing("data"):
+        clock.now += 5.0
+        raise KeyError
+    assert stopwatch.seconds == {"step": 5.0, "data": 5.0}
