@@ -71,8 +71,8 @@ def partition_spec(
 
 
 def _remedy(name: str | None, size: int, sizes: dict[str, int]) -> str:
-    """The nearest larger dim, and the largest last mesh axis that the dim allows when there is one."""
+    """The nearest larger dim and, where one helps, a last mesh axis that leaves whole devices to another axis."""
     pieces, (last, count) = math.prod(sizes.values()), list(sizes.items())[-1]
     larger = f"{name}={size + -size % pieces}"
-    fits = [fewer for fewer in range(1, count) if size % (pieces // count * fewer) == 0]
-    return f"a mesh with {last}={fits[-1]} or {larger}" if fits else larger
+    fewer = [d for d in range(1, count) if count % d == 0 and size % (pieces // count * d) == 0]
+    return f"a mesh with {last}={fewer[-1]} or {larger}" if fewer else larger

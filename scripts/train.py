@@ -23,6 +23,7 @@ from parallax.training.loop import Diverged, Observer, Stopwatch, train
 from parallax.training.profile import Profiler
 from parallax.training.state import TrainState
 from parallelism.hardware import peak_flops
+from scripts.allocator import keep_large_buffers
 from scripts.command_line import errors_in_one_line
 from scripts.job import Job, prepare_job, say
 from scripts.new_run import write_json
@@ -33,6 +34,7 @@ from scripts.train_flags import flags_to_dict, read_flags
 
 def main() -> int:
     """Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input."""
+    keep_large_buffers()
     with errors_in_one_line():
         flags = read_flags()
         job = prepare_job(flags)

@@ -4,7 +4,9 @@ Invariant: what a row becomes depends on its own prompt, settings and seed alone
 drawn with fold_in(key(seed), p), so neighbours, padding and where a stream pauses change nothing.
 """
 
+import dataclasses
 from collections.abc import Iterator
+from typing import cast
 
 import chex
 import jax
@@ -70,7 +72,7 @@ def start(
         jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
     )
     generation = Generation(
-        cache=cache,
+        cache=cast(KVCache, cache),
         tokens=jnp.pad(tokens_BP, ((0, 0), (0, capacity - P))),
         lengths=lengths_B,
         prompt_lengths=lengths_B,
@@ -96,7 +98,9 @@ def extend(config: TransformerConfig, params: Params, generation: Generation, li
         positions_B1 = generation.lengths[:, None] - 1
         last_B1 = jnp.take_along_axis(generation.tokens, positions_B1, axis=1)
         logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache)
-        return _append(generation.replace(cache=cache), logits_B1V[:, 0], _active(generation, limit))
+        return _append(
+            dataclasses.replace(generation, cache=cache), logits_B1V[:, 0], _active(generation, limit)
+        )
 
     return jax.lax.while_loop(unfinished, step, generation)
 
@@ -117,7 +121,8 @@ def _append(generation: Generation, logits_BV: jax.Array, active_B: jax.Array) -
     tokens = generation.tokens.at[rows, slot_B].set(token_B, mode="drop")
     lengths = generation.lengths + active_B
     stopped_B = ends_with_stop(tokens, generation.prompt_lengths, lengths, generation.stops)
-    return generation.replace(
+    return dataclasses.replace(
+        generation,
         tokens=tokens,
         lengths=lengths,
         seen=generation.seen.at[rows, mark_B].set(True, mode="drop"),

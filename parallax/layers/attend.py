@@ -22,9 +22,9 @@ def visible(positions: Pair, segments: Pair | None, window: int) -> jax.Array:
     distance = positions[0][:, :, None] - positions[1][:, None, :]
     seen = distance >= 0
     if window:
-        seen &= distance < window
+        seen = seen & (distance < window)
     if segments is not None:
-        seen &= segments[0][:, :, None] == segments[1][:, None, :]
+        seen = seen & (segments[0][:, :, None] == segments[1][:, None, :])
     return seen
 
 

@@ -68,6 +68,9 @@ class TransformerLM(nnx.Module):
           segments: [B, T]; tokens attend within their own segment.
           cache: earlier tokens; a token is written to the slot of its position.
           dropout_key: without one nothing is dropped.
+
+        Raises:
+          ValueError: a cache without positions, or with segments.
         """
         x_BTD, cache = self.hidden(tokens_BT, positions, segments, cache, dropout_key)
         return self.unembed(x_BTD), cache
@@ -81,6 +84,14 @@ class TransformerLM(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """`__call__` up to the final norm: [B, T, D], so that a loss can take the logits a chunk at a time."""
+        if cache is not None and positions is None:
+            raise ValueError(
+                "positions=None says not which slots of the cache to write; give positions [B, T]"
+            )
+        if cache is not None and segments is not None:
+            raise ValueError(
+                "segments cannot be told apart in a cache; give one document a row, without segments"
+            )
         if positions is None:
             positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers + 1)

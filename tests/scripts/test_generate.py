@@ -21,7 +21,6 @@ from parallax.model.transformer import init_params
 from parallax.training.checkpoint import Checkpointer
 from scripts import continuation, generate
 from scripts.continuation import Writer, decode
-from scripts.run_folder import load_run
 
 TOKENIZER = CharTokenizer("\n !?abcdefé☃")
 CONFIG = TransformerConfig(
@@ -233,46 +232,6 @@ def test_bad_input_is_one_line_and_status_2(call, args, message):
     assert err[0].startswith("error: ")
     assert message in err[0]
     assert "; " in err[0], "no remedy"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (
-            lambda run: (run / "config.json").unlink(),
-            "has no readable config.json (No such file or directory)",
-        ),
-        (lambda run: (run / "config.json").write_text("{"), "config.json must be JSON"),
-        (
-            lambda run: (run / "config.json").write_text("[]"),
-            "config.json must hold an object with a model config",
-        ),
-        (lambda run: (run / "config.json").write_text('{"model": {"depth": 3}}'), "unknown field depth"),
-        (lambda run: (run / "config.json").write_text('{"model": {"vocab_size": 99}}'), "vocab_size=99"),
-        (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json must be readable"),
-        (lambda run: None, "has no checkpoint"),
-    ],
-)
-def test_a_folder_that_is_no_run_is_refused(call, folder, tmp_path, damage, message):
-    for name in ("config.json", "tokenizer.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    damage(tmp_path)
-    status, out, err = call("--prompt", "a", checkpoint=tmp_path)
-    assert (status, out, len(err)) == (2, "", 1)
-    assert message in err[0]
-    assert "; " in err[0], "no remedy"
-
-
-def test_a_run_is_read_and_left_as_it_is(folder):
-    def contents():
-        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-    before = contents()
-    run = load_run(folder)
-    assert (run.config, run.tokenizer, run.step) == (CONFIG, TOKENIZER, 10)
-    assert run.settings["train"] == {"steps": 20}
-    jax.tree.map(np.testing.assert_array_equal, run.params, random_params(10))
-    assert contents() == before
 
 
 def test_it_runs_from_a_shell_anywhere(folder, tmp_path):

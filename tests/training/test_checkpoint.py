@@ -1,4 +1,4 @@
-"""Checkpoints on a real disk: what was saved comes back to the bit, onto any devices, and without a word."""
+"""Checkpoints on a real disk: what was saved comes back to the bit, onto any devices, or is refused."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What a process can do to a checkpoint, or the reverse: a kill, a full disk, a slow start, an unasked word."""
+"""Checkpoints and the whole process: a kill or a full disk loses no trusted step, and a normal run is silent."""
 
 import json
 import os
@@ -103,10 +103,12 @@ def test_a_write_that_fails_is_an_exception_and_the_last_step_stays(tmp_path, sm
     checkpointer.save(1, {"w": jnp.ones(1000)}, {})
     checkpointer.wait()
     small_files_only()
-    with pytest.raises(OSError, match=f"^checkpoint 2 could not be saved in {tmp_path}: ") as error:
-        checkpointer.save(2, {"w": jnp.arange(1e6)}, {})
+    checkpointer.save(2, {"w": jnp.arange(1e6)}, {})
+    with pytest.raises(OSError, match="could not be saved") as error:
         checkpointer.close()
-    assert "\n" not in str(error.value)
+    message = str(error.value)
+    assert message.startswith(f"checkpoint 2 could not be saved in {tmp_path}: ")
+    assert "\n" not in message
     assert checkpointer.steps() == [1]
 
 

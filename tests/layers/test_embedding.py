@@ -1,0 +1,76 @@
+"""The table: looked up, and multiplied into float32 logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from parallax.axes import names_of
+from parallax.config import TransformerConfig
+from parallax.layers.embedding import Embedding
+
+V, D = 7, 4
+TOKENS = np.array([[0, 6, 3], [3, 3, 1]])
+
+
+def embedding(**changes):
+    return Embedding(TransformerConfig(vocab_size=V, embed_dim=D, **changes), rngs=nnx.Rngs(0))
+
+
+@functools.cache
+def hidden():
+    return jnp.asarray(np.random.default_rng(0).normal(0, 100, (2, 3, D)), jnp.float32)
+
+
+def test_embed_reads_rows():
+    made = embedding()
+    np.testing.assert_array_equal(made.embed(TOKENS), made.table[...][TOKENS])
+    assert names_of(made.table) == ("vocab", "embed")
+
+
+def test_only_the_rows_read_have_a_gradient():
+    graph, state = nnx.split(embedding())
+    gradient = jax.grad(lambda state: nnx.merge(graph, state).embed(TOKENS).sum())(state)
+    counts = np.bincount(TOKENS.ravel(), minlength=V)
+    np.testing.assert_array_equal(gradient["table"][...], np.repeat(counts[:, None], D, axis=1))
+
+
+def test_unembed_multiplies_by_the_same_table():
+    made = embedding()
+    np.testing.assert_allclose(
+        made.unembed(hidden()), hidden() @ made.table[...].T, rtol=1e-5
+    )  # float32 sums
+
+
+def test_bfloat16_vectors_give_float32_logits():
+    made = embedding(dtype="bfloat16")
+    assert made.embed(TOKENS).dtype == jnp.bfloat16
+    x = hidden().astype(jnp.bfloat16)
+    logits = made.unembed(x)
+    assert logits.dtype == jnp.float32
+    rounded = made.table[...].astype(jnp.bfloat16).astype(jnp.float32)
+    exact = x.astype(jnp.float32) @ rounded.T  # only the operands are bfloat16: sums are float32
+    np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_soft_cap_bounds_and_keeps_order(cap):
+    plain, capped = embedding().unembed(hidden()), embedding(logit_softcap=cap).unembed(hidden())
+    assert np.abs(plain).max() > cap
+    assert np.abs(capped).max() <= cap
+    np.testing.assert_allclose(capped, cap * np.tanh(plain / cap), rtol=1e-6)  # float32 rounding
+
+
+def test_soft_cap_leaves_small_logits_nearly_alone():
+    x = hidden() / 1e4
+    plain, capped = embedding().unembed(x), embedding(logit_softcap=30.0).unembed(x)
+    np.testing.assert_allclose(capped, plain, rtol=1e-5)  # tanh(x) = x - x³/3
+
+
+def test_first_logits_have_variance_one_sixteenth():
+    made = Embedding(TransformerConfig(vocab_size=512, embed_dim=64), rngs=nnx.Rngs(1))
+    x = np.random.default_rng(2).normal(size=(1, 64, 64)).astype(np.float32)
+    np.testing.assert_allclose(np.var(made.unembed(x)), 1 / 16, rtol=0.05)  # 64 independent rows

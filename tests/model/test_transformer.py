@@ -1,0 +1,221 @@
+"""The whole model: where it starts, what its switches may not change, and how it is laid out and compiled."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from parallax.axes import PARAM_AXES
+from parallax.config import NANO_CONFIG, PRESETS, SMALL_CONFIG, TINY_CONFIG, TransformerConfig
+from parallax.layers.dropout import dropout
+from parallax.model.block import TransformerBlock
+from parallax.model.transformer import TransformerLM, init_params, param_axes
+
+B, T, V = 2, 8, 13
+SIZES = {
+    **{"vocab_size": V, "embed_dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2},
+    **{"head_dim": 4, "mlp_dim": 24},
+}
+TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
+
+
+def configured(**changes):
+    return TransformerConfig(**{**SIZES, **changes})
+
+
+def weights(config):
+    """Weights from numpy, since compiling an initialisation takes longer than the tests."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config, params, tokens, key=None):
+    return TransformerLM.from_params(config, params)(tokens, dropout_key=key)[0]
+
+
+def loss(config, params, tokens, key=None):
+    """Mean cross-entropy of the next token."""
+    predicted = jax.nn.log_softmax(logits(config, params, tokens[:, :-1], key))
+    return -jnp.mean(jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1))
+
+
+loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (TINY_CONFIG, 64),
+        (NANO_CONFIG, 64),
+        (SMALL_CONFIG, 16),
+        (TransformerConfig(vocab_size=1000, embed_dim=48, num_layers=2, tie_embeddings=False), 64),
+    ],
+    ids=["tiny", "nano", "small", "another vocabulary"],
+)
+def test_first_loss_is_that_of_a_uniform_guess(config, length):
+    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (4, length))
+    first = jax.jit(lambda key: loss(config, init_params(config, key), tokens))(jax.random.key(0))
+    assert first == pytest.approx(math.log(config.vocab_size), rel=0.02)
+
+
+def test_seed_decides_the_weights_and_layers_differ():
+    initialise = jax.jit(functools.partial(init_params, configured()))
+    first, again, other = (initialise(jax.random.key(seed)) for seed in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    matrices = [
+        (a, b)
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(other), strict=True
+        )
+        if "norm" not in jax.tree_util.keystr(path)
+    ]
+    assert all((a != b).mean() > 0.99 for a, b in matrices)
+    query = first["blocks"]["attention"]["query"]
+    assert (query[0] != query[1]).mean() > 0.99
+
+
+def test_scan_equals_a_loop_over_the_blocks():
+    config = configured(dropout_rate=0.3, qk_norm=True, attention_bias=True)
+    params, key = weights(config), jax.random.key(4)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: TransformerBlock(config, rngs=nnx.Rngs(0))))
+
+    @jax.jit
+    def looped(params):
+        model = TransformerLM.from_params(config, params)
+        stacked = nnx.state(model.blocks)
+        keys = jax.random.split(key, config.num_layers + 1)
+        x = dropout(model.embedding.embed(TOKENS), config.dropout_rate, keys[-1])
+        for n in range(config.num_layers):
+            block = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], stacked))
+            x, _ = block(x, jnp.arange(T)[None], dropout_key=keys[n])
+        return model.unembed(model.final_norm(x))
+
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # fused in another way
+    compare(logits(config, params, TOKENS, key), looped(params))
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_program_does_not_grow_with_depth(remat):
+    def size(depth):
+        config = configured(num_layers=depth, remat=remat)
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        return len(loss_and_gradients.lower(config, params, TOKENS).as_text())
+
+    assert size(12) < 1.01 * size(2)  # numbers in shapes get a digit longer
+
+
+def test_rematerialisation_changes_memory_and_nothing_else():
+    """Values saved for the backward pass shrink from none over dots to full; loss and gradients stay."""
+    results, memory = {}, {}
+    for remat in ("none", "dots", "full"):
+        config = configured(remat=remat, dropout_rate=0.2, num_layers=6)
+        params, tokens = weights(config), np.tile(TOKENS, (4, 8))
+        compiled = loss_and_gradients.lower(config, params, tokens, jax.random.key(5)).compile()
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+        results[remat] = compiled(params, tokens, jax.random.key(5))
+    assert memory["none"] > 1.2 * memory["dots"] > 1.2 * 1.2 * memory["full"]
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),  # fused in another way
+            results[remat],
+            results["none"],
+        )
+
+
+def test_bfloat16_gives_float32_logits_close_to_those_of_float32():
+    config = configured(tie_embeddings=False)
+    params = weights(config)
+    exact = logits(config, params, TOKENS)
+    low = logits(configured(tie_embeddings=False, dtype="bfloat16"), params, TOKENS)
+    assert exact.dtype == low.dtype == jnp.float32
+    assert np.abs(low - exact).max() < 0.05 * np.abs(exact).max()  # a dozen roundings of 2⁻⁸ in sequence
+    assert np.abs(low - exact).max() > 1e-4  # bfloat16 was used at all
+
+
+def test_bfloat16_compute_leaves_gradients_float32():
+    config = configured(dtype="bfloat16")
+    _, gradients = jax.eval_shape(
+        functools.partial(jax.value_and_grad(loss, argnums=1), config), weights(config), TOKENS
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+def test_soft_cap_bounds_the_logits():
+    params = weights(configured())
+    plain, capped = (logits(configured(logit_softcap=cap), params, TOKENS) for cap in (0.0, 1.5))
+    assert np.abs(plain).max() > 1.5 > np.abs(capped).max()
+    np.testing.assert_allclose(capped, 1.5 * np.tanh(plain / 1.5), rtol=1e-5, atol=1e-6)  # float32 rounding
+
+
+def test_dropout_follows_its_key_and_only_a_key():
+    params, config = weights(configured()), configured(dropout_rate=0.4)
+    plain = logits(configured(), params, TOKENS)
+    first, again, other = (logits(config, params, TOKENS, jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.1
+    np.testing.assert_array_equal(logits(config, params, TOKENS), plain)
+    np.testing.assert_array_equal(logits(configured(), params, TOKENS, jax.random.key(1)), plain)
+
+
+def test_rows_of_a_batch_drop_different_values():
+    params, config = weights(configured()), configured(dropout_rate=0.4)
+    same = logits(config, params, np.tile(TOKENS[:1], (2, 1)), jax.random.key(3))
+    assert np.abs(same[0] - same[1]).max() > 0.1
+
+
+def test_tied_and_untied_trees_differ_by_the_output_table():
+    def paths(tie):
+        leaves = jax.tree_util.tree_leaves_with_path(weights(configured(tie_embeddings=tie)))
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+    tied, untied = paths(True), paths(False)
+    assert set(untied.items()) - set(tied.items()) == {("output/table", (V, SIZES["embed_dim"]))}
+    assert set(tied) <= set(untied)
+
+
+def test_untied_output_is_the_table_that_makes_the_logits():
+    params = weights(configured(tie_embeddings=False))
+    tied = {name: tree for name, tree in params.items() if name != "output"}
+    equal = {**tied, "output": tied["embedding"]}
+    expected = logits(configured(), tied, TOKENS)
+    np.testing.assert_array_equal(logits(configured(tie_embeddings=False), equal, TOKENS), expected)
+    silent = {**tied, "output": jax.tree.map(np.zeros_like, tied["embedding"])}
+    assert not logits(configured(tie_embeddings=False), silent, TOKENS).any()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*PRESETS.values(), configured(qk_norm=True, attention_bias=True, tie_embeddings=False)],
+    ids=[*PRESETS, "switched"],
+)
+def test_every_dim_of_every_parameter_has_one_known_name(config):
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    sizes = {
+        **{"layers": config.num_layers, "vocab": config.vocab_size, "embed": config.embed_dim},
+        **{"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim},
+        "mlp": config.mlp_dim,
+    }
+    assert set(sizes) == PARAM_AXES
+
+    def check(path, leaf, names):
+        assert leaf.dtype == jnp.float32
+        assert len(set(names)) == len(names)
+        assert leaf.shape == tuple(sizes[name] for name in names)
+        assert (names[0] == "layers") == (path[0].key == "blocks")
+
+    jax.tree_util.tree_map_with_path(check, shapes, param_axes(config))
+
+
+def test_a_model_is_made_afresh_from_each_tree_of_parameters():
+    """The structure is remembered between calls; the arrays must not be."""
+    config = configured()
+    ones, twos = (jax.tree.map(lambda leaf, n=n: np.full_like(leaf, n), weights(config)) for n in (1, 2))
+    models = [TransformerLM.from_params(config, params) for params in (ones, twos)]
+    for n, model in enumerate(models, start=1):
+        assert {float(x) for leaf in jax.tree.leaves(nnx.state(model)) for x in np.unique(leaf)} == {n}

@@ -1,0 +1,96 @@
+"""Which tokens a logit may depend on, read off exact gradients: earlier ones, of its document, within the window."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallax.config import TransformerConfig
+from parallax.layers import attention
+from parallax.model.transformer import TransformerLM, init_params
+
+T = 10
+SIZES = {
+    **{"vocab_size": T, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2},
+    **{"head_dim": 4, "mlp_dim": 24, "tie_embeddings": False},
+}
+TOKENS = np.random.default_rng(3).permutation(T)[
+    None
+]  # each once, so a row of the table is a position's vector
+DOCUMENTS = np.array([[1] * 4 + [2] * 5 + [0]])
+
+
+@functools.cache
+def weights():
+    """Weights from numpy, since compiling an initialisation takes longer than the tests."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(TransformerConfig(**SIZES), jax.random.key(0)))
+    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.4, leaf.shape).astype(np.float32), shapes)
+
+
+def reached(segments=None, **changes):
+    """Whether the logits at t have a gradient with regard to the embedding of the token at s: [T, T] booleans."""
+    config = TransformerConfig(**{**SIZES, **changes})
+    mixture = (
+        np.random.default_rng(4).normal(size=T).astype(np.float32)
+    )  # no logit may be cancelled by another
+
+    def outputs(table):
+        params = {**weights(), "embedding": {"table": table}}
+        logits, _ = TransformerLM.from_params(config, params)(TOKENS, segments=segments)
+        return logits[0] @ mixture
+
+    jacobian = jax.jit(jax.jacrev(outputs))(weights()["embedding"]["table"])
+    return np.asarray(jacobian != 0)[:, TOKENS[0]].any(-1)
+
+
+LATER = np.arange(T)[:, None] - np.arange(T)
+
+
+@pytest.mark.parametrize("chunk", [None, 2], ids=["dense", "chunked"])
+def test_a_logit_depends_on_all_earlier_tokens_and_no_later_one(chunk, monkeypatch):
+    if chunk:
+        monkeypatch.setattr(attention, "CHUNK", chunk)
+    np.testing.assert_array_equal(reached(), LATER >= 0)
+
+
+def test_a_logit_depends_on_its_own_document_alone():
+    same = DOCUMENTS.T == DOCUMENTS
+    np.testing.assert_array_equal(reached(segments=DOCUMENTS), same & (LATER >= 0))
+
+
+@pytest.mark.parametrize(("window", "layers"), [(1, 2), (3, 1), (3, 2), (2, 3)])
+def test_windows_add_up_over_the_layers(window, layers):
+    """Each layer reaches window - 1 tokens further back."""
+    params = jax.tree.map(np.copy, weights())
+    span = layers * (window - 1)
+    expected = (LATER >= 0) & (LATER <= span)
+    if layers != SIZES["num_layers"]:
+        blocks = jax.tree.map(lambda leaf: np.repeat(leaf[:1], layers, axis=0), params["blocks"])
+        seen = reached_with({**params, "blocks": blocks}, sliding_window=window, num_layers=layers)
+    else:
+        seen = reached(sliding_window=window)
+    np.testing.assert_array_equal(seen, expected)
+
+
+def test_packed_documents_have_the_logits_of_each_alone():
+    config = TransformerConfig(**SIZES)
+    model = TransformerLM.from_params(config, weights())
+    forward = jax.jit(lambda tokens, segments: model(tokens, segments=segments)[0])
+    packed = forward(TOKENS, DOCUMENTS)
+    for document in (1, 2):
+        own = DOCUMENTS[0] == document
+        alone = forward(TOKENS[:, own], None)
+        np.testing.assert_allclose(packed[:, own], alone, rtol=1e-4, atol=1e-4)  # turned from other positions
+    together = forward(TOKENS, None)
+    assert np.abs(together - packed)[:, 4:].max() > 0.1
+
+
+def test_only_distances_between_positions_matter():
+    model = TransformerLM.from_params(TransformerConfig(**SIZES), weights())
+    forward = jax.jit(lambda positions: model(TOKENS, positions)[0])
+    plain, shifted = (forward(jnp.arange(T)[None] + start) for start in (0, 100))
+    np.testing.assert_array_equal(jax.jit(lambda: model(TOKENS)[0])(), plain)
+    np.testing.assert_allclose(shifted, plain, rtol=1e-3, atol=1e-3)  # float32 angles of up to 100

@@ -1,0 +1,251 @@
+"""A mesh from text, arrays that are born where the rules say, and shards that are never the whole."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from parallax import axes
+from parallelism.mesh import MeshPlacement, parse_mesh
+from parallelism.rules import MESH_AXES, RULE_SETS
+
+
+@pytest.fixture(scope="module")
+def fsdp(tiny):
+    return tiny.strategy("mesh", "fsdp=8")
+
+
+@pytest.fixture
+def placement():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return MeshPlacement(mesh, RULE_SETS["default"])
+
+
+def size_of(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("text", "data", "fsdp"),
+    [
+        ("", 8, 1),
+        ("data=8", 8, 1),
+        ("data=all", 8, 1),
+        ("fsdp=8", 1, 8),
+        ("fsdp=all", 1, 8),
+        ("data=2,fsdp=4", 2, 4),
+        ("fsdp=4,data=2", 2, 4),
+        (" data=2, fsdp=4", 2, 4),
+        ("data=2,fsdp=all", 2, 4),
+        ("data=all,fsdp=4", 2, 4),
+        ("data=8,fsdp=all", 8, 1),
+    ],
+)
+def test_mesh_from_text(text, data, fsdp):
+    assert parse_mesh(text, 8) == {"data": data, "fsdp": fsdp}
+    assert tuple(parse_mesh(text, 8)) == MESH_AXES
+
+
+def test_one_device_is_a_mesh_too():
+    assert parse_mesh("", 1) == parse_mesh("fsdp=all", 1) == {"data": 1, "fsdp": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("modle=8", "unknown axis 'modle'"),
+        ("8", "unknown axis '8'"),
+        ("data=8,", "unknown axis ''"),
+        ("data=2,data=4", "gives data twice"),
+        ("data=0", "positive number for data, not '0'"),
+        ("data=-8", "positive number for data, not '-8'"),
+        ("data=1.5", "positive number for data, not '1.5'"),
+        ("data", "positive number for data, not ''"),
+        ("fsdp=eight", "positive number for fsdp, not 'eight'"),
+        ("data=2,fsdp=0", "positive number for fsdp, not '0'"),
+        ("data=all,fsdp=all", "positive number for fsdp, not 'all'"),
+        ("fsdp=x,data=all", "positive number for fsdp, not 'x'"),
+        ("data=3", "needs 3 devices but 8 are visible"),
+        ("data=16", "needs 16 devices but 8 are visible"),
+        ("data=4,fsdp=4", "needs 16 devices but 8 are visible"),
+        ("data=all,fsdp=3", "needs 6 devices but 8 are visible"),
+        ("data=all,fsdp=16", "needs 16 devices but 8 are visible"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_with_a_remedy(text, complaint):
+    with pytest.raises(ValueError, match="mesh=") as caught:
+        parse_mesh(text, 8)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert repr(text) in message
+    assert complaint in message
+    whole, part = re.search(r"try --mesh (\S+)$", message), re.search(r"try (\w+)=(\w+)$", message)
+    if whole:
+        parse_mesh(whole[1], 8)
+    elif part:
+        sizes = dict(piece.partition("=")[::2] for piece in text.split(","))
+        mended = sizes | {part[1]: part[2]}
+        parse_mesh(",".join(f"{axis}={size}" for axis, size in mended.items()), 8)
+    else:
+        assert re.search(r"known are data, fsdp$|give each axis once$", message)
+
+
+def test_state_is_born_in_eighths(fsdp, tiny):
+    """Every parameter and every moment has an embedding dim; only counters are whole everywhere."""
+    state = fsdp.init()
+    split = (state.params, state.opt_state)
+    arrays = [leaf for leaf in jax.tree.leaves(split) if leaf.ndim]
+    assert len(arrays) == 3 * len(jax.tree.leaves(state.params)), "a parameter has two moments"
+    for leaf in arrays:
+        assert {shard.device for shard in leaf.addressable_shards} == set(jax.devices())
+        for shard in leaf.addressable_shards:
+            assert shard.data.nbytes * 8 == leaf.nbytes
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, fsdp.abstract())
+    memory = jax.jit(tiny.init_state, out_shardings=shardings).lower().compile().memory_analysis()
+    assert memory.output_size_in_bytes < 1.2 * size_of(arrays) / 8  # a table of pointers comes with them
+    assert memory.temp_size_in_bytes < size_of(arrays) / 4, (
+        "no device holds the whole while the state is made"
+    )
+
+
+def test_state_is_replicated_over_data(tiny):
+    strategy = tiny.strategy("mesh", "data=8")
+    for leaf in jax.tree.leaves(strategy.init()):
+        assert leaf.is_fully_replicated
+        assert [shard.data.shape for shard in leaf.addressable_shards] == [leaf.shape] * 8
+
+
+def test_state_is_split_over_fsdp_and_repeated_over_data(tiny):
+    strategy = tiny.strategy("mesh", "data=2,fsdp=4")
+    gate = strategy.init().params["blocks"]["mlp"]["gate"]
+    assert gate.sharding.spec == PartitionSpec(None, "fsdp", None)
+    for i, shard in enumerate(gate.addressable_shards):
+        part = i % 4
+        assert shard.data.shape == (1, 4, 24)
+        np.testing.assert_array_equal(shard.data, np.asarray(gate)[:, 4 * part : 4 * part + 4])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_abstract_state_says_how_the_state_lies(make_tiny, optimizer):
+    strategy = make_tiny(optimizer).strategy("mesh", "data=2,fsdp=4")
+
+    def check(shape, leaf):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+        assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+    jax.tree.map(check, strategy.abstract(), strategy.canonical(strategy.init()))
+
+
+def test_a_step_keeps_the_state_in_its_place_and_donates_it(fsdp, tiny):
+    """The step that was lowered from shapes alone runs; a device's arguments are an eighth of state and batch."""
+    batch = tiny.batch(0)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+    compiled = fsdp.lower(tiny.step(fsdp), shapes).compile()
+    memory = compiled.memory_analysis()
+    eighth = size_of((fsdp.abstract(), shapes)) / 8
+    assert (
+        eighth <= memory.argument_size_in_bytes <= 1.2 * eighth
+    )  # the counters are whole, words are rounded up
+    assert memory.temp_size_in_bytes > 0
+    state = fsdp.init()
+    new, metrics = compiled(state, fsdp.put_batch(batch))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    jax.tree.map(
+        lambda leaf, shape: np.testing.assert_equal(
+            leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim), True
+        ),
+        new,
+        fsdp.abstract(),
+    )
+    assert all(value.is_fully_replicated for value in metrics.values())
+    assert jnp.isfinite(metrics["loss"])
+
+
+def test_batch_is_split_over_all_devices(tiny):
+    batch = tiny.batch(0) | {"sample_ids": np.arange(16, dtype=np.int32)}
+    for mesh in ("data=8", "fsdp=8", "data=2,fsdp=4"):
+        strategy = tiny.strategy("mesh", mesh)
+        np.testing.assert_array_equal(strategy.rows(16), np.arange(16))
+        for name, x in strategy.put_batch(batch).items():
+            assert x.shape == batch[name].shape
+            for i, shard in enumerate(x.addressable_shards):
+                np.testing.assert_array_equal(shard.data, batch[name][2 * i : 2 * i + 2])
+
+
+@pytest.mark.parametrize(("mesh", "accumulate"), [("data=8", 1), ("fsdp=8", 2), ("data=2,fsdp=4", 3)])
+@pytest.mark.parametrize("batch_size", [1, 4, 12, 31, 100])
+def test_a_batch_that_cannot_be_dealt_is_refused_with_a_remedy(tiny, batch_size, mesh, accumulate):
+    strategy = tiny.strategy("mesh", mesh, accumulate)
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be divisible by .*=8") as caught:
+        strategy.rows(batch_size)
+    remedy = int(re.search(r"try --batch-size (\d+)$", str(caught.value))[1])
+    assert len(strategy.rows(remedy)) == remedy
+
+
+def test_a_model_that_cannot_be_split_is_refused_with_a_remedy(make_tiny):
+    tiny = make_tiny(embed_dim=12)
+    with pytest.raises(ValueError, match="embed=12 must be divisible by fsdp=8; try a mesh with") as caught:
+        tiny.strategy("mesh", "fsdp=8")
+    fewer, wider = re.search(r"fsdp=(\d+) or embed=(\d+)$", str(caught.value)).groups()
+    tiny.strategy("mesh", f"data={8 // int(fewer)},fsdp={fewer}")
+    make_tiny(embed_dim=int(wider)).strategy("mesh", "fsdp=8")
+
+
+def test_constraints_place_what_the_model_names(placement):
+    def place(x):
+        with axes.bound(placement):
+            return axes.constrain(x, "batch", "length", "act_embed")
+
+    x = np.arange(16.0).reshape(8, 2, 1)
+    placed = jax.jit(place)(x)
+    assert placed.sharding.spec[0] == ("data", "fsdp")
+    np.testing.assert_array_equal(placed, x)
+
+
+def test_local_functions_see_their_shards(placement):
+    """Under a placement a function gets the rows of one device and may talk to the others; without one, all rows."""
+    seen = []
+
+    def centred(x_BT, w_T):
+        seen.append((x_BT.shape, w_T.shape))
+        return axes.constrain(
+            x_BT * w_T[None], "batch", "length"
+        )  # nothing is bound inside, so this is no error
+
+    names = ("batch", "length"), ("length",)
+    x, w = np.arange(16.0, dtype=np.float32).reshape(8, 2), np.array([1, -2], np.float32)
+    assert axes.local(centred, names, names[0]) is centred
+
+    def under(x, w):
+        with axes.bound(placement):
+            return axes.local(centred, names, names[0])(x, w)
+
+    out = jax.jit(under)(x, w)
+    assert set(seen) == {((1, 2), (2,))}
+    assert out.sharding.is_equivalent_to(placement.sharding(names[0], x.shape), 2)
+    np.testing.assert_array_equal(out, x * w)
+
+
+def test_local_functions_may_talk_to_other_devices(placement):
+    def under(x):
+        def total(x_BT):
+            return jax.lax.psum(x_BT.sum(axis=0), ("data", "fsdp"))
+
+        with axes.bound(placement):
+            return axes.local(total, [("batch", "length")], ("length",))(x)
+
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(under)(x), x.sum(axis=0), rtol=1e-5)  # order of float32 sums
+
+
+def test_local_refuses_what_the_rules_cannot_split(placement):
+    with axes.bound(placement), pytest.raises(ValueError, match="batch=6 must be divisible by data=2×fsdp=4"):
+        axes.local(lambda x: x, [("batch", "length")], ("batch", "length"))(np.zeros((6, 2)))
+
+
+def test_describes_itself_by_its_axes(tiny, fsdp):
+    assert fsdp.describe() == "mesh: 8 cpu devices as fsdp=8"
+    assert tiny.strategy("mesh", "data=2,fsdp=4").describe() == "mesh: 8 cpu devices as data=2, fsdp=4"
