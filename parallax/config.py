@@ -1,6 +1,6 @@
 """What a model is and how it learns, as frozen values.
 
-Invariant: a config that exists is valid. Every rule is checked at construction, so no other file checks it again.
+Invariant: a config that exists is valid, since every rule is checked at construction.
 """
 
 import dataclasses
@@ -89,10 +89,8 @@ class TransformerConfig:
         sizes = {"vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            _require(
-                field.name not in sizes or value >= 1,
-                f"{field.name}={value} must be at least 1; try {field.default}",
-            )
+            holds = field.name not in sizes or value >= 1
+            _require(holds, f"{field.name}={value} must be at least 1; try {field.default}")
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "

@@ -52,7 +52,9 @@ def test_gradient_of_all_weights_matches_finite_differences(variant, x64):
         (weights, x),
         order=1,
         modes=["rev"],
-        **{"eps": 1e-5, "atol": 1e-7, "rtol": 1e-7},  # central differences are off by 1e-9
+        eps=1e-5,
+        atol=1e-7,
+        rtol=1e-7,  # central differences are off by 1e-9
     )
 
 

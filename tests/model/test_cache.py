@@ -13,8 +13,13 @@ from parallax.model.transformer import TransformerLM, init_params
 
 B, T, V, SLOTS = 3, 9, 13, 12
 SIZES = {
-    **{"vocab_size": V, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 4},
-    **{"head_dim": 4, "mlp_dim": 24},
+    "vocab_size": V,
+    "embed_dim": 16,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 4,
+    "mlp_dim": 24,
 }
 VARIANTS = {
     "plain": {},
@@ -126,7 +131,7 @@ def test_layer_writes_and_reads_its_own_part():
 
 def test_decoding_neither_drops_nor_recomputes():
     """With a dropout rate and rematerialisation in the config, a step without a key is the plain step."""
-    config, params, expected, _, _ = model("plain")
+    _, params, expected, _, _ = model("plain")
     trained = TransformerConfig(**SIZES, dropout_rate=0.5, remat="full")
     cache = KVCache.create(trained, B, SLOTS)
     at = np.arange(T, dtype=np.int32)[None]

@@ -17,8 +17,13 @@ from parallax.model.transformer import TransformerLM, init_params, param_axes
 
 B, T, V = 2, 8, 13
 SIZES = {
-    **{"vocab_size": V, "embed_dim": 16, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2},
-    **{"head_dim": 4, "mlp_dim": 24},
+    "vocab_size": V,
+    "embed_dim": 16,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 4,
+    "mlp_dim": 24,
 }
 TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
 
@@ -197,8 +202,12 @@ def test_untied_output_is_the_table_that_makes_the_logits():
 def test_every_dim_of_every_parameter_has_one_known_name(config):
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     sizes = {
-        **{"layers": config.num_layers, "vocab": config.vocab_size, "embed": config.embed_dim},
-        **{"heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_dim": config.head_dim},
+        "layers": config.num_layers,
+        "vocab": config.vocab_size,
+        "embed": config.embed_dim,
+        "heads": config.num_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
     }
     assert set(sizes) == PARAM_AXES

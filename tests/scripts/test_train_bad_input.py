@@ -1,4 +1,4 @@
-"""Bad input to the scripts: one line that names the rule, the value and a remedy, exit status 2, nothing left behind."""
+"""Bad input to train.py: one line that names rule, value and remedy, exit status 2, nothing left behind."""
 
 import os
 import subprocess
