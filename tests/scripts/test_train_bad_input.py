@@ -46,7 +46,7 @@ CASES = {
     "unknown mesh axis": (["--mesh", "expert=8"], ["expert", "known are data"]),
     "repeated mesh axis": (["--mesh", "data=2,data=4"], ["data", "twice", "once"]),
     "mesh of too few": (["--mesh", "data=2"], ["data=2", "8 are visible", "try --mesh data=8"]),
-    "mesh of nothing": (["--mesh", "data=0"], ["data=0", "positive", "try data=8"]),
+    "mesh of nothing": (["--mesh", "data=0"], ["data=0", "positive", "try data=all"]),
     "uneven batch, pmap": (
         ["--strategy", "pmap", "--batch-size", "12"],
         ["batch_size=12", "try --batch-size 16"],
