@@ -37,7 +37,11 @@ def model(variant):
     config = TransformerConfig(**{**SIZES, **VARIANTS[variant]})
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: rng.normal(0.1, 0.4, leaf.shape).astype(np.float32), shapes)
+
+    def drawn(path, leaf):
+        return rng.normal("norm" in jax.tree_util.keystr(path), 0.3, leaf.shape).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(drawn, shapes)
 
     @jax.jit
     def full(params, tokens):

@@ -25,6 +25,8 @@ SIZES = {
     "head_dim": 4,
     "mlp_dim": 24,
 }
+# Most of the time goes into compiling, and what is compiled runs for milliseconds.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
 
 
@@ -36,21 +38,27 @@ def weights(config):
     """Weights from numpy, since compiling an initialisation takes longer than the tests."""
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.3, leaf.shape).astype(np.float32), shapes)
+
+    def drawn(path, leaf):
+        return rng.normal("norm" in jax.tree_util.keystr(path), 0.3, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def logits(config, params, tokens, key=None):
+def forward(config, params, tokens, key=None):
     return TransformerLM.from_params(config, params)(tokens, dropout_key=key)[0]
+
+
+logits = quick_jit(forward, static_argnums=0)
 
 
 def loss(config, params, tokens, key=None):
     """Mean cross-entropy of the next token."""
-    predicted = jax.nn.log_softmax(logits(config, params, tokens[:, :-1], key))
+    predicted = jax.nn.log_softmax(forward(config, params, tokens[:, :-1], key))
     return -jnp.mean(jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1))
 
 
-loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+loss_and_gradients = quick_jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +73,12 @@ loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums
 )
 def test_first_loss_is_that_of_a_uniform_guess(config, length):
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (4, length))
-    first = jax.jit(lambda key: loss(config, init_params(config, key), tokens))(jax.random.key(0))
+    first = quick_jit(lambda key: loss(config, init_params(config, key), tokens))(jax.random.key(0))
     assert first == pytest.approx(math.log(config.vocab_size), rel=0.02)
 
 
 def test_seed_decides_the_weights_and_layers_differ():
-    initialise = jax.jit(functools.partial(init_params, configured()))
+    initialise = quick_jit(functools.partial(init_params, configured()))
     first, again, other = (initialise(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     matrices = [
@@ -90,7 +98,7 @@ def test_scan_equals_a_loop_over_the_blocks():
     params, key = weights(config), jax.random.key(4)
     graph, _ = nnx.split(nnx.eval_shape(lambda: TransformerBlock(config, rngs=nnx.Rngs(0))))
 
-    @jax.jit
+    @quick_jit
     def looped(params):
         model = TransformerLM.from_params(config, params)
         stacked = nnx.state(model.blocks)
@@ -117,13 +125,13 @@ def test_program_does_not_grow_with_depth(remat):
 
 def test_rematerialisation_changes_memory_and_nothing_else():
     """Values saved for the backward pass shrink from none over dots to full; loss and gradients stay."""
-    results, memory = {}, {}
+    results, memory, key = {}, {}, jax.random.key(5)
     for remat in ("none", "dots", "full"):
         config = configured(remat=remat, dropout_rate=0.2, num_layers=6)
         params, tokens = weights(config), np.tile(TOKENS, (4, 8))
-        compiled = loss_and_gradients.lower(config, params, tokens, jax.random.key(5)).compile()
+        compiled = loss_and_gradients.lower(config, params, tokens, key).compile()
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
-        results[remat] = compiled(params, tokens, jax.random.key(5))
+        results[remat] = compiled(params, tokens, key)
     assert memory["none"] > 1.2 * memory["dots"] > 1.2 * 1.2 * memory["full"]
     for remat in ("dots", "full"):
         jax.tree.map(

@@ -22,9 +22,10 @@ SIZES = {
     "mlp_dim": 24,
     "tie_embeddings": False,
 }
-TOKENS = np.random.default_rng(3).permutation(T)[
-    None
-]  # each once, so a row of the table is a position's vector
+# Most of the time goes into compiling, and what is compiled runs for milliseconds.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Each token once, so that a row of the table is the vector of one position.
+TOKENS = np.random.default_rng(3).permutation(T)[None]
 DOCUMENTS = np.array([[1] * 4 + [2] * 5 + [0]])
 
 
@@ -33,7 +34,11 @@ def weights(layers=2):
     """Weights from numpy, since compiling an initialisation takes longer than the tests."""
     rng, config = np.random.default_rng(0), TransformerConfig(**{**SIZES, "num_layers": layers})
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: rng.normal(0.1, 0.4, leaf.shape).astype(np.float32), shapes)
+
+    def drawn(path, leaf):
+        return rng.normal("norm" in jax.tree_util.keystr(path), 0.4, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(drawn, shapes)
 
 
 def reached(segments=None, layers=2, window=0):
@@ -46,7 +51,7 @@ def reached(segments=None, layers=2, window=0):
         model = TransformerLM.from_params(config, {**params, "embedding": {"table": table}})
         return model(TOKENS, segments=segments)[0][0] @ mixture
 
-    jacobian = jax.jit(jax.jacrev(outputs))(params["embedding"]["table"])
+    jacobian = quick_jit(jax.jacrev(outputs))(params["embedding"]["table"])
     return np.asarray(jacobian != 0)[:, TOKENS[0]].any(-1)
 
 
@@ -75,7 +80,7 @@ def test_windows_add_up_over_the_layers(window, layers):
 def test_packed_documents_have_the_logits_of_each_alone():
     config = TransformerConfig(**SIZES)
     model = TransformerLM.from_params(config, weights())
-    forward = jax.jit(lambda tokens, segments: model(tokens, segments=segments)[0])
+    forward = quick_jit(lambda tokens, segments: model(tokens, segments=segments)[0])
     packed = forward(TOKENS, DOCUMENTS)
     for document in (1, 2):
         own = DOCUMENTS[0] == document
@@ -87,7 +92,7 @@ def test_packed_documents_have_the_logits_of_each_alone():
 
 def test_only_distances_between_positions_matter():
     model = TransformerLM.from_params(TransformerConfig(**SIZES), weights())
-    forward = jax.jit(lambda positions: model(TOKENS, positions)[0])
+    forward = quick_jit(lambda positions: model(TOKENS, positions)[0])
     plain, shifted = (forward(jnp.arange(T)[None] + start) for start in (0, 100))
-    np.testing.assert_array_equal(jax.jit(lambda: model(TOKENS)[0])(), plain)
+    np.testing.assert_array_equal(quick_jit(lambda: model(TOKENS)[0])(), plain)
     np.testing.assert_allclose(shifted, plain, rtol=1e-3, atol=1e-3)  # float32 angles of up to 100

@@ -30,7 +30,7 @@ def trained(strategy, tiny, compiled):
     rows = []
     for k in range(5):
         state, metrics = compiled(state, strategy.put_batch(tiny.batch(k)))
-        rows.append(metrics)
+        rows.append(jax.device_get(metrics))
     return state, rows, all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
 
 

@@ -60,8 +60,8 @@ class Nano:
         )
         for batch in self._batches:
             state, metrics = take(state, strategy.put_batch(batch))
-            losses.append(metrics["loss"])
-        return np.array(jax.device_get(losses))
+            losses.append(metrics["loss"].item())  # simulated devices may lock up when steps are queued
+        return np.array(losses)
 
 
 @pytest.fixture(scope="module")
