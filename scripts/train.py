@@ -111,8 +111,11 @@ def run(job: Job, checkpoints: Checkpointer, state: TrainState, start: int) -> i
     finally:
         for observer in observers:
             observer.close()
+    try:
         with stopwatch.timing("checkpoint"):
             checkpoints.close()
+    except OSError as error:
+        failure = failure or f"stopped: {' '.join(str(error).split())}"
     return finish(job, checkpoints, state, step, stopwatch, failure)
 
 
@@ -156,7 +159,8 @@ def held_out_loss(job: Job, evaluate: Callable, state: TrainState) -> float:
     """Mean cross-entropy over every held-out target, in nats a token."""
     params, size = job.strategy.canonical(state).params, job.flags.train.batch_size
     batches = evaluation_batches(job.held_out, batch_size=size, rows=job.strategy.rows(size))
-    results = jax.device_get([evaluate(params, batch) for batch in batches])
+    # One at a time: simulated devices may lock up when many programs with collectives are queued.
+    results = [jax.device_get(evaluate(params, batch)) for batch in batches]
     return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
 
 
