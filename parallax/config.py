@@ -4,6 +4,7 @@ Invariant: a config that exists is valid, since every rule is checked at constru
 """
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import chex
@@ -104,9 +105,8 @@ class TransformerConfig:
         _require(
             self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative; 0 is off"
         )
-        _require(
-            self.logit_softcap >= 0, f"logit_softcap={self.logit_softcap} must not be negative; 0 is off"
-        )
+        cap = self.logit_softcap
+        _require(0 <= cap < math.inf, f"logit_softcap={cap} must be finite and not negative; 0 is off")
         for name, values in (("remat", ("none", "dots", "full")), ("dtype", ("float32", "bfloat16"))):
             value = getattr(self, name)
             _require(value in values, f"{name}={value!r} is not one of {', '.join(values)}")
@@ -213,9 +213,7 @@ class TrainConfig:
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A config as JSON-ready values, nested configs as nested objects."""
     fields = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {
-        name: config_to_dict(value) if dataclasses.is_dataclass(value) else value for name, value in fields
-    }
+    return {name: config_to_dict(x) if dataclasses.is_dataclass(x) else x for name, x in fields}
 
 
 def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
@@ -224,13 +222,16 @@ def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
     Raises:
       ValueError: a field is unknown, or the values break a rule of the config.
     """
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
-    unknown = sorted(set(values) - known)
-    _require(
-        not unknown,
-        f"model config has unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}",
-    )
-    return TransformerConfig(**{**values, "rope_scaling": RopeScaling(**values.get("rope_scaling", {}))})
+    _refuse_unknown(values, TransformerConfig, "model config")
+    scaling = values.get("rope_scaling") or {}
+    _refuse_unknown(scaling, RopeScaling, "rope_scaling")
+    return TransformerConfig(**{**values, "rope_scaling": RopeScaling(**scaling)})
+
+
+def _refuse_unknown(values: dict[str, Any], kind: type, what: str) -> None:
+    known = sorted(field.name for field in dataclasses.fields(kind))
+    unknown = ", ".join(sorted(set(values) - set(known)))
+    _require(not unknown, f"{what} has unknown field {unknown}; known are {', '.join(known)}")
 
 
 TINY_CONFIG = TransformerConfig(mlp_dim=96)

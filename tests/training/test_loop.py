@@ -1,109 +1,13 @@
 """The loop against a plain account of when things are due, on a small compiled step."""
 
-import contextlib
 import dataclasses
-import functools
-import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from parallax.config import TrainConfig
-from parallax.training import loop
-from parallax.training.loop import Diverged, Stopwatch, train
-from parallax.training.state import TrainState
-
-TIMING = {"tokens_per_second", "step_time", "mfu"}
-TOKENS = 12
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def small_step(state, batch):
-    """Params follow from every batch so far, so that a lost or repeated batch shows in all later rows."""
-    w = 0.5 * state.params["w"] + batch["x"]
-    finite = jnp.isfinite(batch["x"])
-    bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
-    metrics = {"loss": jnp.sin(w), "tokens": jnp.int32(TOKENS), "bad_steps": bad_steps}
-    params = {"w": jnp.where(finite, w, state.params["w"])}
-    return TrainState(step=state.step + 1, params=params, opt_state=(), bad_steps=bad_steps), metrics
-
-
-def fresh_state():
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, params={"w": jnp.float32(1)}, opt_state=(), bad_steps=zero + 0)
-
-
-class Harness:
-    """Placement, observer, evaluation and storage in one, which writes down what happens in order."""
-
-    def __init__(self, stop_at=None, bad=(), clock=None):
-        self.events, self.saved, self.dispatched = [], {}, 0
-        self._stop_at, self._bad, self._clock = stop_at, bad, clock
-        self.stopwatch = Stopwatch()
-
-    def _takes(self, seconds):
-        if self._clock is not None:
-            self._clock.now += seconds
-
-    def batches(self, start):
-        for k in itertools.count(start):
-            self._takes(0.25)
-            yield {"x": np.float32(np.nan if k in self._bad else np.sin(3.0 * k))}
-
-    def put_batch(self, batch):
-        return jax.device_put(batch)
-
-    def stop_requested(self, step):
-        return self._stop_at is not None and step >= self._stop_at
-
-    def take_step(self, state, batch):
-        self._takes(1.0 if self.dispatched else 100.0)
-        self.dispatched += 1
-        return small_step(state, batch)
-
-    def step(self, step, metrics):
-        self.events.append(("step", step, metrics))
-
-    def row(self, row):
-        self.events.append(("row", row["step"], row))
-
-    def evaluate(self, state):
-        self._takes(30.0)
-        self.events.append(("evaluate", int(state.step), None))
-        return float(state.params["w"]) + 1
-
-    def save(self, step, state, eval_loss):
-        self._takes(7.0)
-        self.saved[step] = jax.tree.map(np.array, state)
-        self.events.append(("save", step, eval_loss))
-
-    def train(self, config, start=0, state=None, observers=None, **keywords):
-        return train(
-            fresh_state() if state is None else jax.tree.map(jnp.array, state),
-            start=start,
-            step=self.take_step,
-            batches=self.batches(start),
-            placement=self,
-            config=config,
-            evaluate=self.evaluate,
-            save=self.save,
-            observers=[self] if observers is None else observers,
-            stopwatch=self.stopwatch,
-            **keywords,
-        )
-
-    def of(self, kind):
-        return [step for what, step, _ in self.events if what == kind]
-
-    @property
-    def rows(self):
-        return [row for what, _, row in self.events if what == "row"]
-
-    @property
-    def logged(self):
-        return [row["step"] for row in self.rows if "loss" in row]
+from parallax.training.loop import Diverged
+from tests.training.harness import TIMING, Harness, fresh_state
 
 
 def without_timing(rows):
@@ -242,58 +146,3 @@ def test_a_run_that_is_over_takes_no_step():
     assert done == 5
     assert run.events == []
     assert state.params["w"] == 1
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(loop.time, "perf_counter", clock)
-    return clock
-
-
-def test_stopwatch_knows_what_the_time_went_to(clock):
-    """A step of 1 s after a first of 100 s, data of 0.25 s, evaluations of 30 s, checkpoints of 7 s."""
-    config = TrainConfig(steps=10, log_interval=4, eval_interval=5, checkpoint_interval=3)
-    run = Harness(clock=clock)
-    run.train(config)
-    expected = {"compile": 100.0, "step": 9.0, "data": 2.5, "evaluation": 2 * 30.0, "checkpoint": 5 * 7.0}
-    assert run.stopwatch.seconds == expected
-    assert sum(expected.values()) == clock.now
-
-
-def test_speed_is_of_steps_and_data_and_not_of_compiling_evaluating_or_saving(clock):
-    config = TrainConfig(steps=10, log_interval=4, eval_interval=5, checkpoint_interval=3)
-    run = Harness(clock=clock)
-    run.train(config, step_flops=20.0, peak_flops=32.0)
-    first, *later = [row for row in run.rows if "loss" in row]
-    assert not TIMING & set(first)
-    assert [row["step"] for row in later] == [4, 8, 10]
-    for row in later:
-        assert row["step_time"] == 1.25
-        assert row["tokens_per_second"] == TOKENS / 1.25
-        assert row["mfu"] == 0.5
-
-
-def test_without_a_known_peak_there_is_no_utilisation():
-    run = Harness()
-    run.train(TrainConfig(steps=4, log_interval=1), step_flops=20.0, peak_flops=None)
-    assert not any("mfu" in row for row in run.rows)
-    assert all(row["tokens_per_second"] > 0 for row in run.rows[1:] if "loss" in row)
-
-
-def test_stopwatch_adds_up_and_counts_what_failed(clock):
-    stopwatch = Stopwatch()
-    for seconds in (2.0, 3.0):
-        with stopwatch.timing("step"):
-            clock.now += seconds
-    with contextlib.suppress(KeyError), stopwatch.timing("data"):
-        clock.now += 5.0
-        raise KeyError
-    assert stopwatch.seconds == {"step": 5.0, "data": 5.0}
