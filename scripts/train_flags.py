@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -40,6 +40,7 @@ FREE = (
     "lower_only",
 )
 
+Preset = str if TYPE_CHECKING else tyro.extras.literal_type_from_choices(tuple(PRESETS))
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
@@ -57,7 +58,7 @@ class Flags:
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     tokenizer: str | None = None
     """char (the default), byte, or bpe[:VOCABULARY], trained on the data set."""
-    config: Literal["tiny", "small", "nano", "base", "llama-1b", "llama-8b"] = "tiny"
+    config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
     output_dir: str | None = None
     """The run folder; by default the next free runs/DATASET-CONFIG."""
