@@ -40,7 +40,10 @@ FREE = (
     "lower_only",
 )
 
-Preset = str if TYPE_CHECKING else tyro.extras.literal_type_from_choices(tuple(PRESETS))
+if TYPE_CHECKING:
+    Preset = str
+else:
+    Preset = tyro.extras.literal_type_from_choices(tuple(PRESETS))
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
