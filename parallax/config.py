@@ -5,7 +5,7 @@ Invariant: a config that exists is valid, since every rule is checked at constru
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import chex
 
@@ -111,6 +111,14 @@ class TransformerConfig:
             value = getattr(self, name)
             _require(value in values, f"{name}={value!r} is not one of {', '.join(values)}")
 
+    @property
+    def table_rows(self) -> int:
+        """W: V rounded up to a multiple of 8, so that 2, 4 or 8 devices can share an embedding table.
+
+        No token has an id of the rows beyond V, and their logits are masked.
+        """
+        return -(-self.vocab_size // 8) * 8
+
     def num_params(self) -> int:
         """Count of the parameters, from the sizes alone; equals the count of the initialised tree."""
         heads = self.num_heads + 2 * self.num_kv_heads
@@ -119,7 +127,7 @@ class TransformerConfig:
         attention += 2 * self.head_dim if self.qk_norm else 0
         block = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
         tables = 1 if self.tie_embeddings else 2
-        return self.num_layers * block + tables * self.vocab_size * self.embed_dim + self.embed_dim
+        return self.num_layers * block + tables * self.table_rows * self.embed_dim + self.embed_dim
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
@@ -175,6 +183,8 @@ class TrainConfig:
     """From which initial weights, batches and dropout all follow."""
     accumulate: int = 1
     """Microbatches a step; the gradient is the same, the memory smaller."""
+    reduction: Literal["mean", "exact"] = "mean"
+    """How gradients are added up. exact: in one order on every layout, so that parameters have the same bits."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread evenly over the vocabulary."""
     z_loss: float = 1e-4
@@ -185,6 +195,8 @@ class TrainConfig:
     """Steps between evaluations of the held-out text."""
     checkpoint_interval: int = 250
     """Steps between checkpoints."""
+    check_interval: int = 250
+    """Steps between comparisons of all replicas of the state, and of the data of all hosts."""
     keep: int = 3
     """How many of the newest checkpoints stay, beside the best one."""
     max_bad_steps: int = 5
@@ -199,6 +211,9 @@ class TrainConfig:
             )
         _require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31); try 0")
         _require(
+            self.reduction in ("mean", "exact"), f"reduction={self.reduction!r} is not one of mean, exact"
+        )
+        _require(
             self.batch_size % self.accumulate == 0,
             f"accumulate={self.accumulate} must divide batch_size={self.batch_size}; "
             f"try {_largest_divisor(self.batch_size, self.accumulate)}",
@@ -208,30 +223,6 @@ class TrainConfig:
             f"label_smoothing={self.label_smoothing} must lie in [0, 1); try 0.1",
         )
         _require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative; 0 is off")
-
-
-def config_to_dict(config: Any) -> dict[str, Any]:
-    """A config as JSON-ready values, nested configs as nested objects."""
-    fields = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {name: config_to_dict(x) if dataclasses.is_dataclass(x) else x for name, x in fields}
-
-
-def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
-    """The model config that `config_to_dict` wrote.
-
-    Raises:
-      ValueError: a field is unknown, or the values break a rule of the config.
-    """
-    _refuse_unknown(values, TransformerConfig, "model config")
-    scaling = values.get("rope_scaling") or {}
-    _refuse_unknown(scaling, RopeScaling, "rope_scaling")
-    return TransformerConfig(**{**values, "rope_scaling": RopeScaling(**scaling)})
-
-
-def _refuse_unknown(values: dict[str, Any], kind: type, what: str) -> None:
-    known = sorted(field.name for field in dataclasses.fields(kind))
-    unknown = ", ".join(sorted(set(values) - set(known)))
-    _require(not unknown, f"{what} has unknown field {unknown}; known are {', '.join(known)}")
 
 
 TINY_CONFIG = TransformerConfig(mlp_dim=96)

@@ -8,44 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
 from parallelism.hosts import StopRequest
-from parallelism.rules import MESH_AXES, RULE_SETS, Rules, check_rules, partition_spec
-from parallelism.strategy import Batch, State, deal_rows
-
-
-def parse_mesh(text: str, devices: int) -> dict[str, int]:
-    """Axis sizes from text like "data=2,fsdp=4"; "" means every device along data, "all" whatever is left.
-
-    Raises:
-      ValueError: an axis is unknown or repeated, a size is not a positive number, or the product is not `devices`.
-    """
-    sizes: dict[str, int] = {}
-    wild = None
-    for part in (text or "data=all").split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in MESH_AXES:
-            raise ValueError(f"mesh={text!r} has unknown axis {axis!r}; known are {', '.join(MESH_AXES)}")
-        if axis in sizes:
-            raise ValueError(f"mesh={text!r} gives {axis} twice; give each axis once")
-        if size == "all" and wild is None:
-            wild, size = axis, "1"
-        if not size.isdecimal() or int(size) < 1:
-            remedy = f"{axis}={1 if '=all' in text else 'all'}"
-            raise ValueError(f"mesh={text!r} needs a positive number for {axis}, not {size!r}; try {remedy}")
-        sizes[axis] = int(size)
-    if wild:
-        sizes[wild] = max(1, devices // math.prod(sizes.values()))
-    if math.prod(sizes.values()) != devices:
-        raise ValueError(
-            f"mesh={text!r} needs {math.prod(sizes.values())} devices but {devices} are visible; "
-            f"try --mesh data={devices}"
-        )
-    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+from parallelism.mesh_shape import choose_mesh, parse_mesh
+from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
+from parallelism.rules import Rules, check_rules, check_used, load_rules, partition_spec, split_by
+from parallelism.strategy import Layout, State
 
 
 class MeshPlacement:
@@ -62,59 +35,92 @@ class MeshPlacement:
         return jax.lax.with_sharding_constraint(x, self.sharding(names, x.shape))
 
     def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names) -> Callable:
+        split = tuple(self.mesh.axis_names)
+
         def on_shards(*shards):
+            device = jax.lax.axis_index(split)
+            shards = (jax.random.fold_in(x, device) if _is_key(x) else x for x in shards)
             with axes.bound(None):
                 return fn(*shards)
 
-        def split(*arrays):
+        def call(*arrays):
             in_specs = tuple(
-                self.sharding(names, x.shape).spec for names, x in zip(in_names, arrays, strict=True)
+                PartitionSpec() if x is None else self.sharding(names, x.shape).spec
+                for names, x in zip(in_names, arrays, strict=True)
             )
             # What fn returns is known only inside shard_map; a size that any mesh divides asks for the rule alone.
             out_spec = self.sharding(out_names, [self.mesh.size] * len(out_names)).spec
-            return jax.shard_map(on_shards, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec)(*arrays)
+            return _shard_map(on_shards, self.mesh, in_specs, out_spec)(*arrays)
 
-        return split
+        return call
 
 
 class MeshStrategy:
     """State and batch sharded over a mesh by a rule set."""
 
-    is_writer = True
+    is_stacked = False
 
-    def __init__(
-        self,
-        init_state: Callable[[], State],
-        state_axes: State,
-        mesh: str = "",
-        accumulate: int = 1,
-        rules: Rules = RULE_SETS["default"],
-    ):
-        self.gradients = reduction.mean(accumulate)
-        self._accumulate = accumulate
+    def __init__(self, init_state: Callable[[], State], state_axes: State, layout: Layout):
         self._init_state = init_state
-        sizes = parse_mesh(mesh, jax.device_count())
+        rules, shapes = load_rules(layout.rules), jax.eval_shape(init_state)
+        self._why = ""
+        if layout.mesh == "auto":
+            sizes, self._why = choose_mesh(jax.devices(), rules, shapes, state_axes, layout)
+        else:
+            sizes = parse_mesh(layout.mesh, jax.device_count())
+        check_used(rules, sizes)
+        # An axis of one device splits nothing; without it no collective is spoken over a group of one.
+        sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
         types = (AxisType.Auto,) * len(sizes)
         self._mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
         self.devices = list(self._mesh.devices.flat)
         self._placement = MeshPlacement(self._mesh, rules)
         self._shardings = jax.tree.map(
-            lambda leaf, names: self._placement.sharding(names, leaf.shape),
-            jax.eval_shape(init_state),
-            state_axes,
+            lambda leaf, names: self._placement.sharding(names, leaf.shape), shapes, state_axes
         )
+        over = split_by("batch", rules, sizes)
+        parts, what = math.prod(over.values()), "×".join(over) or "devices"
+        self._rows_spec = PartitionSpec(tuple(over) or None)
+        if layout.reduction == "exact":
+            self.gradients = self._exact(over, layout, what)
+        else:
+            check_dealing(layout.batch_size, parts, layout.accumulate, what)
+            self.gradients = reduction.mean(layout.accumulate)
+        self._placement.sharding((None, "length"), (1, layout.seq_len))  # refuses a length that cannot be cut
+        self._blocks = RowBlocks(NamedSharding(self._mesh, self._rows_spec), parts)
+        self.is_writer = jax.process_index() == 0
         self.stop_requested = StopRequest()
 
+    def _exact(self, over: dict[str, int], layout: Layout, what: str) -> Callable[[Callable], Callable]:
+        """Exact reduction on whole parameters, a device at a time; what comes back is whole on every device."""
+        for axis, size in self._mesh.shape.items():
+            if axis not in over and size > 1:
+                raise ValueError(
+                    f"reduction=exact adds up whole gradients, and {axis}={size} splits each of them among devices "
+                    f"that round on their own; try --mesh data={self._mesh.size}, or --reduction mean"
+                )
+        parts = math.prod(over.values())
+        check_canonical(layout.batch_size, parts, what)
+        of_rows = reduction.exact(tuple(over), parts)
+
+        def gradients(loss_fn: Callable) -> Callable:
+            def on_device(params, batch, key):
+                with axes.bound(None):
+                    return of_rows(loss_fn)(params, batch, key)
+
+            whole = PartitionSpec()
+            return _shard_map(on_device, self._mesh, (whole, self._rows_spec, whole), whole)
+
+        return gradients
+
     def describe(self) -> str:
-        sizes = (
-            ", ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items() if size > 1) or "one device"
-        )
-        return f"mesh: {len(self.devices)} {self.devices[0].device_kind} devices as {sizes}"
+        shape = ", ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items())
+        hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        kind = f"{len(self.devices)} {self.devices[0].device_kind} devices{hosts}"
+        return f"mesh: {kind} as {shape}" + (f" ({self._why})" if self._why else "")
 
     def rows(self, batch_size: int) -> np.ndarray:
-        used = [axis for axis in self._placement.rules["batch"] if self._mesh.shape[axis] > 1]
-        devices = math.prod(self._mesh.shape[axis] for axis in used)
-        return deal_rows(batch_size, devices, self._accumulate, "×".join(used) or "devices")
+        return self._blocks.rows(batch_size)
 
     def init(self) -> State:
         return jax.jit(self._init_state, out_shardings=self._shardings)()
@@ -134,20 +140,21 @@ class MeshStrategy:
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
         placed = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding(x))
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._batch_sharding(x.shape))
             for name, x in batch.items()
         }
         return self.compile(step).lower(self.abstract(), placed)
 
     def compile_evaluation(self, evaluate: Callable) -> Callable[[Any, Batch], Any]:
-        compiled = jax.jit(self._bind(evaluate))
+        whole = NamedSharding(self._mesh, PartitionSpec())
+        compiled = jax.jit(self._bind(evaluate), out_shardings=whole)
         return lambda params, batch: compiled(params, self.put_batch(batch))
 
     def put_batch(self, batch: Batch) -> Any:
-        return {name: jax.device_put(x, self._batch_sharding(x)) for name, x in batch.items()}
+        return self._blocks.place(batch, self._batch_sharding)
 
-    def _batch_sharding(self, x: np.ndarray) -> NamedSharding:
-        return self._placement.sharding(("batch", "length")[: x.ndim], x.shape)
+    def _batch_sharding(self, shape: tuple[int, ...]) -> NamedSharding:
+        return self._placement.sharding(("batch", "length")[: len(shape)], shape)
 
     def canonical(self, state: State) -> State:
         return state
@@ -161,3 +168,12 @@ class MeshStrategy:
 
     def adopt(self, canonical: State) -> State:
         return canonical
+
+
+def _is_key(x: Any) -> bool:
+    return x is not None and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _shard_map(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """`jax.shard_map` that takes fn's word for what is replicated: gathers and carries would have to prove it."""
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -16,63 +16,72 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from parallax import axes
 from parallelism import reduction
 from parallelism.hosts import StopRequest
-from parallelism.strategy import Batch, State, deal_rows
+from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
+from parallelism.strategy import Layout, State
 
 AXIS = "batch"
 
 
 class Pmap:
-    """One replica of the state a device."""
+    """One replica of the state a device. pmap sees the devices of this process alone, [local devices, ...]."""
 
-    is_writer = True
+    is_stacked = True
 
-    def __init__(self, init_state: Callable[[], State], accumulate: int = 1):
-        self.gradients = reduction.pmean(AXIS, accumulate)
-        self._accumulate = accumulate
+    def __init__(self, init_state: Callable[[], State], layout: Layout):
         self._init_state = init_state
-        self.devices = jax.local_devices()
-        mesh = Mesh(np.array(self.devices), (AXIS,))
-        self._split = NamedSharding(mesh, PartitionSpec(AXIS))
-        self._whole = NamedSharding(mesh, PartitionSpec())
-        self._first = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=self._whole)
-        self._spread = jax.jit(functools.partial(_repeat, len(self.devices)), out_shardings=self._split)
+        self.devices = jax.devices()
+        self._local = len(jax.local_devices())
+        count = len(self.devices)
+        if layout.reduction == "exact":
+            check_canonical(layout.batch_size, count, "devices")
+            self.gradients = reduction.exact(AXIS, count)
+        else:
+            check_dealing(layout.batch_size, count, layout.accumulate, "devices")
+            self.gradients = reduction.pmean(AXIS, layout.accumulate)
+        self._split, self._whole = _shardings(self.devices)
+        local_split, local_whole = _shardings(jax.local_devices())
+        self._blocks = RowBlocks(self._split, count)
+        self._first = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=local_whole)
+        self._spread = jax.jit(functools.partial(_repeat, self._local), out_shardings=local_split)
+        self._local_split, self._local_whole = local_split, local_whole
+        self.is_writer = jax.process_index() == 0
         self.stop_requested = StopRequest()
 
     def describe(self) -> str:
-        return f"pmap: {len(self.devices)} {self.devices[0].device_kind} devices, state replicated"
+        hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"pmap: {len(self.devices)} {self.devices[0].device_kind} devices{hosts}, state replicated"
 
     def rows(self, batch_size: int) -> np.ndarray:
-        return deal_rows(batch_size, len(self.devices), self._accumulate, "devices")
+        return self._blocks.rows(batch_size)
 
     def init(self) -> State:
-        return self.adopt(jax.jit(self._init_state, out_shardings=self._whole)())
+        return self._spread(jax.jit(self._init_state, out_shardings=self._local_whole)())
 
     def compile(self, step: Callable) -> jax.stages.Wrapped:
         def on_one_device(state, batch):
             with axes.bound(None):
                 return step(state, batch)
 
-        return jax.pmap(
-            on_one_device, axis_name=AXIS, out_axes=(0, None), donate_argnums=0, devices=self.devices
-        )
+        return jax.pmap(on_one_device, axis_name=AXIS, out_axes=(0, None), donate_argnums=0)
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
-        state = jax.eval_shape(functools.partial(_repeat, len(self.devices)), self.abstract())
+        state = jax.eval_shape(functools.partial(_repeat, self._local), self.abstract())
         return self.compile(step).lower(state, jax.eval_shape(self._deal, batch))
 
     def compile_evaluation(self, evaluate: Callable) -> Callable[[Any, Batch], Any]:
-        compiled = jax.jit(evaluate)
-        return lambda params, batch: compiled(params, jax.device_put(batch, self._split))
+        compiled = jax.jit(evaluate, out_shardings=self._whole)
+        return lambda params, batch: compiled(params, self._blocks.place(batch, lambda shape: self._split))
 
     def put_batch(self, batch: Batch) -> Any:
-        return jax.device_put(self._deal(batch), self._split)
+        return jax.device_put(self._deal(batch), self._local_split)
 
     def _deal(self, batch: Batch) -> Batch:
-        count = len(self.devices)
-        return {name: x.reshape(count, x.shape[0] // count, *x.shape[1:]) for name, x in batch.items()}
+        return {
+            name: x.reshape(self._local, x.shape[0] // self._local, *x.shape[1:]) for name, x in batch.items()
+        }
 
     def canonical(self, state: State) -> State:
-        return self._first(state)
+        return _regroup(self._first(state), self._whole)
 
     def abstract(self) -> State:
         return jax.tree.map(
@@ -81,7 +90,23 @@ class Pmap:
         )
 
     def adopt(self, canonical: State) -> State:
-        return self._spread(canonical)
+        return self._spread(_regroup(canonical, self._local_whole))
+
+
+def _shardings(devices: list[Any]) -> tuple[NamedSharding, NamedSharding]:
+    """Split along dim 0 over these devices, and whole on each."""
+    mesh = Mesh(np.array(devices), (AXIS,))
+    return NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
+
+
+def _regroup(tree: Any, sharding: NamedSharding) -> Any:
+    """The same buffers as arrays over other devices: those of this process, or those of all. Nothing is copied."""
+
+    def regrouped(x: jax.Array) -> jax.Array:
+        buffers = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, buffers)
+
+    return jax.tree.map(regrouped, tree)
 
 
 def _repeat(count: int, tree: Any) -> Any:

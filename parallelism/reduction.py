@@ -1,7 +1,7 @@
 """How the gradients of a batch are combined.
 
 Invariant: what comes back is the gradient of (sum of losses) / (global number of target tokens), whatever microbatches
-and devices the batch was cut into. Accumulation lives here and nowhere else.
+and devices the batch was cut into. Accumulation and exact reduction live here and nowhere else.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from parallelism.rows import canonical_shards
 
 
 def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
@@ -67,6 +69,51 @@ def pmean(axis_name: str, microbatches: int = 1) -> Callable[[Callable], Callabl
             grads, mean_tokens = jax.lax.pmean((grads, tokens.astype(jnp.float32)), axis_name)
             sums, tokens = jax.lax.psum((sums, tokens), axis_name)
             return sums, tokens, _divide(grads, mean_tokens)
+
+        return function
+
+    return gradients
+
+
+def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[[Callable], Callable]:
+    """The gradient function whose result has the same bits on every layout: one order of sums, whatever the devices.
+
+    Float32 addition is not associative, so the order must not depend on who adds. The batch is cut into canonical
+    shards, `canonical_shards(batch_size)` of them; each device takes the gradient of its own, one shard after another;
+    all are gathered, and every device adds all of them in the order of the batch. Microbatches are the shards,
+    whatever `accumulate` says. A shard's dropout key has its number folded in, so dropout is the same too.
+
+    Costs: every device holds as many gradients as there are shards, and receives those of the others, where the mean
+    holds one and reduces it on the way.
+
+    Args:
+      axis_names: the mapped axes over which the batch lies, outermost first; none on one device.
+      devices: how many those axes hold.
+    """
+
+    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
+        def function(params, batch, key):
+            held = jax.tree.leaves(batch)[0].shape[0]
+            shards = canonical_shards(held * devices) // devices
+            first = jax.lax.axis_index(axis_names) * shards if axis_names else 0
+            parts = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), batch)
+            one = _of_sums(loss_fn, 1)
+
+            def of_shard(numbered):
+                number, rows = numbered
+                return one(params, rows, jax.random.fold_in(key, first + number))
+
+            results = jax.lax.map(of_shard, (jnp.arange(shards), parts))
+            if axis_names:
+                results = jax.lax.all_gather(results, axis_names, tiled=True)
+            first_result, others = (
+                jax.tree.map(lambda x: x[0], results),
+                jax.tree.map(lambda x: x[1:], results),
+            )
+            add = lambda total, part: (jax.tree.map(jnp.add, total, part), None)  # noqa: E731
+            sums, tokens, grads = jax.lax.scan(add, first_result, others)[0]
+            # Fused into the optimizer, the division would be rounded in another way on some layouts.
+            return jax.lax.optimization_barrier((sums, tokens, _divide(grads, tokens)))
 
         return function
 

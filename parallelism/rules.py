@@ -4,23 +4,61 @@ Invariant: an array is split only as its rule says. A rule that would use one me
 into unequal pieces, is refused, never bent.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from jax.sharding import PartitionSpec
 
 from parallax.axes import LOGICAL_AXES
 
-MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 """Outermost first: neighbours along the last axis talk the most."""
 
 Rules = Mapping[str, tuple[str, ...]]
 """Logical axis to the mesh axes that split it, outermost first; a logical axis without a rule is not split."""
 
 RULE_SETS: dict[str, Rules] = {
-    # Batch over everything; parameters, gradients and optimizer state cut along the embedding (ZeRO, arXiv:1910.02054).
-    "default": {"batch": ("data", "fsdp"), "embed": ("fsdp",)},
+    "default": {
+        "batch": ("data", "fsdp"),
+        # Parameters, gradients and optimizer state cut along the embedding (ZeRO, arXiv:1910.02054).
+        "embed": ("fsdp",),
+        # Heads, hidden units and words shared by devices that sum their results (Megatron-LM, arXiv:1909.08053).
+        **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("tensor",)),
+        **dict.fromkeys(("act_heads", "act_kv_heads", "act_mlp", "act_vocab"), ("tensor",)),
+        # Queries stay with their tokens; keys and values are gathered (Llama 3, arXiv:2407.21783, section 3.3.2).
+        "length": ("sequence",),
+    },
+    # Every device holds all parameters: the plainest layout, to compare others to.
+    "replicated": {"batch": ("data", "fsdp"), "length": ("sequence",)},
 }
+
+
+def load_rules(name_or_path: str) -> Rules:
+    """The rule set of that name, or of a JSON file such as {"batch": ["data", "fsdp"], "mlp": ["tensor"]}.
+
+    Raises:
+      ValueError: there is neither, or the file does not hold rules.
+    """
+    if name_or_path in RULE_SETS:
+        return RULE_SETS[name_or_path]
+    path = Path(name_or_path)
+    known = ", ".join(RULE_SETS)
+    if not path.is_file():
+        raise ValueError(f"rules={name_or_path!r} is no rule set ({known}) and no file; check the spelling")
+    form = 'write an object such as {"batch": ["data", "fsdp"], "mlp": ["tensor"]}'
+    try:
+        rules = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"rules file {path} must be JSON ({error}); {form}") from None
+    if not isinstance(rules, dict) or not all(_is_names(axes) for axes in rules.values()):
+        raise ValueError(f"rules file {path} must give each logical axis a list of mesh axes; {form}")
+    return check_rules({name: tuple(axes) for name, axes in rules.items()})
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def check_rules(rules: Rules) -> Rules:
@@ -42,6 +80,19 @@ def check_rules(rules: Rules) -> Rules:
     return rules
 
 
+def check_used(rules: Rules, mesh_shape: Mapping[str, int]) -> None:
+    """Raises ValueError where a mesh axis splits nothing: its devices would all do the same work."""
+    used = {axis for mesh_axes in rules.values() for axis in mesh_axes}
+    for axis, size in mesh_shape.items():
+        if size > 1 and axis not in used:
+            raise ValueError(f"mesh axis {axis}={size} splits nothing under these rules; try {axis}=1")
+
+
+def split_by(name: str, rules: Rules, mesh_shape: Mapping[str, int]) -> dict[str, int]:
+    """The mesh axes of more than one device that split a logical axis, with their sizes."""
+    return {axis: mesh_shape[axis] for axis in rules.get(name, ()) if mesh_shape.get(axis, 1) > 1}
+
+
 def partition_spec(
     names: Sequence[str | None], shape: Sequence[int], rules: Rules, mesh_shape: Mapping[str, int]
 ) -> PartitionSpec:
@@ -52,21 +103,20 @@ def partition_spec(
     """
     spec, used = [], {}
     for name, size in zip(names, shape, strict=True):
-        mesh_axes = tuple(axis for axis in rules.get(name or "", ()) if mesh_shape.get(axis, 1) > 1)
-        for axis in mesh_axes:
+        sizes = split_by(name or "", rules, mesh_shape)
+        for axis in sizes:
             if axis in used:
                 raise ValueError(
                     f"mesh axis {axis!r} cannot split both {used[axis]!r} and {name!r} of one array; "
                     f"remove it from one of the two rules"
                 )
             used[axis] = name
-        sizes = {axis: mesh_shape[axis] for axis in mesh_axes}
         if size % math.prod(sizes.values()):
             product = "×".join(f"{axis}={count}" for axis, count in sizes.items())
             raise ValueError(
                 f"{name}={size} must be divisible by {product}; try {_remedy(name, size, sizes)}"
             )
-        spec.append(mesh_axes if len(mesh_axes) != 1 else mesh_axes[0])
+        spec.append(tuple(sizes) if len(sizes) != 1 else next(iter(sizes)))
     return PartitionSpec(*(axes or None for axes in spec))
 
 

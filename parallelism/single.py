@@ -11,17 +11,24 @@ import numpy as np
 
 from parallelism import reduction
 from parallelism.hosts import StopRequest
-from parallelism.strategy import Batch, State, deal_rows
+from parallelism.rows import Batch, check_dealing
+from parallelism.strategy import Layout, State
 
 
 class Single:
     """The first visible device, however many there are."""
 
     is_writer = True
+    is_stacked = False
 
-    def __init__(self, init_state: Callable[[], State], accumulate: int = 1):
-        self.gradients = reduction.mean(accumulate)
-        self._accumulate = accumulate
+    def __init__(self, init_state: Callable[[], State], layout: Layout):
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"strategy=single runs in one process and not in {jax.process_count()}; try --strategy mesh"
+            )
+        check_dealing(layout.batch_size, 1, layout.accumulate, "devices")
+        exact = layout.reduction == "exact"
+        self.gradients = reduction.exact() if exact else reduction.mean(layout.accumulate)
         self._init_state = init_state
         self.devices = jax.local_devices()[:1]
         self._device = jax.sharding.SingleDeviceSharding(self.devices[0])
@@ -31,7 +38,7 @@ class Single:
         return f"single: 1 of {jax.device_count()} {self.devices[0].device_kind} devices"
 
     def rows(self, batch_size: int) -> np.ndarray:
-        return deal_rows(batch_size, 1, self._accumulate, "devices")
+        return np.arange(batch_size)
 
     def init(self) -> State:
         return jax.jit(self._init_state, out_shardings=self._device)()

@@ -4,6 +4,7 @@ Invariant: whoever holds a Strategy needs to know nothing of devices. State and 
 it there are only canonical arrays: global, with no device dim.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -11,11 +12,31 @@ import jax
 import numpy as np
 
 from parallelism.hosts import StopRequest
+from parallelism.rows import Batch
 
 STRATEGIES = ("single", "pmap", "mesh")
 
 State: TypeAlias = Any
-Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a run is to lie over the devices, in the user's words, and the size of its batches."""
+
+    strategy: str = "single"
+    """One of STRATEGIES."""
+    mesh: str = ""
+    """For mesh: axis sizes like "data=2,fsdp=4", empty for every device along data, or "auto"."""
+    rules: str = "default"
+    """For mesh: a rule set by name, or a file of rules."""
+    reduction: str = "mean"
+    """mean, or exact for the same bits on every layout."""
+    accumulate: int = 1
+    """Microbatches a step."""
+    batch_size: int
+    """Rows of a global batch."""
+    seq_len: int
+    """Tokens of a row."""
 
 
 class Strategy(Protocol):
@@ -24,9 +45,11 @@ class Strategy(Protocol):
     gradients: Callable[[Callable], Callable]
     """The gradient function for the step: loss_fn -> (params, batch, key) -> (sums, tokens, averaged gradient)."""
     devices: list[Any]
-    """Those that the step runs on."""
+    """Those that the step runs on, in all processes."""
     is_writer: bool
     """Whether this process writes the files that all processes share."""
+    is_stacked: bool
+    """Whether a placed state has a leading dim of this process's devices, each with a replica of its own."""
     stop_requested: StopRequest
     """Called with a step: whether all processes agreed to stop after it."""
 
@@ -35,7 +58,7 @@ class Strategy(Protocol):
         ...
 
     def rows(self, batch_size: int) -> np.ndarray:
-        """Which rows of a global batch this process holds. Raises ValueError when they cannot be dealt evenly."""
+        """Which rows of a global batch this process holds."""
         ...
 
     def init(self) -> State:
@@ -71,46 +94,32 @@ class Strategy(Protocol):
         ...
 
 
-def get_strategy(
-    name: str, init_state: Callable[[], State], axes: State, *, mesh: str = "", accumulate: int = 1
-) -> Strategy:
-    """The strategy called `name`.
+def get_strategy(layout: Layout, init_state: Callable[[], State], axes: State) -> Strategy:
+    """The strategy that a layout names.
 
     Args:
-      name: one of STRATEGIES.
+      layout: what the user asked for.
       init_state: makes the first state; traced, so that the state is born sharded.
       axes: the tree of a state with a PartitionSpec of logical names for each array.
-      mesh: for "mesh", axis sizes like "data=2,fsdp=4"; empty means every device along data.
-      accumulate: microbatches a step.
 
     Raises:
-      ValueError: the name or the mesh is not known, or does not fit the devices.
+      ValueError: the layout is not known, contradicts itself, or does not fit the devices, the batch or the model.
     """
-    if name != "mesh" and mesh:
-        raise ValueError(f"mesh={mesh!r} needs strategy mesh, not {name}; add --strategy mesh")
+    name = layout.strategy
+    if name not in STRATEGIES:
+        raise ValueError(f"strategy={name!r} is not one of {', '.join(STRATEGIES)}; try mesh")
+    if name != "mesh" and layout.mesh:
+        raise ValueError(f"mesh={layout.mesh!r} needs strategy mesh, not {name}; add --strategy mesh")
+    if name != "mesh" and layout.rules != "default":
+        raise ValueError(f"rules={layout.rules!r} needs strategy mesh, not {name}; add --strategy mesh")
     if name == "single":
         from parallelism.single import Single
 
-        return Single(init_state, accumulate)
+        return Single(init_state, layout)
     if name == "pmap":
         from parallelism.pmap import Pmap
 
-        return Pmap(init_state, accumulate)
-    if name == "mesh":
-        from parallelism.mesh import MeshStrategy
+        return Pmap(init_state, layout)
+    from parallelism.mesh import MeshStrategy
 
-        return MeshStrategy(init_state, axes, mesh, accumulate)
-    raise ValueError(f"strategy={name!r} is not one of {', '.join(STRATEGIES)}; try mesh")
-
-
-def deal_rows(batch_size: int, devices: int, accumulate: int, what: str) -> np.ndarray:
-    """All rows of a batch, when each of `devices` gets the same number in each microbatch.
-
-    Raises:
-      ValueError: they cannot be dealt evenly.
-    """
-    if batch_size % (devices * accumulate):
-        parts = f"{what}={devices}" + (f" × accumulate={accumulate}" if accumulate > 1 else "")
-        near = devices * accumulate * max(1, round(batch_size / (devices * accumulate)))
-        raise ValueError(f"batch_size={batch_size} must be divisible by {parts}; try --batch-size {near}")
-    return np.arange(batch_size)
+    return MeshStrategy(init_state, axes, layout)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from data.corpus import Corpus, load_corpus, overfit_corpus
@@ -20,14 +21,16 @@ from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
-from parallelism.strategy import Strategy, get_strategy
+from parallelism.hosts import agree
+from parallelism.strategy import Layout, Strategy, get_strategy
 from scripts.new_run import choose_folder, require_corpus
 from scripts.train_flags import Flags
 
 
 def say(line: str) -> None:
-    """A line for the person who watches, on standard error."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for the person who watches, on standard error; of several processes the first speaks for all."""
+    if jax.process_index() == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Job:
 
 
 def prepare_job(flags: Flags) -> Job:
-    """Checks all input and builds what a run needs.
+    """Checks all input and builds what a run needs. Returns once every process has found its input good.
 
     Raises:
       ValueError: whatever is wrong with the input.
@@ -79,6 +82,7 @@ def prepare_job(flags: Flags) -> Job:
     )
     strategy, step = _build(flags)
     evaluate = make_evaluation(flags.model)
+    folder = Path(agree(str(folder)))
     return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder, notes)
 
 
@@ -96,9 +100,7 @@ def _build(flags: Flags) -> tuple[Strategy, Callable]:
     optimizer = make_optimizer(flags.learning)
     learning_rate = make_learning_rate(flags.learning, flags.train.steps)
     init_state = make_init(flags.model, optimizer, flags.train.seed)
-    axes, name = state_axes(flags.model, init_state), flags.strategy or "single"
-    strategy = get_strategy(name, init_state, axes, mesh=flags.mesh, accumulate=flags.train.accumulate)
-    strategy.rows(flags.train.batch_size)  # refuses a batch that the devices cannot share
+    strategy = get_strategy(_layout(flags), init_state, state_axes(flags.model, init_state))
     step = functools.partial(
         train_step,
         loss_fn=make_loss(flags.model, flags.train),
@@ -108,6 +110,18 @@ def _build(flags: Flags) -> tuple[Strategy, Callable]:
         seed=flags.train.seed,
     )
     return strategy, step
+
+
+def _layout(flags: Flags) -> Layout:
+    return Layout(
+        strategy=flags.strategy or "single",
+        mesh=flags.mesh,
+        rules=flags.rules,
+        reduction=flags.train.reduction,
+        accumulate=flags.train.accumulate,
+        batch_size=flags.train.batch_size,
+        seq_len=flags.train.seq_len,
+    )
 
 
 def _corpus_sha256(corpus: Corpus) -> str:

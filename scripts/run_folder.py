@@ -11,7 +11,8 @@ from typing import Any
 import jax
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from parallax.config import TransformerConfig, config_from_dict
+from parallax.config import TransformerConfig
+from parallax.config_dict import config_from_dict
 from parallax.model.transformer import Params, init_params
 from parallax.training.checkpoint import Checkpointer
 

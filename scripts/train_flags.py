@@ -17,22 +17,22 @@ from parallax.config import (
     OptimizerConfig,
     TrainConfig,
     TransformerConfig,
-    config_from_dict,
-    config_to_dict,
 )
+from parallax.config_dict import config_from_dict, config_to_dict
 from scripts.command_line import parse
 
 DESCRIPTION = (
     "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
 )
 
-LAYOUT = ("mode", "strategy", "mesh", "accumulate")
+LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
 """What a resumed run may change without changing what it computes."""
 FREE = (
     *LAYOUT,
     "steps",
     "data_dir",
     "log_interval",
+    "check_interval",
     "keep",
     "max_bad_steps",
     "profile",
@@ -54,7 +54,10 @@ class Flags:
     strategy: Literal["single", "pmap", "mesh"] | None = None
     """Where the step runs; by default single, and pmap in mode distributed."""
     mesh: str = ""
-    """Mesh axes and sizes, such as data=2,fsdp=4; "all" stands for what is left."""
+    """Sizes of the axes data, fsdp, sequence and tensor, such as data=2,tensor=4; "all" stands for what is left. auto
+    chooses a shape and says why."""
+    rules: str = "default"
+    """What a mesh axis splits: a rule set (default, replicated) or a JSON file of rules."""
     dataset: str = "tiny_shakespeare"
     """tiny_shakespeare, or a path to a text file, a folder of text files, or ArrayRecord files of tokens."""
     data_dir: str | None = None
@@ -73,6 +76,12 @@ class Flags:
     """Compile the step, say what it takes, and stop."""
     print_param_hash: Switch = False
     """End with a line `params sha256 HEX`."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, for a run of several processes; by default JAX_COORDINATOR_ADDRESS or TPU metadata."""
+    num_processes: int | None = None
+    """How many processes run together; by default JAX_NUM_PROCESSES or TPU metadata."""
+    process_id: int | None = None
+    """Which of them this is, from 0; by default JAX_PROCESS_ID or TPU metadata."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Short for --model.dtype."""
     remat: Literal["none", "dots", "full"] | None = None
@@ -103,7 +112,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
 
 def flags_to_dict(flags: Flags) -> dict[str, Any]:
     """Everything that decides a run, as JSON-ready values: what config.json holds."""
-    plain = ("mode", "strategy", "mesh", "dataset", "tokenizer", "config")
+    plain = ("mode", "strategy", "mesh", "rules", "dataset", "tokenizer", "config")
     return {
         "run": {name: getattr(flags, name) for name in plain},
         "train": config_to_dict(flags.train),
@@ -147,7 +156,8 @@ def _saved_flags(args: list[str]) -> Flags | None:
         raise ValueError(
             f"{path} is not the config of a run ({error}); choose another --output-dir"
         ) from None
-    layout = {"mode": None, "strategy": None, "mesh": ""}  # a layout is the command's, not the run's
+    # A layout is the command's, not the run's.
+    layout = {"mode": None, "strategy": None, "mesh": "", "rules": "default"}
     return dataclasses.replace(saved, **(layout if saved.mode != "overfit" else layout | {"mode": "overfit"}))
 
 

@@ -114,6 +114,20 @@ def test_local_goes_through_a_bound_placement():
     assert jnp.array_equal(y, 2 * X + 1000)
 
 
+@pytest.mark.parametrize("placement", [None, Recorder()], ids=["unbound", "bound"])
+def test_local_passes_none_and_keys_through(placement):
+    key, seen = jax.random.key(0), []
+
+    def noted(x, nothing, key):
+        seen.append((nothing, key))
+        return x
+
+    names = [("batch", None), ("batch", "length"), ()]
+    with axes.bound(placement):
+        axes.local(noted, names, ("batch", None))(X, None, key)
+    assert seen == [(None, key)]
+
+
 @pytest.mark.parametrize(("in_names", "out_names"), [([("tensor",)], ()), ([("batch",)], ("tensor",))])
 def test_local_refuses_unknown_names(in_names, out_names):
     with pytest.raises(ValueError, match=UNKNOWN):

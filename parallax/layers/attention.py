@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax.axes import constrain, param
+from parallax.axes import constrain, local, param
 from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
 from parallax.layers.normalization import RMSNorm
@@ -66,19 +66,46 @@ class Attention(nnx.Module):
             cache = cache.write(k_BSGK, v_BSGK, positions_BT)
             k_BSGK, v_BSGK = cache.read()
             key_positions = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)[None, :]
-        long = q_BTHK.shape[1] > 2 * CHUNK
-        heads_BTHK = (attend_in_chunks if long else attend)(
-            q_BTHK,
-            k_BSGK,
-            v_BSGK,
-            positions=(positions_BT, key_positions),
-            segments=None if segments_BT is None else (segments_BT, segments_BT),
-            window=self.config.sliding_window,
-            dropout=(self.config.dropout_rate, dropout_key),
-            **({"chunk": CHUNK} if long else {}),
+        heads_BTHK = self._attend(
+            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key
         )
-        heads_BTHK = constrain(heads_BTHK, "batch", "length", "act_heads", None)
         return jnp.einsum("BTHK,HKD->BTD", heads_BTHK, self.out[...].astype(x_BTD.dtype)), cache
+
+    def _attend(
+        self,
+        q_BTHK: jax.Array,
+        k_BSGK: jax.Array,
+        v_BSGK: jax.Array,
+        positions_BT: jax.Array,
+        key_positions_BS: jax.Array,
+        segments_BT: jax.Array | None,
+        dropout_key: jax.Array | None,
+    ) -> jax.Array:
+        """[B, T, H, K]. Each device takes its rows, queries and heads, with all keys and values of these."""
+
+        def on_device(q_BTHK, k_BSGK, v_BSGK, q_at, k_at, q_in, k_in, key):
+            long = q_BTHK.shape[1] > 2 * CHUNK
+            return (attend_in_chunks if long else attend)(
+                q_BTHK,
+                k_BSGK,
+                v_BSGK,
+                positions=(q_at, k_at),
+                segments=None if q_in is None else (q_in, k_in),
+                window=self.config.sliding_window,
+                dropout=(self.config.dropout_rate, key),
+                **({"chunk": CHUNK} if long else {}),
+            )
+
+        queries = ("batch", "length", "act_heads", None)
+        keys = ("batch", None, "act_kv_heads", None)
+        row = None if positions_BT.shape[0] == 1 else "batch"
+        names = (
+            *(queries, keys, keys, (row, "length"), (row, None)),
+            *(("batch", "length"), ("batch", None), ()),
+        )
+        return local(on_device, names, queries)(
+            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, dropout_key
+        )
 
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], scaled by 1/√K, keys and values [B, T, G, K]; queries and keys rotated."""
@@ -94,7 +121,6 @@ class Attention(nnx.Module):
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
         q_BTHK = rotate(q_BTHK, positions_BT, omega) / math.sqrt(self.config.head_dim)
-        k_BTGK = rotate(k_BTGK, positions_BT, omega)
-        q_BTHK = constrain(q_BTHK, "batch", "length", "act_heads", None)
-        k_BTGK = constrain(k_BTGK, "batch", None, "act_kv_heads", None)
-        return q_BTHK, k_BTGK, constrain(v_BTGK, "batch", None, "act_kv_heads", None)
+        # Each device projects its own tokens; what others need of keys and values is gathered afterwards.
+        own = ("batch", "length", "act_kv_heads", None)
+        return q_BTHK, constrain(rotate(k_BTGK, positions_BT, omega), *own), constrain(v_BTGK, *own)

@@ -1,6 +1,6 @@
 """Token ids to vectors, and vectors to logits.
 
-Invariant: logits are float32, whatever the compute dtype.
+Invariant: logits are float32, whatever the compute dtype, and those of table rows that stand for no token never count.
 """
 
 import jax
@@ -10,9 +10,12 @@ from flax import nnx
 from parallax.axes import constrain, param
 from parallax.config import TransformerConfig
 
+MASKED = -1e30
+"""The logit of a row without a token: finite, so that zero times it is zero."""
+
 
 class Embedding(nnx.Module):
-    """A table of V vectors, read by `embed` and, as the output layer, by `unembed`.
+    """A table of V vectors, read by `embed` and, as the output layer, by `unembed`; W ≥ V rows, see `table_rows`.
 
     The initial deviation 1/(4√D) makes the first logits small (variance 1/16), so the first loss is near ln V.
     """
@@ -20,21 +23,29 @@ class Embedding(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
         self.softcap = config.logit_softcap
+        self.vocab_size, rows = config.vocab_size, config.table_rows
         init = jax.nn.initializers.normal(0.25 * config.embed_dim**-0.5)
-        self.table = param(init, rngs.params(), (config.vocab_size, config.embed_dim), ("vocab", "embed"))
+        self.table = param(init, rngs.params(), (rows, config.embed_dim), ("vocab", "embed"))
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """[B, T] ids to [B, T, D]."""
-        x_BTD = jnp.take(self.table[...].astype(self.dtype), tokens_BT, axis=0)
+        # Whole vectors: looked up in slices of them, tokens and results would change places between devices.
+        table_WD = constrain(self.table[...].astype(self.dtype), "vocab", None)
+        x_BTD = jnp.take(table_WD, tokens_BT, axis=0)
         return constrain(x_BTD, "batch", "length", "act_embed")
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] to float32 logits [B, T, V], squashed to ±c by c·tanh(logit/c) when there is a soft cap.
+        """[B, T, D] to float32 logits [B, T, W], squashed to ±c by c·tanh(logit/c) when there is a soft cap.
 
-        The cap is Gemma 2's (arXiv:2408.00118, section 2).
+        Those from V on are MASKED. The cap is Gemma 2's (arXiv:2408.00118, section 2).
         """
-        table_VD = self.table[...].astype(x_BTD.dtype)
+        table_WD = self.table[...].astype(x_BTD.dtype)
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        logits_BTV = jnp.einsum("BTD,VD->BTV", x_BTD, table_VD, preferred_element_type=wide)
-        logits_BTV = constrain(logits_BTV, "batch", "length", "act_vocab")
-        return self.softcap * jnp.tanh(logits_BTV / self.softcap) if self.softcap else logits_BTV
+        logits_BTW = jnp.einsum("BTD,WD->BTW", x_BTD, table_WD, preferred_element_type=wide)
+        logits_BTW = constrain(logits_BTW, "batch", "length", "act_vocab")
+        if self.softcap:
+            logits_BTW = self.softcap * jnp.tanh(logits_BTW / self.softcap)
+        if table_WD.shape[0] > self.vocab_size:
+            ids_W = jnp.arange(table_WD.shape[0])[None, None]
+            logits_BTW = jnp.where(ids_W < self.vocab_size, logits_BTW, jnp.asarray(MASKED, wide))
+        return logits_BTW

@@ -20,7 +20,7 @@ def forward_flops(config: TransformerConfig, seq_len: int) -> float:
     if 0 < window < seq_len:  # the first `window` queries see 1 … window keys, the others see window
         keys = window - window * (window - 1) / (2 * seq_len)
     attention = 4 * config.num_heads * K * keys
-    return config.num_layers * (2 * matrices + attention) + 2 * D * config.vocab_size
+    return config.num_layers * (2 * matrices + attention) + 2 * D * config.table_rows
 
 
 def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> float:

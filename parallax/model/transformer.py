@@ -73,7 +73,7 @@ class TransformerLM(nnx.Module):
           ValueError: a cache without positions, or with segments.
         """
         x_BTD, cache = self.hidden(tokens_BT, positions, segments, cache, dropout_key)
-        return self.unembed(x_BTD), cache
+        return self.unembed(x_BTD)[..., : self.config.vocab_size], cache
 
     def hidden(
         self,
@@ -113,7 +113,7 @@ class TransformerLM(nnx.Module):
         return self.final_norm(x_BTD), cache
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] to float32 logits [B, T, V]."""
+        """[B, T, D] to float32 logits [B, T, W], of which those from V on are masked."""
         return (self.embedding if self.config.tie_embeddings else self.output).unembed(x_BTD)
 
 

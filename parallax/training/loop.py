@@ -67,6 +67,7 @@ def train(
     config: TrainConfig,
     evaluate: Callable[[TrainState], float],
     save: Callable[[int, TrainState, float | None], None],
+    check: Callable[[int, TrainState, Any], None],
     observers: list[Observer],
     stopwatch: Stopwatch,
     step_flops: float = 0.0,
@@ -78,6 +79,8 @@ def train(
       batches: host batches from index `start` on.
       evaluate: state to held-out loss in nats a token.
       save: called with (step, state, held-out loss of this step or None).
+      check: called with (step, state, placed batch) every `config.check_interval` steps and before each save; raises
+        where the state cannot be trusted.
       step_flops, peak_flops: for the model FLOPs utilisation, of the whole batch and of all devices together.
 
     Returns:
@@ -85,6 +88,7 @@ def train(
 
     Raises:
       Diverged: `config.max_bad_steps` steps in a row were not finite.
+      Exception: whatever `check` raises; nothing is saved after it.
     """
     meter = _Meter(stopwatch, step_flops, peak_flops)
     pending: tuple[int, dict[str, jax.Array]] | None = (
@@ -115,6 +119,9 @@ def train(
                 pending = None
         if row is not None and logged:
             _record(meter.row(done, row), observers)
+        if saved or done % config.check_interval == 0:
+            with stopwatch.timing("check"):
+                check(done, state, batch)
         eval_loss: float | None = None
         if evaluated:
             with stopwatch.timing("evaluation"):

@@ -25,19 +25,28 @@ LossFn = Callable[[Any, dict[str, jax.Array], jax.Array | None], tuple[Sums, jax
 
 
 def token_losses(
-    logits_BTV: jax.Array, targets_BT: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    logits_BTW: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    vocab_size: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Sums:
     """Sums over target tokens of the cross-entropy, the z-loss and both, in nats; scalars in the logits' dtype.
+
+    Logits from V = vocab_size on are masked. All is a sum along W, so that devices that share the vocabulary add up
+    their parts and no logit travels.
 
     With Z = Σ_v exp(logit_v), target y and smoothing ε (Szegedy et al. 2016, arXiv:1512.00567, section 7):
       ce = log Z - (1-ε) logit_y - ε mean_v logit_v          z = z_loss · log²Z   (PaLM, arXiv:2204.02311, section 5)
     """
     counted = targets_BT != NO_TARGET
-    log_Z = jax.nn.logsumexp(logits_BTV, axis=-1)
-    ids = jnp.where(counted, targets_BT, 0)[..., None]
-    hit = (1 - label_smoothing) * jnp.take_along_axis(logits_BTV, ids, axis=-1)[..., 0]
+    log_Z = jax.nn.logsumexp(logits_BTW, axis=-1)
+    ids_W = jnp.arange(logits_BTW.shape[-1])[None, None]
+    wanted_BTW = (1 - label_smoothing) * (ids_W == targets_BT[..., None])
     if label_smoothing:
-        hit = hit + label_smoothing * jnp.mean(logits_BTV, axis=-1)
+        wanted_BTW = wanted_BTW + label_smoothing / vocab_size * (ids_W < vocab_size)
+    hit = jnp.sum(wanted_BTW.astype(logits_BTW.dtype) * logits_BTW, axis=-1)
     ce = jnp.sum(jnp.where(counted, log_Z - hit, 0))
     z = jnp.sum(jnp.where(counted, z_loss * log_Z**2, 0))
     return {"loss": ce + z, "ce_loss": ce, "z_loss": z}
@@ -49,13 +58,16 @@ def chunked_losses(
     targets_BT: jax.Array,
     *,
     chunk: int,
+    vocab_size: int,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Sums:
     """`token_losses(unembed(x), targets)` with logits of `chunk` tokens a row at a time, recomputed going back."""
 
     def losses(x_BTD, targets_BT):
-        return token_losses(unembed(x_BTD), targets_BT, label_smoothing=label_smoothing, z_loss=z_loss)
+        return token_losses(
+            unembed(x_BTD), targets_BT, vocab_size=vocab_size, label_smoothing=label_smoothing, z_loss=z_loss
+        )
 
     B, T, D = x_BTD.shape
     if chunk >= T:
@@ -87,6 +99,7 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
             x_BTD,
             batch["targets"],
             chunk=max(1, ROW_LOGITS // config.vocab_size),
+            vocab_size=config.vocab_size,
             label_smoothing=train.label_smoothing,
             z_loss=train.z_loss,
         )

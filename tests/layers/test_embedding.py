@@ -1,4 +1,4 @@
-"""The table: looked up, and multiplied into float32 logits."""
+"""The table: looked up, and multiplied into float32 logits, of which those without a token are masked."""
 
 import functools
 
@@ -10,9 +10,9 @@ from flax import nnx
 
 from parallax.axes import names_of
 from parallax.config import TransformerConfig
-from parallax.layers.embedding import Embedding
+from parallax.layers.embedding import MASKED, Embedding
 
-V, D = 7, 4
+V, W, D = 7, 8, 4
 TOKENS = np.array([[0, 6, 3], [3, 3, 1]])
 
 
@@ -34,15 +34,28 @@ def test_embed_reads_rows():
 def test_only_the_rows_read_have_a_gradient():
     graph, state = nnx.split(embedding())
     gradient = jax.grad(lambda state: nnx.merge(graph, state).embed(TOKENS).sum())(state)
-    counts = np.bincount(TOKENS.ravel(), minlength=V)
+    counts = np.bincount(TOKENS.ravel(), minlength=W)
     np.testing.assert_array_equal(gradient["table"][...], np.repeat(counts[:, None], D, axis=1))
 
 
 def test_unembed_multiplies_by_the_same_table():
     made = embedding()
-    np.testing.assert_allclose(
-        made.unembed(hidden()), hidden() @ made.table[...].T, rtol=1e-5
-    )  # float32 sums
+    logits = made.unembed(hidden())
+    assert logits.shape == (2, 3, W)
+    np.testing.assert_allclose(logits[..., :V], hidden() @ made.table[:V].T, rtol=1e-5)  # float32 sums
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 8, 9, 15, 16])
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}, {"logit_softcap": 30.0}], ids=str)
+def test_logits_of_rows_without_a_token_are_masked_whatever_stands_there(vocab_size, changes):
+    made = Embedding(TransformerConfig(vocab_size=vocab_size, embed_dim=D, **changes), rngs=nnx.Rngs(0))
+    before = made.unembed(hidden().astype(made.dtype))
+    made.table[...] = made.table[...].at[vocab_size:].set(1e6 * jnp.arange(D)[None] - 1e6)
+    after = made.unembed(hidden().astype(made.dtype))
+    assert after.shape == (2, 3, -(-vocab_size // 8) * 8)
+    np.testing.assert_array_equal(after[..., vocab_size:], np.float32(MASKED))
+    np.testing.assert_array_equal(after, before)
+    assert np.abs(after[..., :vocab_size]).max() < 1e5 < -MASKED
 
 
 def test_bfloat16_vectors_give_float32_logits():
@@ -51,14 +64,14 @@ def test_bfloat16_vectors_give_float32_logits():
     x = hidden().astype(jnp.bfloat16)
     logits = made.unembed(x)
     assert logits.dtype == jnp.float32
-    rounded = made.table[...].astype(jnp.bfloat16).astype(jnp.float32)
+    rounded = made.table[:V].astype(jnp.bfloat16).astype(jnp.float32)
     exact = x.astype(jnp.float32) @ rounded.T  # only the operands are bfloat16: sums are float32
-    np.testing.assert_allclose(logits, exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits[..., :V], exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0])
 def test_soft_cap_bounds_and_keeps_order(cap):
-    plain, capped = embedding().unembed(hidden()), embedding(logit_softcap=cap).unembed(hidden())
+    plain, capped = (embedding(logit_softcap=c).unembed(hidden())[..., :V] for c in (0.0, cap))
     assert np.abs(plain).max() > cap
     assert np.abs(capped).max() <= cap
     np.testing.assert_allclose(capped, cap * np.tanh(plain / cap), rtol=1e-6)  # float32 rounding

@@ -17,7 +17,7 @@ from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import TrainState, state_axes
 from parallax.training.step import train_step
-from parallelism.strategy import get_strategy
+from parallelism.strategy import Layout, get_strategy
 
 
 class Tiny:
@@ -48,8 +48,10 @@ class Tiny:
         params, zero = jax.tree.unflatten(structure, waves), jnp.zeros((), jnp.int32)
         return TrainState(step=zero, params=params, opt_state=self._optimizer.init(params), bad_steps=zero)
 
-    def strategy(self, name, mesh="", accumulate=1):
-        return get_strategy(name, self.init_state, self.axes, mesh=mesh, accumulate=accumulate)
+    def strategy(self, name, mesh="", accumulate=1, **layout):
+        sizes = {"batch_size": 16, "seq_len": 6} | layout
+        wanted = Layout(strategy=name, mesh=mesh, accumulate=accumulate, **sizes)
+        return get_strategy(wanted, self.init_state, self.axes)
 
     def step(self, strategy, loss_fn=None):
         return functools.partial(

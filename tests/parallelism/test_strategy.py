@@ -13,7 +13,7 @@ from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
-from parallelism.strategy import STRATEGIES, deal_rows, get_strategy
+from parallelism.strategy import STRATEGIES, Layout, get_strategy
 
 LAYOUTS = [("single", ""), ("pmap", ""), ("mesh", "data=8"), ("mesh", "fsdp=8"), ("mesh", "data=2,fsdp=4")]
 STEPS, ROWS, LENGTH = 100, 32, 16
@@ -42,7 +42,9 @@ class Nano:
         self._batches = markov_batches()
 
     def strategy(self, name, mesh="", accumulate=1):
-        return get_strategy(name, self._init_state, self._axes, mesh=mesh, accumulate=accumulate)
+        sizes = {"batch_size": ROWS, "seq_len": LENGTH}
+        layout = Layout(strategy=name, mesh=mesh, accumulate=accumulate, **sizes)
+        return get_strategy(layout, self._init_state, self._axes)
 
     def losses(self, strategy, first_state):
         """Of STEPS steps from a state on the host."""

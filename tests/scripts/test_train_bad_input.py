@@ -10,6 +10,18 @@ import pytest
 from scripts import train
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
+RULES = {
+    "broken.json": "{batch: data}",
+    "bytes.json": b"\xff\xfe\x00",
+    "list.json": '["batch", "mlp"]',
+    "string.json": '{"batch": "data"}',
+    "numbers.json": '{"batch": [8]}',
+    "logical.json": '{"batch": ["data"], "channels": ["tensor"]}',
+    "axis.json": '{"batch": ["data"], "mlp": ["model"]}',
+    "collision.json": '{"batch": ["data"], "embed": ["fsdp"], "mlp": ["fsdp"]}',
+    "good.json": '{"batch": ["data"]}',
+}
+SEVERAL = ["--coordinator", "127.0.0.1:8482", "--num-processes", "2"]
 
 # Arguments of train.py, and what its one line must say: the value and the remedy.
 CASES = {
@@ -56,6 +68,105 @@ CASES = {
         ["batch_size=9", "try --batch-size 8"],
     ),
     "indivisible dim": (["--mesh", "fsdp=8", "--model.embed-dim", "100"], ["embed=100", "fsdp=8", "try"]),
+    "indivisible heads": (
+        ["--mesh", "tensor=8"],
+        ["kv_heads=4", "tensor=8", "try a mesh with tensor=4 or kv_heads=8"],
+    ),
+    "indivisible sequence": (
+        ["--mesh", "sequence=8", "--seq-len", "100"],
+        ["length=100", "sequence=8", "try a mesh with sequence=4 or length=104"],
+    ),
+    "unused mesh axis": (
+        ["--rules", "replicated", "--mesh", "tensor=8"],
+        ["tensor=8", "splits nothing", "try"],
+    ),
+    "unused mesh axis, own rules": (
+        ["--rules", "good.json", "--mesh", "data=4,sequence=2"],
+        ["sequence=2", "splits nothing", "try"],
+    ),
+    "no mesh to choose": (
+        ["--mesh", "auto", "--batch-size", "9", "--seq-len", "9"],
+        ["mesh=auto", "8 devices", "batch_size=9", "try --batch-size 8"],
+    ),
+    "no mesh to choose with microbatches": (
+        ["--mesh", "auto", "--batch-size", "9", "--seq-len", "9", "--accumulate", "3"],
+        ["mesh=auto", "batch_size=9", "try --batch-size 24"],
+    ),
+    "auto for pmap": (["--strategy", "pmap", "--mesh", "auto"], ["auto", "not pmap", "--strategy mesh"]),
+    "unknown rule set": (
+        ["--strategy", "mesh", "--rules", "megatron"],
+        ["megatron", "default, replicated", "check the spelling"],
+    ),
+    "rules for pmap": (
+        ["--strategy", "pmap", "--rules", "good.json"],
+        ["good.json", "not pmap", "--strategy mesh"],
+    ),
+    "rules for one device": (["--rules", "replicated"], ["replicated", "not single", "--strategy mesh"]),
+    **{
+        f"rules in {name}": (
+            ["--strategy", "mesh", "--rules", name],
+            [name, says, 'write an object such as {"batch"'],
+        )
+        for name, says in {
+            "broken.json": "must be JSON (",
+            "bytes.json": "must be JSON (",
+            "list.json": "list of mesh axes",
+            "string.json": "list of mesh axes",
+            "numbers.json": "list of mesh axes",
+        }.items()
+    },
+    "rule for no logical axis": (
+        ["--strategy", "mesh", "--rules", "logical.json"],
+        ["'channels'", "known are act_embed", "vocab"],
+    ),
+    "rule with no mesh axis": (
+        ["--strategy", "mesh", "--rules", "axis.json"],
+        ["'mlp'", "'model'", "known are data, fsdp, sequence, tensor"],
+    ),
+    "rules that collide": (
+        ["--rules", "collision.json", "--mesh", "fsdp=8"],
+        ["'fsdp'", "'mlp'", "'embed'", "remove it from one"],
+    ),
+    "unknown reduction": (["--reduction", "sum"], ["sum", "exact"]),
+    "exact with tensor": (
+        ["--reduction", "exact", "--mesh", "data=4,tensor=2"],
+        ["reduction=exact", "tensor=2", "try --mesh data=8"],
+    ),
+    "exact with sequence": (
+        ["--reduction", "exact", "--mesh", "fsdp=4,sequence=2"],
+        ["reduction=exact", "sequence=2", "try --mesh data=8"],
+    ),
+    "exact without a cut, pmap": (
+        ["--reduction", "exact", "--strategy", "pmap", "--batch-size", "24"],
+        ["reduction=exact", "batch_size=24", "12 shards", "devices=8", "try --batch-size 32"],
+    ),
+    "exact without a cut, mesh": (
+        ["--reduction", "exact", "--mesh", "data=2,fsdp=4", "--batch-size", "24"],
+        ["reduction=exact", "batch_size=24", "12 shards", "data×fsdp=8", "try --batch-size 32"],
+    ),
+    "no checks": (["--check-interval", "0"], ["check_interval=0", "at least 1", "try 250"]),
+    "coordinator alone": (
+        ["--coordinator", "127.0.0.1:8482"],
+        [
+            "--num-processes is missing",
+            "give --coordinator HOST:PORT, --num-processes and --process-id together",
+        ],
+    ),
+    "no coordinator": (["--num-processes", "2", "--process-id", "0"], ["--coordinator is missing", "give"]),
+    "no process id": (SEVERAL, ["--process-id is missing", "give"]),
+    "process id beyond": ([*SEVERAL, "--process-id", "2"], ["--process-id 2", "from 0 to 1", "try 0"]),
+    "process id below": ([*SEVERAL, "--process-id", "-1"], ["--process-id -1", "from 0 to 1", "try 0"]),
+    "no processes": (
+        ["--coordinator", "127.0.0.1:8482", "--num-processes", "0", "--process-id", "0"],
+        ["--num-processes 0", "at least 1", "try 2"],
+    ),
+    **{
+        f"coordinator {address!r}": (
+            ["--coordinator", address, "--num-processes", "2", "--process-id", "0"],
+            [address, "must be HOST:PORT", "try 127.0.0.1:8482"],
+        )
+        for address in ("localhost", ":8482", "127.0.0.1:", "localhost:port")
+    },
     "missing data": (["--dataset", "nowhere.txt"], ["nowhere.txt", "check the spelling"]),
     "missing data folder": (
         ["--dataset", "tiny_shakespeare", "--data-dir", "nowhere"],
@@ -86,6 +197,8 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     (tmp_path / "wrong").mkdir()
     (tmp_path / "wrong" / "tiny_shakespeare.txt").write_text("To be, or not to be")
+    for name, content in RULES.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)

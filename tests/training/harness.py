@@ -33,9 +33,10 @@ def fresh_state():
 class Harness:
     """Placement, observer, evaluation and storage in one, which writes down what happens in order."""
 
-    def __init__(self, stop_at=None, bad=(), clock=None):
+    def __init__(self, stop_at=None, bad=(), clock=None, differs_at=None):
         self.events, self.saved, self.dispatched = [], {}, 0
         self._stop_at, self._bad, self._clock = stop_at, bad, clock
+        self._differs_at = differs_at
         self.stopwatch = Stopwatch()
 
     def _takes(self, seconds):
@@ -45,7 +46,10 @@ class Harness:
     def batches(self, start):
         for k in itertools.count(start):
             self._takes(0.25)
-            yield {"x": np.float32(np.nan if k in self._bad else np.sin(3.0 * k))}
+            yield self._batch(k)
+
+    def _batch(self, k):
+        return {"x": np.float32(np.nan if k in self._bad else np.sin(3.0 * k))}
 
     def put_batch(self, batch):
         return jax.device_put(batch)
@@ -74,6 +78,14 @@ class Harness:
         self.saved[step] = jax.tree.map(np.array, state)
         self.events.append(("save", step, eval_loss))
 
+    def check(self, step, state, batch):
+        self._takes(0.5)
+        assert int(state.step) == step
+        np.testing.assert_array_equal(batch["x"], self._batch(step - 1)["x"])
+        self.events.append(("check", step, None))
+        if step == self._differs_at:
+            raise RuntimeError("replicas differ")
+
     def train(self, config, start=0, state=None, observers=None, **keywords):
         return train(
             fresh_state() if state is None else jax.tree.map(jnp.array, state),
@@ -84,6 +96,7 @@ class Harness:
             config=config,
             evaluate=self.evaluate,
             save=self.save,
+            check=self.check,
             observers=[self] if observers is None else observers,
             stopwatch=self.stopwatch,
             **keywords,

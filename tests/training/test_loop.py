@@ -16,10 +16,8 @@ def without_timing(rows):
 
 def draw_config(seed):
     rng = np.random.default_rng(seed)
-    steps, log, evaluation, checkpoint = (int(n) for n in rng.integers(1, [20, 9, 12, 12]))
-    return TrainConfig(
-        steps=steps, log_interval=log, eval_interval=evaluation, checkpoint_interval=checkpoint
-    )
+    names = ("steps", "log_interval", "eval_interval", "checkpoint_interval", "check_interval")
+    return TrainConfig(**dict(zip(names, rng.integers(1, [20, 9, 12, 12, 9]).tolist(), strict=True)))
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -36,18 +34,26 @@ def test_everything_happens_when_it_is_due_and_only_then(seed):
     assert [row["step"] for row in run.rows if "eval_loss" in row] == evaluated
     saved = [n for n in every if n % config.checkpoint_interval == 0 or n in evaluated]
     assert run.of("save") == saved
+    assert run.of("check") == [n for n in every if n % config.check_interval == 0 or n in saved]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_happens_after_a_step_happens_in_order(seed):
-    """Observed, logged, evaluated, recorded, saved: each of its own step, before the next is observed."""
+    """Observed, logged, checked, evaluated, recorded, saved: each of its own step, before the next."""
     config, run = draw_config(seed), Harness()
     run.train(config)
-    order = {"step": 0, "row": 1, "evaluate": 2, "save": 4}
-    places = [
-        (step, 3 if what == "row" and "eval_loss" in detail else order[what])
-        for what, step, detail in run.events
-    ]
+    read = {
+        *run.logged,
+        *run.of("save"),
+    }  # the host runs ahead: metrics of other steps are read in the next one
+    order = {"step": 0, "row": 1, "check": 2, "evaluate": 3, "save": 5}
+
+    def place(what, step, detail):
+        if what == "check" and step not in read:
+            return step, -1
+        return step, 4 if what == "row" and "eval_loss" in detail else order[what]
+
+    places = [place(*event) for event in run.events]
     assert places == sorted(set(places))
 
 
@@ -94,7 +100,8 @@ def test_a_resumed_run_writes_the_rows_of_the_uninterrupted_one(seed):
         resumed, done = rest.train(config, start=step, state=state)
         assert done == config.steps
         assert without_timing(rest.rows) == without_timing(row for row in whole.rows if row["step"] > step)
-        assert rest.of("save") == [n for n in whole.of("save") if n > step]
+        for what in ("check", "save"):
+            assert rest.of(what) == [n for n in whole.of(what) if n > step]
         assert rest.of("step") == list(range(step + 1, config.steps + 1))
         assert resumed.params["w"] == end.params["w"]
 
@@ -131,6 +138,30 @@ def test_too_many_bad_steps_in_a_row_end_the_run(log_interval, first_bad):
         assert run.dispatched <= first_bad + 4
         assert max(run.of("save"), default=0) < first_bad + 3
         assert run.of("step")[-1] == first_bad + 3
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_state_that_fails_its_check_is_neither_evaluated_nor_saved(seed):
+    """Nor is any later one; what was done before stays."""
+    config, whole = draw_config(seed), Harness()
+    whole.train(config)
+    for step in whole.of("check"):
+        run = Harness(differs_at=step)
+        with pytest.raises(RuntimeError, match="replicas differ"):
+            run.train(config)
+        assert run.dispatched == step
+        assert run.events[-1][:2] == ("check", step)
+        for what in ("evaluate", "save"):
+            assert run.of(what) == [n for n in whole.of(what) if n < step]
+
+
+def test_a_state_is_checked_before_it_is_saved_on_request():
+    config = TrainConfig(steps=9, log_interval=100, eval_interval=100, checkpoint_interval=100)
+    run = Harness(stop_at=4, differs_at=4)
+    with pytest.raises(RuntimeError, match="replicas differ"):
+        run.train(config)
+    assert run.of("check") == [4]
+    assert run.of("save") == []
 
 
 def test_bad_steps_that_end_in_time_do_not_end_the_run():

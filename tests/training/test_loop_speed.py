@@ -25,16 +25,17 @@ def clock(monkeypatch):
 
 
 def test_stopwatch_knows_what_the_time_went_to(clock):
-    """A step of 1 s after a first of 100 s, data of 0.25 s, evaluations of 30 s, checkpoints of 7 s."""
-    config = TrainConfig(steps=10, log_interval=4, eval_interval=5, checkpoint_interval=3)
+    """A step of 1 s after a first of 100 s, data of 0.25 s, checks of 0.5 s, evaluations of 30 s, saves of 7 s."""
+    config = TrainConfig(steps=10, log_interval=4, eval_interval=5, checkpoint_interval=3, check_interval=4)
     run = Harness(clock=clock)
     run.train(config)
-    expected = {"compile": 100.0, "step": 9.0, "data": 2.5, "evaluation": 2 * 30.0, "checkpoint": 5 * 7.0}
+    expected = {"compile": 100.0, "step": 9.0, "data": 2.5, "check": 7 * 0.5}
+    expected |= {"evaluation": 2 * 30.0, "checkpoint": 5 * 7.0}
     assert run.stopwatch.seconds == expected
     assert sum(expected.values()) == clock.now
 
 
-def test_speed_is_of_steps_and_data_and_not_of_compiling_evaluating_or_saving(clock):
+def test_speed_is_of_steps_and_data_and_not_of_compiling_checking_evaluating_or_saving(clock):
     config = TrainConfig(steps=10, log_interval=4, eval_interval=5, checkpoint_interval=3)
     run = Harness(clock=clock)
     run.train(config, step_flops=20.0, peak_flops=32.0)

@@ -20,11 +20,11 @@ CONFIG = TransformerConfig(
 
 
 SETTINGS = ("label_smoothing", "z_loss")
-losses = jax.jit(token_losses, static_argnames=SETTINGS)
+losses = jax.jit(functools.partial(token_losses, vocab_size=V), static_argnames=SETTINGS)
 
 
 def objective(logits, targets, **kind):
-    return token_losses(logits, targets, **kind)["loss"]
+    return token_losses(logits, targets, vocab_size=V, **kind)["loss"]
 
 
 value_and_gradient = jax.jit(jax.value_and_grad(objective), static_argnames=SETTINGS)
@@ -148,7 +148,8 @@ def test_chunks_change_neither_value_nor_gradient(chunk, x64):
         def unembed(x_BTD):
             return jnp.einsum("BTD,VD->BTV", x_BTD, table)
 
-        values = chunked_losses(unembed, x, targets, chunk=chunk, label_smoothing=0.1, z_loss=0.01)
+        kind = {"label_smoothing": 0.1, "z_loss": 0.01}
+        values = chunked_losses(unembed, x, targets, chunk=chunk, vocab_size=V, **kind)
         return values["loss"], values
 
     value = jax.jit(jax.value_and_grad(sums, argnums=(0, 1), has_aux=True), static_argnums=2)
@@ -166,9 +167,10 @@ def test_chunks_save_memory():
 
     def temporary(chunk):
         def objective(x, table):
-            return chunked_losses(
-                lambda x: jnp.einsum("BTD,VD->BTV", x, table), x, targets, chunk=chunk, z_loss=1e-4
-            )["loss"]
+            def unembed(x):
+                return jnp.einsum("BTD,VD->BTV", x, table)
+
+            return chunked_losses(unembed, x, targets, chunk=chunk, vocab_size=wide, z_loss=1e-4)["loss"]
 
         compiled = jax.jit(jax.grad(objective, argnums=(0, 1))).lower(*shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes

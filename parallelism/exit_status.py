@@ -1,0 +1,11 @@
+"""What the exit status of one process of a run says to whoever started it.
+
+Invariant: a supervisor decides by the status alone whether to start a run again.
+"""
+
+FAILED = 1
+"""The run failed by itself, and would again."""
+BAD_INPUT = 2
+"""The process did nothing, since its input is wrong."""
+OUTSIDE_FAILURE = 3
+"""The run failed through something outside it, as a peer or a disk, and may be started again."""

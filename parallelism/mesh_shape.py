@@ -1,0 +1,111 @@
+"""The shape of a mesh: as the user writes it, or as the devices, the batch and the model allow it.
+
+Invariant: a shape that is returned uses every device exactly once.
+"""
+
+import math
+from typing import Any
+
+import jax
+
+from parallelism.rows import canonical_shards
+from parallelism.rules import MESH_AXES, Rules, partition_spec, split_by
+from parallelism.strategy import Layout, State
+
+STATE_SHARE = 0.5
+"""Of a device's memory, how much parameters and optimizer may take before they are sharded: the rest is activations."""
+
+
+def parse_mesh(text: str, devices: int) -> dict[str, int]:
+    """Axis sizes from text like "data=2,fsdp=4"; "" means every device along data, "all" whatever is left.
+
+    Raises:
+      ValueError: an axis is unknown or repeated, a size is not a positive number, or the product is not `devices`.
+    """
+    sizes: dict[str, int] = {}
+    wild = None
+    for part in (text or "data=all").split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in MESH_AXES:
+            raise ValueError(f"mesh={text!r} has unknown axis {axis!r}; known are {', '.join(MESH_AXES)}")
+        if axis in sizes:
+            raise ValueError(f"mesh={text!r} gives {axis} twice; give each axis once")
+        if size == "all" and wild is None:
+            wild, size = axis, "1"
+        if not size.isdecimal() or int(size) < 1:
+            remedy = f"{axis}={1 if '=all' in text else 'all'}"
+            raise ValueError(f"mesh={text!r} needs a positive number for {axis}, not {size!r}; try {remedy}")
+        sizes[axis] = int(size)
+    if wild:
+        sizes[wild] = max(1, devices // math.prod(sizes.values()))
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(
+            f"mesh={text!r} needs {math.prod(sizes.values())} devices but {devices} are visible; "
+            f"try --mesh data={devices}"
+        )
+    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+
+
+def choose_mesh(
+    devices: list[Any], rules: Rules, shapes: State, state_axes: State, layout: Layout
+) -> tuple[dict[str, int], str]:
+    """A legal shape for --mesh auto, and why.
+
+    As many devices as the batch allows share its rows, since that costs one reduction a step: along data, or along
+    fsdp where the whole state would fill too much of a device. Devices that are left share the model (tensor), or else
+    the sequence, in the largest numbers that divide them.
+
+    Raises:
+      ValueError: no shape uses every device.
+    """
+    count = len(devices)
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    memory = _memory(devices[0])
+    sharded = memory is not None and state_bytes > STATE_SHARE * memory
+    row_axis = "fsdp" if sharded else "data"
+    size = f"state of {state_bytes / 2**20:,.0f} MiB"
+    reason = f"{size} is too much for one device" if sharded else f"{size} fits on every device"
+    for rows in _divisors(count):
+        for tensor in _divisors(count // rows):
+            shape = {row_axis: rows, "tensor": tensor, "sequence": count // rows // tensor}
+            sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}
+            if _is_legal(sizes, rules, shapes, state_axes, layout):
+                return sizes, _explain(sizes, reason, layout.batch_size)
+    raise ValueError(
+        f"mesh=auto finds no shape for {count} devices and batch_size={layout.batch_size}; "
+        f"try --batch-size {count * layout.accumulate}"
+    )
+
+
+def _explain(sizes: dict[str, int], reason: str, batch_size: int) -> str:
+    if sizes["tensor"] * sizes["sequence"] == 1:
+        return reason
+    return f"{reason}; no more devices can share batch_size={batch_size}"
+
+
+def _memory(device: Any) -> int | None:
+    """Bytes that a device has, where it says so; CPUs do not."""
+    stats = device.memory_stats() if device.process_index == jax.process_index() else None
+    return (stats or {}).get("bytes_limit")
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def _is_legal(sizes: dict[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout) -> bool:
+    used = {axis for mesh_axes in rules.values() for axis in mesh_axes}
+    if any(size > 1 and axis not in used for axis, size in sizes.items()):
+        return False
+    parts = math.prod(split_by("batch", rules, sizes).values())
+    if layout.reduction == "exact":
+        if canonical_shards(layout.batch_size) % parts or parts != math.prod(sizes.values()):
+            return False
+    elif layout.batch_size % (parts * layout.accumulate):
+        return False
+    try:
+        partition_spec((None, "length"), (1, layout.seq_len), rules, sizes)
+        jax.tree.map(lambda leaf, names: partition_spec(names, leaf.shape, rules, sizes), shapes, state_axes)
+    except ValueError:
+        return False
+    return True

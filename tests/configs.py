@@ -1,0 +1,30 @@
+"""Configs drawn at random, for tests of what holds for all of them."""
+
+import numpy as np
+
+from parallax.config import RopeScaling, TransformerConfig
+
+
+def random_config(seed):
+    """A small config with every switch thrown at random."""
+    rng = np.random.default_rng(seed)
+    groups = int(rng.integers(1, 4))
+    return TransformerConfig(
+        vocab_size=int(rng.integers(2, 50)),
+        embed_dim=int(rng.integers(1, 40)),
+        num_layers=int(rng.integers(1, 5)),
+        num_heads=groups * int(rng.integers(1, 4)),
+        num_kv_heads=groups,
+        head_dim=2 * int(rng.integers(1, 9)),
+        mlp_dim=int(rng.integers(1, 60)),
+        sliding_window=int(rng.integers(0, 9)),
+        logit_softcap=float(rng.uniform(0, 30)),
+        attention_bias=bool(rng.integers(2)),
+        qk_norm=bool(rng.integers(2)),
+        tie_embeddings=bool(rng.integers(2)),
+        remat=str(rng.choice(["none", "dots", "full"])),
+        dtype=str(rng.choice(["float32", "bfloat16"])),
+        rope_scaling=RopeScaling(
+            kind=str(rng.choice(["none", "linear", "llama3"])), factor=float(rng.uniform(1, 9))
+        ),
+    )

@@ -1,0 +1,157 @@
+"""What the compiled step of each layout says over the wire: what its theory asks for, and nothing else.
+
+Sizes are chosen so that no two arrays have the same number of bytes. `N` layers are scanned, so what a layer says is
+counted N times. Scalars and norms (a few bytes, summed over what is split) are allowed everywhere and bounded.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
+from parallax.training.loss import make_loss
+from parallax.training.optimizer import make_optimizer
+from parallax.training.state import make_init, state_axes
+from parallax.training.step import train_step
+from parallelism.collectives import crossed_axes, read_collectives
+from parallelism.strategy import Layout, get_strategy
+
+B, T, D, H, K, F, V, N = 16, 24, 32, 8, 4, 48, 64, 3
+FLOAT = 4  # bytes
+SMALL = 1024
+"""Bytes: counts, losses and squared norms of leaves, and the gradients of a norm's scale, lie below."""
+LAYER = FLOAT * (4 * D * H * K + 3 * D * F + 2 * D)
+"""Of a layer's parameters."""
+TABLE = FLOAT * V * D
+
+
+@functools.cache
+def compiled_text(mesh, reduction="mean"):
+    sizes = {"embed_dim": D, "num_heads": H, "num_kv_heads": H, "head_dim": K, "mlp_dim": F}
+    config = TransformerConfig(vocab_size=V, num_layers=N, **sizes)
+    optimizer = make_optimizer(OptimizerConfig())
+    init = make_init(config, optimizer, seed=0)
+    name = "mesh" if "=" in mesh else mesh
+    layout = Layout(
+        strategy=name,
+        mesh=mesh if name == "mesh" else "",
+        batch_size=B,
+        seq_len=T,
+        reduction=reduction,
+    )
+    strategy = get_strategy(layout, init, state_axes(config, init))
+    step = functools.partial(
+        train_step,
+        loss_fn=make_loss(config, TrainConfig()),
+        optimizer=optimizer,
+        learning_rate=lambda step: 1e-3,
+        gradients=strategy.gradients,
+        seed=0,
+    )
+    batch = {name: jax.ShapeDtypeStruct((B, T), np.int32) for name in ("inputs", "targets")}
+    return strategy.lower(step, batch).compile().as_text()
+
+
+@functools.cache
+def spoken(mesh, reduction="mean"):
+    """{(kind, axes, times): bytes of all that is said so often} of a step, without what is small."""
+    shape = {part.partition("=")[0]: int(part.partition("=")[2]) for part in mesh.split(",") if "=" in part}
+    said, small = {}, 0
+    for collective in read_collectives(compiled_text(mesh, reduction)):
+        if collective.bytes < SMALL:
+            small += collective.bytes * collective.count
+            continue
+        key = (collective.kind, crossed_axes(collective, shape or {"batch": 8}), collective.count)
+        said[key] = said.get(key, 0) + collective.bytes
+    assert small < N * 6 * SMALL
+    return said
+
+
+def test_data_reduces_gradients_and_gathers_nothing():
+    """Once a parameter: those of a layer as the backward pass leaves it, the table twice, since it is tied."""
+    said = spoken("data=8")
+    assert set(said) == {("all-reduce", ("data",), N), ("all-reduce", ("data",), 1)}
+    assert said["all-reduce", ("data",), N] == LAYER
+    assert TABLE <= said["all-reduce", ("data",), 1] <= 2 * TABLE + SMALL
+
+
+def test_pmap_reduces_all_gradients_at_once():
+    said = spoken("pmap")
+    assert set(said) == {("all-reduce", ("batch",), 1)}
+    every = N * LAYER + TABLE + FLOAT * D
+    assert every <= said["all-reduce", ("batch",), 1] <= every + SMALL
+
+
+def test_fsdp_gathers_parameters_where_they_are_used_and_reduces_gradients():
+    """A layer's matrices are gathered going forward and again going back, and its gradient is reduced whole and cut:
+    this backend has no reduce-scatter here. The table is gathered once for both its uses."""
+    said = spoken("fsdp=8")
+    kinds = {("all-gather", ("fsdp",), N), ("all-gather", ("fsdp",), 1)}
+    assert set(said) == kinds | {("all-reduce", ("fsdp",), N), ("all-reduce", ("fsdp",), 1)}
+    matrices = LAYER - FLOAT * 2 * D
+    assert said["all-gather", ("fsdp",), N] == 2 * matrices
+    assert said["all-gather", ("fsdp",), 1] == TABLE
+    assert said["all-reduce", ("fsdp",), N] == LAYER
+    assert TABLE <= said["all-reduce", ("fsdp",), 1] <= 2 * TABLE + SMALL
+
+
+def test_fsdp_keeps_no_whole_copy():
+    """Nowhere in the program is there an array of the stacked layers that is not an eighth of it."""
+    text = compiled_text("fsdp=8")
+    for dims in ((D, F), (F, D), (D, H, K), (H, K, D)):
+        eighth = tuple(size // 8 if size == D else size for size in dims)
+        assert f"f32[{','.join(map(str, (N, *eighth)))}]" in text
+        assert f"f32[{','.join(map(str, (N, *dims)))}]" not in text
+
+
+def test_tensor_reduces_twice_a_block_and_twice_back():
+    """Forward: the sums behind attention and behind the feed-forward. Back: one for each block's input, of the three
+    projections' parts and of the two's, which this backend reduces before it adds them up. Outside: the vectors
+    looked up, the gradient behind the logits, and for each token the parts of its normaliser; no logit."""
+    said = spoken("tensor=8")
+    assert set(said) == {("all-reduce", ("tensor",), N), ("all-reduce", ("tensor",), 1)}
+    vectors, scalars = FLOAT * B * T * D, FLOAT * B * T
+    assert said["all-reduce", ("tensor",), N] == (1 + 1) * vectors + (3 + 2) * vectors
+    assert (
+        2 * vectors + 3 * scalars <= said["all-reduce", ("tensor",), 1] <= 2 * vectors + 3 * scalars + SMALL
+    )
+    largest = max(collective.bytes for collective in read_collectives(compiled_text("tensor=8")))
+    assert largest < FLOAT * B * T * V * 2
+
+
+def test_sequence_gathers_keys_and_values_alone():
+    """Going forward and again going back, and their gradients are reduced; parameters as with data."""
+    said = spoken("sequence=8")
+    axes = ("sequence",)
+    assert set(said) == {("all-gather", axes, N), ("all-reduce", axes, N), ("all-reduce", axes, 1)}
+    keys = FLOAT * B * T * H * K
+    assert said["all-gather", axes, N] == 2 * 2 * keys
+    assert said["all-reduce", axes, N] == 2 * keys + LAYER
+    assert TABLE <= said["all-reduce", axes, 1] <= 2 * TABLE + SMALL
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        *("data=2,fsdp=4", "data=2,tensor=4", "fsdp=2,tensor=4", "fsdp=2,sequence=4", "sequence=2,tensor=4"),
+        *("data=2,fsdp=2,tensor=2", "data=2,sequence=2,tensor=2", "fsdp=2,sequence=2,tensor=2"),
+    ],
+)
+def test_combined_axes_say_what_each_says_alone(mesh):
+    """Gathers cross fsdp or sequence alone, and nothing changes places: no all-to-all, no permute."""
+    for kind, axes, _ in spoken(mesh):
+        assert kind in {"all-reduce", "all-gather"}
+        assert kind == "all-reduce" or axes in {("fsdp",), ("sequence",)}
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
+def test_exact_reduction_gathers_every_shards_gradient(mesh):
+    """16 shards of each parameter, and with fsdp the parameters, once; nothing is reduced on the way."""
+    said = spoken(mesh, "exact")
+    axes = (mesh.partition("=")[0],)
+    assert set(said) == {("all-gather", axes, 1)}
+    every = N * LAYER + TABLE + FLOAT * D
+    gathered = 16 * every + (every if "fsdp" in mesh else 0)
+    assert said["all-gather", axes, 1] == pytest.approx(gathered, abs=SMALL)

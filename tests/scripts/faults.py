@@ -1,0 +1,287 @@
+"""The faults that a soak test strikes a run with, and what each may cost it.
+
+Invariant: whatever a fault broke is mended when it has struck, but for the checkpoints that it damaged: these the next
+attempt must name, and do without.
+"""
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.scripts.runs import Layout, Training, checkpoints, rows, saving
+
+DISK_MEGABYTES = 24
+NAME = "broken"
+
+
+class Misbehaved(RuntimeError):
+    """The run did not do what it should have done."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Something that breaks an attempt. `strike` says in a word what happened."""
+
+    name: str
+    strike: Callable[["Scene", Training], str]
+    several: bool = False
+    """Whether it takes a run of several processes."""
+    restarts: int = 0
+
+    def suits(self, layout: Layout) -> bool:
+        return layout.processes > 1 or not self.several
+
+
+class Scene:
+    """One run, and what is known of it between attempts."""
+
+    def __init__(self, folder: Path, disk: Path, flags: list[str], rng: random.Random):
+        self.folder, self.disk, self.flags, self.rng = folder, disk, flags, rng
+        self.run = disk / NAME
+        self.start = 0
+        """The step that the attempt under way has to go on from."""
+        self.damaged: list[int] = []
+        """Checkpoints that it has to name."""
+        self._record: int | None = None
+
+    @staticmethod
+    @contextlib.contextmanager
+    def open(disk: Path, mounts: bool) -> Iterator[Path]:
+        """The folder for the run: with mounts a small disk of its own."""
+        disk.mkdir()
+        if mounts:
+            mount("-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "tmpfs", str(disk))
+        try:
+            yield disk
+        finally:
+            if mounts:
+                subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+    def strike(self, fault: Fault, layout: Layout) -> str:
+        """One attempt, with one fault in it; a line about it.
+
+        Raises:
+          Misbehaved: it did not go on from the newest intact checkpoint, or did not end as it should.
+        """
+        damaged, self.damaged = self.damaged, []
+        trusted = [step for step in self.trusted() if step not in damaged]
+        self.start, self._record = max(trusted, default=0), self._inode()
+        training = Training(self.folder, NAME, layout, self.flags, disk=self.disk, restarts=fault.restarts)
+        try:
+            what = fault.strike(self, training)
+        finally:
+            training.kill()
+        words = training.err.read_text()
+        if self.start and fault.name != FILE_IN_PLACE.name:
+            require(f"from step {self.start} of" in words, f"did not go on from step {self.start}", training)
+            for step in damaged:
+                require(f"checkpoint {step} is damaged" in words, f"did not name checkpoint {step}", training)
+        else:
+            self.damaged = damaged  # nobody has looked at them yet
+        return f"| {fault.name} | {layout} | {self.start} | {what} |"
+
+    def advance(self, training: Training, steps: int | None = None) -> None:
+        """Waits until the attempt has gone some steps beyond its start."""
+        target = self.start + (steps or self.rng.randint(2, 9))
+        self.wait_for(training, lambda: any(row["step"] >= target for row in rows(self.run)[-2:]))
+
+    def wait_for(self, training: Training, condition: Callable[[], bool]) -> None:
+        """Waits for what this attempt does: what an earlier one left does not count."""
+        begun = training.wait_for(lambda: self._inode() not in (None, self._record))
+        require(begun and training.wait_for(condition), "ended before the fault could strike", training)
+
+    def begin_again(self) -> None:
+        """What the run does from now on is another attempt's."""
+        self._record = self._inode()
+
+    def trusted(self) -> list[int]:
+        """The steps whose checkpoint has a manifest."""
+        folder = self.run / "checkpoints"
+        return [step for step in checkpoints(self.run) if (folder / str(step) / "manifest.json").exists()]
+
+    def _inode(self) -> int | None:
+        """Which file the record is now: each attempt begins with a new one."""
+        with contextlib.suppress(FileNotFoundError):
+            return (self.run / "metrics.jsonl").stat().st_ino
+        return None
+
+
+def require(holds: bool, complaint: str, training: Training) -> None:
+    if not holds:
+        raise Misbehaved(f"the run ({training.layout}) {complaint}\n{training.words()}")
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def _end(training: Training, status: int, words: str = "") -> None:
+    ended = training.end(90)
+    require(ended == status, f"ended with status {ended} instead of {status}", training)
+    require(words in training.err.read_text(), f"did not say {words!r}", training)
+
+
+def _kill_one(scene: Scene, training: Training) -> str:
+    """SIGKILL to one process of the run, which must end all of it, and at once."""
+    workers = training.workers()
+    number = scene.rng.randrange(len(workers))
+    os.kill(workers[number], signal.SIGKILL)
+    if training.layout.processes > 1:
+        _end(training, 128 + signal.SIGKILL, f"process {number} was killed by SIGKILL")
+    else:
+        _end(training, -signal.SIGKILL)
+    return f"process {number} at step {rows(scene.run)[-1]['step']}"
+
+
+def kill_process(scene: Scene, training: Training) -> str:
+    scene.advance(training)
+    return _kill_one(scene, training)
+
+
+def kill_in_save(scene: Scene, training: Training) -> str:
+    scene.wait_for(training, saving(scene.run, scene.start + 1))
+    return _kill_one(scene, training)
+
+
+def kill_launcher(scene: Scene, training: Training) -> str:
+    """SIGKILL to what started the processes: they must not live on."""
+    scene.advance(training)
+    workers = training.workers()
+    training.kill()
+    limit = time.monotonic() + 20
+    while any(_alive(pid) for pid in workers):
+        require(time.monotonic() < limit, "outlived the process that started it", training)
+        time.sleep(0.01)
+    return f"at step {rows(scene.run)[-1]['step']}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill_and_restart(scene: Scene, training: Training) -> str:
+    """SIGKILL to one process; launch.py must start all again, and they must go on from the newest checkpoint."""
+    scene.advance(training)
+    scene.begin_again()
+    os.kill(scene.rng.choice(training.workers()), signal.SIGKILL)
+    struck = time.monotonic()
+    scene.wait_for(training, lambda: True)
+    first = rows(scene.run)[-1]["step"] if rows(scene.run) else 0
+    scene.wait_for(training, lambda: (rows(scene.run) or [{"step": 0}])[-1]["step"] > first)
+    seconds = time.monotonic() - struck
+    training.process.send_signal(signal.SIGTERM)
+    _end(training, 0, "was killed by SIGKILL")
+    return f"{seconds:.1f} s to the first resumed step"
+
+
+def terminate(scene: Scene, training: Training) -> str:
+    """SIGTERM to the run: it saves and stops."""
+    scene.advance(training)
+    training.process.send_signal(signal.SIGTERM)
+    _end(training, 0, "stopped   at step")
+    return f"saved step {max(scene.trusted())}"
+
+
+def terminate_one(scene: Scene, training: Training) -> str:
+    """SIGTERM to one process: all of them save and stop at the same step."""
+    scene.advance(training)
+    os.kill(scene.rng.choice(training.workers()), signal.SIGTERM)
+    _end(training, 0, "stopped   at step")
+    return f"saved step {max(scene.trusted())}"
+
+
+def _damage(scene: Scene, training: Training, alter: Callable[[Path], None]) -> str:
+    scene.advance(training)
+    scene.wait_for(training, lambda: len(scene.trusted()) > 1)  # one to damage, and the one before
+    _kill_one(scene, training)
+    step = max(scene.trusted())
+    folder = scene.run / "checkpoints" / str(step)
+    file = scene.rng.choice(
+        sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    )
+    alter(file)
+    scene.damaged = [step]
+    return f"{file.relative_to(folder.parent)}"
+
+
+def truncate_file(scene: Scene, training: Training) -> str:
+    return _damage(scene, training, lambda file: os.truncate(file, file.stat().st_size // 2))
+
+
+def flip_byte(scene: Scene, training: Training) -> str:
+    def alter(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[scene.rng.randrange(len(content))] ^= 1 << scene.rng.randrange(8)
+        file.write_bytes(content)
+
+    return _damage(scene, training, alter)
+
+
+def put_file_in_place(scene: Scene, training: Training) -> str:
+    """A file where the checkpoints should be; the attempt that strikes here has not begun to train."""
+    folder, away = scene.run / "checkpoints", scene.run / "checkpoints.away"
+    training.kill()
+    if folder.exists():
+        folder.rename(away)
+    scene.run.mkdir(exist_ok=True)
+    (scene.run / "config.json").exists() or scene.run.rmdir()
+    if not scene.run.exists():
+        return "there is no run yet"
+    folder.touch()
+    refused = Training(scene.folder, NAME, training.layout, scene.flags, disk=scene.disk)
+    try:
+        _end(refused, 2, "is a file")
+    finally:
+        folder.unlink()
+        if away.exists():
+            away.rename(folder)
+    return "refused with status 2"
+
+
+def fill_disk(scene: Scene, training: Training) -> str:
+    scene.advance(training)
+    filler = scene.disk / "filler"
+    try:
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 12))
+        _end(training, 3, "error: ")
+    finally:
+        filler.unlink()
+    return "ended with status 3"
+
+
+def make_read_only(scene: Scene, training: Training) -> str:
+    scene.advance(training, 6)
+    folder = str(scene.run / "checkpoints")
+    mount("--bind", folder, folder)
+    try:
+        mount("-o", "remount,bind,ro", folder)
+        _end(training, 3, "error: ")
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+    return "ended with status 3"
+
+
+FILE_IN_PLACE = Fault("a file in place of the checkpoints", put_file_in_place)
+FAULTS = [  # the first five are those of a short soak
+    Fault("kill -9 of a process", kill_process),
+    Fault("kill -9 in a save", kill_in_save),
+    Fault("flipped byte", flip_byte),
+    Fault("SIGTERM", terminate),
+    Fault("kill -9 of a process, restarted", kill_and_restart, several=True, restarts=1),
+    FILE_IN_PLACE,
+    Fault("SIGTERM to a process", terminate_one),
+    Fault("kill -9 of the launcher", kill_launcher, several=True),
+    Fault("truncated file", truncate_file),
+]
+MOUNT_FAULTS = [Fault("full disk", fill_disk), Fault("read-only disk", make_read_only)]
