@@ -86,7 +86,12 @@ class MeshStrategy:
         else:
             check_dealing(layout.batch_size, parts, layout.accumulate, what)
             self.gradients = reduction.mean(layout.accumulate)
-        self._placement.sharding((None, "length"), (1, layout.seq_len))  # refuses a length that cannot be cut
+        pieces = math.prod(split_by("length", rules, sizes).values())
+        if layout.seq_len % pieces:
+            raise ValueError(
+                f"seq_len={layout.seq_len} must be divisible by {pieces}, the devices that share a sequence; "
+                f"try --seq-len {layout.seq_len + -layout.seq_len % pieces}"
+            )
         self._blocks = RowBlocks(NamedSharding(self._mesh, self._rows_spec), parts)
         self.is_writer = jax.process_index() == 0
         self.stop_requested = StopRequest()

@@ -60,7 +60,7 @@ def choose_mesh(
     """
     count = len(devices)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    memory = _memory(devices[0])
+    memory = _memory(devices)
     sharded = memory is not None and state_bytes > STATE_SHARE * memory
     row_axis = "fsdp" if sharded else "data"
     size = f"state of {state_bytes / 2**20:,.0f} MiB"
@@ -71,9 +71,10 @@ def choose_mesh(
             sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}
             if _is_legal(sizes, rules, shapes, state_axes, layout):
                 return sizes, _explain(sizes, reason, layout.batch_size)
+    unit = math.lcm(count * layout.accumulate, 16 if layout.reduction == "exact" else 1)
     raise ValueError(
         f"mesh=auto finds no shape for {count} devices and batch_size={layout.batch_size}; "
-        f"try --batch-size {count * layout.accumulate}"
+        f"try --batch-size {unit * max(1, round(layout.batch_size / unit))}"
     )
 
 
@@ -83,10 +84,10 @@ def _explain(sizes: dict[str, int], reason: str, batch_size: int) -> str:
     return f"{reason}; no more devices can share batch_size={batch_size}"
 
 
-def _memory(device: Any) -> int | None:
-    """Bytes that a device has, where it says so; CPUs do not."""
-    stats = device.memory_stats() if device.process_index == jax.process_index() else None
-    return (stats or {}).get("bytes_limit")
+def _memory(devices: list[Any]) -> int | None:
+    """Bytes that one of them has, where it says so; CPUs do not. A device of another process cannot be asked."""
+    own = next(device for device in devices if device.process_index == jax.process_index())
+    return (own.memory_stats() or {}).get("bytes_limit")
 
 
 def _divisors(number: int) -> list[int]:

@@ -65,7 +65,7 @@ def check_rules(rules: Rules) -> Rules:
     """The rules themselves.
 
     Raises:
-      ValueError: a rule names an axis that does not exist.
+      ValueError: a rule names an axis that does not exist or names one twice, or parts heads from their keys.
     """
     for name, mesh_axes in rules.items():
         if name not in LOGICAL_AXES:
@@ -77,6 +77,14 @@ def check_rules(rules: Rules) -> Rules:
                 raise ValueError(
                     f"rule {name!r} -> {axis!r} names no mesh axis; known are {', '.join(MESH_AXES)}"
                 )
+            if mesh_axes.count(axis) > 1:
+                raise ValueError(f"rule {name!r} names {axis!r} twice; name each mesh axis once")
+    queries, keys = (tuple(rules.get(name, ())) for name in ("act_heads", "act_kv_heads"))
+    if queries != keys:
+        raise ValueError(
+            f"rules act_heads={list(queries)} and act_kv_heads={list(keys)} must be the same, since heads attend to "
+            "keys on their own device; give both the longer list"
+        )
     return rules
 
 
@@ -85,7 +93,9 @@ def check_used(rules: Rules, mesh_shape: Mapping[str, int]) -> None:
     used = {axis for mesh_axes in rules.values() for axis in mesh_axes}
     for axis, size in mesh_shape.items():
         if size > 1 and axis not in used:
-            raise ValueError(f"mesh axis {axis}={size} splits nothing under these rules; try {axis}=1")
+            raise ValueError(
+                f"mesh axis {axis}={size} splits nothing under these rules; try --mesh data=all, or --rules default"
+            )
 
 
 def split_by(name: str, rules: Rules, mesh_shape: Mapping[str, int]) -> dict[str, int]:

@@ -95,6 +95,8 @@ class Attempt:
                 failures.append(error)
 
         with noted():
+            if self._job.strategy.is_writer:
+                self._summary.write(self._start, self._checkpoints.best_step())
             observers += self._observers()
             state, self._step = self._train(state, observers)
         for observer in observers:

@@ -49,6 +49,7 @@ def _first_message(box: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)
     title, *sections = re.split(r"^[ │]*[-─]{3,}[ │]*$", text, flags=re.MULTILINE)
     message = " ".join((sections or [title])[0].replace("│", " ").split()).rstrip(".")
+    message = message.partition(". Got errors:")[0]
     message = re.sub(r"^Error parsing [\w.-]*: (?=\w+=)", "", message)
     return message if "; " in message else f"{message}; see --help"
 

@@ -108,18 +108,19 @@ def train(
         logged = final or done == 1 or done % config.log_interval == 0
         evaluated = final or done % config.eval_interval == 0
         saved = evaluated or stopping or done % config.checkpoint_interval == 0
+        checked = saved or done % config.check_interval == 0
 
         row: Row | None = None
         with stopwatch.timing("step"):
             if pending is not None:
                 _observe(*pending, config, observers)
             pending = (done, metrics)
-            if logged or saved:
+            if logged or checked:  # what waits for the step reads it first: it may have diverged
                 row = _observe(*pending, config, observers)
                 pending = None
         if row is not None and logged:
             _record(meter.row(done, row), observers)
-        if saved or done % config.check_interval == 0:
+        if checked:
             with stopwatch.timing("check"):
                 check(done, state, batch)
         eval_loss: float | None = None

@@ -1,4 +1,4 @@
-"""A mesh from text, arrays that are born where the rules say, and shards that are never the whole."""
+"""Arrays that are born where the rules say, and shards that are never the whole."""
 
 import re
 
@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from parallax import axes
-from parallelism.mesh import MeshPlacement, parse_mesh
-from parallelism.rules import MESH_AXES, RULE_SETS
+from parallelism.mesh import MeshPlacement
+from parallelism.rules import RULE_SETS
 
 
 @pytest.fixture(scope="module")
@@ -26,71 +26,6 @@ def placement():
 
 def size_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-@pytest.mark.parametrize(
-    ("text", "data", "fsdp"),
-    [
-        ("", 8, 1),
-        ("data=8", 8, 1),
-        ("data=all", 8, 1),
-        ("fsdp=8", 1, 8),
-        ("fsdp=all", 1, 8),
-        ("data=2,fsdp=4", 2, 4),
-        ("fsdp=4,data=2", 2, 4),
-        (" data=2, fsdp=4", 2, 4),
-        ("data=2,fsdp=all", 2, 4),
-        ("data=all,fsdp=4", 2, 4),
-        ("data=8,fsdp=all", 8, 1),
-    ],
-)
-def test_mesh_from_text(text, data, fsdp):
-    assert parse_mesh(text, 8) == {"data": data, "fsdp": fsdp}
-    assert tuple(parse_mesh(text, 8)) == MESH_AXES
-
-
-def test_one_device_is_a_mesh_too():
-    assert parse_mesh("", 1) == parse_mesh("fsdp=all", 1) == {"data": 1, "fsdp": 1}
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("modle=8", "unknown axis 'modle'"),
-        ("8", "unknown axis '8'"),
-        ("data=8,", "unknown axis ''"),
-        ("data=2,data=4", "gives data twice"),
-        ("data=0", "positive number for data, not '0'"),
-        ("data=-8", "positive number for data, not '-8'"),
-        ("data=1.5", "positive number for data, not '1.5'"),
-        ("data", "positive number for data, not ''"),
-        ("fsdp=eight", "positive number for fsdp, not 'eight'"),
-        ("data=2,fsdp=0", "positive number for fsdp, not '0'"),
-        ("data=all,fsdp=all", "positive number for fsdp, not 'all'"),
-        ("fsdp=x,data=all", "positive number for fsdp, not 'x'"),
-        ("data=3", "needs 3 devices but 8 are visible"),
-        ("data=16", "needs 16 devices but 8 are visible"),
-        ("data=4,fsdp=4", "needs 16 devices but 8 are visible"),
-        ("data=all,fsdp=3", "needs 6 devices but 8 are visible"),
-        ("data=all,fsdp=16", "needs 16 devices but 8 are visible"),
-    ],
-)
-def test_a_mesh_that_cannot_be_is_refused_with_a_remedy(text, complaint):
-    with pytest.raises(ValueError, match="mesh=") as caught:
-        parse_mesh(text, 8)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert repr(text) in message
-    assert complaint in message
-    whole, part = re.search(r"try --mesh (\S+)$", message), re.search(r"try (\w+)=(\w+)$", message)
-    if whole:
-        parse_mesh(whole[1], 8)
-    elif part:
-        sizes = dict(piece.partition("=")[::2] for piece in text.split(","))
-        mended = sizes | {part[1]: part[2]}
-        parse_mesh(",".join(f"{axis}={size}" for axis, size in mended.items()), 8)
-    else:
-        assert re.search(r"known are data, fsdp$|give each axis once$", message)
 
 
 def test_state_is_born_in_eighths(fsdp, tiny):
@@ -178,11 +113,10 @@ def test_batch_is_split_over_all_devices(tiny):
 @pytest.mark.parametrize(("mesh", "accumulate"), [("data=8", 1), ("fsdp=8", 2), ("data=2,fsdp=4", 3)])
 @pytest.mark.parametrize("batch_size", [1, 4, 12, 31, 100])
 def test_a_batch_that_cannot_be_dealt_is_refused_with_a_remedy(tiny, batch_size, mesh, accumulate):
-    strategy = tiny.strategy("mesh", mesh, accumulate)
     with pytest.raises(ValueError, match=f"batch_size={batch_size} must be divisible by .*=8") as caught:
-        strategy.rows(batch_size)
+        tiny.strategy("mesh", mesh, accumulate, batch_size=batch_size)
     remedy = int(re.search(r"try --batch-size (\d+)$", str(caught.value))[1])
-    assert len(strategy.rows(remedy)) == remedy
+    assert len(tiny.strategy("mesh", mesh, accumulate, batch_size=remedy).rows(remedy)) == remedy
 
 
 def test_a_model_that_cannot_be_split_is_refused_with_a_remedy(make_tiny):

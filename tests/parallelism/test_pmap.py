@@ -96,12 +96,11 @@ def test_batch_is_dealt_in_blocks_of_rows(strategy, tiny):
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 12, 31, 100])
 def test_a_batch_that_cannot_be_dealt_is_refused_with_a_remedy(tiny, batch_size, accumulate):
-    strategy = tiny.strategy("pmap", accumulate=accumulate)
     with pytest.raises(ValueError, match=f"batch_size={batch_size} must be divisible by devices=8") as caught:
-        strategy.rows(batch_size)
+        tiny.strategy("pmap", accumulate=accumulate, batch_size=batch_size)
     assert "\n" not in str(caught.value)
     remedy = int(re.search(r"try --batch-size (\d+)$", str(caught.value))[1])
-    assert len(strategy.rows(remedy)) == remedy
+    assert len(tiny.strategy("pmap", accumulate=accumulate, batch_size=remedy).rows(remedy)) == remedy
 
 
 def test_devices_drop_different_values_of_equal_rows(strategy):

@@ -182,22 +182,3 @@ def test_a_mesh_for_a_strategy_without_one_is_refused(tiny, name):
         ValueError, match=f"mesh='data=8' needs strategy mesh, not {name}; add --strategy mesh"
     ):
         tiny.strategy(name, "data=8")
-
-
-def test_rows_are_dealt_evenly_or_refused_with_a_remedy():
-    for batch_size in range(1, 70):
-        for devices, accumulate in ((1, 1), (1, 3), (8, 1), (8, 4), (6, 2)):
-            parts = devices * accumulate
-            if batch_size % parts == 0:
-                np.testing.assert_array_equal(
-                    deal_rows(batch_size, devices, accumulate, "devices"), np.arange(batch_size)
-                )
-                continue
-            with pytest.raises(
-                ValueError, match=f"batch_size={batch_size} must be divisible by devices={devices}"
-            ) as e:
-                deal_rows(batch_size, devices, accumulate, "devices")
-            assert (f"accumulate={accumulate}" in str(e.value)) == (accumulate > 1)
-            remedy = int(re.search(r"try --batch-size (\d+)$", str(e.value))[1])
-            assert abs(remedy - batch_size) <= parts / 2 or remedy == parts, "the nearest that fits"
-            deal_rows(remedy, devices, accumulate, "devices")

@@ -31,7 +31,11 @@ class Layout:
     def __str__(self) -> str:
         """As in `2 × 4, mesh fsdp=8`."""
         words = [word for word in self.flags if word not in ("--strategy", "--mesh")]
-        name = " ".join(word.removeprefix("--") for word in words) or "single"
+        if "pmap" in words:
+            words.insert(1, str(self.processes * self.devices))
+        elif "mesh" not in words:
+            words.insert(0, "single")
+        name = " ".join(word.removeprefix("--") for word in words)
         return f"{self.processes} × {self.devices}, {name}" if self.processes > 1 else name
 
 

@@ -23,9 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from rich.progress import track
 
-from tests.scripts.faults import FAULTS, MOUNT_FAULTS, NAME, Scene
+from tests.scripts.faults import FAULTS, MOUNT_FAULTS
 from tests.scripts.kill_and_resume import write_text
 from tests.scripts.runs import Training, mesh, pmap, rows, single
+from tests.scripts.scene import NAME, Scene
 
 LAYOUTS = [
     *(single(), pmap(2), pmap(4), mesh("fsdp=4"), mesh("data=2,fsdp=2"), pmap(4, 2), mesh("fsdp=4", 2)),

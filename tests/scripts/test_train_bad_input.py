@@ -74,7 +74,7 @@ CASES = {
     ),
     "indivisible sequence": (
         ["--mesh", "sequence=8", "--seq-len", "100"],
-        ["length=100", "sequence=8", "try a mesh with sequence=4 or length=104"],
+        ["seq_len=100", "divisible by 8", "try --seq-len 104"],
     ),
     "unused mesh axis": (
         ["--rules", "replicated", "--mesh", "tensor=8"],
@@ -138,11 +138,11 @@ CASES = {
     ),
     "exact without a cut, pmap": (
         ["--reduction", "exact", "--strategy", "pmap", "--batch-size", "24"],
-        ["reduction=exact", "batch_size=24", "12 shards", "devices=8", "try --batch-size 32"],
+        ["reduction=exact", "batch_size=24", "12 equal shards", "devices=8", "try --batch-size 32"],
     ),
     "exact without a cut, mesh": (
         ["--reduction", "exact", "--mesh", "data=2,fsdp=4", "--batch-size", "24"],
-        ["reduction=exact", "batch_size=24", "12 shards", "data×fsdp=8", "try --batch-size 32"],
+        ["reduction=exact", "batch_size=24", "12 equal shards", "data×fsdp=8", "try --batch-size 32"],
     ),
     "no checks": (["--check-interval", "0"], ["check_interval=0", "at least 1", "try 250"]),
     "coordinator alone": (
