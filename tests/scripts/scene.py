@@ -65,7 +65,7 @@ class Scene:
             for step in damaged:
                 require(f"checkpoint {step} is damaged" in words, f"did not name checkpoint {step}", training)
         else:
-            self.damaged = damaged  # nobody has looked at them yet
+            self.damaged = [*damaged, *self.damaged]  # nobody has looked at them yet
         return f"| {fault.name} | {layout} | {self.start} | {what} |"
 
     def advance(self, training: Training, steps: int | None = None) -> None:
