@@ -112,13 +112,16 @@ def _initialize(cluster: Cluster | None) -> None:
         raise ValueError(f"the processes of this run did not meet: {reason}; check --coordinator") from None
 
 
-def fix_cpu_threads() -> None:
-    """Gives XLA's CPU backend 16 threads on every layout; call it before any device starts.
+def fix_cpu_rounding() -> None:
+    """Makes XLA's CPU backend round alike on every layout, for exact reduction; call it before any device starts.
 
-    How it cuts a matrix product among threads decides how that rounds, and by default they are as many as the cores or
-    the simulated devices of the process. 16 is the most devices that exact reduction serves.
+    - How a matrix product is cut among threads decides how it rounds, and by default there are as many as cores or
+      simulated devices. 16 is the most devices that exact reduction serves.
+    - Whether a product and a sum are rounded once (fused) or twice depends on the shape that a device holds: vector
+      code and its remainder choose differently. Without AVX2's instructions there is nothing to fuse.
     """
     os.environ["NPROC"] = "16"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX".strip()
 
 
 def agree(text: str) -> str:

@@ -106,14 +106,23 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
             results = jax.lax.map(of_shard, (jnp.arange(shards), parts))
             if axis_names:
                 results = jax.lax.all_gather(results, axis_names, tiled=True)
-            first_result, others = (
-                jax.tree.map(lambda x: x[0], results),
-                jax.tree.map(lambda x: x[1:], results),
-            )
-            add = lambda total, part: (jax.tree.map(jnp.add, total, part), None)  # noqa: E731
-            sums, tokens, grads = jax.lax.scan(add, first_result, others)[0]
-            # Fused into the optimizer, the division would be rounded in another way on some layouts.
-            return jax.lax.optimization_barrier((sums, tokens, _divide(grads, tokens)))
+            sums, tokens, grads = results
+            total = jnp.sum(tokens)
+            share = 1 / _at_least_one(total).astype(jnp.float32)
+
+            def add(sofar, shard):
+                sums, grads = shard
+                summed = jax.tree.map(jnp.add, sofar[0], sums)
+                return (
+                    summed,
+                    jax.tree.map(lambda a, b: a + b * share.astype(b.dtype), sofar[1], grads),
+                ), None
+
+            # One division, and products within the loop, whose results no compiler merges with the optimizer: many
+            # divisions become products of a reciprocal, or products are fused with later sums, on some layouts alone.
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), (sums, grads))
+            (sums, grads), _ = jax.lax.scan(add, zeros, (sums, grads))
+            return jax.lax.optimization_barrier((sums, total, grads))
 
         return function
 
@@ -121,5 +130,9 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
 
 
 def _divide(grads: Any, tokens: jax.Array) -> Any:
-    """Never by zero: a batch without a target teaches nothing."""
-    return jax.tree.map(lambda leaf: leaf / jnp.where(tokens == 0, 1, tokens), grads)
+    return jax.tree.map(lambda leaf: leaf / _at_least_one(tokens), grads)
+
+
+def _at_least_one(tokens: jax.Array) -> jax.Array:
+    """Never to divide by zero: a batch without a target teaches nothing."""
+    return jnp.where(tokens == 0, 1, tokens)

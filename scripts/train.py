@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 from data.pipeline import training_batches
 from parallax.model.cost import step_flops
 from parallax.model.overview import parameter_overview
-from parallelism.hosts import Cluster, fix_cpu_threads, join, run_process
+from parallelism.hosts import Cluster, fix_cpu_rounding, join, run_process
 from scripts.allocator import keep_large_buffers
 from scripts.attempt import Attempt
 from scripts.command_line import errors_in_one_line
@@ -28,7 +28,7 @@ def main() -> int:
     with errors_in_one_line():
         flags = read_flags()
         if flags.train.reduction == "exact":
-            fix_cpu_threads()
+            fix_cpu_rounding()
         join(
             Cluster(
                 coordinator=flags.coordinator, num_processes=flags.num_processes, process_id=flags.process_id

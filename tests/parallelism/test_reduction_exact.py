@@ -1,11 +1,16 @@
 """Exact reduction: every layout has the same bits, and they are a gradient's."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from parallax.training.fingerprint import params_sha256
-
+ROOT = Path(__file__).parents[2]
 LAYOUTS = [
     *(("single", "", 1), ("single", "", 4), ("pmap", "", 1), ("pmap", "", 2)),
     *(
@@ -28,27 +33,55 @@ def train(tiny, name, mesh, accumulate, batch_size, steps=STEPS, reduction="exac
     return losses, jax.device_get(strategy.canonical(state).params)
 
 
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.1])
-def test_every_layout_has_the_same_bits(make_tiny, dropout_rate):
-    """Parameters after AdamW steps with clipping, and the loss of each; dropout keys belong to shards, not devices."""
-    tiny = make_tiny(dropout_rate=dropout_rate)
-    results = [train(tiny, *layout, batch_size=16) for layout in LAYOUTS]
-    assert {params_sha256(params) for _, params in results} == {params_sha256(results[0][1])}
-    assert all(losses == results[0][0] for losses, _ in results)
-    assert len(set(results[0][0])) == STEPS
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, os.getcwd())
+from parallelism.hosts import fix_cpu_rounding
+fix_cpu_rounding()
+import jax
+from parallax.training.fingerprint import params_sha256
+from tests.parallelism.conftest import Tiny
+from tests.parallelism import test_reduction_exact as test
+for rate, batch_size, layouts in ((0.0, 16, test.LAYOUTS), (0.1, 16, test.LAYOUTS[:1] + test.LAYOUTS[-4:]),
+                                  (0.0, 8, [test.LAYOUTS[0], test.LAYOUTS[2], test.LAYOUTS[5]])):
+    for layout in layouts:
+        losses, params = test.train(Tiny(dropout_rate=rate), *layout, batch_size=batch_size)
+        print(json.dumps([rate, batch_size, losses, params_sha256(params)]))
+"""
 
 
-def test_one_shard_a_device_is_as_good_as_eight(tiny):
-    """8 rows are 8 shards: a device has a loop of one, which compilers like to dissolve, or one of eight."""
-    layouts = (LAYOUTS[0], LAYOUTS[2], LAYOUTS[5])
-    assert len({params_sha256(train(tiny, *layout, batch_size=8)[1]) for layout in layouts}) == 1
-
-
-def test_dropout_drops(make_tiny):
-    kept, dropped = (
-        train(make_tiny(dropout_rate=rate), *LAYOUTS[0], batch_size=16)[0] for rate in (0.0, 0.1)
+@pytest.fixture(scope="module")
+def results():
+    """(losses, sha256) of each layout by dropout rate and batch size, from a process whose rounding is fixed."""
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert kept != dropped
+    assert done.returncode == 0, done.stderr
+    found = {}
+    for rate, batch_size, losses, digest in map(json.loads, done.stdout.splitlines()):
+        found.setdefault((rate, batch_size), []).append((tuple(losses), digest))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rate", "batch_size", "layouts"),
+    [
+        (0.0, 16, len(LAYOUTS)),
+        (0.1, 16, 5),  # dropout keys belong to shards, not to devices
+        (0.0, 8, 3),  # a shard a device: a loop of one, which compilers like to dissolve, or of eight
+    ],
+)
+def test_every_layout_has_the_same_bits(results, rate, batch_size, layouts):
+    """The loss of each AdamW step with clipping, and the parameters after them."""
+    same = results[rate, batch_size]
+    assert len(same) == layouts
+    assert len(set(same)) == 1
+    assert len(set(same[0][0])) == STEPS
+
+
+def test_dropout_drops(results):
+    assert results[0.0, 16][0] != results[0.1, 16][0]
 
 
 def test_exact_and_mean_are_the_same_gradient(make_tiny):
@@ -63,7 +96,8 @@ def test_exact_and_mean_are_the_same_gradient(make_tiny):
 
 
 @pytest.mark.parametrize("mesh", ["tensor=2,data=4", "sequence=2,data=4"])
-def test_axes_that_split_a_gradient_are_refused(tiny, mesh):
+def test_axes_that_split_a_gradient_are_refused(make_tiny, mesh):
+    tiny = make_tiny(num_kv_heads=2)
     with pytest.raises(ValueError, match=r"reduction=exact .*; try --mesh data=8, or --reduction mean$"):
         tiny.strategy("mesh", mesh, reduction="exact")
 

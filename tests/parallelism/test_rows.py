@@ -59,7 +59,8 @@ def test_shards_are_dealt_evenly_or_refused_with_a_remedy():
         ),
     ],
 )
-def test_each_device_holds_its_block_of_rows_and_its_piece_of_them(tiny, mesh, blocks, pieces):
+def test_each_device_holds_its_block_of_rows_and_its_piece_of_them(make_tiny, mesh, blocks, pieces):
+    tiny = make_tiny(num_kv_heads=2)
     strategy, batch = (
         tiny.strategy("mesh", mesh),
         tiny.batch(0) | {"sample_ids": np.arange(16, dtype=np.int32)},

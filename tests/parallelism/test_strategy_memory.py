@@ -13,7 +13,7 @@ def size_of(tree):
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
 def test_bytes_a_device_times_devices_are_the_total(make_tiny, fsdp):
-    """Within 5%, of live arrays and by the compiler's account of the step's arguments; counters are whole everywhere."""
+    """Within 5%, of live arrays and by the compiler's account of a step's arguments."""
     tiny = make_tiny(**SIZES)
     strategy = tiny.strategy("mesh", f"data={8 // fsdp},fsdp={fsdp}")
     state = strategy.init()
