@@ -101,6 +101,12 @@ def _build(flags: Flags) -> tuple[Strategy, Callable]:
     learning_rate = make_learning_rate(flags.learning, flags.train.steps)
     init_state = make_init(flags.model, optimizer, flags.train.seed)
     strategy = get_strategy(_layout(flags), init_state, state_axes(flags.model, init_state))
+    split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(strategy.abstract().params))
+    if flags.train.reduction == "exact" and flags.learning.optimizer == "muon" and split:
+        raise ValueError(
+            "reduction=exact with optimizer=muon needs whole parameters, since Muon multiplies them, and fsdp splits "
+            f"them; try --mesh data={len(strategy.devices)}"
+        )
     step = functools.partial(
         train_step,
         loss_fn=make_loss(flags.model, flags.train),

@@ -164,8 +164,9 @@ bound is twice as wide. bfloat16 rounds 65,536 times coarser and has no bound he
 
 The sha256 of all parameters after {STEPS} steps. Exact reduction cuts a batch into shards that do not depend on the
 layout and adds their gradients in one order, so that every layout has the same bits; `--accumulate` changes nothing. It
-costs memory for {ROWS} gradients on every device, and their transfer. The hash is that of this jax version and this
-kind of processor: others round differently, each in one way of its own.
+costs memory for {ROWS} gradients on every device, and their transfer. On CPUs it also fixes the number of threads and
+does without fused multiply-add, which rounds by the shape that a device holds. The hash is that of this jax version and
+this kind of processor: others round differently, each in one way of its own.
 
 | layout | sha256 |
 | --- | --- |

@@ -144,6 +144,10 @@ CASES = {
         ["--reduction", "exact", "--mesh", "data=2,fsdp=4", "--batch-size", "24"],
         ["reduction=exact", "batch_size=24", "12 equal shards", "data×fsdp=8", "try --batch-size 32"],
     ),
+    "exact muon on shards": (
+        ["--reduction", "exact", "--optimizer", "muon", "--mesh", "fsdp=8"],
+        ["reduction=exact", "optimizer=muon", "try --mesh data=8"],
+    ),
     "no checks": (["--check-interval", "0"], ["check_interval=0", "at least 1", "try 250"]),
     "coordinator alone": (
         ["--coordinator", "127.0.0.1:8482"],
