@@ -28,6 +28,8 @@ class Placement(Protocol):
 
     def constrain(self, x: jax.Array, names: Names) -> jax.Array: ...
 
+    def gather(self, x: jax.Array, names: Names) -> jax.Array: ...
+
     def local(self, fn: Callable, in_names: Sequence[Names], out_names: Names) -> Callable: ...
 
 
@@ -84,6 +86,17 @@ def param(init: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...]
     if len(names) != len(shape):
         raise ValueError(f"axes {tuple(names)} must be one a dim of shape {shape}; give {len(shape)} names")
     return nnx.Param(init(key, shape, jnp.float32), out_sharding=tuple(names), eager_sharding=False)
+
+
+def read(variable: nnx.Param, dtype: Any) -> jax.Array:
+    """All of a parameter in the compute dtype, wherever its shards lie.
+
+    It is cast first: what travels between devices, and the gradient that travels back, is in the compute dtype.
+    """
+    value = variable[...].astype(dtype)
+    placement = _placement.get()
+    names = names_of(variable)[-value.ndim :]  # a scan over layers has taken the leading dim
+    return value if placement is None else placement.gather(value, names)
 
 
 def names_of(variable: Any) -> tuple[str | None, ...]:

@@ -5,7 +5,7 @@ Invariant: a config that exists is valid, since every rule is checked at constru
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import chex
 
@@ -81,6 +81,8 @@ class TransformerConfig:
     """How many tokens back attention sees, itself included; 0 sees them all."""
     logit_softcap: float = 0.0
     """Squash logits to ±this by a tanh; 0 leaves them."""
+    attention: Literal["xla", "splash"] = "xla"
+    """How training computes attention: by XLA, or by the Pallas kernel for TPU, which skips what is masked."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -92,6 +94,10 @@ class TransformerConfig:
             value = getattr(self, field.name)
             holds = field.name not in sizes or value >= 1
             _require(holds, f"{field.name}={value} must be at least 1; try {field.default}")
+            values = get_args(field.type)  # of a Literal
+            _require(
+                not values or value in values, f"{field.name}={value!r} is not one of {', '.join(values)}"
+            )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
@@ -100,6 +106,10 @@ class TransformerConfig:
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even; try {self.head_dim + 1}")
         _require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
         _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must lie in [0, 1); try 0.1")
+        _require(
+            self.attention != "splash" or not self.dropout_rate,
+            f"attention=splash drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
+        )
         _require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")
         _require(
@@ -107,9 +117,6 @@ class TransformerConfig:
         )
         cap = self.logit_softcap
         _require(0 <= cap < math.inf, f"logit_softcap={cap} must be finite and not negative; 0 is off")
-        for name, values in (("remat", ("none", "dots", "full")), ("dtype", ("float32", "bfloat16"))):
-            value = getattr(self, name)
-            _require(value in values, f"{name}={value!r} is not one of {', '.join(values)}")
 
     @property
     def table_rows(self) -> int:

@@ -1,22 +1,19 @@
 """The collectives that one execution of a compiled program performs, read from its optimized HLO text.
 
-Invariant: a collective is counted exactly as often as it runs. Where the text does not tell how often, reading raises;
-only of a conditional's branches, one of which runs, the one that sends the most is counted.
+Invariant: a collective is counted exactly as often as it runs (`parallelism/hlo.py`), and none is passed over: what is
+not known is refused.
 """
 
 import dataclasses
 import math
-import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from parallelism.hlo import Op, Program, numbers
+
 _PASSES = {"all-gather": 1, "all-reduce": 2, "all-to-all": 1, "collective-permute": 1, "reduce-scatter": 1}
-_SAME_VALUE = ("bitcast", "convert", "copy", "copy-done", "copy-start", "opt-barrier", "reshape")
-_HEADER = re.compile(r"(?:(ENTRY) )?%?([\w.-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*?)\)(?:, (.*))?$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +40,9 @@ def read_collectives(hlo_text: str) -> list[Collective]:
       ValueError: there is no entry computation, a loop with collectives has no fixed length, or a collective or its
         groups are written in a way that is not known here.
     """
-    return list(_Program(hlo_text).collectives("ENTRY", ""))
+    program = Program(hlo_text)
+    found = program.walk(_Finder(program), wire_bytes)
+    return [dataclasses.replace(each, count=count) for each, count in found]
 
 
 def summarize(collectives: Sequence[Collective]) -> dict[str, tuple[int, int]]:
@@ -68,147 +67,47 @@ def crossed_axes(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple
     return tuple(axis for i, axis in enumerate(mesh_shape) if any(np.ptp(place[i]) for place in places))
 
 
-class _Op(NamedTuple):
-    root: str
-    name: str
-    shape: str
-    opcode: str
-    operands: str
-    attributes: str
+class _Finder:
+    """Tells the collectives among the instructions of a program."""
 
-    def arguments(self) -> list[str]:
-        return re.findall(r"%([\w.-]+)", self.operands)
+    def __init__(self, program: Program):
+        self._program = program
 
-    def called(self, keys: str) -> list[str]:
-        """The computations under these attributes, as in "condition=%a" or "branch_computations={%a, %b}"."""
-        found = re.findall(rf"\b(?:{keys})=\{{?((?:%[\w.-]+(?:, )?)+)", self.attributes)
-        return re.findall(r"%([\w.-]+)", " ".join(found))
+    def __call__(self, op: Op, computation: str, path: str) -> Collective | None:
+        kind = op.opcode.removesuffix("-start")
+        if kind in _PASSES:
+            # A TPU's compiler may spread an asynchronous collective over fusions and repeat it in each; one starts it.
+            ops = self._program.computations[computation].values()
+            starts = any("AsyncCollectiveStart" in each.attributes for each in ops)
+            repeated = "chain_id=" in op.attributes and not starts
+            return None if repeated else self._collective(op, kind, computation, path)
+        named = re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes)
+        if named and not op.opcode.endswith(("-update", "-done")):
+            raise ValueError(f"{kind} is not counted; known collectives are {', '.join(_PASSES)}")
+        return None
 
-
-class _Frame(NamedTuple):
-    """A computation by name, where it is called, with what its parameters give there (see `_Program._value`)."""
-
-    name: str
-    parameter: Callable[[int], Any]
-
-
-class _Program:
-    """Computations, walked as they run."""
-
-    def __init__(self, text: str):
-        self._computations: dict[str, dict[str, _Op]] = {}
-        ops: dict[str, _Op] = {}
-        for line in text.splitlines():
-            if header := _HEADER.match(line):
-                ops = self._computations[header[1] or str(header[2])] = {}
-            elif found := _INSTRUCTION.match(line):
-                ops[found[2]] = _Op(*found.groups(""))
-        if "ENTRY" not in self._computations:
-            raise ValueError("the text must hold an ENTRY computation; pass compiled.as_text()")
-        counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
-        self._devices = math.prod(map(int, counts))
-
-    def collectives(self, computation: str, name: str) -> Iterator[Collective]:
-        """All that runs when the computation runs once; `name` goes to those that have none of their own."""
-        ops = self._computations[computation].values()
-        # A TPU's compiler may spread an asynchronous collective over fusions and repeat it in each; one starts it.
-        starts = any("AsyncCollectiveStart" in op.attributes for op in ops)
-        for op in ops:
-            path = (re.findall(r'op_name="([^"]*)"', op.attributes) or [name])[0]
-            kind = op.opcode.removesuffix("-start")
-            if kind in _PASSES:
-                if starts or "chain_id=" not in op.attributes:
-                    yield self._collective(op, kind, computation, path)
-            elif op.opcode == "while":
-                yield from self._loop(op, computation, path)
-            elif op.opcode == "conditional":
-                names = op.called("branch_computations|true_computation|false_computation")
-                branches = [list(self.collectives(called, path)) for called in names]
-                yield from max(branches, key=lambda each: sum(one.count * wire_bytes(one) for one in each))
-            elif not op.opcode.endswith(("-update", "-done")):
-                if re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes):
-                    raise ValueError(f"{kind} is not counted; known collectives are {', '.join(_PASSES)}")
-                for called in op.called("calls|to_apply|called_computations"):
-                    yield from self.collectives(called, path)
-
-    def _collective(self, op: _Op, kind: str, computation: str, path: str) -> Collective:
+    def _collective(self, op: Op, kind: str, computation: str, path: str) -> Collective:
         # The bits and the dims of each array: 16 and 4,8 of bf16[4,8]{1,0}; pred names no bits and takes 8.
         arrays = re.findall(r"[a-z]+(\d*)\w*\[([^\]]*)\]", op.shape)
         operands = len(op.arguments())
         if op.opcode.endswith("-start") and len(arrays) > operands:
             arrays = arrays[operands : 2 * operands]  # operands, results, what the device keeps to itself
-        size = sum(-(-math.prod(_numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays)
-        groups = _groups(op.attributes, self._devices)
+        size = sum(-(-math.prod(numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays)
+        groups = _groups(op.attributes, self._program.devices)
         if kind == "reduce-scatter":
             size *= len(groups[0])
         elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # written as an all-reduce and a slice, fused, which a TPU runs as one
         return Collective(kind, 1, size, groups, path)
 
-    def _loop(self, op: _Op, computation: str, path: str) -> Iterator[Collective]:
-        for key, extra in (("body", 0), ("condition", 1)):
-            inside = list(self.collectives(op.called(key)[0], path))
-            trips = self._trips(op, computation, path) + extra if inside else 0
-            yield from (dataclasses.replace(each, count=each.count * trips) for each in inside)
-
-    def _trips(self, op: _Op, computation: str, path: str) -> int:
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
-            return int(known[1])
-        # A TPU's compiler drops the count: run the loop, its integers alone.
-        condition, body = (op.called(key)[0] for key in ("condition", "body"))
-        start = self._value(_Frame(computation, lambda _: None), op.arguments()[0])
-        state = [_element(start, index) for index in range(op.shape.count("["))]
-        for trips in range(100_000):
-            frames = [_Frame(name, lambda _, state=state: state.__getitem__) for name in (condition, body)]
-            goes_on, following = map(self._result, frames)
-            if goes_on is None:
-                break
-            if not goes_on:
-                return trips
-            state = [_element(following, index) for index in range(len(state))]
-        raise ValueError(f"loop {path or op.name} with collectives needs a fixed length; use jax.lax.scan")
-
-    def _result(self, frame: _Frame) -> Any:
-        return next(self._value(frame, op.name) for op in self._computations[frame.name].values() if op.root)
-
-    def _value(self, frame: _Frame, name: str) -> Any:
-        """What an instruction gives: an integer, a tuple as a function of the index, or None: only a run knows."""
-        op = self._computations[frame.name][name]
-        given = op.arguments()
-        if op.opcode in _SAME_VALUE:
-            return self._value(frame, given[0])
-        if op.opcode == "parameter":
-            return frame.parameter(int(op.operands))
-        if op.opcode == "tuple":
-            return lambda index: self._value(frame, given[index])
-        if op.opcode == "get-tuple-element":
-            return _element(self._value(frame, given[0]), _numbers(op.attributes)[0])
-        if not re.match(r"(pred|[su]\d+)\[\]", op.shape):
-            return None
-        if op.opcode == "constant":
-            return int({"true": "1", "false": "0"}.get(op.operands, op.operands))
-        if op.opcode in ("fusion", "call"):
-            called = op.called("calls|to_apply")[0]
-            return self._result(_Frame(called, lambda index: self._value(frame, given[index])))
-        if op.opcode not in ("add", "subtract", "compare"):
-            return None
-        function = (re.findall(r"direction=(\w+)", op.attributes) or [op.opcode[:3]])[0].lower()
-        numbers = [self._value(frame, argument) for argument in given]
-        known = all(isinstance(number, int) for number in numbers)
-        return int(getattr(operator, function)(*numbers)) if known else None
-
-
-def _element(whole: Any, index: int) -> Any:
-    return whole(index) if callable(whole) else None
-
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
     """From each of XLA's notations: lists, iota, mesh axes. No list means one group of all devices."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes):
         listed = re.findall(r"\{([\d,]*)\}", found[1])
-        return tuple(tuple(_numbers(group)) for group in listed) or (tuple(range(devices)),)
+        return tuple(tuple(numbers(group)) for group in listed) or (tuple(range(devices)),)
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
-        groups = _ids(found[2]).reshape(_numbers(found[1]))
+        groups = _ids(found[2]).reshape(numbers(found[1]))
     elif found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", attributes):
         groups = _mesh_groups(found[1], found[2], found[3])
     else:
@@ -219,10 +118,10 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
 def _ids(text: str) -> np.ndarray:
     """Device ids, flat: "3,0,1,2" as listed; "[2,4]T(1,0)" is 0 to 7 in two rows, transposed."""
     if not text.startswith("["):
-        return np.array(_numbers(text))
+        return np.array(numbers(text))
     dims, _, order = text.partition("T")
-    ids = np.arange(math.prod(_numbers(dims))).reshape(_numbers(dims))
-    return ids.transpose(_numbers(order) or range(ids.ndim)).ravel()
+    ids = np.arange(math.prod(numbers(dims))).reshape(numbers(dims))
+    return ids.transpose(numbers(order) or range(ids.ndim)).ravel()
 
 
 def _mesh_groups(mesh: str, ids: str | None, axes: str) -> np.ndarray:
@@ -238,7 +137,3 @@ def _mesh_groups(mesh: str, ids: str | None, axes: str) -> np.ndarray:
     order = np.lexsort([*outer.values(), *inner][::-1])  # its last key sorts first
     groups = len(set(zip(*outer.values(), strict=True)))
     return (_ids(ids) if ids else np.arange(len(order)))[order].reshape(groups, -1)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"\d+", text)]

@@ -1,19 +1,133 @@
-"""What the devices can do, by the kind that JAX reports.
+"""What TPUs can do, by the names under which users rent them and JAX reports them.
 
 Invariant: a device that is not in the table has no peak, and no utilisation is reported for it.
 """
 
-PEAK_BF16_FLOPS = {
-    # Google Cloud TPU documentation, per chip; a v2 or v3 chip shows as two JAX devices.
-    "TPU v2": 45e12 / 2,
-    "TPU v3": 123e12 / 2,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
+import dataclasses
+import math
+import re
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One generation of TPU; rates are a chip's.
+
+    Sources: Google Cloud's page of each TPU, and "How to scale your model" (jax-ml.github.io/scaling-book); the memory
+    and link rates of v2 are unverified.
+    """
+
+    name: str
+    kind: str
+    """What JAX calls its devices."""
+    flops: float
+    """bfloat16 operations a second."""
+    memory_bytes: int
+    memory_rate: float
+    """Bytes a second to and from a chip's memory."""
+    link_rate: float
+    """Bytes a second one way through one link to a neighbour."""
+    torus_dims: int
+    largest: int
+    """Chips of its largest slice with a power of two of them."""
+    devices_per_chip: int = 1
+    """A v2 or v3 chip shows as two JAX devices, which share its memory and its links."""
+    cores_per_name: int = 2
+    """How many of the number in an accelerator's name make a chip: cores up to v5p, chips for v5e and v6e."""
+    splash: bool = True
+    """Whether the compiler takes the splash attention kernel in bfloat16."""
+
+
+GENERATIONS = {
+    each.name: each
+    for each in (
+        Generation("v2", "TPU v2", 45e12, 16 * GIB, 700e9, 62e9, 2, 256, devices_per_chip=2, splash=False),
+        Generation("v3", "TPU v3", 123e12, 32 * GIB, 900e9, 100e9, 2, 1024, devices_per_chip=2, splash=False),
+        Generation("v4", "TPU v4", 275e12, 32 * GIB, 1200e9, 45e9, 3, 4096),
+        Generation("v5e", "TPU v5 lite", 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1),
+        Generation("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 90e9, 3, 4096),
+        Generation("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1),
+    )
 }
+ALIASES = {"v5litepod": "v5e"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Accelerator:
+    """A slice as one rents it."""
+
+    name: str
+    generation: Generation
+    shape: tuple[int, ...]
+    """Chips along each dim of the torus."""
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        """JAX devices."""
+        return self.chips * self.generation.devices_per_chip
+
+    @property
+    def topology(self) -> str:
+        """The name by which its compiler knows it, such as v3:4x4."""
+        return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def device_flops(self) -> float:
+        return self.generation.flops / self.generation.devices_per_chip
+
+    @property
+    def device_memory(self) -> float:
+        """Bytes; a compiler keeps a few in a hundred of them to itself."""
+        return self.generation.memory_bytes / self.generation.devices_per_chip
+
+    @property
+    def device_memory_rate(self) -> float:
+        return self.generation.memory_rate / self.generation.devices_per_chip
+
+
+def accelerator(name: str) -> Accelerator:
+    """The slice of that name, such as v3-8, v4-64, v5litepod-256, v5p-1024 or v6e-256.
+
+    Raises:
+      ValueError: there is no such generation, or no slice of that size.
+    """
+    match = re.fullmatch(r"(v\w+)-(\d+)", name)
+    generation = GENERATIONS.get(ALIASES.get(match[1], match[1])) if match else None
+    if match is None or generation is None:
+        known = ", ".join((*GENERATIONS, *ALIASES))
+        raise ValueError(f"topology={name!r} must be one of {known} with a size behind it; try v3-8")
+    unit = generation.cores_per_name
+    slices = {chips * unit: chips for chips in _slices(generation)}
+    size = int(match[2])
+    if size not in slices:
+        near = min(slices, key=lambda known: abs(known - size))
+        raise ValueError(f"topology={name!r} is no slice that can be rented; try {match[1]}-{near}")
+    return Accelerator(name, generation, _torus(slices[size], generation.torus_dims))
+
+
+def _slices(generation: Generation) -> list[int]:
+    """The chips of each slice: powers of two, of which the smallest pods lack one."""
+    least, missing = (4, 8 if generation.torus_dims == 2 else 0) if generation.cores_per_name == 2 else (1, 2)
+    return [
+        2**power for power in range(13) if least <= 2**power <= generation.largest and 2**power != missing
+    ]
+
+
+def _torus(chips: int, dims: int) -> tuple[int, ...]:
+    """A power of two as near to a square or a cube as it goes, smaller sides first, which is how slices are cut."""
+    power = int(math.log2(chips))
+    sides = sorted(2 ** (power // dims + (place < power % dims)) for place in range(dims))
+    return (2, 2, 1) if chips == 4 and dims == 3 else tuple(sides)
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 operations a second of one JAX device, or None where it is not known."""
-    return PEAK_BF16_FLOPS.get(device_kind)
+    for generation in GENERATIONS.values():
+        if generation.kind == device_kind:
+            return generation.flops / generation.devices_per_chip
+    return None

@@ -4,7 +4,7 @@ Invariant: every array lies as the rules say, from birth. The whole state is nev
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from parallax import axes
 from parallelism import reduction
 from parallelism.hosts import StopRequest
-from parallelism.mesh_shape import choose_mesh, parse_mesh
+from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
-from parallelism.rules import Rules, check_rules, check_used, load_rules, partition_spec, split_by
+from parallelism.rules import Rules, check_rules, check_used, in_parts, load_rules, partition_spec, split_by
+from parallelism.shards import ShardPlacement
 from parallelism.strategy import Layout, State
 
 
@@ -26,13 +27,16 @@ class MeshPlacement:
 
     def __init__(self, mesh: Mesh, rules: Rules):
         self.mesh = mesh
-        self.rules = check_rules(rules)
+        self.rules = in_parts(check_rules(rules), mesh.axis_names)
 
     def sharding(self, names: axes.Names, shape: Sequence[int]) -> NamedSharding:
         return NamedSharding(self.mesh, partition_spec(names, shape, self.rules, self.mesh.shape))
 
     def constrain(self, x: jax.Array, names: axes.Names) -> jax.Array:
         return jax.lax.with_sharding_constraint(x, self.sharding(names, x.shape))
+
+    def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
+        return x  # the compiler gathers where it must
 
     def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names) -> Callable:
         split = tuple(self.mesh.axis_names)
@@ -60,21 +64,24 @@ class MeshStrategy:
 
     is_stacked = False
 
-    def __init__(self, init_state: Callable[[], State], state_axes: State, layout: Layout):
+    def __init__(
+        self, init_state: Callable[[], State], state_axes: State, layout: Layout, devices: Sequence[Any]
+    ):
         self._init_state = init_state
         rules, shapes = load_rules(layout.rules), jax.eval_shape(init_state)
         self._why = ""
         if layout.mesh == "auto":
-            sizes, self._why = choose_mesh(jax.devices(), rules, shapes, state_axes, layout)
+            sizes, self._why = choose_mesh(devices, rules, shapes, state_axes, layout)
         else:
-            sizes = parse_mesh(layout.mesh, jax.device_count())
-        check_used(rules, sizes)
+            sizes = parse_mesh(layout.mesh, len(devices))
+        check_used(in_parts(rules, list(sizes)), sizes)
         # An axis of one device splits nothing; without it no collective is spoken over a group of one.
         sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
         types = (AxisType.Auto,) * len(sizes)
-        self._mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+        self._mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
         self.devices = list(self._mesh.devices.flat)
         self._placement = MeshPlacement(self._mesh, rules)
+        rules = self._placement.rules
         self._shardings = jax.tree.map(
             lambda leaf, names: self._placement.sharding(names, leaf.shape), shapes, state_axes
         )
@@ -85,7 +92,10 @@ class MeshStrategy:
             self.gradients = self._exact(over, layout, what)
         else:
             check_dealing(layout.batch_size, parts, layout.accumulate, what)
-            self.gradients = reduction.mean(layout.accumulate)
+            rows_alone = set(over) == set(sizes)  # then a device needs nothing of the others but parameters
+            self.gradients = (
+                self._by_shards(over, layout) if rows_alone else reduction.mean(layout.accumulate)
+            )
         pieces = math.prod(split_by("length", rules, sizes).values())
         if layout.seq_len % pieces:
             raise ValueError(
@@ -118,8 +128,29 @@ class MeshStrategy:
 
         return gradients
 
+    def _by_shards(self, over: dict[str, int], layout: Layout) -> Callable[[Callable], Callable]:
+        """Each device takes the gradient of its own rows; it holds, and gets back, its shards of each parameter."""
+        specs = jax.tree.map(lambda sharding: sharding.spec, self._shardings.params)
+        unreduced = jax.tree.map(lambda spec: tuple(axis for axis in over if axis not in _flat(spec)), specs)
+        of_rows = reduction.scatter(tuple(over), unreduced, layout.accumulate)
+        placement = ShardPlacement(self._placement.rules, self._mesh.shape)
+
+        def gradients(loss_fn: Callable) -> Callable:
+            def on_device(params, batch, key):
+                with axes.bound(placement):
+                    return of_rows(loss_fn)(params, batch, key)
+
+            whole = PartitionSpec()
+            return _shard_map(on_device, self._mesh, (specs, self._rows_spec, whole), (whole, whole, specs))
+
+        return gradients
+
+    @property
+    def mesh_shape(self) -> Mapping[str, int]:
+        return self._mesh.shape
+
     def describe(self) -> str:
-        shape = ", ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items())
+        shape = (show_mesh(self._mesh.shape) or "data=1").replace(",", ", ")
         hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         kind = f"{len(self.devices)} {self.devices[0].device_kind} devices{hosts}"
         return f"mesh: {kind} as {shape}" + (f" ({self._why})" if self._why else "")
@@ -173,6 +204,11 @@ class MeshStrategy:
 
     def adopt(self, canonical: State) -> State:
         return canonical
+
+
+def _flat(spec: PartitionSpec) -> list[str]:
+    """The mesh axes that a spec names."""
+    return [axis for part in spec for axis in (part if isinstance(part, tuple) else (part,)) if axis]
 
 
 def _is_key(x: Any) -> bool:

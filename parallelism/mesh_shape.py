@@ -4,12 +4,13 @@ Invariant: a shape that is returned uses every device exactly once.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from parallelism.rows import canonical_shards
-from parallelism.rules import MESH_AXES, Rules, partition_spec, split_by
+from parallelism.rules import MESH_AXES, Rules, partition_spec, parts_of, split_by
 from parallelism.strategy import Layout, State
 
 STATE_SHARE = 0.5
@@ -19,10 +20,12 @@ STATE_SHARE = 0.5
 def parse_mesh(text: str, devices: int) -> dict[str, int]:
     """Axis sizes from text like "data=2,fsdp=4"; "" means every device along data, "all" whatever is left.
 
+    "fsdp=4x8" is an axis of 32 devices laid along two dims of the network, and becomes the two axes fsdp.0 and fsdp.1.
+
     Raises:
       ValueError: an axis is unknown or repeated, a size is not a positive number, or the product is not `devices`.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     wild = None
     for part in (text or "data=all").split(","):
         axis, _, size = part.strip().partition("=")
@@ -32,22 +35,37 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
             raise ValueError(f"mesh={text!r} gives {axis} twice; give each axis once")
         if size == "all" and wild is None:
             wild, size = axis, "1"
-        if not size.isdecimal() or int(size) < 1:
+        factors = size.split("x")
+        if not all(factor.isdecimal() and int(factor) >= 1 for factor in factors):
             remedy = f"{axis}={1 if '=all' in text else 'all'}"
             raise ValueError(f"mesh={text!r} needs a positive number for {axis}, not {size!r}; try {remedy}")
-        sizes[axis] = int(size)
+        sizes[axis] = tuple(map(int, factors))
+    product = math.prod(math.prod(factors) for factors in sizes.values())
     if wild:
-        sizes[wild] = max(1, devices // math.prod(sizes.values()))
-    if math.prod(sizes.values()) != devices:
+        sizes[wild] = (max(1, devices // product),)
+        product *= sizes[wild][0]
+    if product != devices:
         raise ValueError(
-            f"mesh={text!r} needs {math.prod(sizes.values())} devices but {devices} are visible; "
-            f"try --mesh data={devices}"
+            f"mesh={text!r} needs {product} devices but {devices} are visible; try --mesh data={devices}"
         )
-    return {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    shape: dict[str, int] = {}
+    for axis in MESH_AXES:
+        factors = sizes.get(axis, (1,))
+        shape |= dict(zip(parts_of(axis, len(factors)), factors, strict=True))
+    return shape
+
+
+def show_mesh(shape: Mapping[str, int]) -> str:
+    """The text that `parse_mesh` reads, without axes of one device: "data=2,fsdp=4x8"."""
+    parts: dict[str, list[str]] = {}
+    for axis, size in shape.items():
+        if size > 1:
+            parts.setdefault(axis.partition(".")[0], []).append(str(size))
+    return ",".join(f"{axis}={'x'.join(sizes)}" for axis, sizes in parts.items())
 
 
 def choose_mesh(
-    devices: list[Any], rules: Rules, shapes: State, state_axes: State, layout: Layout
+    devices: Sequence[Any], rules: Rules, shapes: State, state_axes: State, layout: Layout
 ) -> tuple[dict[str, int], str]:
     """A legal shape for --mesh auto, and why.
 
@@ -69,7 +87,7 @@ def choose_mesh(
         for tensor in _divisors(count // rows):
             shape = {row_axis: rows, "tensor": tensor, "sequence": count // rows // tensor}
             sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}
-            if _is_legal(sizes, rules, shapes, state_axes, layout):
+            if is_legal(sizes, rules, shapes, state_axes, layout):
                 return sizes, _explain(sizes, reason, layout.batch_size)
     unit = math.lcm(count * layout.accumulate, 16 if layout.reduction == "exact" else 1)
     raise ValueError(
@@ -84,7 +102,7 @@ def _explain(sizes: dict[str, int], reason: str, batch_size: int) -> str:
     return f"{reason}; no more devices can share batch_size={batch_size}"
 
 
-def _memory(devices: list[Any]) -> int | None:
+def _memory(devices: Sequence[Any]) -> int | None:
     """Bytes that one of them has, where it says so; CPUs do not. A device of another process cannot be asked."""
     own = next(device for device in devices if device.process_index == jax.process_index())
     return (own.memory_stats() or {}).get("bytes_limit")
@@ -94,7 +112,10 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def _is_legal(sizes: dict[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout) -> bool:
+def is_legal(
+    sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout
+) -> bool:
+    """Whether these sizes of mesh axes suit the rules, the batch, the length and every array of the state."""
     used = {axis for mesh_axes in rules.values() for axis in mesh_axes}
     if any(size > 1 and axis not in used for axis, size in sizes.items()):
         return False

@@ -5,7 +5,7 @@ dim leaves this file.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,10 +27,12 @@ class Pmap:
 
     is_stacked = True
 
-    def __init__(self, init_state: Callable[[], State], layout: Layout):
+    def __init__(self, init_state: Callable[[], State], layout: Layout, devices: Sequence[Any] | None = None):
         self._init_state = init_state
-        self.devices = jax.devices()
-        self._local = len(jax.local_devices())
+        self._given = devices  # left to pmap otherwise, which knows the order of its own
+        self.devices = list(devices or jax.devices())
+        local = [device for device in self.devices if device.process_index == jax.process_index()]
+        self._local = len(local)
         count = len(self.devices)
         if layout.reduction == "exact":
             check_canonical(layout.batch_size, count, "devices")
@@ -39,13 +41,17 @@ class Pmap:
             check_dealing(layout.batch_size, count, layout.accumulate, "devices")
             self.gradients = reduction.pmean(AXIS, layout.accumulate)
         self._split, self._whole = _shardings(self.devices)
-        local_split, local_whole = _shardings(jax.local_devices())
+        local_split, local_whole = _shardings(local)
         self._blocks = RowBlocks(self._split, count)
         self._first = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=local_whole)
         self._spread = jax.jit(functools.partial(_repeat, self._local), out_shardings=local_split)
         self._local_split, self._local_whole = local_split, local_whole
         self.is_writer = jax.process_index() == 0
         self.stop_requested = StopRequest()
+
+    @property
+    def mesh_shape(self) -> Mapping[str, int]:
+        return {AXIS: len(self.devices)}
 
     def describe(self) -> str:
         hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -62,7 +68,9 @@ class Pmap:
             with axes.bound(None):
                 return step(state, batch)
 
-        return jax.pmap(on_one_device, axis_name=AXIS, out_axes=(0, None), donate_argnums=0)
+        return jax.pmap(
+            on_one_device, axis_name=AXIS, out_axes=(0, None), donate_argnums=0, devices=self._given
+        )
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
         state = jax.eval_shape(functools.partial(_repeat, self._local), self.abstract())

@@ -75,6 +75,37 @@ def pmean(axis_name: str, microbatches: int = 1) -> Callable[[Callable], Callabl
     return gradients
 
 
+def scatter(
+    axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1
+) -> Callable[[Callable], Callable]:
+    """The gradient function inside `shard_map`, for parameters in shards that the model gathers as it uses them.
+
+    Going back, a gather scatters and adds up the gradient over the axes that it crossed; over those that split the
+    batch and not the parameter it is added up here. Each device folds its index into the dropout key.
+
+    Args:
+      axis_names: the mapped axes, outermost first.
+      unreduced: a tree like the parameters, of the axes over which a gradient is still to be added up.
+    """
+
+    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
+        def function(params, batch, key):
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis_names))
+            sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+            leaves, structure = jax.tree.flatten(grads)
+            over = structure.flatten_up_to(unreduced)
+            for group in set(over):
+                places = [place for place, each in enumerate(over) if each == group]
+                for place, leaf in zip(places, jax.lax.psum([leaves[i] for i in places], group), strict=True):
+                    leaves[place] = leaf
+            sums, tokens = jax.lax.psum((sums, tokens), axis_names)
+            return sums, tokens, _divide(structure.unflatten(leaves), tokens)
+
+        return function
+
+    return gradients
+
+
 def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[[Callable], Callable]:
     """The gradient function whose result has the same bits on every layout: one order of sums, whatever the devices.
 

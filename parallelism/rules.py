@@ -88,6 +88,20 @@ def check_rules(rules: Rules) -> Rules:
     return rules
 
 
+def parts_of(axis: str, count: int) -> tuple[str, ...]:
+    """What a mesh axis is called where it is laid along `count` dims of the network: fsdp, or fsdp.0, fsdp.1."""
+    return (axis,) if count == 1 else tuple(f"{axis}.{part}" for part in range(count))
+
+
+def in_parts(rules: Rules, mesh_axes: Sequence[str]) -> Rules:
+    """Rules that name the axes of a mesh, some of which are parts, outermost first."""
+
+    def named(axis: str) -> tuple[str, ...]:
+        return tuple(name for name in mesh_axes if name.partition(".")[0] == axis)
+
+    return {name: tuple(part for axis in axes for part in named(axis)) for name, axes in rules.items()}
+
+
 def check_used(rules: Rules, mesh_shape: Mapping[str, int]) -> None:
     """Raises ValueError where a mesh axis splits nothing: its devices would all do the same work."""
     used = {axis for mesh_axes in rules.values() for axis in mesh_axes}

@@ -3,7 +3,7 @@
 Invariant: this is the reference; the other strategies compute what it computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ class Single:
     is_writer = True
     is_stacked = False
 
-    def __init__(self, init_state: Callable[[], State], layout: Layout):
+    def __init__(self, init_state: Callable[[], State], layout: Layout, device: Any):
         if jax.process_count() > 1:
             raise ValueError(
                 f"strategy=single runs in one process and not in {jax.process_count()}; try --strategy mesh"
@@ -30,9 +30,13 @@ class Single:
         exact = layout.reduction == "exact"
         self.gradients = reduction.exact() if exact else reduction.mean(layout.accumulate)
         self._init_state = init_state
-        self.devices = jax.local_devices()[:1]
-        self._device = jax.sharding.SingleDeviceSharding(self.devices[0])
+        self.devices = [device]
+        self._device = jax.sharding.SingleDeviceSharding(device)
         self.stop_requested = StopRequest()
+
+    @property
+    def mesh_shape(self) -> Mapping[str, int]:
+        return {"device": 1}
 
     def describe(self) -> str:
         return f"single: 1 of {jax.device_count()} {self.devices[0].device_kind} devices"

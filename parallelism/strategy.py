@@ -5,7 +5,7 @@ it there are only canonical arrays: global, with no device dim.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -17,6 +17,7 @@ from parallelism.rows import Batch
 STRATEGIES = ("single", "pmap", "mesh")
 
 State: TypeAlias = Any
+"""A dataclass of arrays, with the parameters in its field `params`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,11 @@ class Strategy(Protocol):
     """Whether a placed state has a leading dim of this process's devices, each with a replica of its own."""
     stop_requested: StopRequest
     """Called with a step: whether all processes agreed to stop after it."""
+
+    @property
+    def mesh_shape(self) -> Mapping[str, int]:
+        """Sizes of the axes over which `devices` lie, outermost first."""
+        ...
 
     def describe(self) -> str:
         """One line for a person: the devices and how they are arranged."""
@@ -94,13 +100,17 @@ class Strategy(Protocol):
         ...
 
 
-def get_strategy(layout: Layout, init_state: Callable[[], State], axes: State) -> Strategy:
+def get_strategy(
+    layout: Layout, init_state: Callable[[], State], axes: State, devices: Sequence[Any] | None = None
+) -> Strategy:
     """The strategy that a layout names.
 
     Args:
       layout: what the user asked for.
       init_state: makes the first state; traced, so that the state is born sharded.
       axes: the tree of a state with a PartitionSpec of logical names for each array.
+      devices: those of the run; by default all that are visible. Of a topology that is not here they can be lowered
+        for, and nothing can run.
 
     Raises:
       ValueError: the layout is not known, contradicts itself, or does not fit the devices, the batch or the model.
@@ -115,11 +125,11 @@ def get_strategy(layout: Layout, init_state: Callable[[], State], axes: State) -
     if name == "single":
         from parallelism.single import Single
 
-        return Single(init_state, layout)
+        return Single(init_state, layout, (devices or jax.local_devices())[0])
     if name == "pmap":
         from parallelism.pmap import Pmap
 
-        return Pmap(init_state, layout)
+        return Pmap(init_state, layout, devices)
     from parallelism.mesh import MeshStrategy
 
-    return MeshStrategy(init_state, axes, layout)
+    return MeshStrategy(init_state, axes, layout, devices or jax.devices())

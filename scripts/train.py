@@ -11,6 +11,8 @@ from pathlib import Path
 BEGAN = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
+import jax
+
 from data.pipeline import training_batches
 from parallax.model.cost import step_flops
 from parallax.model.overview import parameter_overview
@@ -53,7 +55,11 @@ def show_costs(job: Job) -> int:
     memory = job.strategy.lower(job.step, batch).compile().memory_analysis()
     if not job.strategy.is_writer:
         return 0
-    print(parameter_overview(job.flags.model))
+    leaves = job.strategy.abstract().params
+    placed = None
+    if job.flags.strategy == "mesh":
+        placed = jax.tree.map(lambda leaf: leaf.sharding.spec, leaves)
+    print(parameter_overview(job.flags.model, placed))
     print(
         f"A step takes {step_flops(job.flags.model, settings.batch_size, settings.seq_len):.4g} FLOPs in all."
     )

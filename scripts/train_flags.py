@@ -99,8 +99,8 @@ def read_flags(args: list[str] | None = None) -> Flags:
     """
     args = list(sys.argv[1:] if args is None else args)
     saved = _saved_flags(args)
-    default = saved or Flags(model=PRESETS.get(_value(args, "--config"), PRESETS["tiny"]))
-    if saved is None and _value(args, "--mode") == "overfit":
+    default = saved or Flags(model=PRESETS.get(flag_value(args, "--config"), PRESETS["tiny"]))
+    if saved is None and flag_value(args, "--mode") == "overfit":
         default = dataclasses.replace(
             default, train=TrainConfig(batch_size=8)
         )  # one sentence, a row a device
@@ -131,7 +131,7 @@ def flags_from_dict(values: dict[str, Any]) -> Flags:
     )
 
 
-def _value(args: list[str], flag: str) -> str:
+def flag_value(args: list[str], flag: str) -> str:
     """The value of one flag, before the command line can be parsed as a whole."""
     for position, arg in enumerate(args):
         if arg.startswith(f"{flag}="):
@@ -144,7 +144,7 @@ def _value(args: list[str], flag: str) -> str:
 def _saved_flags(args: list[str]) -> Flags | None:
     if "--resume" not in args:
         return None
-    folder = _value(args, "--output-dir") or _value(args, "--output_dir")
+    folder = flag_value(args, "--output-dir") or flag_value(args, "--output_dir")
     if not folder:
         raise ValueError("--resume needs the run to continue; try --resume --output-dir runs/NAME")
     path = Path(folder) / "config.json"

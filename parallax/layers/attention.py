@@ -4,17 +4,19 @@ Invariant: a query sees a key only at its own or an earlier position, in its own
 whether keys come from the same tokens or from a cache.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax.axes import constrain, local, param
+from parallax.axes import constrain, local, param, read
 from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
 from parallax.layers.normalization import RMSNorm
 from parallax.layers.rotary import frequencies, rotate
+from parallax.layers.splash import attend_in_blocks
 from parallax.model.cache import LayerCache
 
 CHUNK = 512
@@ -51,25 +53,41 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] to [B, T, D], and the cache with these tokens written into it.
 
-        `positions_BT` is [B, T] or [1, T]; segments are for training and do not mix with a cache.
+        `positions_BT` is [B, T] or [1, T], by default 0 … T-1; segments are for training and do not mix with a cache.
         """
+        in_kernel = self.config.attention == "splash" and positions_BT is None and cache is None
+        if positions_BT is None:
+            positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
         q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT)
         key_positions = positions_BT
         if cache is not None:
             cache = cache.write(k_BSGK, v_BSGK, positions_BT)
             k_BSGK, v_BSGK = cache.read()
             key_positions = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)[None, :]
-        heads_BTHK = self._attend(
-            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key
+        if in_kernel:
+            heads_BTHK = self._attend_in_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
+        else:
+            heads_BTHK = self._attend(
+                q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key
+            )
+        return jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype)), cache
+
+    def _attend_in_blocks(
+        self, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None
+    ) -> jax.Array:
+        """[B, T, H, K] by the kernel. Each device takes its rows and heads, and whole sequences."""
+        queries, keys = ("batch", "length", "act_heads", None), ("batch", None, "act_kv_heads", None)
+        on_device = functools.partial(attend_in_blocks, window=self.config.sliding_window)
+        return local(on_device, (queries, keys, keys, ("batch", None)), queries)(
+            q_BTHK, k_BTGK, v_BTGK, segments_BT
         )
-        return jnp.einsum("BTHK,HKD->BTD", heads_BTHK, self.out[...].astype(x_BTD.dtype)), cache
 
     def _attend(
         self,
@@ -110,13 +128,13 @@ class Attention(nnx.Module):
     def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], scaled by 1/√K, keys and values [B, T, G, K]; queries and keys rotated."""
         dtype = x_BTD.dtype
-        q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, self.query[...].astype(dtype))
-        k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.key[...].astype(dtype))
-        v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, self.value[...].astype(dtype))
+        q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, read(self.query, dtype))
+        k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, read(self.key, dtype))
+        v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, read(self.value, dtype))
         if self.config.attention_bias:
-            q_BTHK += self.query_bias[...].astype(dtype)[None, None]
-            k_BTGK += self.key_bias[...].astype(dtype)[None, None]
-            v_BTGK += self.value_bias[...].astype(dtype)[None, None]
+            q_BTHK += read(self.query_bias, dtype)[None, None]
+            k_BTGK += read(self.key_bias, dtype)[None, None]
+            v_BTGK += read(self.value_bias, dtype)[None, None]
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)

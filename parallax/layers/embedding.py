@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax.axes import constrain, param
+from parallax.axes import constrain, param, read
 from parallax.config import TransformerConfig
 
 MASKED = -1e30
@@ -27,19 +27,26 @@ class Embedding(nnx.Module):
         init = jax.nn.initializers.normal(0.25 * config.embed_dim**-0.5)
         self.table = param(init, rngs.params(), (rows, config.embed_dim), ("vocab", "embed"))
 
-    def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """[B, T] ids to [B, T, D]."""
+    def whole(self) -> jax.Array:
+        """The table [W, D] in the compute dtype; read once for several uses, its shards travel once."""
+        return read(self.table, self.dtype)
+
+    def embed(self, tokens_BT: jax.Array, table_WD: jax.Array | None = None) -> jax.Array:
+        """[B, T] ids to [B, T, D], with the table that was read, if it was."""
         # Whole vectors: looked up in slices of them, tokens and results would change places between devices.
-        table_WD = constrain(self.table[...].astype(self.dtype), "vocab", None)
+        table_WD = constrain(self.whole() if table_WD is None else table_WD, "vocab", None)
         x_BTD = jnp.take(table_WD, tokens_BT, axis=0)
         return constrain(x_BTD, "batch", "length", "act_embed")
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] to float32 logits [B, T, W], squashed to ±c by c·tanh(logit/c) when there is a soft cap.
+        """`logits` with the table of this layer."""
+        return self.logits(read(self.table, x_BTD.dtype), x_BTD)
+
+    def logits(self, table_WD: jax.Array, x_BTD: jax.Array) -> jax.Array:
+        """[W, D] and [B, T, D] to float32 logits [B, T, W], squashed to ±c by c·tanh(logit/c) when there is a soft cap.
 
         Those from V on are MASKED. The cap is Gemma 2's (arXiv:2408.00118, section 2).
         """
-        table_WD = self.table[...].astype(x_BTD.dtype)
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         logits_BTW = jnp.einsum("BTD,WD->BTW", x_BTD, table_WD, preferred_element_type=wide)
         logits_BTW = constrain(logits_BTW, "batch", "length", "act_vocab")

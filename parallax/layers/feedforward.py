@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax.axes import constrain, param
+from parallax.axes import constrain, param, read
 from parallax.config import TransformerConfig
 
 
@@ -27,7 +27,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         dtype = x_BTD.dtype
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.gate[...].astype(dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, self.up[...].astype(dtype))
+        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(self.gate, dtype))
+        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(self.up, dtype))
         hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "act_mlp")
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, self.down[...].astype(dtype))
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, read(self.down, dtype))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax.axes import param
+from parallax.axes import param, read
 
 
 class RMSNorm(nnx.Module):
@@ -21,5 +21,5 @@ class RMSNorm(nnx.Module):
         """[..., dim] to [..., dim], in the dtype of x."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = jnp.expand_dims(self.scale[...], tuple(range(x.ndim - 1)))
+        scale = jnp.expand_dims(read(self.scale, wide.dtype), tuple(range(x.ndim - 1)))
         return (normed * scale).astype(x.dtype)

@@ -28,7 +28,7 @@ class TransformerBlock(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
         dropout_key: jax.Array | None = None,

@@ -1,7 +1,11 @@
-"""What a config costs, as plain numbers.
+"""What a config costs, as plain numbers: operations, bytes held, bytes sent.
 
-Invariant: counts the arithmetic of the model, not of an implementation: recomputation is not counted.
+Invariant: nothing is traced or allocated. `forward_flops` and `step_flops` count the arithmetic of the model, as
+utilisation wants it; everything on `StepCost` counts what this implementation executes and holds.
 """
+
+import dataclasses
+from collections.abc import Mapping
 
 from parallax.config import TransformerConfig
 
@@ -13,14 +17,11 @@ def forward_flops(config: TransformerConfig, seq_len: int) -> float:
     2·2·K a visible key. Causal attention sees half of the keys on average (Kaplan et al. 2020, arXiv:2001.08361,
     table 1, counts all of them).
     """
-    D, K, F = config.embed_dim, config.head_dim, config.mlp_dim
-    matrices = 2 * D * K * (config.num_heads + config.num_kv_heads) + 3 * D * F
     keys = (seq_len + 1) / 2
     window = config.sliding_window
     if 0 < window < seq_len:  # the first `window` queries see 1 … window keys, the others see window
         keys = window - window * (window - 1) / (2 * seq_len)
-    attention = 4 * config.num_heads * K * keys
-    return config.num_layers * (2 * matrices + attention) + 2 * D * config.table_rows
+    return config.num_layers * (2 * _weights(config) + _attention(config, keys)) + _head(config)
 
 
 def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> float:
@@ -31,3 +32,155 @@ def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> floa
 def state_bytes(config: TransformerConfig) -> int:
     """Bytes of float32 parameters and AdamW moments."""
     return 3 * 4 * config.num_params()
+
+
+def _weights(config: TransformerConfig) -> int:
+    """Of the matrices of one block."""
+    D, K, F = config.embed_dim, config.head_dim, config.mlp_dim
+    return 2 * D * K * (config.num_heads + config.num_kv_heads) + 3 * D * F
+
+
+def _attention(config: TransformerConfig, keys: float) -> float:
+    """Operations a token of scores and weighted values, over that many keys."""
+    return 4 * config.num_heads * config.head_dim * keys
+
+
+def _head(config: TransformerConfig) -> int:
+    return 2 * config.embed_dim * config.table_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """Bytes that a device sends in a step, by one kind of collective along one mesh axis."""
+
+    kind: str
+    axis: str
+    wire_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """One training step of a config, as this implementation runs it on a device of a mesh.
+
+    The byte counts of activations were fitted to what libtpu reports, by array: each term says which arrays it stands
+    for. `sizes` maps mesh axes (data, fsdp, sequence, tensor) to devices; axes that are missing have one.
+    """
+
+    config: TransformerConfig
+    batch_size: int
+    seq_len: int
+    microbatches: int = 1
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return 2 if self.config.dtype == "bfloat16" else 4
+
+    def product_flops(self) -> float:
+        """Operations of all matrix products outside kernels in one step, over all devices, recomputation included."""
+        config = self.config
+        kernel = config.attention == "splash"
+        attention = (
+            0.0 if kernel else _attention(config, self.seq_len)
+        )  # masked scores are computed all the same
+        block = 2 * _weights(config) + attention
+        again = {
+            "none": 0.0,
+            "dots": attention,
+            "full": block
+            - 2 * config.embed_dim * config.mlp_dim,  # a block's last product is not needed again
+        }[config.remat]
+        if self._in_chunks:
+            again += 1.5 * attention  # a chunk's scores twice more, its weighted values once
+        a_token = 3 * (config.num_layers * block + _head(config)) + config.num_layers * again
+        return a_token * self.batch_size * self.seq_len
+
+    def kernel_flops(self) -> float:
+        """Operations inside the attention kernel: forward, again where recomputed, and 2.5 times as many back."""
+        if self.config.attention != "splash":
+            return 0.0
+        runs = 3.5 + (self.config.remat == "full")
+        tokens = self.batch_size * self.seq_len
+        return runs * self.config.num_layers * _attention(self.config, (self.seq_len + 1) / 2) * tokens
+
+    def parameter_bytes(self, sizes: Mapping[str, int]) -> float:
+        """Of float32 parameters on a device."""
+        shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+        return 4 * self.config.num_params() / shares
+
+    def temporary_bytes(self, sizes: Mapping[str, int]) -> float:
+        """What a device holds beside state and batch at the fullest moment of a step."""
+        config, e = self.config, self.item
+        tensor = sizes.get("tensor", 1)
+        rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
+        saved, working = self._block_bytes(tensor, sizes.get("sequence", 1))
+        own = self.parameter_bytes(sizes)
+        gradients = own * (1 + (self.microbatches > 1))
+        if sizes.get("fsdp", 1) == 1:
+            gradients += own * ((e < 4) / 2 + (rows > 1))  # cast parameters; the sum comes beside its parts
+        else:
+            gradients += 2 * e * _weights(config) / tensor  # two gathered blocks
+        table, logits = self._head_bytes(tokens, sizes)
+        # The logits are gone before the blocks are computed again; the gradient of the table is not, and is scattered
+        # last, from a transposed and padded copy.
+        fullest = max(tokens * working + table, 2 * table + logits, 3 * table)
+        return tokens * config.num_layers * saved + gradients + fullest
+
+    def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
+        """A token's bytes that one block keeps for the way back, and that are there while a block is computed."""
+        config, e = self.config, self.item
+        D, F = config.embed_dim, config.mlp_dim / tensor
+        heads = config.num_heads * config.head_dim / tensor
+        keys = config.num_kv_heads * config.head_dim / tensor
+        norms = (
+            2 * D * (8 + (e if e < 4 else 0))
+        )  # in float32, and in the compute dtype where that is another
+        projections = e * (3 * heads + 3 * keys)  # before and after the rotation, and what attention gives
+        hidden = 6 * e * F
+        gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
+        scores = config.num_heads * min(self.seq_len, 512 if self._in_chunks else self.seq_len) / tensor
+        kept = 0 if config.attention == "splash" or self._in_chunks else scores
+        everything = norms + e * D + projections + hidden
+        if config.remat == "none":
+            return everything + gathered + kept * (4 + e), 0.15 * everything
+        working = 0 if config.attention == "splash" else 12 * scores
+        if config.remat == "dots":
+            return e * (3 * D + heads + 2 * keys + 2 * F), hidden + gathered + working
+        return e * D, max(everything + gathered, working)
+
+    @property
+    def _in_chunks(self) -> bool:
+        return self.config.attention == "xla" and self.seq_len > 1024
+
+    def _head_bytes(self, tokens: float, sizes: Mapping[str, int]) -> tuple[float, float]:
+        """A whole table where it is gathered, and a chunk of logits with their gradient."""
+        config, e = self.config, self.item
+        rows = config.table_rows / sizes.get("tensor", 1)
+        table = rows * config.embed_dim * e if sizes.get("fsdp", 1) > 1 else 0
+        chunks = min(8, max(1, self.seq_len * config.vocab_size / 2**22))
+        return table, tokens / chunks * rows * (4 + e)
+
+    def sent(self, sizes: Mapping[str, int]) -> list[Sent]:
+        """What a device sends in a step, by the algorithms that send the least, to and from shards of the rules."""
+        config, e = self.config, self.item
+        data, fsdp, sequence, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "sequence", "tensor"))
+        blocks = config.num_layers * _weights(config) / tensor
+        tables = (1 if config.tie_embeddings else 2) * config.table_rows * config.embed_dim / tensor
+        tokens = self.batch_size * self.seq_len / (data * fsdp * sequence)
+        vectors = tokens * config.embed_dim * e
+        keys = 2 * tokens * sequence * config.num_kv_heads * config.head_dim * e / tensor
+        again = config.remat == "full"
+        found = {
+            ("all-reduce", "data"): (data, 2 * 4 * (blocks + tables) / fsdp),
+            ("all-gather", "fsdp"): (fsdp, self.microbatches * e * (2 * blocks + tables)),
+            ("reduce-scatter", "fsdp"): (fsdp, self.microbatches * e * (blocks + tables)),
+            ("all-reduce", "tensor"): (tensor, 2 * vectors * (config.num_layers * (4 + again) + 2)),
+            ("all-gather", "sequence"): (sequence, config.num_layers * keys * (1 + again)),
+            ("all-reduce", "sequence"): (sequence, config.num_layers * 2 * keys + 2 * 4 * (blocks + tables)),
+        }
+        return [
+            Sent(kind, axis, amount * (size - 1) / size)
+            for (kind, axis), (size, amount) in found.items()
+            if size > 1
+        ]

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 from clu import parameter_overview as clu_overview
-from jax.sharding import PartitionSpec
 
 from parallax.config import TransformerConfig
-from parallax.model.transformer import init_params, param_axes
+from parallax.model.transformer import Params, init_params, param_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +19,21 @@ class _Row:
 
     shape: tuple[int, ...]
     dtype: Any
-    sharding: PartitionSpec
+    sharding: Any
 
     @property
     def size(self) -> int:
         return jax.ShapeDtypeStruct(self.shape, self.dtype).size
 
 
-def parameter_overview(config: TransformerConfig) -> str:
-    """Name, shape, dtype, count and logical axes of each parameter, and the total, as a text table."""
+def parameter_overview(config: TransformerConfig, placed: Params | None = None) -> str:
+    """Name, shape, dtype, count and logical axes of each parameter, and the total, as a text table.
+
+    With a tree of the mesh axes on which each lies, as a PartitionSpec, these stand behind the logical ones.
+    """
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    rows = jax.tree.map(lambda leaf, names: _Row(leaf.shape, leaf.dtype, names), abstract, param_axes(config))
+    axes = param_axes(config)
+    if placed is not None:
+        axes = jax.tree.map(lambda names, spec: f"{tuple(names)} on {tuple(spec)}", axes, placed)
+    rows = jax.tree.map(lambda leaf, names: _Row(leaf.shape, leaf.dtype, names), abstract, axes)
     return clu_overview.get_parameter_overview(rows, include_stats="sharding")

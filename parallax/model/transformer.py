@@ -23,7 +23,8 @@ from parallax.model.cache import KVCache, LayerCache
 Params = dict[str, Any]
 
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    # All but gathered parameters: a device that kept them for the way back would hold the whole model (ZeRO-3).
+    "none": lambda primitive, *_, **__: primitive.name != "all_gather",
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -82,8 +83,12 @@ class TransformerLM(nnx.Module):
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
+        table_WD: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """`__call__` up to the final norm: [B, T, D], so that a loss can take the logits a chunk at a time."""
+        """`__call__` up to the final norm: [B, T, D], so that a loss can take the logits a chunk at a time.
+
+        `table_WD` is the input embedding where it was read already.
+        """
         if cache is not None and positions is None:
             raise ValueError(
                 "positions=None says not which slots of the cache to write; give positions [B, T]"
@@ -92,10 +97,8 @@ class TransformerLM(nnx.Module):
             raise ValueError(
                 "segments cannot be told apart in a cache; give one document a row, without segments"
             )
-        if positions is None:
-            positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers + 1)
-        x_BTD = self.embedding.embed(tokens_BT)
+        x_BTD = self.embedding.embed(tokens_BT, table_WD)
         x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])
         graph, stacked = nnx.split(self.blocks)
 
@@ -106,15 +109,20 @@ class TransformerLM(nnx.Module):
             x_BTD, view = nnx.merge(graph, weights)(x_BTD, positions, segments, view, key)
             return (x_BTD, None if view is None else view.cache), None
 
-        if self.config.remat != "none" and cache is None:
+        if cache is None:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         layers = (stacked, jnp.arange(self.config.num_layers), None if keys is None else keys[:-1])
         (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), layers)
         return self.final_norm(x_BTD), cache
 
+    @property
+    def head(self) -> Embedding:
+        """The output embedding, which may be the input embedding."""
+        return self.embedding if self.config.tie_embeddings else self.output
+
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to float32 logits [B, T, W], of which those from V on are masked."""
-        return (self.embedding if self.config.tie_embeddings else self.output).unembed(x_BTD)
+        return self.head.unembed(x_BTD)
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:

@@ -17,11 +17,13 @@ NO_TARGET = -1
 """The target id of a position that is not learned from: padding."""
 
 ROW_LOGITS = 2**22
-"""Logits a row held at once: 16 MiB of float32, so a 128 k vocabulary goes 32 tokens at a time."""
+"""Logits a row held at once, if CHUNKS allows: 16 MiB of float32."""
+CHUNKS = 8
+"""At most, of a row. Their gradients of the table are added up in the compute dtype, and few sums round little."""
 
 Sums = dict[str, jax.Array]
 LossFn = Callable[[Any, dict[str, jax.Array], jax.Array | None], tuple[Sums, jax.Array]]
-"""(params, batch, dropout key) to (sums with the objective under "loss", number of target tokens)."""
+"""(params, batch, dropout key) to (sums, number of target tokens); the objective, "loss", alone has a gradient."""
 
 
 def token_losses(
@@ -53,7 +55,8 @@ def token_losses(
 
 
 def chunked_losses(
-    unembed: Callable[[jax.Array], jax.Array],
+    logits: Callable[[jax.Array, jax.Array], jax.Array],
+    table_WD: jax.Array,
     x_BTD: jax.Array,
     targets_BT: jax.Array,
     *,
@@ -62,30 +65,64 @@ def chunked_losses(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Sums:
-    """`token_losses(unembed(x), targets)` with logits of `chunk` tokens a row at a time, recomputed going back."""
+    """`token_losses(logits(table, x), targets)` with logits of `chunk` tokens a row at a time; see `LossFn`.
 
-    def losses(x_BTD, targets_BT):
-        return token_losses(
-            unembed(x_BTD), targets_BT, vocab_size=vocab_size, label_smoothing=label_smoothing, z_loss=z_loss
+    A chunk's gradient is taken while its logits are there, so they are computed once.
+    """
+
+    def losses(table_WD, x_BTD, targets_BT):
+        sums = token_losses(
+            logits(table_WD, x_BTD),
+            targets_BT,
+            vocab_size=vocab_size,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
+        return sums["loss"], sums
 
     B, T, D = x_BTD.shape
     if chunk >= T:
-        return losses(x_BTD, targets_BT)
-    padding = -T % chunk
-    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, padding), (0, 0)))
-    targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)), constant_values=NO_TARGET)
-    x_chunks = jnp.moveaxis(x_BTD.reshape(B, -1, chunk, D), 1, 0)
-    target_chunks = jnp.moveaxis(targets_BT.reshape(B, -1, chunk), 1, 0)
-    losses = jax.checkpoint(losses, prevent_cse=False)
+        loss, sums = losses(table_WD, x_BTD, targets_BT)
+    else:
+        padding = -T % chunk
+        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, padding), (0, 0)))
+        targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)), constant_values=NO_TARGET)
+        x_chunks = jnp.moveaxis(x_BTD.reshape(B, -1, chunk, D), 1, 0)
+        target_chunks = jnp.moveaxis(targets_BT.reshape(B, -1, chunk), 1, 0)
+        loss, sums = _sum_over_chunks(losses)(table_WD, x_chunks, target_chunks)
+    return jax.lax.stop_gradient(sums) | {"loss": loss}
 
-    def add(sums, chunked):
-        return jax.tree.map(jnp.add, sums, losses(*chunked)), None
 
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(losses, x_chunks[0], target_chunks[0])
-    )
-    return jax.lax.scan(add, zeros, (x_chunks, target_chunks))[0]
+def _sum_over_chunks(losses: Callable) -> Callable:
+    """`losses(table, x, targets)` -> (loss, sums), added up over a leading dim of x and targets."""
+
+    @jax.custom_vjp
+    def summed(table, x_chunks, target_chunks):
+        def add(sofar, chunk):
+            return jax.tree.map(jnp.add, sofar, losses(table, *chunk)), None
+
+        one = jax.eval_shape(losses, table, x_chunks[0], target_chunks[0])
+        return jax.lax.scan(add, _zeros(one), (x_chunks, target_chunks))[0]
+
+    def forward(table, x_chunks, target_chunks):
+        def add(sofar, chunk):
+            results, (of_table, of_x) = jax.value_and_grad(losses, (0, 1), has_aux=True)(table, *chunk)
+            return jax.tree.map(jnp.add, sofar, (results, of_table)), of_x
+
+        one = jax.eval_shape(losses, table, x_chunks[0], target_chunks[0])
+        (results, of_table), of_x = jax.lax.scan(add, _zeros((one, table)), (x_chunks, target_chunks))
+        return results, (of_table, of_x)
+
+    def backward(gradients, cotangents):
+        of_table, of_x = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), gradients)
+        return of_table, of_x, None
+
+    summed.defvjp(forward, backward)
+    return summed
+
+
+def _zeros(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
@@ -93,12 +130,22 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
 
     def loss_fn(params, batch, key):
         model = TransformerLM.from_params(config, params)
-        x_BTD, _ = model.hidden(batch["inputs"], segments=batch.get("segments"), dropout_key=key)
+        table_WD = model.head.whole() if config.tie_embeddings else None
+        x_BTD, _ = model.hidden(
+            batch["inputs"], segments=batch.get("segments"), dropout_key=key, table_WD=table_WD
+        )
+        if table_WD is None:
+            # Gathered after the blocks, and its gradient scattered before theirs: never two whole tables at once.
+            shards = (x_BTD, model.head.table[...])
+            x_BTD, model.head.table[...] = jax.lax.optimization_barrier(shards)
+            table_WD = model.head.whole()
+        T = x_BTD.shape[1]
         sums = chunked_losses(
-            model.unembed,
+            model.head.logits,
+            table_WD,
             x_BTD,
             batch["targets"],
-            chunk=max(1, ROW_LOGITS // config.vocab_size),
+            chunk=max(1, ROW_LOGITS // config.vocab_size, -(-T // CHUNKS)),
             vocab_size=config.vocab_size,
             label_smoothing=train.label_smoothing,
             z_loss=train.z_loss,

@@ -156,7 +156,7 @@ def test_a_loop_by_its_bounds_and_step():
 
 def test_a_loop_of_unknown_length_is_refused_if_it_holds_collectives():
     assert read_collectives(on_shards(loop(1, lambda x: x[0, 0].astype(int), jnp.sin))) == []
-    with pytest.raises(ValueError, match=r"^loop .*while with collectives needs a fixed length; use .*$"):
+    with pytest.raises(ValueError, match=r"^loop .*while needs a fixed length .*; use jax.lax.scan$"):
         read_collectives(on_shards(loop(1, lambda x: x[0, 0].astype(int), lambda x: lax.psum(x, "fsdp"))))
 
 

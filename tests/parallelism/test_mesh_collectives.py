@@ -15,7 +15,7 @@ from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
-from parallelism.collectives import crossed_axes, read_collectives
+from parallelism.collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.strategy import Layout, get_strategy
 
 B, T, D, H, K, F, V, N = 16, 24, 32, 8, 4, 48, 64, 3
@@ -69,32 +69,45 @@ def spoken(mesh, reduction="mean"):
     return said
 
 
-def test_data_reduces_gradients_and_gathers_nothing():
-    """Once a parameter: those of a layer as the backward pass leaves it, the table twice, since it is tied."""
-    said = spoken("data=8")
-    assert set(said) == {("all-reduce", ("data",), N), ("all-reduce", ("data",), 1)}
-    assert said["all-reduce", ("data",), N] == LAYER
-    assert TABLE <= said["all-reduce", ("data",), 1] <= 2 * TABLE + SMALL
-
-
-def test_pmap_reduces_all_gradients_at_once():
-    said = spoken("pmap")
-    assert set(said) == {("all-reduce", ("batch",), 1)}
+@pytest.mark.parametrize("mesh", ["data=8", "pmap"])
+def test_data_reduces_all_gradients_at_once_and_gathers_nothing(mesh):
+    said = spoken(mesh)
+    axes = ("batch" if mesh == "pmap" else "data",)
+    assert set(said) == {("all-reduce", axes, 1)}
     every = N * LAYER + TABLE + FLOAT * D
-    assert every <= said["all-reduce", ("batch",), 1] <= every + SMALL
+    assert every <= said["all-reduce", axes, 1] <= every + SMALL
 
 
-def test_fsdp_gathers_parameters_where_they_are_used_and_reduces_gradients():
-    """A layer's matrices are gathered going forward and again going back, and its gradient is reduced whole and cut:
-    this backend has no reduce-scatter here. The table is gathered once for both its uses."""
-    said = spoken("fsdp=8")
-    kinds = {("all-gather", ("fsdp",), N), ("all-gather", ("fsdp",), 1)}
-    assert set(said) == kinds | {("all-reduce", ("fsdp",), N), ("all-reduce", ("fsdp",), 1)}
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=4"])
+def test_fsdp_gathers_parameters_where_they_are_used_and_scatters_their_gradients(mesh):
+    """A layer's parameters are gathered going forward and again going back, the table once for both its uses. Each
+    gradient comes back in shards, which data then adds up."""
+    said = spoken(mesh)
+    gathers = {("all-gather", ("fsdp",), N), ("all-gather", ("fsdp",), 1)}
+    scatters = {("reduce-scatter", ("fsdp",), N), ("reduce-scatter", ("fsdp",), 1)}
+    sums = {("all-reduce", ("data",), 1)} if "data" in mesh else set()
+    assert set(said) == gathers | scatters | sums
     matrices = LAYER - FLOAT * 2 * D
     assert said["all-gather", ("fsdp",), N] == 2 * matrices
     assert said["all-gather", ("fsdp",), 1] == TABLE
-    assert said["all-reduce", ("fsdp",), N] == LAYER
-    assert TABLE <= said["all-reduce", ("fsdp",), 1] <= 2 * TABLE + SMALL
+    assert said["reduce-scatter", ("fsdp",), N] == matrices
+    assert said["reduce-scatter", ("fsdp",), 1] == TABLE
+    if sums:
+        every = (N * LAYER + TABLE + FLOAT * D) // 4
+        assert every <= said["all-reduce", ("data",), 1] <= every + SMALL
+
+
+def test_an_axis_in_two_parts_sends_no_more_than_a_whole_one():
+    """Gathered along one part and then along the other: each byte still travels once."""
+    whole, parts = (
+        sum(
+            wire_bytes(each) * each.count
+            for each in read_collectives(compiled_text(mesh))
+            if each.bytes >= SMALL
+        )
+        for mesh in ("fsdp=8", "fsdp=2x4")
+    )
+    assert parts == pytest.approx(whole, rel=0.01)
 
 
 def test_fsdp_keeps_no_whole_copy():
@@ -122,12 +135,12 @@ def test_tensor_reduces_twice_a_block_and_twice_back():
 
 
 def test_sequence_gathers_keys_and_values_alone():
-    """Going forward and again going back, and their gradients are reduced; parameters as with data."""
+    """Going forward, and they are kept for the way back, where their gradients are reduced; parameters as with data."""
     said = spoken("sequence=8")
     axes = ("sequence",)
     assert set(said) == {("all-gather", axes, N), ("all-reduce", axes, N), ("all-reduce", axes, 1)}
     keys = FLOAT * B * T * H * K
-    assert said["all-gather", axes, N] == 2 * 2 * keys
+    assert said["all-gather", axes, N] == 2 * keys
     assert said["all-reduce", axes, N] == 2 * keys + LAYER
     assert TABLE <= said["all-reduce", axes, 1] <= 2 * TABLE + SMALL
 
@@ -135,7 +148,7 @@ def test_sequence_gathers_keys_and_values_alone():
 @pytest.mark.parametrize(
     "mesh",
     [
-        *("data=2,fsdp=4", "data=2,tensor=4", "fsdp=2,tensor=4", "fsdp=2,sequence=4", "sequence=2,tensor=4"),
+        *("data=2,tensor=4", "fsdp=2,tensor=4", "fsdp=2,sequence=4", "sequence=2,tensor=4"),
         *("data=2,fsdp=2,tensor=2", "data=2,sequence=2,tensor=2", "fsdp=2,sequence=2,tensor=2"),
     ],
 )

@@ -1,0 +1,78 @@
+"""Attention by the Pallas kernel that TPUs run: blocks of scores that the mask hides are never computed.
+
+Invariant: it gives what `attend` gives, for queries and keys that are the same tokens in order.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LANES = 128
+"""Rows of a kernel's blocks come in multiples of this."""
+LARGEST_BLOCK = 512
+
+
+def check_length(seq_len: int) -> None:
+    """Raises ValueError for a sequence that the kernel cannot cut into blocks."""
+    if seq_len % LANES:
+        raise ValueError(
+            f"attention=splash needs seq_len={seq_len} to be a multiple of {LANES}; "
+            f"try {seq_len + -seq_len % LANES}, or --model.attention xla"
+        )
+
+
+def attend_in_blocks(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None, window: int
+) -> jax.Array:
+    """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K].
+
+    Lowered for anything but a TPU the kernel is interpreted, slowly.
+
+    Raises:
+      ValueError: T is not a multiple of 128, or a device holds a part of each sequence.
+    """
+    T, S = q_BTHK.shape[1], k_BTGK.shape[1]
+    if T != S:
+        raise ValueError(
+            f"attention=splash needs whole sequences on a device, not {T} of {S} tokens; try --model.attention xla"
+        )
+    check_length(T)
+    run = functools.partial(_run, window)
+    return jax.lax.platform_dependent(
+        *(q_BTHK, k_BTGK, v_BTGK, segments_BT),
+        tpu=functools.partial(run, interpret=False),
+        default=functools.partial(run, interpret=True),
+    )
+
+
+def _run(
+    window: int,
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import (  # late: Pallas takes its time to import
+        splash_attention_kernel as kernel,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    T, H = q_BTHK.shape[1:3]
+    block = next(size for size in range(min(T, LARGEST_BLOCK), 0, -LANES) if T % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: Any = {f"block_{name}": block for name in names}
+    visible = masks.LocalMask((T, T), (window - 1, 0), 0) if window else masks.CausalMask((T, T))
+    on_one_row: Any = kernel.make_splash_mha(
+        masks.MultiHeadMask([visible] * H),
+        block_sizes=kernel.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    ids = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
+    q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+    return jnp.swapaxes(jax.vmap(on_one_row)(q_BHTK, k_BGTK, v_BGTK, ids), 1, 2)

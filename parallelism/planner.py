@@ -1,0 +1,211 @@
+"""Which layout a slice of TPUs should run: every legal one is estimated, the best are compiled by the real compiler.
+
+Invariant: a number says where it comes from. What the compiler reports replaces the estimate; a time is always an
+estimate, the largest of what arithmetic, memory and links need by their peaks.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from parallelism.compiler import Report, compile_step
+from parallelism.hardware import Accelerator
+from parallelism.mesh_shape import show_mesh
+from parallelism.rules import MESH_AXES, parts_of
+from parallelism.strategy import Layout, get_strategy
+
+ROOM = 1.2
+"""An estimate beyond this share of a device's memory is not worth compiling: estimates err by 15% at most."""
+LINKS = 2
+"""Of one dim of a torus, on each chip: a ring sends both ways."""
+
+
+class Cost(Protocol):
+    """What the model costs a device; see `parallax/model/cost.py`."""
+
+    def product_flops(self) -> float: ...
+
+    def kernel_flops(self) -> float: ...
+
+    def parameter_bytes(self, sizes: Mapping[str, int]) -> float: ...
+
+    def temporary_bytes(self, sizes: Mapping[str, int]) -> float: ...
+
+    def sent(self, sizes: Mapping[str, int]) -> Sequence[Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What the script makes of one choice of rematerialisation, microbatches and dtype."""
+
+    init_state: Callable[[], Any]
+    axes: Any
+    """The tree of a state with a PartitionSpec of logical names for each array."""
+    make_step: Callable[[Callable], Callable]
+    """From a strategy's gradient function to the step."""
+    batch: Any
+    """ShapeDtypeStructs of a global batch."""
+    cost: Cost
+    attention: str
+    """What computes attention, for a person to read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One way to run: a layout, and what of the model it changes."""
+
+    layout: Layout
+    sizes: Mapping[str, int]
+    """Mesh axes to devices."""
+    remat: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A choice with its numbers, a device's share."""
+
+    choice: Choice
+    attention: str
+    parameter_bytes: float
+    estimated_bytes: float
+    """State and temporaries, by the analytic model."""
+    flops: float
+    """By the compiler where there is a report, kernels added by the analytic model."""
+    wire_bytes: Mapping[str, float]
+    """By mesh axis."""
+    report: Report | None
+    compute_seconds: float
+    memory_seconds: float
+    link_seconds: float
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.report.peak_bytes if self.report and self.report.fits else self.estimated_bytes
+
+    @property
+    def bound(self) -> str:
+        """Which of the three needs the most time."""
+        return max(("compute", "memory", "links"), key=lambda name: self._seconds[name])
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, an estimate: as if everything overlapped, at the peak of what binds."""
+        return max(self._seconds.values())
+
+    @property
+    def _seconds(self) -> dict[str, float]:
+        return {"compute": self.compute_seconds, "memory": self.memory_seconds, "links": self.link_seconds}
+
+
+def legal_meshes(devices: int, fits: Callable[[Mapping[str, int]], bool]) -> Iterator[dict[str, int]]:
+    """Every shape of powers of two over all devices that `fits` takes."""
+    powers = int(math.log2(devices))
+    for split in itertools.product(range(powers + 1), repeat=len(MESH_AXES)):
+        sizes: dict[str, int] = dict(zip(MESH_AXES, (2**power for power in split), strict=True))
+        if sum(split) == powers and fits(sizes):
+            yield sizes
+
+
+def along_torus(sizes: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
+    """The axes of a mesh, those that span several dims of the network in parts: fsdp=256 on 16×16 is fsdp=16x16.
+
+    Axes take the network's dims from the innermost: the two devices of a chip first, then the rows of the torus.
+    """
+    free = [*accelerator.shape, accelerator.generation.devices_per_chip]
+    parts: dict[str, list[int]] = {}
+    for axis in reversed(MESH_AXES):
+        left, parts[axis] = sizes.get(axis, 1), []
+        while left > 1:
+            while free[-1] == 1:
+                free.pop()
+            piece = math.gcd(left, free[-1])
+            free[-1] //= piece
+            left //= piece
+            parts[axis].insert(0, piece)
+    shape: dict[str, int] = {}
+    for axis in MESH_AXES:
+        pieces = parts[axis] or [1]
+        shape |= dict(zip(parts_of(axis, len(pieces)), pieces, strict=True))
+    return shape
+
+
+def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Report | None = None) -> Row:
+    """A row, from the analytic model and, where there is one, the compiler's report."""
+    cost, generation = build.cost, accelerator.generation
+    devices = math.prod(choice.sizes.values())
+    parameters = cost.parameter_bytes(choice.sizes)
+    temporary = cost.temporary_bytes(choice.sizes)
+    flops, wire = cost.product_flops() / devices, _by_axis(cost.sent(choice.sizes))
+    if report is not None and report.fits:
+        flops, wire = report.flops, _by_axis(report.traffic)
+        temporary = report.temporary_bytes
+    flops += cost.kernel_flops() / devices
+    # State is read and written once, what lives in between written and read back.
+    moved = 2 * 3 * parameters + 2 * temporary
+    rate = LINKS * generation.link_rate / generation.devices_per_chip
+    return Row(
+        choice=choice,
+        attention=build.attention,
+        parameter_bytes=parameters,
+        estimated_bytes=3 * parameters + cost.temporary_bytes(choice.sizes),
+        flops=flops,
+        wire_bytes=wire,
+        report=report,
+        compute_seconds=flops / accelerator.device_flops,
+        memory_seconds=moved / accelerator.device_memory_rate,
+        link_seconds=max([0.0, *(sent / rate for sent in wire.values())]),
+    )
+
+
+def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
+    """Bytes along each mesh axis; of a collective over several at once, all of them."""
+    sums: dict[str, float] = {}
+    for each in sent:
+        for axis in getattr(each, "axes", None) or (each.axis,):
+            sums[axis] = sums.get(axis, 0.0) + each.wire_bytes
+    return sums
+
+
+def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:
+    """What fits first, fastest first, of equals what moves less; what does not fit by how much it lacks."""
+
+    def key(row: Row) -> tuple[bool, float, float]:
+        fits = row.report.fits if row.report else row.peak_bytes <= memory_bytes
+        return not fits, row.seconds if fits else row.peak_bytes, row.memory_seconds + row.link_seconds
+
+    return sorted(rows, key=key)
+
+
+def choose_to_compile(rows: Sequence[Row], memory_bytes: float, count: int) -> list[Row]:
+    """The best row of each layout that may fit, pmap's among them, best layouts first."""
+    best: dict[str, Row] = {}
+    for row in rank(rows, memory_bytes):
+        if row.estimated_bytes <= ROOM * memory_bytes:
+            best.setdefault(name_of(row.choice), row)
+    pmap = [row for name, row in best.items() if name == "pmap"]
+    return [*pmap, *(row for name, row in best.items() if name != "pmap")][:count]
+
+
+def name_of(choice: Choice) -> str:
+    """pmap, or the mesh as train.py takes it."""
+    return choice.layout.mesh or choice.layout.strategy
+
+
+def compile_choice(choice: Choice, build: Build, devices: Sequence[Any], cache: Path | None) -> Report:
+    """What the compiler says of a choice.
+
+    Raises:
+      ValueError: the layout does not fit the devices, the batch or the model.
+    """
+    strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
+    lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)
+    return compile_step(lowered, strategy.mesh_shape, cache)
+
+
+def mesh_text(sizes: Mapping[str, int], accelerator: Accelerator) -> str:
+    """The --mesh for these sizes on this slice."""
+    return show_mesh(along_torus(sizes, accelerator)) or "data=1"
