@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+
 from parallelism.compiler import Report, compile_step
 from parallelism.hardware import Accelerator
 from parallelism.mesh_shape import show_mesh
-from parallelism.rules import MESH_AXES, parts_of
+from parallelism.rules import MESH_AXES, Rules, load_rules, parts_of, split_by
 from parallelism.strategy import Layout, get_strategy
 
 ROOM = 1.2
@@ -29,8 +31,6 @@ class Cost(Protocol):
     def product_flops(self) -> float: ...
 
     def kernel_flops(self) -> float: ...
-
-    def parameter_bytes(self, sizes: Mapping[str, int]) -> float: ...
 
     def temporary_bytes(self, sizes: Mapping[str, int]) -> float: ...
 
@@ -70,7 +70,8 @@ class Row:
 
     choice: Choice
     attention: str
-    parameter_bytes: float
+    parameter_bytes: int
+    optimizer_bytes: int
     estimated_bytes: float
     """State and temporaries, by the analytic model."""
     flops: float
@@ -111,33 +112,30 @@ def legal_meshes(devices: int, fits: Callable[[Mapping[str, int]], bool]) -> Ite
 
 
 def along_torus(sizes: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
-    """The axes of a mesh, those that span several dims of the network in parts: fsdp=256 on 16×16 is fsdp=16x16.
+    """The axes of a mesh; fsdp that spans several dims of the network in parts: 256 on 16×16 is fsdp=16x16.
 
-    Axes take the network's dims from the innermost: the two devices of a chip first, then the rows of the torus.
+    Data takes the outer dims, so fsdp has the inner ones, of which the two devices of a chip are the innermost. Beside
+    tensor or sequence the compiler gathers as it likes, and fsdp stays whole.
     """
-    free = [*accelerator.shape, accelerator.generation.devices_per_chip]
-    parts: dict[str, list[int]] = {}
-    for axis in reversed(MESH_AXES):
-        left, parts[axis] = sizes.get(axis, 1), []
-        while left > 1:
-            while free[-1] == 1:
-                free.pop()
-            piece = math.gcd(left, free[-1])
-            free[-1] //= piece
-            left //= piece
-            parts[axis].insert(0, piece)
-    shape: dict[str, int] = {}
-    for axis in MESH_AXES:
-        pieces = parts[axis] or [1]
-        shape |= dict(zip(parts_of(axis, len(pieces)), pieces, strict=True))
-    return shape
+    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    left, parts = shape["fsdp"], []
+    for dim in (accelerator.generation.devices_per_chip, *reversed(accelerator.shape)):
+        piece = math.gcd(left, dim)
+        left //= piece
+        parts += [piece] if piece > 1 else []
+    if len(parts) < 2 or shape["tensor"] * shape["sequence"] > 1:
+        return shape
+    split = dict(zip(parts_of("fsdp", len(parts)), reversed(parts), strict=True))
+    return {"data": shape["data"], **split, "sequence": 1, "tensor": 1}
 
 
 def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Report | None = None) -> Row:
     """A row, from the analytic model and, where there is one, the compiler's report."""
     cost, generation = build.cost, accelerator.generation
     devices = math.prod(choice.sizes.values())
-    parameters = cost.parameter_bytes(choice.sizes)
+    state, rules = jax.eval_shape(build.init_state), load_rules(choice.layout.rules)
+    parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
+    optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
     temporary = cost.temporary_bytes(choice.sizes)
     flops, wire = cost.product_flops() / devices, _by_axis(cost.sent(choice.sizes))
     if report is not None and report.fits:
@@ -145,13 +143,14 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         temporary = report.temporary_bytes
     flops += cost.kernel_flops() / devices
     # State is read and written once, what lives in between written and read back.
-    moved = 2 * 3 * parameters + 2 * temporary
+    moved = 2 * (parameters + optimizer + temporary)
     rate = LINKS * generation.link_rate / generation.devices_per_chip
     return Row(
         choice=choice,
         attention=build.attention,
         parameter_bytes=parameters,
-        estimated_bytes=3 * parameters + cost.temporary_bytes(choice.sizes),
+        optimizer_bytes=optimizer,
+        estimated_bytes=parameters + optimizer + cost.temporary_bytes(choice.sizes),
         flops=flops,
         wire_bytes=wire,
         report=report,
@@ -159,6 +158,16 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         memory_seconds=moved / accelerator.device_memory_rate,
         link_seconds=max([0.0, *(sent / rate for sent in wire.values())]),
     )
+
+
+def held_bytes(arrays: Any, axes: Any, rules: Rules, sizes: Mapping[str, int]) -> int:
+    """Bytes of a device's shards of arrays with these logical axes."""
+
+    def of(leaf: Any, names: Any) -> int:
+        parts = (split_by(name or "", rules, sizes) for name in names)
+        return leaf.size * leaf.dtype.itemsize // math.prod(math.prod(part.values()) for part in parts)
+
+    return sum(jax.tree.leaves(jax.tree.map(of, arrays, axes)))
 
 
 def _by_axis(sent: Sequence[Any]) -> dict[str, float]:

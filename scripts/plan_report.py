@@ -50,7 +50,7 @@ def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: i
 
 
 def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
-    choice, temporary = row.choice, row.peak_bytes - 3 * row.parameter_bytes
+    choice, temporary = row.choice, row.peak_bytes - row.parameter_bytes - row.optimizer_bytes
     times = {
         "compute": row.compute_seconds,
         "memory": row.memory_seconds,
@@ -65,7 +65,7 @@ def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
         _verdict(row, sliced),
         *(
             f"{size / GIB:.2f}"
-            for size in (row.peak_bytes, row.parameter_bytes, 2 * row.parameter_bytes, temporary)
+            for size in (row.peak_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)
         ),
         f"{row.flops / 1e12:.2f}",
         f"{sum(row.wire_bytes.values()) / 1e9:.2f}",
@@ -111,7 +111,7 @@ def _row_to_json(row: Row, asked: Flags) -> dict[str, Any]:
         "peak_bytes": row.peak_bytes,
         "estimated_peak_bytes": row.estimated_bytes,
         "parameter_bytes": row.parameter_bytes,
-        "optimizer_bytes": 2 * row.parameter_bytes,
+        "optimizer_bytes": row.optimizer_bytes,
         "flops": row.flops,
         "wire_bytes": dict(row.wire_bytes),
         "collectives": [dataclasses.asdict(each) for each in row.report.traffic] if row.report else [],

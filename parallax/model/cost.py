@@ -103,8 +103,8 @@ class StepCost:
         tokens = self.batch_size * self.seq_len
         return runs * self.config.num_layers * _attention(self.config, (self.seq_len + 1) / 2) * tokens
 
-    def parameter_bytes(self, sizes: Mapping[str, int]) -> float:
-        """Of float32 parameters on a device."""
+    def _parameter_bytes(self, sizes: Mapping[str, int]) -> float:
+        """Of float32 parameters on a device, norms taken as split like the rest."""
         shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
         return 4 * self.config.num_params() / shares
 
@@ -115,7 +115,7 @@ class StepCost:
         rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
         tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
         saved, working = self._block_bytes(tensor, sizes.get("sequence", 1))
-        own = self.parameter_bytes(sizes)
+        own = self._parameter_bytes(sizes)
         gradients = own * (1 + (self.microbatches > 1))
         if sizes.get("fsdp", 1) == 1:
             gradients += own * ((e < 4) / 2 + (rows > 1))  # cast parameters; the sum comes beside its parts

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.config import TransformerConfig
-from parallax.model.cost import forward_flops, state_bytes, step_flops
+from parallax.config import TrainConfig, TransformerConfig
+from parallax.model.cost import StepCost, forward_flops, state_bytes, step_flops
 from parallax.model.transformer import TransformerLM, init_params
+from parallax.training.loss import make_loss
+from parallelism.flops import read_flops
 
 SIZES = {"embed_dim": 64, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "mlp_dim": 256}
 
@@ -63,3 +65,45 @@ def test_a_step_costs_three_forward_passes_of_the_batch():
 
 def test_state_is_three_float32_trees():
     assert state_bytes(TransformerConfig(**SIZES)) == 12 * TransformerConfig(**SIZES).num_params()
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 1, "tie_embeddings": False, "vocab_size": 200}], ids=str
+)
+def test_a_steps_products_are_those_that_the_compiled_program_executes(remat, changes):
+    """Exactly, with three layers in a loop, recomputation and masked scores included."""
+    config = TransformerConfig(**{**SIZES, "num_layers": 3, "remat": remat, **changes})
+    rows, length = 2, 24
+    loss_fn = make_loss(config, TrainConfig())
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((rows, length), jnp.int32))
+    gradient = jax.jit(jax.grad(lambda params, batch: loss_fn(params, batch, None)[0]["loss"]))
+    executed = read_flops(gradient.lower(params, batch).compile().as_text())
+    cost = StepCost(config=config, batch_size=rows, seq_len=length)
+    assert executed == pytest.approx(cost.product_flops(), rel=0.01)
+
+
+def test_what_is_sent_depends_on_the_axes_that_there_are():
+    cost = StepCost(config=TransformerConfig(**SIZES), batch_size=16, seq_len=32)
+    assert cost.sent({"data": 1}) == []
+    sent = {(each.kind, each.axis) for each in cost.sent({"data": 2, "fsdp": 2, "tensor": 2})}
+    assert sent == {
+        ("all-reduce", "data"),
+        ("all-gather", "fsdp"),
+        ("reduce-scatter", "fsdp"),
+        ("all-reduce", "tensor"),
+    }
+    alone = {each.axis: each.wire_bytes for each in cost.sent({"data": 8})}
+    assert alone["data"] == pytest.approx(2 * 7 / 8 * 4 * (cost.config.num_params() - 3 * 64))
+
+
+def test_a_device_holds_less_where_more_share():
+    def temporary(microbatches=1, **sizes):
+        cost = StepCost(config=TransformerConfig(), batch_size=64, seq_len=256, microbatches=microbatches)
+        return cost.temporary_bytes(sizes)
+
+    assert temporary(data=8) < temporary(data=4) < temporary(data=2)
+    assert temporary(fsdp=8) < temporary(data=8)
+    assert temporary(microbatches=4, data=2) < temporary(data=2)
+    assert temporary(data=2, tensor=2) < temporary(data=2)
