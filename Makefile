@@ -14,12 +14,13 @@ TEST_FLAGS ?= -n 2 --dist worksteal --durations 10 --durations-min 5
 
 CORE = .ci/venv "$(PYTHON)" requirements.lock
 DEV = .ci/venv "$(PYTHON)" requirements-dev.lock
+GCS = .ci/venv "$(PYTHON)" requirements-gcs.lock
 
-EXTRAS = dev
+EXTRAS = dev gcs
 COMPILE = uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
 
-.PHONY: help train test lint clean lock
+.PHONY: help train test test-gcs lint clean lock
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.13]"
@@ -34,6 +35,11 @@ train: ## train on Tiny Shakespeare, or resume the run, then print a sample
 test: ## run every test that needs only the packages of requirements-dev.lock
 	@$(DEV) python -m pytest -m "not external" $(TEST_FLAGS)
 
+# Adds requirements-gcs.lock to the environment of the tests.
+test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
+	@$(DEV) true
+	@$(GCS) python -m pytest -m external tests/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py
+
 lint: ## check the style (ruff), the format (ruff) and the types (pyright)
 	@$(DEV) python -m ruff check .
 	@$(DEV) python -m ruff format --check .
@@ -46,6 +52,7 @@ clean: ## remove environments and caches; runs/ stays
 lock: ## resolve the locks again (needs uv); UPGRADE=--upgrade takes newer releases
 	@command -v uv >/dev/null || { echo "error: make lock needs uv, which is not here; try pipx install uv" >&2; exit 2; }
 	$(COMPILE) --output-file requirements.lock
-	for extra in $(EXTRAS); do \
-	  $(COMPILE) --extra $$extra --constraints requirements.lock --output-file requirements-$$extra.lock || exit 1; \
+	earlier="--constraints requirements.lock"; for extra in $(EXTRAS); do \
+	  $(COMPILE) --extra $$extra $$earlier --output-file requirements-$$extra.lock || exit 1; \
+	  earlier="$$earlier --constraints requirements-$$extra.lock"; \
 	done

@@ -6,6 +6,7 @@ stream of ids can be shown as it comes, even where a character is split over sev
 
 import codecs
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from etils import epath
 
 from data.atomic import write_atomically
 
@@ -164,17 +166,17 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
     write_atomically(Path(path), (json.dumps(tokenizer.to_json(), indent=1) + "\n").encode())
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads what `save_tokenizer` wrote.
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Reads what `save_tokenizer` wrote, from a local path or a gs:// address.
 
     Raises:
         ValueError: there is no such file, or it holds no tokenizer.
     """
     try:
-        return tokenizer_from_json(json.loads(Path(path).read_text("utf-8")))
+        return tokenizer_from_json(json.loads(epath.Path(path).read_text("utf-8")))
     except OSError as error:
         raise ValueError(
-            f"tokenizer file {path} must be readable ({error.strerror}); check the path"
+            f"tokenizer file {path} must be readable ({error.strerror or error}); check the path"
         ) from None
     except ValueError as error:
         raise ValueError(f"tokenizer file {path} must be one that training wrote: {error}") from None

@@ -19,6 +19,7 @@ from parallax.training.checkpoint import Checkpointer
 from parallax.training.fingerprint import params_sha256
 from parallax.training.loop import Diverged, Observer, Stopwatch, train
 from parallax.training.profile import Profiler
+from parallax.training.remote import reason_of
 from parallax.training.state import TrainState
 from parallelism import sentinel
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
@@ -30,6 +31,7 @@ from scripts.observers import Files, Terminal
 from scripts.overfit import report_overfit
 from scripts.summary import Summary, describe_time
 from scripts.train_flags import flags_to_dict
+from scripts.workspace import Workspace
 
 EVALUATED_TOKENS = 8192
 """Tokens evaluated at a time, unless a training batch has more."""
@@ -51,6 +53,7 @@ class Attempt:
             is_writer=job.strategy.is_writer,
             notify=say,
         )
+        self._workspace = Workspace(job.folder)
         self._stopwatch = Stopwatch()
         self._start = self._step = 0
 
@@ -70,18 +73,19 @@ class Attempt:
         self._step = self._start
         if strategy.is_writer:
             try:
-                job.folder.mkdir(parents=True, exist_ok=True)
-                save_tokenizer(job.tokenizer, job.folder / "tokenizer.json")
-                write_json(job.folder / "config.json", describe_run(job))
+                self._workspace.fetch()
+                save_tokenizer(job.tokenizer, self._workspace.path / "tokenizer.json")
+                write_json(self._workspace.path / "config.json", describe_run(job))
+                self._workspace.send()
             except OSError as error:
                 raise ValueError(
-                    f"--output-dir {job.folder} cannot be written: {error.strerror}; choose another"
+                    f"--output-dir {job.folder} cannot be written: {reason_of(error)}; choose another"
                 ) from None
         return state
 
     def run(self, state: TrainState) -> int:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""
-        self._summary = Summary(self._job.folder, self._began, self._start, self._stopwatch)
+        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch)
         self._stopwatch.seconds["startup"] = time.time() - self._began
         self._job.strategy.stop_requested.listen()
         observers: list[Any] = []
@@ -107,10 +111,11 @@ class Attempt:
                 self._checkpoints.close()
         with noted():
             self._write_summary(failures)
+            self._workspace.send()
         return self._end(state, failures)
 
     def _observers(self) -> list[Any]:
-        folder, flags = self._job.folder, self._job.flags
+        folder, flags = self._workspace.path, self._job.flags
         observers: list[Any] = []
         if self._job.strategy.is_writer:
             observers += [Files(folder, self._start), Terminal(self._start, flags.train.steps)]
@@ -147,10 +152,12 @@ class Attempt:
             "tokenizer": self._job.tokenizer.to_json(),
             "progress": {"next_batch": step},
         }
+        self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
         self._checkpoints.save(step, self._job.strategy.canonical(state), documents, eval_loss)
         self._step = step
         if self._job.strategy.is_writer:
             self._summary.write(step, self._checkpoints.best_step())
+            self._workspace.send()
 
     def _check(self, step: int, state: TrainState, batch: Any) -> None:
         """Compares replicas and hosts. Raises Divergence."""
@@ -198,7 +205,7 @@ class Attempt:
         how = "finished" if finished else "stopped "
         say(f"{how}  at step {step} of {steps}; best checkpoint: step {best}; run folder: {job.folder}")
         if job.strategy.is_writer:
-            say(f"time      {describe_time(job.folder)}")
+            say(f"time      {describe_time(self._workspace.path)}")
         if not finished:
             say(f"go on     python scripts/train.py --resume --output-dir {job.folder}")
             return 0

@@ -22,7 +22,7 @@ DESCRIPTION = (
 @dataclasses.dataclass(frozen=True)
 class Flags:
     checkpoint: str
-    """The run folder that train.py wrote."""
+    """The run folder that train.py wrote, local or on gs://."""
     prompt: str = ""
     """The text to continue."""
     max_tokens: int = 200

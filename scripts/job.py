@@ -8,10 +8,10 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
@@ -46,7 +46,7 @@ class Job:
     strategy: Strategy
     step: Callable
     evaluate: Callable
-    folder: Path
+    folder: epath.Path
     notes: list[str]
 
     def describe(self) -> None:
@@ -82,7 +82,7 @@ def prepare_job(flags: Flags) -> Job:
     )
     strategy, step = _build(flags)
     evaluate = make_evaluation(flags.model)
-    folder = Path(agree(str(folder)))
+    folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder, notes)
 
 

@@ -5,23 +5,25 @@ Invariant: only reads, and needs nothing but the folder.
 
 import dataclasses
 import json
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
+from etils import epath
 
 from data.tokenizer import Tokenizer, load_tokenizer
 from parallax.config import TransformerConfig
 from parallax.config_dict import config_from_dict
 from parallax.model.transformer import Params, init_params
 from parallax.training.checkpoint import Checkpointer
+from parallax.training.remote import open_folder, reason_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What a training run left, ready to use."""
 
-    folder: Path
+    folder: epath.Path
     config: TransformerConfig
     tokenizer: Tokenizer
     params: Params
@@ -31,13 +33,13 @@ class Run:
     """All of config.json: how the run was trained, and on what."""
 
 
-def load_run(folder: str | Path, step: int | None = None) -> Run:
+def load_run(folder: str | os.PathLike, step: int | None = None) -> Run:
     """Reads a run with the parameters of `step`, by default those of its best checkpoint.
 
     Raises:
       ValueError: the folder is no run, its files contradict each other, or no such checkpoint is intact.
     """
-    folder = Path(folder)
+    folder = open_folder(folder)
     settings = _read_settings(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     config = config_from_dict(settings["model"])
@@ -55,14 +57,14 @@ def load_run(folder: str | Path, step: int | None = None) -> Run:
     return Run(folder, config, tokenizer, params, found, settings)
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: epath.Path) -> dict[str, Any]:
     path = folder / "config.json"
     remedy = "give the folder that train.py wrote"
     try:
         settings = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(
-            f"run folder {folder} has no readable config.json ({error.strerror}); {remedy}"
+            f"run folder {folder} has no readable config.json ({reason_of(error)}); {remedy}"
         ) from None
     except ValueError as error:
         raise ValueError(f"{path} must be JSON ({error}); {remedy}") from None

@@ -7,7 +7,6 @@ takes every default from the run it continues.
 import dataclasses
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -19,6 +18,7 @@ from parallax.config import (
     TransformerConfig,
 )
 from parallax.config_dict import config_from_dict, config_to_dict
+from parallax.training.remote import open_folder
 from scripts.command_line import parse
 
 DESCRIPTION = (
@@ -67,7 +67,7 @@ class Flags:
     config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
     output_dir: str | None = None
-    """The run folder; by default the next free runs/DATASET-CONFIG."""
+    """The run folder, local or on gs://; by default the next free runs/DATASET-CONFIG."""
     resume: Switch = False
     """Continue the run in --output-dir, or start it there."""
     profile: Switch = False
@@ -147,7 +147,7 @@ def _saved_flags(args: list[str]) -> Flags | None:
     folder = flag_value(args, "--output-dir") or flag_value(args, "--output_dir")
     if not folder:
         raise ValueError("--resume needs the run to continue; try --resume --output-dir runs/NAME")
-    path = Path(folder) / "config.json"
+    path = open_folder(folder) / "config.json"
     if not path.exists():
         return None
     try:

@@ -13,6 +13,16 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".p
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """The gs:// address of a bucket in an emulator, for tests marked `external`."""
+    from tests.google_storage import serving
+
+    with serving() as address:
+        yield address

@@ -103,6 +103,15 @@ def test_lock_holds_what_is_declared(lock, machine):
     )  # .ci/venv adds one lock to the other
 
 
+def test_locks_agree():
+    """.ci/venv adds one lock to another in the same environment."""
+    for machine in MACHINES:
+        versions = {}
+        for lock in DECLARED:
+            for name, found in chosen(lock, machine).items():
+                assert versions.setdefault(name, found) == found, (lock, name)
+
+
 def test_every_import_is_declared():
     distributions = packages_distributions()
 

@@ -11,8 +11,11 @@ from typing import Any
 from etils import epath
 
 from parallax.training.manifest import MANIFEST, DamageError, read_manifest, verify, write_manifest
+from parallax.training.remote import is_remote, make_folder, open_folder
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_COMMITTED = "commit_success.txt"
+"""Orbax's last file, where it cannot rename a finished folder."""
 
 
 class CheckpointFolder:
@@ -22,8 +25,8 @@ class CheckpointFolder:
     """
 
     def __init__(self, root: epath.PathLike, notify: Callable[[str], None]):
-        path = epath.Path(root)
-        self.root = path if "://" in str(path) else path.expanduser().absolute()
+        folder = open_folder(root)
+        self.root = folder if is_remote(folder) else folder.expanduser().absolute()
         self._notify = notify
 
     def path(self, step: int) -> epath.Path:
@@ -86,7 +89,7 @@ class CheckpointFolder:
           ValueError: the root cannot be made.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root)
         except OSError as error:
             reason = error.strerror or error
             raise ValueError(f"{self.root} cannot be made: {reason}; choose another folder") from error
@@ -97,7 +100,7 @@ class CheckpointFolder:
     def remove_unfinished(self) -> None:
         """Removes what a killed save left. No save may be under way."""
         for entry in self.root.iterdir() if self.root.is_dir() else ():
-            if _UNFINISHED in entry.name:
+            if self._is_unfinished(entry):
                 entry.rmtree()
 
     def trust(self, step: int, facts: dict[str, Any], keep: int) -> None:
@@ -113,7 +116,13 @@ class CheckpointFolder:
                 (self.path(older) / MANIFEST).unlink(missing_ok=True)
                 self.path(older).rmtree()
 
+    def _is_unfinished(self, entry: epath.Path) -> bool:
+        if not is_remote(entry):
+            return _UNFINISHED in entry.name
+        return entry.name.isdecimal() and not any((entry / name).exists() for name in (_COMMITTED, MANIFEST))
+
     def _set_aside(self, step: int) -> str:
+        """Renames a damaged step. On gs:// its files move one by one: a kill leaves two parts, damaged both."""
         name, copies = f"{step}.damaged", 0
         while (self.root / name).exists():
             copies += 1

@@ -12,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from parallax.training.remote import write_whole
+
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22
 
@@ -30,9 +32,7 @@ def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
             for (name, file), digest in zip(files.items(), digests, strict=True)
         }
     content = {**facts, "files": entries}
-    draft = folder / f"{MANIFEST}.draft"
-    draft.write_text(json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
-    draft.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:

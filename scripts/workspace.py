@@ -1,0 +1,87 @@
+"""Where a process writes the files of its run, checkpoints aside: the run folder itself, or one that stands for it.
+
+Invariant: a local run folder is written in place. The files of one on gs:// are written to a temporary folder and sent
+as they are when the run begins, just before and after each checkpoint is saved, and at the end. So a run that goes on
+from a checkpoint finds every row up to it; a kill loses the rows since then, whose steps are trained again.
+"""
+
+import atexit
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from parallax.training.metrics import METRICS_FILE
+from parallax.training.remote import is_remote, reason_of
+from scripts.summary import SUMMARY_FILE
+
+CONTINUED = (METRICS_FILE, SUMMARY_FILE)
+"""Files that an attempt goes on with; the others it writes anew, or under another name."""
+
+
+class Workspace:
+    """The local folder `path`, and the run folder that it stands for.
+
+    Object stores cannot append, so a growing file is sent again as a whole: once a checkpoint, which is larger.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._is_remote, self.path = is_remote(folder), Path(folder)
+        if self._is_remote:
+            temporary = tempfile.mkdtemp(prefix="parallax-")
+            atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+            self.path = Path(temporary, folder.name)
+        self._sent: dict[Path, tuple[int, int]] = {}
+
+    def fetch(self) -> None:
+        """Makes `path`, and brings what an earlier attempt wrote.
+
+        Raises:
+          OSError: it cannot be made, or a file cannot be read.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in CONTINUED if self._is_remote else ():
+            source, copy = self._folder / name, self.path / name
+            with _errors_of(source):
+                if source.exists():
+                    copy.write_bytes(source.read_bytes())
+                    written = source.stat().mtime
+                    os.utime(
+                        copy, (written, written)
+                    )  # the summary tells from it when a killed attempt ended
+                    self._sent[copy] = _version(copy)
+
+    def send(self) -> None:
+        """Copies what was written since the last time to the run folder; nothing to do where that is local.
+
+        Raises:
+          OSError: a file cannot be written there.
+        """
+        for file in sorted(self.path.rglob("*")) if self._is_remote else ():
+            if file.is_file() and self._sent.get(file) != (version := _version(file)):
+                target = self._folder / file.relative_to(self.path).as_posix()
+                with _errors_of(target):
+                    target.write_bytes(file.read_bytes())
+                self._sent[file] = version
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """What changes whenever the file does."""
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+@contextlib.contextmanager
+def _errors_of(address: epath.Path) -> Iterator[None]:
+    """Whatever gcsfs, aiohttp, google.auth or requests raise, as the OSError of a file."""
+    try:
+        yield
+    except Exception as error:
+        reason = "there is no such bucket" if isinstance(error, FileNotFoundError) else reason_of(error)
+        raise OSError(errno.EIO, reason, str(address)) from error

@@ -1,0 +1,42 @@
+"""What is refused before anything is asked of the network, and local files written whole."""
+
+import importlib.util
+
+import pytest
+
+from parallax.training.remote import is_remote, open_folder, write_whole
+
+
+def test_local_paths_stay_as_they_are(tmp_path):
+    for name in ("runs/x", tmp_path / "x", "~/x", "."):
+        assert not is_remote(name)
+        assert str(open_folder(name)) == str(name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (
+            "s3://bucket/run",
+            "folder s3://bucket/run must be a local path or start with gs://; try gs://BUCKET/runs/NAME",
+        ),
+        (
+            "gs://bucket/run",
+            r"gs://bucket/run needs the package gcsfs, which is missing; try pip install -e '.[gcs]'",
+        ),
+    ],
+)
+def test_an_address_that_cannot_be_used_is_refused(monkeypatch, address, message):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+        open_folder(address)
+    assert str(error.value) == message
+
+
+def test_a_file_is_replaced_at_once(tmp_path):
+    file = open_folder(tmp_path) / "manifest.json"
+    for text in ("one", "two"):
+        write_whole(file, text)
+        assert file.read_text() == text
+        assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
