@@ -43,7 +43,7 @@ run "a_zone_with_a_space" {
   }
 }
 
-run "a_accelerator_of_no_generation" {
+run "an_accelerator_of_no_generation" {
   command         = plan
   expect_failures = [var.accelerator]
 
@@ -52,7 +52,7 @@ run "a_accelerator_of_no_generation" {
   }
 }
 
-run "a_accelerator_called_v5e" {
+run "an_accelerator_called_v5e" {
   command         = plan
   expect_failures = [var.accelerator]
 
@@ -61,7 +61,7 @@ run "a_accelerator_called_v5e" {
   }
 }
 
-run "a_accelerator_without_size" {
+run "an_accelerator_without_size" {
   command         = plan
   expect_failures = [var.accelerator]
 
@@ -70,7 +70,7 @@ run "a_accelerator_without_size" {
   }
 }
 
-run "a_accelerator_of_12_cores" {
+run "an_accelerator_of_12_cores" {
   command         = plan
   expect_failures = [var.accelerator]
 
@@ -79,7 +79,7 @@ run "a_accelerator_of_12_cores" {
   }
 }
 
-run "a_accelerator_of_48_chips" {
+run "an_accelerator_of_48_chips" {
   command         = plan
   expect_failures = [var.accelerator]
 
