@@ -52,7 +52,7 @@ variable "accelerator" {
   }
 
   validation {
-    condition     = can(regex("^(v5litepod|v6e)-(1|4|8|16|32|64|128|256)$|^(v[234]|v5p)-", var.accelerator))
+    condition     = !can(regex("^(v5litepod|v6e)-[1-9]", var.accelerator)) || can(regex("-(1|4|8|16|32|64|128|256)$", var.accelerator))
     error_message = "accelerator=${var.accelerator} must have 1, 4, 8, 16, 32, 64, 128 or 256 chips; try v5litepod-8 or v6e-8."
   }
 
@@ -73,7 +73,7 @@ variable "runtime" {
   }
 
   validation {
-    condition     = var.runtime == null || can(regex(local.runtimes[local.generation].fits, var.runtime))
+    condition     = var.runtime == null || !contains(keys(local.runtimes), local.generation) || can(regex(local.runtimes[local.generation].fits, var.runtime))
     error_message = "runtime=${coalesce(var.runtime, "null")} must fit accelerator=${var.accelerator}; leave it out, or try ${try(local.runtimes[local.generation].default, "another accelerator")}."
   }
 }
