@@ -8,17 +8,14 @@ variables {
 }
 
 run "values_of_the_wrong_form" {
-  command = plan
-  expect_failures = [
-    var.project_id, var.zone, var.accelerator, var.tpu_name, var.bucket_name, var.old_version_days, var.labels
-  ]
+  command         = plan
+  expect_failures = [var.project_id, var.zone, var.accelerator, var.tpu_name, var.old_version_days, var.labels]
 
   variables {
     project_id       = "Some-Project"
     zone             = "us-central1" # a region
     accelerator      = "v9-8"
     tpu_name         = "my-tpu-"
-    bucket_name      = "gs://my-runs"
     old_version_days = 0
     labels           = { Team = "research" }
   }
@@ -35,6 +32,15 @@ run "values_that_nearly_have_the_form" {
     tpu_name         = "8-cores"
     old_version_days = 1.5
     labels           = { team = "R&D" }
+  }
+}
+
+run "a_bucket_by_its_address" {
+  command         = plan
+  expect_failures = [var.bucket_name]
+
+  variables {
+    bucket_name = "gs://my-runs"
   }
 }
 
