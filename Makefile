@@ -15,17 +15,18 @@ TEST_FLAGS ?= -n 2 --dist worksteal --durations 10 --durations-min 5
 CORE = .ci/venv "$(PYTHON)" requirements.lock
 DEV = .ci/venv "$(PYTHON)" requirements-dev.lock
 GCS = .ci/venv "$(PYTHON)" requirements-gcs.lock
+PLAN = .ci/venv "$(PYTHON)" requirements-plan.lock
 
-EXTRAS = dev gcs
+EXTRAS = dev gcs plan
 COMPILE = uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
 
-.PHONY: help train test test-gcs lint clean lock
+.PHONY: help train test test-gcs test-plan test-terraform lint clean lock
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.13]"
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 train: ## train on Tiny Shakespeare, or resume the run, then print a sample
 	@$(CORE) python scripts/train.py $(TRAIN_FLAGS) $(if $(wildcard $(TRAIN_RUN)),--resume)
@@ -35,15 +36,25 @@ train: ## train on Tiny Shakespeare, or resume the run, then print a sample
 test: ## run every test that needs only the packages of requirements-dev.lock
 	@$(DEV) python -m pytest -m "not external" $(TEST_FLAGS)
 
-# Adds requirements-gcs.lock to the environment of the tests.
+# The next two add a lock to the environment of the tests.
 test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 	@$(DEV) true
 	@$(GCS) python -m pytest -m external tests/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py
 
-lint: ## check the style (ruff), the format (ruff) and the types (pyright)
+test-plan: ## test plan.py with libtpu, the compiler for TPUs; none is needed
+	@$(DEV) true
+	@$(PLAN) python -m pytest -m external tests/scripts/test_plan_libtpu.py
+
+test-terraform: ## test terraform/ (needs terraform, and registry.terraform.io for its providers)
+	@command -v terraform >/dev/null || { echo "error: nothing in terraform/ was checked: terraform is not here; install 1.9 or later from developer.hashicorp.com/terraform/install" >&2; exit 2; }
+	@$(DEV) python -m pytest -m external tests/test_terraform.py
+
+lint: ## check style, format, security (ruff), types (pyright), shell (shellcheck), workflows (zizmor)
 	@$(DEV) python -m ruff check .
 	@$(DEV) python -m ruff format --check .
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(DEV) python -m pyright
+	@$(DEV) shellcheck .ci/* $(wildcard scripts/*.sh)
+	@$(DEV) zizmor --offline --strict-collection --quiet .github/workflows
 
 clean: ## remove environments and caches; runs/ stays
 	rm -rf .venv-* build dist *.egg-info .pytest_cache .ruff_cache

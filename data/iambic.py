@@ -99,7 +99,9 @@ def _download_wheel(folder: str) -> None:
     command += ["--disable-pip-version-check", REQUIREMENT]
     environment = _environment_with_pip()
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PIP_SECONDS)
+        done = subprocess.run(  # noqa: S603 - fixed words and no shell
+            command, env=environment, capture_output=True, text=True, timeout=PIP_SECONDS
+        )
     except subprocess.TimeoutExpired:
         raise ValueError(f"pip download of {REQUIREMENT} took more than {PIP_SECONDS} s") from None
     if done.returncode != 0:

@@ -53,7 +53,7 @@ class Child:
         self._asked = self._finished = False
         self._kept: IO[bytes] | None = log.open("xb", buffering=0)
         tied = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid())] if sys.platform == "linux" else []
-        self._popen = subprocess.Popen(
+        self._popen = subprocess.Popen(  # noqa: S603 - running what the caller says is its purpose
             [*tied, *command.argv],
             env=command.env,
             stdin=subprocess.DEVNULL,

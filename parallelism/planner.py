@@ -142,8 +142,8 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         flops, wire = report.flops, _by_axis(report.traffic)
         temporary = report.temporary_bytes
     flops += cost.kernel_flops() / devices
-    # State is read and written once, what lives in between written and read back.
-    moved = 2 * (parameters + optimizer + temporary)
+    # State is read and written once; in each microbatch what lives in between is, and parameters are read three times.
+    moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
     rate = LINKS * generation.link_rate / generation.devices_per_chip
     return Row(
         choice=choice,

@@ -39,3 +39,7 @@ class Flags:
     """The plan as JSON; by default plans/TOPOLOGY-CONFIG-BATCHxLENGTH.json."""
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
     model: Annotated[TransformerConfig, tyro.conf.FlagConversionOff] = PRESETS["tiny"]
+
+    def __post_init__(self):
+        if self.compile < 1:
+            raise ValueError(f"compile={self.compile} must be at least 1; try 8")

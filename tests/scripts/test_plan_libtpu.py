@@ -1,0 +1,163 @@
+"""plan.py with the real TPU compiler: what it plans compiles, has the size that was estimated, and runs here."""
+
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from parallax.config import PRESETS
+from parallelism.compiler import topology_devices
+from parallelism.flops import read_flops
+from parallelism.hardware import accelerator
+from parallelism.planner import Choice, held_bytes
+from parallelism.rules import load_rules
+from parallelism.strategy import Layout, get_strategy
+from scripts.plan import make_build
+from scripts.plan_flags import Flags
+
+pytestmark = pytest.mark.external
+
+SCRIPTS = os.path.join(os.path.dirname(__file__), "..", "..", "scripts")
+
+
+def run(script, *args, env=None, cwd):
+    command = [sys.executable, os.path.join(SCRIPTS, script), *args]
+    return subprocess.run(
+        command,
+        env=os.environ | (env or {}),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+
+
+def planned(folder, config, *flags):
+    """A plan of 256 × 128 tokens on a v3-8, and the output."""
+    flags = ("--topology", "v3-8", "--config", config, *flags)
+    done = run(
+        "plan.py", *flags, "--output", f"{config}.json", env={"XDG_CACHE_HOME": str(folder)}, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / f"{config}.json").read_text()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    return planned(folder, "small")[0]
+
+
+def test_pmap_and_six_meshes_are_compiled_and_fit(small):
+    rows = [row for row in small["rows"] if row["source"] == "compiled"]
+    assert "pmap" in {row["layout"] for row in rows}
+    assert len({row["layout"] for row in rows} - {"pmap"}) >= 6
+    assert all(row["fits"] and row["error"] == "" for row in rows)
+
+
+def test_the_analytic_memory_is_within_15_percent_of_the_compilers(small):
+    for row in small["rows"]:
+        if row["source"] == "compiled":
+            assert row["estimated_peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.15), row["layout"]
+
+
+def test_the_printed_command_runs_on_simulated_devices(folder):
+    _, printed = planned(folder, "tiny", "--compile", "2")
+    command = next(line for line in printed.splitlines() if line.startswith("python scripts/train.py"))
+    text = folder / "text.txt"
+    text.write_text("To be, or not to be: that is the question.\n" * 200)
+    flags = [*shlex.split(command)[2:], "--steps", "1", "--dataset", str(text), "--output-dir", "run"]
+    ended = run("train.py", *flags, env={"JAX_NUM_CPU_DEVICES": "8"}, cwd=folder)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((folder / "run" / "summary.json").read_text())["step"] == 1
+
+
+def test_a_second_plan_compiles_nothing(folder, small):
+    cache = folder / "parallax" / "plans"
+    before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert planned(folder, "small")[0] == small
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+
+
+def lower(flags, choice, remat="none", attention="xla"):
+    build = make_build(flags, remat, choice.layout.accumulate, attention)
+    strategy = get_strategy(
+        choice.layout, build.init_state, build.axes, topology_devices(accelerator(flags.topology))
+    )
+    return build, strategy, strategy.lower(build.make_step(strategy.gradients), build.batch)
+
+
+def choice_of(flags, mesh, sizes):
+    layout = Layout(
+        strategy="mesh" if mesh else "pmap", mesh=mesh, batch_size=flags.batch_size, seq_len=flags.seq_len
+    )
+    return Choice(layout, sizes, "none", flags.dtype)
+
+
+def test_operations_agree_with_the_compilers_own_count_of_two_layers_without_a_loop(monkeypatch):
+    """Without one, since it counts the body of a loop once."""
+    monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+    flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["small"].replace(num_layers=2))
+    build, _, lowered = lower(flags, choice_of(flags, "", {"data": 8}))
+    counted = lowered.compile().cost_analysis()["flops"]
+    assert build.cost.product_flops() / 8 == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_operations_are_those_of_the_program_with_its_loops(remat):
+    flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["small"].replace(num_layers=3))
+    build, _, lowered = lower(flags, choice_of(flags, "", {"data": 8}), remat)
+    assert read_flops(lowered.compile().as_text()) == pytest.approx(build.cost.product_flops() / 8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes"),
+    [
+        ("", {"data": 8}),
+        ("fsdp=2x2x2", {"fsdp": 8}),
+        ("data=2,fsdp=2,tensor=2", {"data": 2, "fsdp": 2, "tensor": 2}),
+    ],
+)
+def test_bytes_of_parameters_and_optimizer_are_those_of_the_arrays(mesh, sizes):
+    flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["tiny"])
+    choice = choice_of(flags, mesh, sizes)
+    build, strategy, _ = lower(flags, choice)
+    rules = load_rules(choice.layout.rules)
+    held = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(strategy.abstract())
+    )
+    assert held_bytes(jax.eval_shape(build.init_state), build.axes, rules, sizes) == held
+
+
+def test_fsdp_over_the_network_scatters_gradients_and_reduces_none_whole():
+    """Left to itself this compiler all-reduces whole gradients."""
+    flags = Flags(topology="v5e-16", batch_size=16, model=PRESETS["small"].replace(num_layers=2))
+    _, _, lowered = lower(flags, choice_of(flags, "fsdp=4x4", {"fsdp": 16}))
+    text = lowered.compile().as_text()
+    assert "reduce-scatter" in text
+    reduced = re.findall(r"= \(?(?:bf16|f32)\[([\d,]*)\]\S* all-reduce", text)
+    sizes = [int(np.prod([int(n) for n in dims.split(",") if n])) for dims in reduced]
+    assert max(sizes, default=0) < flags.model.embed_dim * flags.model.mlp_dim / 16
+
+
+def test_a_layout_that_does_not_fit_says_by_how_much(tmp_path):
+    flags = ("--topology", "v3-8", "--config", "base", "--batch-size", "4096", "--seq-len", "1024")
+    only = ("--remat", "none", "--compile", "1")
+    done = run("plan.py", *flags, *only, env={"XDG_CACHE_HOME": str(tmp_path)}, cwd=tmp_path)
+    rows = json.loads((tmp_path / "plans" / "v3-8-base-4096x1024.json").read_text())["rows"]
+    assert done.returncode == 1
+    assert "No layout that was compiled fits" in done.stdout
+    assert all(row["fits"] is not True for row in rows)
