@@ -48,7 +48,10 @@ def launch_local(tmp_path):
         "scripts/launch.py",
         "scripts/command_line.py",
         "parallelism/supervisor.py",
+        "scripts/launch_local.py",
         "parallelism/child.py",
+        "parallelism/exit_status.py",
+        "parallelism/restarts.py",
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
