@@ -4,6 +4,7 @@ Invariant: a command line is built here alone, so that what is shown beforehand 
 be understood is an error, never taken for "there is nothing".
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -23,15 +24,11 @@ RUNTIMES = {
 }
 """From the generation in an accelerator's name to the software that its hosts start with."""
 PASSING = (
-    "no more capacity",
-    "nsufficient",
-    "tockout",
-    '"code": 8',
-    '"code": 10',
-    '"code": 13',
-    "UNAVAILABLE",
+    *("no more capacity", "nsufficient", "tockout", '"code": 8', '"code": 10', '"code": 13'),
+    *("UNAVAILABLE", "onnection", "timed out", "nable to find the server"),
 )
-"""Parts of messages about a TPU that may yet be had: stock-outs, and what is said for one (internal error, aborted)."""
+"""Parts of messages about what may yet be had: stock-outs and what is said for one (aborted, internal error), and a
+network that is away."""
 SSH_FAILED = 255
 """What ssh, and so gcloud, exits with where a host could not be reached."""
 
@@ -155,16 +152,19 @@ class GcloudError(RuntimeError):
     @property
     def unreachable(self) -> bool:
         """Whether gcloud or ssh failed, not the command on the host."""
-        return self.status == SSH_FAILED or "ERROR: (gcloud." in self.words
+        failed = re.search(
+            r"ERROR: \(gcloud\.(alpha\.)?compute\.", self.words
+        )  # a host's own gcloud may fail too
+        return self.status == SSH_FAILED or failed is not None
 
 
-def run(argv: Sequence[str], stdin: bytes | None = None) -> str:
+def run(argv: Sequence[str], *, stdin: bytes | None = None, seconds: float | None = None) -> str:
     """Runs gcloud to its end; what it printed on standard output.
 
     It is out of reach of the terminal's Ctrl-C, and killed if an exception, as of a signal, arrives here.
 
     Raises:
-      GcloudError: its exit status is not 0.
+      GcloudError: its exit status is not 0, or it did not end within so many seconds.
       ValueError: there is no gcloud.
     """
     try:
@@ -180,10 +180,13 @@ def run(argv: Sequence[str], stdin: bytes | None = None) -> str:
             f"{argv[0]} is not on PATH; install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install"
         ) from None
     try:
-        out, err = process.communicate(stdin)
+        out, err = process.communicate(stdin, timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        _kill(process)
+        words = f"ERROR: no answer within {seconds:g} s"
+        raise GcloudError(argv, SSH_FAILED, words, _text(late.output or b"")) from None
     except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _kill(process)
         raise
     finally:
         for pipe in (process.stdin, process.stdout, process.stderr):
@@ -221,6 +224,12 @@ def _describe(argv: Sequence[str]) -> dict[str, Any] | None:
         return dict(json.loads(text))
     except (TypeError, ValueError):
         raise GcloudError(argv, 0, f"ERROR: not the description of a TPU: {text[:200]}") from None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _text(content: bytes) -> str:

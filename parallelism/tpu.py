@@ -6,8 +6,11 @@ Invariant: nothing is created beside a node that is left over, and "deleted" is 
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from parallelism.gcloud import GcloudError, Node, Tpu, find_node, find_queued, run
+
+Found = TypeVar("Found")
 
 LONGEST_PAUSE = 900
 """Seconds between two requests for a TPU that is not to be had."""
@@ -38,7 +41,7 @@ class Keeper:
           GcloudError: it is not to be had, for a reason that will not pass.
         """
         while True:
-            node = find_node(self.tpu)
+            node = self._ask(find_node)
             if node is not None:
                 self._require_same(node)
             if node is not None and node.ready:
@@ -85,7 +88,7 @@ class Keeper:
                     self.say(f"creating {self.tpu.accelerator} {self.tpu.name} in {self.tpu.zone}")
                     run(self.tpu.create())
                     return
-                if find_queued(self.tpu) is None:
+                if self._ask(find_queued) is None:
                     self.say(f"queueing for {self.tpu.accelerator} {self.tpu.name} in {self.tpu.zone}")
                     run(self.tpu.create())
                 if self._granted():
@@ -103,7 +106,7 @@ class Keeper:
         """Waits while the queued resource is in the queue: whether it got a node."""
         said = None
         while True:
-            state = find_queued(self.tpu)
+            state = self._ask(find_queued)
             if state == "ACTIVE":
                 return True
             if state in (None, "FAILED", "SUSPENDING", "SUSPENDED", "DELETING"):
@@ -112,6 +115,17 @@ class Keeper:
                 self.say(f"queued resource {self.tpu.name} is {state}")
                 said = state
             time.sleep(self.poll)
+
+    def _ask(self, find: Callable[[Tpu], Found]) -> Found:
+        """What there is, however long the network is away."""
+        while True:
+            try:
+                return find(self.tpu)
+            except GcloudError as error:
+                if not error.may_pass:
+                    raise
+                self.say(f"{error}; asking again in {self.pause:.0f} s")
+            time.sleep(self.pause)
 
     def _require_same(self, node: Node) -> None:
         name = self.tpu.name

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from parallelism.exit_status import FAILED
+from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from parallelism.gcloud import GcloudError, copy, find_node
 from parallelism.gcloud import run as run_gcloud
 from parallelism.restarts import keep_running, signal_name
@@ -104,7 +104,7 @@ def _train(flags: RunFlags, commands: HostCommands, training: Training, signals:
             say(f"shipping commit {commands.commit[:12]} to {commands.archive}")
             run_gcloud(copy("-", commands.archive), stdin=_git("archive", "--format=tar.gz", commands.commit))
             status = keep_running(training.attempt, restarts=flags.restarts)
-            if status and not flags.autodelete:
+            if status and training.started and not flags.autodelete:
                 training.stop()
         except Interrupted as interrupt:
             status = 128 + interrupt.number
@@ -127,6 +127,9 @@ def _train(flags: RunFlags, commands: HostCommands, training: Training, signals:
 def _stop(flags: RunFlags, training: Training, number: int) -> int:
     signal.setitimer(signal.ITIMER_REAL, 0)
     cause = f"{flags.max_hours:g} hours are over" if number == signal.SIGALRM else signal_name(number)
+    if not training.started:
+        say(f"{cause}, before train.py was started")
+        return OUTSIDE_FAILURE if number == signal.SIGALRM else 128 + number
     say(f"{cause}: waiting for train.py to save and stop; a signal ends the wait")
     status = training.stop()
     say("train.py has saved and stopped" if status == 0 else "whether train.py could save is not known")

@@ -124,7 +124,10 @@ def status(args: Sequence[str]) -> int:
         )
         if node.ready:
             line = "[ ! -e parallax/current ] || bash parallax/current/scripts/tpu_host.sh report"
-            print(run(flags.tpu().ssh(line)), end="")
+            try:
+                print(run(flags.tpu().ssh(line)), end="")
+            except GcloudError as error:
+                print(f"its hosts did not all answer: {error}")
     print(f"it bills until it is deleted: {flags.down_command()}")
     return 0
 

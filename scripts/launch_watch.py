@@ -21,6 +21,12 @@ CONNECTIONS = 3
 """How often hosts are called before a start; gcloud itself tries ten times each."""
 
 
+ANSWER_SECONDS = 150
+"""How long all hosts together may take to report; ssh would wait for a dead one for many minutes."""
+STOP_SECONDS = 400
+"""How long they may take to save and stop; systemd gives each 180 s."""
+
+
 @dataclasses.dataclass(frozen=True)
 class HostCommands:
     """The lines of bash that a run takes on each host.
@@ -102,6 +108,8 @@ class Training:
         self._say = keeper.say
         self._spoilt = self._reached = False
         self._shown = ""
+        self.started = False
+        """Whether there is anything to stop."""
 
     def attempt(self, number: int) -> Death | None:
         """One attempt, with a TPU for it; None if the run finished.
@@ -118,6 +126,7 @@ class Training:
         logs = f"{self._logs}/attempt-{number}"
         try:
             self._call(self._commands.prepare(), "preparing")
+            self.started = True
             resume = ["--resume"] if number > 1 and "--resume" not in self._train_flags else []
             self._call(self._commands.start(logs, [*self._train_flags, *resume]), "starting train.py on")
             self._say(f"train.py runs on {node.hosts} host(s); its output: {logs}")
@@ -134,7 +143,7 @@ class Training:
     def stop(self) -> int:
         """Lets train.py save and stop on every host: 0 if it did, else OUTSIDE_FAILURE."""
         try:
-            reports, _ = read_reports(run(self._keeper.tpu.ssh(self._commands.stop())))
+            reports, _ = read_reports(run(self._keeper.tpu.ssh(self._commands.stop()), seconds=STOP_SECONDS))
         except GcloudError as error:
             self._say(str(error))
             return OUTSIDE_FAILURE
@@ -184,7 +193,7 @@ class Training:
         """What the hosts say, and what is wrong if some say nothing."""
         trouble = ""
         try:
-            text = run(self._keeper.tpu.ssh(self._commands.report()))
+            text = run(self._keeper.tpu.ssh(self._commands.report()), seconds=ANSWER_SECONDS)
         except GcloudError as error:
             text, trouble = error.out, str(error)
         reports, lines = read_reports(text)

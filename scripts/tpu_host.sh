@@ -83,17 +83,19 @@ upload() {
 }
 
 report() {
-  local end=lost lines=20 worker
+  local end=lost lines=1 worker
   worker=$(<"$state/worker")
   if systemctl is-active --quiet "$unit"; then # first, since it writes how it ends before it ends
-    end=running lines=1
+    end=running
   elif [ -e "$state/end" ]; then
     end=$(<"$state/end")
   fi
   printf 'parallax %s %s\n' "$worker" "$end"
-  if [ "$worker" = 0 ] || [ "$lines" != 1 ]; then
-    tail -c 8000 "$state/log" | tr '\r' '\n' | tail -n "$lines" | sed "s/^/[$worker] /"
-  fi
+  case $end in
+    running | 'exited 0') [ "$worker" = 0 ] || return 0 ;; # one speaks for all
+    *) lines=20 ;;
+  esac
+  tail -c 8000 "$state/log" | tr '\r' '\n' | tail -n "$lines" | sed "s/^/[$worker] /"
 }
 
 stop() {

@@ -17,7 +17,8 @@ from scripts import launch, launch_run
 ROOT = Path(__file__).parents[2]
 FAKES = Path(__file__).parent
 # It notes its flags, then plays what the test wrote for this attempt and this worker:
-#   "exit N", "kill" (itself, by SIGKILL), "wait" (until it is asked to stop), "preempt", "vanish", "cut off"
+#   "exit N", "kill" (itself, by SIGKILL), "crash" (all of its unit), "wait" (until it is asked to stop), "preempt",
+#   "vanish", "cut off", "blink N" (as many descriptions fail; then it ends well)
 TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -40,6 +41,13 @@ if play.startswith("exit"):
     sys.exit(int(play.split()[1]))
 elif play == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
+elif play == "crash":
+    os.killpg(0, signal.SIGKILL)
+elif play.startswith("blink"):
+    (world / "blink").write_text(play.split()[1])
+    while (world / "blink").read_text() != "0":
+        time.sleep(0.01)
+    sys.exit(0)
 elif play == "preempt":
     node.write_text(json.dumps(json.loads(node.read_text()) | {"state": "PREEMPTED"}))
 elif play == "vanish":
@@ -86,7 +94,8 @@ class Cloud:
         return {"FAKE_GCLOUD": str(self.world), "PATH": f"{self.world / 'bin'}:{os.environ['PATH']}"}
 
     def calls(self):
-        path = self.world / "calls.jsonl"
+        """The command lines that launch.py gave to gcloud."""
+        path = self.world / "gcloud.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def host_calls(self, worker=0):

@@ -1,6 +1,6 @@
 """A fake of the gcloud program, put on PATH in its place. It is not Google Cloud: it plays what a test writes down.
 
-Its world is the folder $FAKE_GCLOUD: scenario.json (below), calls.jsonl (every command line it was given), node.json
+Its world is the folder $FAKE_GCLOUD: scenario.json (below), gcloud.jsonl (every command line it was given), node.json
 and queued.json (what exists there, and so would bill), bucket/ (objects) and hosts/I/ (the home of worker I, where a
 command given to `ssh` is really run by bash, with the programs of fake_host.py before those of this machine).
 
@@ -29,8 +29,8 @@ NO_CAPACITY = '{\n  "code": 8,\n  "message": "There is no more capacity in the z
 
 
 def main(args):
-    with (WORLD / "calls.jsonl").open("a") as calls:
-        fcntl.flock(calls, fcntl.LOCK_EX)
+    home = Path(os.environ["HOME"])  # of a host, or of whoever runs launch.py
+    with (home if home.parent == WORLD / "hosts" else WORLD).joinpath("gcloud.jsonl").open("a") as calls:
         calls.write(json.dumps(args) + "\n")
     if args[0] == "alpha":
         args = args[1:]
@@ -40,6 +40,10 @@ def main(args):
     flags = dict(arg.lstrip("-").partition("=")[::2] for arg in args[5:])
     if count(f"refused-{verb}") < scenario().get("refused", {}).get(verb, 0):
         fail(verb, "the service is UNAVAILABLE", 255 if verb == "ssh" else 1)
+    blink = WORLD / "blink"  # how often a description will not be given
+    if verb == "describe" and blink.exists() and int(blink.read_text()):
+        blink.write_text(str(int(blink.read_text()) - 1))
+        fail(verb, "Connection reset by peer")
     return {"tpu-vm": TPU_VM, "queued-resources": QUEUED}[kind][verb](name, flags)
 
 

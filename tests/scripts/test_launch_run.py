@@ -68,12 +68,18 @@ def test_a_lost_tpu_is_deleted_made_again_and_the_run_goes_on(loss, queued, clou
     assert cloud.bills() == []
 
 
-@pytest.mark.parametrize("death", ["kill", "exit 3"])
-def test_a_dead_worker_is_started_again_with_the_others_on_the_same_tpu(death, cloud, launch):
+@pytest.mark.parametrize(
+    ("death", "what"),
+    [
+        ("kill", "was killed by SIGKILL"),
+        ("exit 3", "exited with status 3"),
+        ("crash", "ended without a word"),
+    ],
+)
+def test_a_dead_worker_is_started_again_with_the_others_on_the_same_tpu(death, what, cloud, launch):
     cloud.play(hosts=2, plays=[["wait", death], "exit 0"])
     status, _, err = launch(*RUN, "--autodelete", "--", *STEPS)
     assert status == 0, words(err)
-    what = "was killed by SIGKILL" if death == "kill" else "exited with status 3"
     assert f"worker 1 {what}; ending the other 1" in err
     assert f"[1] plays {death}" in err
     assert [len(cloud.starts(worker)) for worker in (0, 1)] == [2, 2]
@@ -122,7 +128,7 @@ def test_a_host_that_goes_down_and_lets_train_save_has_not_finished(cloud, launc
 
 
 def test_hosts_that_are_slow_to_answer_are_called_again(cloud, launch):
-    cloud.play(refused={"ssh": 2})
+    cloud.play(refused={"ssh": 2, "describe": 2})
     status, _, err = launch(*RUN, "--autodelete", "--", *STEPS)
     assert status == 0, words(err)
     assert sum(line.endswith("; trying again") for line in err) == 2
@@ -134,6 +140,23 @@ def test_hosts_that_never_answer_end_the_run(cloud, launch):
     assert status == 1
     assert cloud.starts() == []
     assert sum("create" in call for call in cloud.calls()) == 1
+    assert cloud.bills() == []
+
+
+def test_looks_that_fail_for_a_while_end_nothing(cloud, launch):
+    cloud.play(plays=["blink 4"])
+    status, _, err = launch(*RUN, "--autodelete", "--", *STEPS)
+    assert status == 0, words(err)
+    assert sum("Connection reset" in line for line in err) == 4
+    assert len(cloud.starts()) == 1
+
+
+def test_looks_that_fail_on_and_on_end_the_attempt(cloud, launch):
+    cloud.play(plays=["blink 7", "exit 0"])
+    status, _, err = launch(*RUN, "--autodelete", "--", *STEPS)
+    assert status == 0, words(err)
+    assert "TPU parallax-dev-tpu or a host of it cannot be reached any more" in err
+    assert sum("create" in call for call in cloud.calls()) == 2
     assert cloud.bills() == []
 
 

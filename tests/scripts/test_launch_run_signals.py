@@ -111,7 +111,8 @@ def test_while_waiting_for_capacity(cloud, start):
     while "trying again in" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGTERM)
-    end(process)
+    status, err = end(process)
+    assert (status, err[0]) == (128 + signal.SIGTERM, "SIGTERM, before train.py was started")
     assert cloud.bills() == []
 
 
