@@ -70,7 +70,7 @@ class Cloud:
         self.play()
         for folder in ("bin", "host-bin"):
             program(self.world / folder / "gcloud", FAKES / "fake_gcloud.py")
-        for name in ("sudo", "systemd-run", "systemctl", "curl", "lsof", "python3"):
+        for name in ("sudo", "systemd-run", "systemctl", "curl", "lsof", "python3", "sleep"):
             program(self.world / "host-bin" / name, FAKES / "fake_host.py", name)
         (self.checkout / "scripts").mkdir(parents=True)
         shutil.copy(ROOT / "scripts" / "tpu_host.sh", self.checkout / "scripts")

