@@ -4,12 +4,12 @@ Invariant: once a TPU is being deleted, no signal stops that.
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
 from parallelism.restarts import signal_name
-from scripts.launch_tpu import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
 
@@ -46,4 +46,5 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.closing:
             raise Interrupted(number)
-        say(f"{signal_name(number)}: not now, since a TPU bills until it is deleted")
+        with contextlib.suppress(OSError):  # not by print, which this may have interrupted
+            os.write(2, f"{signal_name(number)}: not now, since a TPU bills until it is deleted\n".encode())
