@@ -57,28 +57,34 @@ class Keeper:
             time.sleep(self.poll)
 
     def delete(self) -> list[str]:
-        """Deletes the node and the queued resource; what there was to delete.
+        """Deletes the node and the queued resource, each whatever becomes of the other; what there was to delete.
 
         Raises:
           GcloudError: one of them may still be there.
         """
-        deleted, pauses = [], self._pauses()
-        for tries_left in reversed(range(DELETIONS)):
-            try:
-                if find_queued(self.tpu) is not None:
-                    run(self.tpu.delete_queued())
-                    deleted.append(f"queued resource {self.tpu.name}")
-                if find_node(self.tpu) is not None:
-                    run(self.tpu.delete())
-                    deleted.append(f"TPU {self.tpu.name}")
-                if find_node(self.tpu) is None and find_queued(self.tpu) is None:
-                    return list(dict.fromkeys(deleted))
-            except GcloudError as error:
-                if not tries_left:
-                    raise
-                self.say(f"{error}; trying again to delete")
+        parts = {
+            f"queued resource {self.tpu.name}": (find_queued, self.tpu.delete_queued()),
+            f"TPU {self.tpu.name}": (find_node, self.tpu.delete()),
+        }
+        deleted: dict[str, None] = {}
+        tries_left, pauses = DELETIONS, self._pauses()
+        while True:
+            trouble, tries_left = None, tries_left - 1
+            for what, (find, argv) in parts.items():
+                try:
+                    if find(self.tpu) is not None:
+                        run(argv)
+                        deleted[what] = None
+                        if find(self.tpu) is not None:
+                            trouble = GcloudError(argv, 0, "ERROR: it is still there afterwards")
+                except GcloudError as error:
+                    trouble = error
+            if trouble is None:
+                return list(deleted)
+            if not tries_left:
+                raise trouble
+            self.say(f"{trouble}; trying again to delete")
             time.sleep(next(pauses))
-        raise GcloudError(self.tpu.delete(), 0, "ERROR: it is still there after it was deleted")
 
     def _create(self) -> None:
         """Asks until it is granted; the node is then there or, if queued, soon will be."""

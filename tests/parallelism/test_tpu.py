@@ -68,6 +68,17 @@ def test_a_deletion_is_tried_for_a_quarter_of_an_hour(scene):
     assert scene.pauses == [30, 60, 120, 240, 480]
 
 
+def test_a_queued_resource_that_cannot_be_seen_keeps_no_node_alive(scene, monkeypatch):
+    def refuse(_):
+        raise GcloudError(["gcloud"], 1, "ERROR: PERMISSION_DENIED")
+
+    monkeypatch.setattr(tpu, "find_queued", refuse)
+    scene.node = READY
+    with pytest.raises(GcloudError, match="PERMISSION_DENIED"):
+        scene.keeper.delete()
+    assert scene.node is None
+
+
 def test_a_node_that_does_not_go_is_not_said_to_be_gone(scene, monkeypatch):
     scene.node = READY
     monkeypatch.setattr(tpu, "run", lambda argv: "")

@@ -26,16 +26,15 @@ def start(cloud):
     """Starts launch.py run in a process of its own."""
     processes = []
 
-    def start(*flags, ignored=()):
+    def start(*flags, before=()):
         run = ["run", "--bucket", "bkt", *FAST, *flags, "--", "--steps", "100"]
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", DRIVER, str(cloud.checkout), *run],
+                [*before, sys.executable, "-c", DRIVER, str(cloud.checkout), *run],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
                 text=True,
             )
         )
@@ -141,7 +140,7 @@ def test_a_terminal_that_is_gone_stops_no_deletion(cloud, start):
 
 def test_nohup_is_respected(cloud, start):
     cloud.play(plays=["wait"])
-    process = start("--autodelete", ignored=[signal.SIGHUP])
+    process = start("--autodelete", before=["bash", "-c", "trap '' HUP; exec \"$@\"", "bash"])
     training(cloud, 1)
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
