@@ -68,6 +68,17 @@ def test_the_first_lets_train_save_then_nothing_bills(number, cloud, start):
     assert cloud.bills() == []
 
 
+def test_time_that_is_up_lets_train_save(cloud, start):
+    cloud.play(plays=["wait"])
+    process = start("--autodelete", "--max-hours", "9.5")
+    training(cloud, 1)
+    process.send_signal(signal.SIGALRM)  # what the timer sends
+    status, err = end(process)
+    assert status == 0, err
+    assert "9.5 hours are over: waiting for train.py to save and stop; a signal ends the wait" in err
+    assert cloud.bills() == []
+
+
 def test_without_autodelete_train_stops_and_the_tpu_is_said_to_bill(cloud, start):
     cloud.play(plays=["wait"])
     process = start()
