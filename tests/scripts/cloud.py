@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FAKES = Path(__file__).parent
 # It notes its flags, then plays what the test wrote for this attempt and this worker:
 #   "exit N", "kill" (itself, by SIGKILL), "crash" (all of its unit), "wait" (until it is asked to stop), "preempt",
-#   "vanish", "cut off", "blink N" (as many descriptions fail; then it ends well)
+#   "halt" (a preemption by another name), "vanish", "cut off", "blink N" (as many descriptions fail; then it ends well)
 TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -48,8 +48,9 @@ elif play.startswith("blink"):
     while (world / "blink").read_text() != "0":
         time.sleep(0.01)
     sys.exit(0)
-elif play == "preempt":
-    node.write_text(json.dumps(json.loads(node.read_text()) | {"state": "PREEMPTED"}))
+elif play in ("preempt", "halt"):
+    state = {"preempt": "PREEMPTED", "halt": "STOPPED"}[play]
+    node.write_text(json.dumps(json.loads(node.read_text()) | {"state": state}))
 elif play == "vanish":
     node.rename(world / "node-that-was.json")
 elif play == "cut off":

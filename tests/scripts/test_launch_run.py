@@ -48,7 +48,7 @@ def test_without_autodelete_it_says_what_still_bills(cloud, launch):
     assert cloud.bills() == []
 
 
-@pytest.mark.parametrize("loss", ["preempt", "vanish", "cut off"])
+@pytest.mark.parametrize("loss", ["preempt", "halt", "vanish", "cut off"])
 @pytest.mark.parametrize("queued", [False, True])
 def test_a_lost_tpu_is_deleted_made_again_and_the_run_goes_on(loss, queued, cloud, launch):
     cloud.play(hosts=2, plays=[["wait", loss], "exit 0"])
