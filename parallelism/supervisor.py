@@ -14,7 +14,8 @@ from pathlib import Path
 from types import FrameType
 
 from parallelism.child import Child, Command, say
-from parallelism.exit_status import BAD_INPUT, OUTSIDE_FAILURE
+from parallelism.exit_status import BAD_INPUT
+from parallelism.restarts import Death, describe_status, first_to_fail, keep_running, signal_name
 
 
 def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, log_dir: Path) -> int:
@@ -39,55 +40,28 @@ def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, lo
       ValueError: the log folder cannot be made.
     """
     missing = [folder for folder in (log_dir, *log_dir.parents) if not folder.exists()]
-    interrupts, attempt = _Interrupts(), 0
+    interrupts = _Interrupts()
+
+    def attempt(number: int) -> Death | None:
+        folder = _make_attempt(log_dir)
+        death = _run(commands(number), folder, interrupts)
+        if death is not None and interrupts.count > 1:
+            say(f"{signal_name(interrupts.number)} came second; the processes were killed")
+            return Death(-interrupts.number, "")
+        if death is not None and death.status == BAD_INPUT:
+            _remove(folder, missing)
+            say(death.what)
+        elif death is not None:
+            say(f"{death.what}; its output: {death.log}")
+        return death
+
     with interrupts.noticed():
-        while True:
-            attempt += 1
-            folder = _make_attempt(log_dir)
-            death = _run(commands(attempt), folder, interrupts)
-            if death is None:
-                return 0
-            if interrupts.count > 1:
-                say(f"{_name(interrupts.number)} came second; the processes were killed")
-                return 128 + interrupts.number
-            if death.status == BAD_INPUT:
-                _remove(folder, missing)
-                say(death.describe())
-            else:
-                say(f"{death.describe()}; its output: {death.log}")
-            if interrupts.count or not death.may_pass:
-                return death.exit_status
-            if attempt > restarts:
-                if restarts:
-                    say(f"no restart is left of {restarts}")
-                return death.exit_status
-            say(f"restart {attempt} of {restarts}")
+        return keep_running(attempt, restarts=restarts, stopping=lambda: interrupts.count > 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Death:
-    """How the first process to fail ended an attempt."""
-
-    index: int
-    status: int
-    """-n for signal n."""
-    others: int
-    """How many processes were still alive."""
+class _ProcessDeath(Death):
     log: Path
-
-    @property
-    def may_pass(self) -> bool:
-        return self.status < 0 or self.status == OUTSIDE_FAILURE
-
-    @property
-    def exit_status(self) -> int:
-        return self.status if self.status > 0 else 128 - self.status
-
-    def describe(self) -> str:
-        how = (
-            f"was killed by {_name(-self.status)}" if self.status < 0 else f"exited with status {self.status}"
-        )
-        return f"process {self.index} {how}" + (f"; ending the other {self.others}" if self.others else "")
 
 
 class _Interrupts:
@@ -131,7 +105,7 @@ class _Interrupts:
             os.read(self.woken, 65536)
         if self.count and not self._reported:
             self._reported = True
-            say(f"{_name(self.number)}: waiting for the processes to stop; a second one kills them")
+            say(f"{signal_name(self.number)}: waiting for the processes to stop; a second one kills them")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Acts here, since the loop may be held up by a terminal that takes no output, but leaves output to the loop.
@@ -140,7 +114,7 @@ class _Interrupts:
             self.pass_on(process)
 
 
-def _run(commands: Sequence[Command], folder: Path, interrupts: _Interrupts) -> _Death | None:
+def _run(commands: Sequence[Command], folder: Path, interrupts: _Interrupts) -> _ProcessDeath | None:
     """Runs one attempt to its end, and kills what is left of it; None when every process ended with status 0."""
     processes = interrupts.processes = []
     with selectors.DefaultSelector() as selector:
@@ -158,7 +132,7 @@ def _run(commands: Sequence[Command], folder: Path, interrupts: _Interrupts) -> 
                 process.finish()
 
 
-def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Death | None:
+def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _ProcessDeath | None:
     """Relays until one process has failed or all have ended."""
     running = list(processes)
     while running:
@@ -166,11 +140,12 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Dea
             key.data()
         statuses = {process: process.status() for process in running}
         running = [process for process, status in statuses.items() if status is None]
-        failed = {process: status for process, status in statuses.items() if status}
-        if failed:
-            # Of several found dead at once, one that lost a peer is not the cause.
-            first = min(failed, key=lambda process: failed[process] == OUTSIDE_FAILURE)
-            return _Death(first.index, failed[first], len(running), first.log)
+        first = first_to_fail({process.index: status for process, status in statuses.items()})
+        if first is not None:
+            status = processes[first].status() or 0
+            others = f"; ending the other {len(running)}" if running else ""
+            what = f"process {first} {describe_status(status)}{others}"
+            return _ProcessDeath(status, what, processes[first].log)
         for process, status in statuses.items():
             if status is not None:
                 process.finish()
@@ -196,9 +171,3 @@ def _remove(attempt: Path, made: Sequence[Path]) -> None:
     for folder in made:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def _name(number: int) -> str:
-    with contextlib.suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"

@@ -1,24 +1,15 @@
-"""Starts a training run as several processes: `python scripts/launch.py --help`.
+"""Starts training runs as several processes, here or on a TPU: `python scripts/launch.py --help`.
 
-Invariant: what the processes are told about each other comes from here alone, never from the environment.
+Invariant: a command is looked up by its name and does its own work; this file knows no more than that.
 """
 
-import dataclasses
-import datetime
-import os
-import re
-import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-from parallelism.child import Command
-from parallelism.supervisor import supervise
-from scripts.command_line import errors_in_one_line, parse
-
-TRAIN = Path(__file__).resolve().parent / "train.py"
+from scripts.command_line import errors_in_one_line
 
 HELP = """usage: launch.py COMMAND ...
 
@@ -26,51 +17,17 @@ Start a training run as several processes, which end together.
 
 commands:
   local   on this machine, with simulated devices
+  up      create a TPU on Google Cloud
+  run     train on a TPU: on all of its hosts, again after it was preempted
+  status  what the TPU and its hosts do, and whether anything bills
+  logs    what a host printed
+  down    delete the TPU
 
-launch.py COMMAND --help says more."""
-
-LOCAL_DESCRIPTION = """Run train.py on this machine, with the flags after --, as several processes forming one cluster:
-
-launch.py local --processes 4 --devices 2 -- --mode distributed --steps 100
-
-Their output is shown line by line behind the number of the process. The first process that fails ends the others. The
-first SIGTERM or Ctrl-C lets all of them save and stop, the second kills them.
-
-Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, and may be
-started again; 128 + n if a process was killed by signal n."""
-
-OWN_FLAGS = ("--coordinator", "--num-processes", "--process-id")
-"""Flags of train.py that are not the user's to give."""
-FOREIGN = (
-    "JAX_COORDINATOR_ADDRESS",
-    "JAX_COORDINATOR_BIND_ADDRESS",
-    "JAX_NUM_PROCESSES",
-    "JAX_PROCESS_ID",
-    "JAX_LOCAL_DEVICE_IDS",
-)
-"""Variables that speak of another cluster."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LocalFlags:
-    processes: int = 2
-    """How many processes."""
-    devices: int = 1
-    """Simulated devices of each."""
-    restarts: int = 0
-    """How often to go on from the last checkpoint after a process was killed or lost something outside it."""
-    log_dir: str | None = None
-    """Where attempt-K/process-I.log keeps all output; by default OUTPUT_DIR.logs, or runs/local-TIME.logs."""
-
-    def __post_init__(self):
-        for name, least, good in (("processes", 1, 2), ("devices", 1, 1), ("restarts", 0, 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name}={value} must be at least {least}; try --{name} {good}")
+launch.py COMMAND --help says more; docs/launch.md tells how they go together."""
 
 
 def main() -> int:
-    """Exit status: 2 bad input; else that of the run, as `launch.py local --help` describes it."""
+    """Exit status: 2 bad input; else that of the command, as its --help describes it."""
     with errors_in_one_line():
         name, *args = sys.argv[1:] or [""]
         if name in ("-h", "--help"):
@@ -83,90 +40,35 @@ def main() -> int:
         return COMMANDS[name](args)
 
 
-def local(args: Sequence[str]) -> int:
-    """Runs train.py on this machine; `args` are what follows the command's name.
+def _local(args: Sequence[str]) -> int:
+    from scripts.launch_local import local
 
-    Raises:
-      ValueError: a flag is wrong, or the log folder cannot be made.
-    """
-    own, marker, train_flags = _split(args)
-    flags = parse(LocalFlags, description=LOCAL_DESCRIPTION, args=own)
-    if not marker:
-        raise ValueError(
-            "-- is missing before the flags of train.py; try launch.py local --processes 2 -- --steps 100"
-        )
-    for arg in train_flags:
-        if _flag(arg) in OWN_FLAGS:
-            raise ValueError(f"{_flag(arg)} is given to each process by launch.py; leave it out")
-    folder = _output_dir(train_flags)
-    if flags.restarts and folder is None:
-        raise ValueError(
-            f"--restarts {flags.restarts} needs a run folder to go on from; add --output-dir runs/NAME after --"
-        )
-    log_dir = _log_dir(folder) if flags.log_dir is None else Path(flags.log_dir)
-    return supervise(local_commands(flags, train_flags), restarts=flags.restarts, log_dir=log_dir)
+    return local(args)
 
 
-def local_commands(flags: LocalFlags, train_flags: Sequence[str]) -> Callable[[int], list[Command]]:
-    """From the attempt, 1 at first, to the command of each process. Every attempt has a port of its own."""
-    env, ports = local_environment(os.environ, flags.devices), set()
+def _run(args: Sequence[str]) -> int:
+    from scripts.launch_run import run
 
-    def commands(attempt: int) -> list[Command]:
-        resume = ["--resume"] if attempt > 1 and "--resume" not in train_flags else []
-        port = free_port()
-        while port in ports:  # one of an attempt that died may not be heard at once
-            port = free_port()
-        ports.add(port)
-        train = [sys.executable, str(TRAIN), *train_flags, *resume]
-        cluster = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(flags.processes)]
-        return [Command([*train, *cluster, "--process-id", str(i)], env) for i in range(flags.processes)]
-
-    return commands
+    return run(args)
 
 
-def local_environment(environ: Mapping[str, str], devices: int) -> dict[str, str]:
-    """The environment of a process that has `devices` simulated devices, whatever was said of devices before."""
-    env = {name: value for name, value in environ.items() if name not in FOREIGN}
-    counts = r"(?<!\S)--xla_force_host_platform_device_count=\S*"
-    if "XLA_FLAGS" in env:
-        env["XLA_FLAGS"] = re.sub(counts, "", env["XLA_FLAGS"]).strip()
-    return env | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
+def _tpu(name: str) -> Callable[[Sequence[str]], int]:
+    def command(args: Sequence[str]) -> int:
+        from scripts import launch_tpu
+
+        return getattr(launch_tpu, name)(args)
+
+    return command
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that nothing uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _split(args: Sequence[str]) -> tuple[list[str], bool, list[str]]:
-    """What stands before the first --, whether there is one, and what stands behind it."""
-    at = list(args).index("--") if "--" in args else len(args)
-    return list(args[:at]), at < len(args), list(args[at + 1 :])
-
-
-def _flag(arg: str) -> str:
-    """The flag in --flag or --flag=value, spelt with dashes."""
-    return arg.partition("=")[0].replace("_", "-")
-
-
-def _output_dir(train_flags: Sequence[str]) -> str | None:
-    for at, arg in enumerate(train_flags):
-        if _flag(arg) == "--output-dir":
-            value = arg.partition("=")[2] if "=" in arg else "".join(train_flags[at + 1 : at + 2])
-            return value or None
-    return None
-
-
-def _log_dir(output_dir: str | None) -> Path:
-    """Beside the run folder, which train.py must find absent or as it left it."""
-    if output_dir is None:
-        return Path("runs") / f"local-{datetime.datetime.now():%Y%m%d-%H%M%S}.logs"
-    return Path(f"{os.path.normpath(output_dir)}.logs")
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"local": local}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "local": _local,
+    "up": _tpu("up"),
+    "run": _run,
+    "status": _tpu("status"),
+    "logs": _tpu("logs"),
+    "down": _tpu("down"),
+}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts import launch
+from scripts import launch_local as local
 
 ROOT = Path(__file__).parents[2]
 # What the last process does in each attempt, from the file that counts them; the others wait for their end.
@@ -48,7 +49,10 @@ def launch_local(tmp_path):
         "scripts/launch.py",
         "scripts/command_line.py",
         "parallelism/supervisor.py",
+        "scripts/launch_local.py",
         "parallelism/child.py",
+        "parallelism/exit_status.py",
+        "parallelism/restarts.py",
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
@@ -148,9 +152,9 @@ def test_logs_go_where_they_are_told(launch_local):
 
 
 def test_every_attempt_has_another_port(monkeypatch):
-    commands = launch.local_commands(launch.LocalFlags(processes=1), [])
+    commands = local.local_commands(local.LocalFlags(processes=1), [])
     ports = itertools.chain([7, 7, 7, 8], itertools.repeat(9))
-    monkeypatch.setattr(launch, "free_port", lambda: next(ports))
+    monkeypatch.setattr(local, "free_port", lambda: next(ports))
     addresses = [cluster(commands(attempt)[0].argv[2:])[1] for attempt in (1, 2, 3)]
     assert addresses == ["127.0.0.1:7", "127.0.0.1:8", "127.0.0.1:9"]
 

@@ -1,0 +1,236 @@
+"""Cloud TPUs through the gcloud program: what its command lines are, and what its answers mean.
+
+Invariant: a command line is built here alone, so that what is shown beforehand is what runs; and an answer that cannot
+be understood is an error, never taken for "there is nothing".
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+RUNTIMES = {
+    "v2": "tpu-ubuntu2204-base",
+    "v3": "tpu-ubuntu2204-base",
+    "v4": "tpu-ubuntu2204-base",
+    "v5litepod": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
+"""From the generation in an accelerator's name to the software that its hosts start with."""
+PASSING = (
+    *("no more capacity", "nsufficient", "tockout", '"code": 8', '"code": 10', '"code": 13'),
+    *("UNAVAILABLE", "onnection", "timed out", "nable to find the server"),
+)
+"""Parts of messages about what may yet be had: stock-outs and what is said for one (aborted, internal error), and a
+network that is away."""
+SSH_FAILED = 255
+"""What ssh, and so gcloud, exits with where a host could not be reached."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+    """One TPU as it is asked for: a node of one or more hosts, perhaps through a queued resource of the same name."""
+
+    name: str
+    zone: str
+    accelerator: str = "v3-8"
+    runtime: str | None = None
+    """By default the one of RUNTIMES."""
+    spot: bool = False
+    queued: bool = False
+    external_ips: bool = False
+    """Whether its hosts have public addresses; else they are reached through an IAP tunnel."""
+    project: str | None = None
+    service_account: str | None = None
+    network: str | None = None
+    subnetwork: str | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", self.name):
+            raise ValueError(
+                f"--name {self.name} must be small letters, digits and dashes; try parallax-dev-tpu"
+            )
+        if not re.fullmatch(r"[a-z]+-[a-z]+\d-[a-z]", self.zone):
+            raise ValueError(f"--zone {self.zone} must be a zone of Google Cloud; try us-central1-a")
+        generation, _, size = self.accelerator.partition("-")
+        if generation not in RUNTIMES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"--accelerator {self.accelerator} must be GENERATION-SIZE with a generation of "
+                f"{', '.join(RUNTIMES)}; try v3-8"
+            )
+
+    def create(self) -> list[str]:
+        runtime = self.runtime or RUNTIMES[self.accelerator.partition("-")[0]]
+        if self.queued:
+            argv = self._argv("queued-resources", "create", f"--node-id={self.name}")
+            argv.append(f"--runtime-version={runtime}")
+        else:
+            argv = self._argv("tpu-vm", "create", f"--version={runtime}")
+        argv.append(f"--accelerator-type={self.accelerator}")
+        for name in ("service_account", "network", "subnetwork"):
+            if getattr(self, name) is not None:
+                argv.append(f"--{name.replace('_', '-')}={getattr(self, name)}")
+        switches = {"--internal-ips": not self.external_ips, "--spot": self.spot}
+        return [*argv, *(switch for switch, on in switches.items() if on), "--quiet"]
+
+    def describe(self) -> list[str]:
+        return self._argv("tpu-vm", "describe", "--format=json")
+
+    def describe_queued(self) -> list[str]:
+        return self._argv("queued-resources", "describe", "--format=json")
+
+    def delete(self) -> list[str]:
+        return self._argv("tpu-vm", "delete", "--quiet")
+
+    def delete_queued(self) -> list[str]:
+        """With --force its node is deleted too."""
+        return self._argv("queued-resources", "delete", "--force", "--quiet")
+
+    def ssh(self, command: str, worker: str = "all") -> list[str]:
+        """A line of bash on one host or, by default, on all of them at once."""
+        where = [f"--worker={worker}", f"--command={command}", "--quiet"]
+        if self.external_ips:
+            return self._argv("tpu-vm", "ssh", *where)
+        return self._argv("tpu-vm", "ssh", "--tunnel-through-iap", *where, track=["alpha"])
+
+    def _argv(self, kind: str, verb: str, *flags: str, track: Sequence[str] = ()) -> list[str]:
+        argv = ["gcloud", *track, "compute", "tpus", kind, verb, self.name, f"--zone={self.zone}", *flags]
+        return argv if self.project is None else [*argv, f"--project={self.project}"]
+
+
+def copy(source: str, destination: str) -> list[str]:
+    """Between files and gs:// addresses; - is standard input or output."""
+    return ["gcloud", "storage", "cp", source, destination, "--quiet"]
+
+
+def list_objects(pattern: str) -> list[str]:
+    return ["gcloud", "storage", "ls", pattern]
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A TPU as Google Cloud describes it."""
+
+    state: str
+    accelerator: str
+    hosts: int
+    health: str
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "READY"
+
+    @property
+    def lost(self) -> bool:
+        """Whether it will never be ready again, and must be deleted before another has its name."""
+        return self.state in ("PREEMPTED", "TERMINATED")
+
+
+class GcloudError(RuntimeError):
+    """gcloud did not do what it was asked; its message, in one line."""
+
+    def __init__(self, argv: Sequence[str], status: int, words: str, out: str = ""):
+        self.status, self.words, self.out = status, words, out
+        said = words.rpartition("ERROR:")[2] or f"exit status {status}"
+        super().__init__(f"{' '.join(argv[:6])} failed: {' '.join(said.split())[:400]}")
+
+    @property
+    def not_found(self) -> bool:
+        return "NOT_FOUND" in self.words
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request may succeed later; a quota that is used up does not count."""
+        return "quota" not in self.words.lower() and any(part in self.words for part in PASSING)
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether gcloud or ssh failed, not the command on the host."""
+        failed = re.search(
+            r"ERROR: \(gcloud\.(alpha\.)?compute\.", self.words
+        )  # a host's own gcloud may fail too
+        return self.status == SSH_FAILED or failed is not None
+
+
+def run(argv: Sequence[str], *, stdin: bytes | None = None, seconds: float | None = None) -> str:
+    """Runs gcloud to its end; what it printed on standard output.
+
+    It is out of reach of the terminal's Ctrl-C, and killed if an exception, as of a signal, arrives here.
+
+    Raises:
+      GcloudError: its exit status is not 0, or it did not end within so many seconds.
+      ValueError: there is no gcloud.
+    """
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        raise ValueError(
+            f"{argv[0]} is not on PATH; install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install"
+        ) from None
+    try:
+        out, err = process.communicate(stdin, timeout=seconds)
+    except subprocess.TimeoutExpired as late:
+        _kill(process)
+        words = f"ERROR: no answer within {seconds:g} s"
+        raise GcloudError(argv, SSH_FAILED, words, _text(late.output or b"")) from None
+    except BaseException:
+        _kill(process)
+        raise
+    finally:
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+    if process.returncode:
+        raise GcloudError(argv, process.returncode, _text(err), _text(out))
+    return _text(out)
+
+
+def find_node(tpu: Tpu) -> Node | None:
+    """The node as it is now; None if there is none. Raises GcloudError."""
+    facts = _describe(tpu.describe())
+    if facts is None:
+        return None
+    accelerator = str(facts.get("acceleratorType", "")).rpartition("/")[2]
+    hosts = len(facts.get("networkEndpoints", ()))
+    return Node(str(facts.get("state", "UNKNOWN")), accelerator, hosts, str(facts.get("health", "")))
+
+
+def find_queued(tpu: Tpu) -> str | None:
+    """The state of the queued resource; None if there is none. Raises GcloudError."""
+    facts = _describe(tpu.describe_queued())
+    return None if facts is None else str(facts.get("state", {}).get("state", "UNKNOWN"))
+
+
+def _describe(argv: Sequence[str]) -> dict[str, Any] | None:
+    try:
+        text = run(argv)
+    except GcloudError as error:
+        if error.not_found:
+            return None
+        raise
+    try:
+        return dict(json.loads(text))
+    except (TypeError, ValueError):
+        raise GcloudError(argv, 0, f"ERROR: not the description of a TPU: {text[:200]}") from None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _text(content: bytes) -> str:
+    return content.decode(errors="replace")

