@@ -168,7 +168,7 @@ def run(argv: Sequence[str], *, stdin: bytes | None = None, seconds: float | Non
       ValueError: there is no gcloud.
     """
     try:
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - gcloud with an argv and no shell
             argv,
             stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
             stdout=subprocess.PIPE,
