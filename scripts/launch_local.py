@@ -136,6 +136,6 @@ def _output_dir(train_flags: Sequence[str]) -> str | None:
 
 def _log_dir(output_dir: str | None) -> Path:
     """Beside the run folder, which train.py must find absent or as it left it."""
-    if output_dir is None:
+    if output_dir is None or "://" in output_dir:
         return Path("runs") / f"local-{datetime.datetime.now():%Y%m%d-%H%M%S}.logs"
     return Path(f"{os.path.normpath(output_dir)}.logs")

@@ -85,11 +85,10 @@ class Plan:
             )
         count = len(rows) if flags.exhaustive else flags.compile
         chosen = choose_to_compile(rows, memory, count)
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "parallax" / "plans"
         compiled = []
         for row in track(chosen, f"compiling for {flags.topology}", console=console):
             build = self._build(row.choice)
-            compiled.append(self._row(row.choice, compile_choice(row.choice, build, devices, cache)))
+            compiled.append(self._row(row.choice, compile_choice(row.choice, build, devices, plan_cache())))
         names = {name_of(row.choice) for row in compiled}
         left: dict[str, Row] = {}
         for row in rows:
@@ -170,6 +169,11 @@ class Plan:
             self._flags.model, remat=row.choice.remat, dtype=row.choice.dtype, attention=row.attention
         )
         return run_command(row.choice, config, self._flags)
+
+
+def plan_cache() -> Path:
+    """Where reports of compiled programs are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "parallax" / "plans"
 
 
 def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> Build:

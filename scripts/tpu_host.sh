@@ -22,9 +22,11 @@ prepare() {
   python3 -m pip install --quiet --user "uv==$uv_version"
   local uv=$HOME/.local/bin/uv python=.venv/bin/python
   "$uv" venv --quiet --python "$python_version" .venv
-  "$uv" pip install --quiet --python "$python" --require-hashes --requirements requirements.lock
-  # libtpu is not in the lock, which serves every machine; the locked jax says which one it needs.
-  "$uv" pip install --quiet --python "$python" --constraints requirements.lock 'jax[tpu]'
+  # gs:// needs the one lock, the chips the other.
+  local locks=(--requirements requirements-gcs.lock --requirements requirements-plan.lock)
+  "$uv" pip install --quiet --python "$python" --require-hashes "${locks[@]}"
+  # All of it is there then; if not, the locked versions.
+  "$uv" pip install --quiet --python "$python" "${locks[@]/--requirements/--constraints}" 'jax[tpu]'
   touch .venv/ready
 }
 

@@ -72,8 +72,8 @@ def test_a_host_is_prepared_once_for_a_commit_by_hash_and_then_asked_for_its_uni
     installs = [" ".join(call) for call in calls if call[:2] in (["uv", "pip"], ["python3", "-m"])]
     assert installs[0].startswith("python3 -m pip install --quiet --user uv==")
     assert [line.partition(".venv/bin/python ")[2] for line in installs[1:]] == [
-        "--require-hashes --requirements requirements.lock",
-        "--constraints requirements.lock jax[tpu]",
+        "--require-hashes --requirements requirements-gcs.lock --requirements requirements-plan.lock",
+        "--constraints requirements-gcs.lock --constraints requirements-plan.lock jax[tpu]",
     ]
     units = [call for call in calls if call[:2] == ["sudo", "systemd-run"]]
     assert len(units) == 2
