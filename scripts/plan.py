@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 os.environ["JAX_PLATFORMS"] = "cpu"  # arrays that the host itself needs; the TPU is only compiled for
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what was compiled for no device cannot be read back
 
 import dataclasses
 import functools

@@ -91,6 +91,14 @@ def test_a_second_plan_compiles_nothing(folder, small):
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_compilation_cache():
+    """What was compiled for no device cannot be read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
 def lower(flags, choice, remat="none", attention="xla"):
     build = make_build(flags, remat, choice.layout.accumulate, attention)
     strategy = get_strategy(

@@ -9,6 +9,7 @@ cache of plan.py, so it can be stopped and started.
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import argparse
 import dataclasses
@@ -165,8 +166,8 @@ def main() -> int:
 
 PAGE = """# What a step takes on a TPU
 
-**Nothing here has ever run on a TPU.** The training step of `train.py` was compiled for each slice by libtpu {libtpu},
-the compiler that a TPU uses, on a machine without one, with jax {jax}. Memory, operations and bytes are that compiler's;
+**Nothing here has ever run on a TPU.** The step of `train.py` was compiled for each slice by libtpu {libtpu}, the
+compiler that a TPU uses, on a machine without one, with jax {jax}. Memory, operations and bytes are that compiler's;
 "estimate" is the analytic model of `parallax/model/cost.py`, by which `plan.py` ranks what it does not compile. Times
 are estimates: the largest of what arithmetic, memory and links need at their peak rates. AdamW, bfloat16 compute,
 float32 parameters.
