@@ -43,7 +43,7 @@ output "next_commands" {
     "python scripts/plan.py --topology ${local.topology} --config small --batch-size 512 --seq-len 512",
     var.create_tpu ? [] : ["# start a TPU", "python scripts/launch.py up ${local.what}"],
     "# train on every host, and go on after a preemption",
-    "python scripts/launch.py run ${local.what} --bucket ${google_storage_bucket.runs.name} -- --mode distributed --config small",
+    "python scripts/launch.py run ${local.what} --bucket ${google_storage_bucket.runs.name} -- --strategy mesh --config small",
     "# look at a host; there is no other way in than Identity-Aware Proxy",
     "gcloud alpha compute tpus tpu-vm ssh ${var.tpu_name} --project=${var.project_id} --zone=${var.zone} --worker=0 --tunnel-through-iap",
     "# stop the bill",
