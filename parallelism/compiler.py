@@ -62,9 +62,10 @@ def topology_devices(accelerator: Accelerator) -> list[Any]:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError('libtpu, the compiler for TPUs, is not installed; try pip install -e ".[plan]"')
-    # Look for no metadata server, and live beside other processes that use libtpu.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Live beside other processes that use libtpu, and ask no metadata server for what is not here.
+    asked = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v3-8"}
+    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **asked}.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if accelerator.generation.name == "v4" else {}
