@@ -81,8 +81,9 @@ class TransformerConfig:
     """How many tokens back attention sees, itself included; 0 sees them all."""
     logit_softcap: float = 0.0
     """Squash logits to ±this by a tanh; 0 leaves them."""
-    attention: Literal["xla", "splash"] = "xla"
-    """How training computes attention: by XLA, or by the Pallas kernel for TPU, which skips what is masked."""
+    attention: Literal["auto", "xla", "splash"] = "auto"
+    """How training computes attention: by XLA, or by the Pallas kernel for TPU, which skips what is masked. A script
+    decides on auto by the devices; the model itself takes it for xla."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"

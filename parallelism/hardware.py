@@ -125,9 +125,12 @@ def _torus(chips: int, dims: int) -> tuple[int, ...]:
     return (2, 2, 1) if chips == 4 and dims == 3 else tuple(sides)
 
 
+def generation_of(device_kind: str) -> Generation | None:
+    """The generation of a JAX device, or None where it is not known."""
+    return next((each for each in GENERATIONS.values() if each.kind == device_kind), None)
+
+
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 operations a second of one JAX device, or None where it is not known."""
-    for generation in GENERATIONS.values():
-        if generation.kind == device_kind:
-            return generation.flops / generation.devices_per_chip
-    return None
+    generation = generation_of(device_kind)
+    return generation and generation.flops / generation.devices_per_chip

@@ -137,7 +137,7 @@ def run_command(choice: Choice, config: TransformerConfig, asked: Flags) -> str:
         words += ["--accumulate", str(layout.accumulate)]
     words += ["--dtype", config.dtype, "--remat", config.remat]
     preset = PRESETS[asked.config]
-    decided = {"dtype", "remat", "vocab_size"}
+    decided = {"dtype", "remat", "vocab_size", "attention"}  # train.py decides on attention as the plan does
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in decided and value != getattr(preset, field.name):

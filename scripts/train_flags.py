@@ -30,6 +30,7 @@ LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
 FREE = (
     *LAYOUT,
     "steps",
+    "attention",
     "data_dir",
     "log_interval",
     "check_interval",

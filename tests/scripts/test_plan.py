@@ -3,13 +3,14 @@
 import importlib.util
 import shlex
 import sys
+import types
 
 import pytest
 
 from parallax.config import PRESETS
 from parallelism.planner import Choice
 from parallelism.strategy import Layout
-from scripts import plan
+from scripts import job, plan
 from scripts.plan_flags import Flags
 from scripts.plan_report import run_command
 from scripts.train_flags import read_flags
@@ -49,3 +50,24 @@ def test_a_command_gives_train_the_layout_and_every_change_of_the_model():
     assert read.model == config
     assert (read.strategy, read.mesh, read.config) == ("mesh", "data=2,fsdp=2x2", "nano")
     assert (read.train.batch_size, read.train.seq_len, read.train.accumulate) == (64, 32, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "length", "mesh", "expected"),
+    [
+        ("TPU v4", {}, 256, "", "splash"),
+        ("TPU v6 lite", {}, 256, "data=2,tensor=4", "splash"),
+        ("TPU v3", {}, 256, "", "xla"),
+        ("cpu", {}, 256, "", "xla"),
+        ("TPU v4", {}, 200, "", "xla"),
+        ("TPU v4", {"dropout_rate": 0.1}, 256, "", "xla"),
+        ("TPU v4", {}, 256, "sequence=8", "xla"),
+        ("TPU v4", {"attention": "xla"}, 256, "", "xla"),
+        ("cpu", {"attention": "splash"}, 256, "", "splash"),
+    ],
+)
+def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(
+    kind, changes, length, mesh, expected, monkeypatch
+):
+    monkeypatch.setattr(job.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert job.choose_attention(PRESETS["tiny"].replace(**changes), length, mesh) == expected
