@@ -3,6 +3,7 @@
 Invariant: nothing is computed and no device is touched; what is reported is what the compiler says, loops counted.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -19,6 +20,9 @@ import jax
 from parallelism.collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.flops import read_flops
 from parallelism.hardware import Accelerator
+
+READERS = 1
+"""To be raised when hlo.py, collectives.py or flops.py count otherwise, so that no older report is found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,22 +84,26 @@ def topology_devices(accelerator: Accelerator) -> list[Any]:
     return list(described.devices)
 
 
-def compile_step(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int], cache: Path | None) -> Report:
+def compile_step(
+    lowered: jax.stages.Lowered, topology: str, mesh_shape: Mapping[str, int], cache: Path
+) -> Report:
     """Compiles a step that was lowered for the devices of a topology, or finds the report of an equal program.
 
     Args:
+      topology: what the program, which names no chip, was lowered for.
       mesh_shape: sizes of the axes over which the program's devices lie, outermost first.
-      cache: a folder for reports, by a hash of program and compiler.
+      cache: a folder for reports, by a hash of program, target and compiler; without one that can be written,
+        nothing is kept.
     """
-    libtpu = importlib.metadata.version("libtpu")
-    identity = f"{libtpu}\n{jax.__version__}\n{tuple(mesh_shape.items())}\n{lowered.as_text()}"
-    file = cache and cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
-    if file and file.exists():
+    versions = (READERS, importlib.metadata.version("libtpu"), jax.__version__)
+    identity = f"{versions}\n{topology}\n{tuple(mesh_shape.items())}\n{lowered.as_text()}"
+    file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged
         values = json.loads(file.read_text())
         traffic = tuple(Traffic(**each | {"axes": tuple(each["axes"])}) for each in values.pop("traffic"))
         return Report(**values, traffic=traffic)
     report = _compile(lowered, mesh_shape)
-    if file:
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(dataclasses.asdict(report)))

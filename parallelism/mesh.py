@@ -92,11 +92,12 @@ class MeshStrategy:
             self.gradients = self._exact(over, layout, what)
         else:
             check_dealing(layout.batch_size, parts, layout.accumulate, what)
-            rows_alone = set(over) == set(sizes)  # then a device needs nothing of the others but parameters
+            # Then a device needs nothing of the others but parameters, a layer at a time.
+            rows_alone = set(over) == set(sizes) and not split_by("layers", rules, sizes)
             self.gradients = (
                 self._by_shards(over, layout) if rows_alone else reduction.mean(layout.accumulate)
             )
-        pieces = math.prod(split_by("length", rules, sizes).values())
+        self.length_parts = pieces = math.prod(split_by("length", rules, sizes).values())
         if layout.seq_len % pieces:
             raise ValueError(
                 f"seq_len={layout.seq_len} must be divisible by {pieces}, the devices that share a sequence; "

@@ -77,11 +77,18 @@ class Row:
     flops: float
     """By the compiler where there is a report, kernels added by the analytic model."""
     wire_bytes: Mapping[str, float]
-    """By mesh axis."""
+    """Along each mesh axis; a collective over several axes counts along each of them."""
+    sent_bytes: float
+    """In all."""
     report: Report | None
     compute_seconds: float
     memory_seconds: float
     link_seconds: float
+
+    @property
+    def source(self) -> str:
+        """Where memory, operations and traffic come from."""
+        return "compiled" if self.report and self.report.fits else "estimate"
 
     @property
     def peak_bytes(self) -> float:
@@ -137,11 +144,12 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
     temporary = cost.temporary_bytes(choice.sizes)
-    flops, wire = cost.product_flops() / devices, _by_axis(cost.sent(choice.sizes))
+    flops, sent = cost.product_flops() / devices, cost.sent(choice.sizes)
     if report is not None and report.fits:
-        flops, wire = report.flops, _by_axis(report.traffic)
+        flops, sent = report.flops, report.traffic
         temporary = report.temporary_bytes
     flops += cost.kernel_flops() / devices
+    wire = _by_axis(sent)
     # State is read and written once; in each microbatch what lives in between is, and parameters are read three times.
     moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
     rate = LINKS * generation.link_rate / generation.devices_per_chip
@@ -153,6 +161,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         estimated_bytes=parameters + optimizer + cost.temporary_bytes(choice.sizes),
         flops=flops,
         wire_bytes=wire,
+        sent_bytes=sum(each.wire_bytes for each in sent),
         report=report,
         compute_seconds=flops / accelerator.device_flops,
         memory_seconds=moved / accelerator.device_memory_rate,
@@ -171,10 +180,10 @@ def held_bytes(arrays: Any, axes: Any, rules: Rules, sizes: Mapping[str, int]) -
 
 
 def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
-    """Bytes along each mesh axis; of a collective over several at once, all of them."""
+    """Bytes along each mesh axis, parts of one taken together; of a collective over several at once, all of them."""
     sums: dict[str, float] = {}
     for each in sent:
-        for axis in getattr(each, "axes", None) or (each.axis,):
+        for axis in {axis.partition(".")[0]: None for axis in getattr(each, "axes", None) or (each.axis,)}:
             sums[axis] = sums.get(axis, 0.0) + each.wire_bytes
     return sums
 
@@ -189,14 +198,14 @@ def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def choose_to_compile(rows: Sequence[Row], memory_bytes: float, count: int) -> list[Row]:
-    """The best row of each layout that may fit, pmap's among them, best layouts first."""
-    best: dict[str, Row] = {}
+def choose_to_compile(rows: Sequence[Row], memory_bytes: float, count: int) -> list[list[Row]]:
+    """The rows of each layout that may fit, best first, layouts by their best row, pmap before all meshes."""
+    layouts: dict[str, list[Row]] = {}
     for row in rank(rows, memory_bytes):
         if row.estimated_bytes <= ROOM * memory_bytes:
-            best.setdefault(name_of(row.choice), row)
-    pmap = [row for name, row in best.items() if name == "pmap"]
-    return [*pmap, *(row for name, row in best.items() if name != "pmap")][:count]
+            layouts.setdefault(name_of(row.choice), []).append(row)
+    pmap = [layouts.pop("pmap")] if "pmap" in layouts else []
+    return [*pmap, *layouts.values()][:count]
 
 
 def name_of(choice: Choice) -> str:
@@ -204,7 +213,9 @@ def name_of(choice: Choice) -> str:
     return choice.layout.mesh or choice.layout.strategy
 
 
-def compile_choice(choice: Choice, build: Build, devices: Sequence[Any], cache: Path | None) -> Report:
+def compile_choice(
+    choice: Choice, build: Build, accelerator: Accelerator, devices: Sequence[Any], cache: Path
+) -> Report:
     """What the compiler says of a choice.
 
     Raises:
@@ -212,7 +223,7 @@ def compile_choice(choice: Choice, build: Build, devices: Sequence[Any], cache: 
     """
     strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
     lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)
-    return compile_step(lowered, strategy.mesh_shape, cache)
+    return compile_step(lowered, accelerator.topology, strategy.mesh_shape, cache)
 
 
 def mesh_text(sizes: Mapping[str, int], accelerator: Accelerator) -> str:

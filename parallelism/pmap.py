@@ -26,6 +26,7 @@ class Pmap:
     """One replica of the state a device. pmap sees the devices of this process alone, [local devices, ...]."""
 
     is_stacked = True
+    length_parts = 1
 
     def __init__(self, init_state: Callable[[], State], layout: Layout, devices: Sequence[Any] | None = None):
         self._init_state = init_state

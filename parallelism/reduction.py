@@ -94,7 +94,7 @@ def scatter(
             sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
             leaves, structure = jax.tree.flatten(grads)
             over = structure.flatten_up_to(unreduced)
-            for group in set(over):
+            for group in filter(None, dict.fromkeys(over)):  # in one order in every process
                 places = [place for place, each in enumerate(over) if each == group]
                 for place, leaf in zip(places, jax.lax.psum([leaves[i] for i in places], group), strict=True):
                     leaves[place] = leaf

@@ -20,6 +20,7 @@ class Single:
 
     is_writer = True
     is_stacked = False
+    length_parts = 1
 
     def __init__(self, init_state: Callable[[], State], layout: Layout, device: Any):
         if jax.process_count() > 1:

@@ -54,6 +54,9 @@ class Strategy(Protocol):
     stop_requested: StopRequest
     """Called with a step: whether all processes agreed to stop after it."""
 
+    length_parts: int
+    """How many devices share a sequence."""
+
     @property
     def mesh_shape(self) -> Mapping[str, int]:
         """Sizes of the axes over which `devices` lie, outermost first."""

@@ -17,8 +17,6 @@ from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
 from data.samples import Samples
 from data.tokenizer import Tokenizer, load_tokenizer
-from parallax.config import TransformerConfig
-from parallax.layers.splash import LANES
 from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import make_init, state_axes
@@ -26,6 +24,7 @@ from parallax.training.step import train_step
 from parallelism.hardware import generation_of
 from parallelism.hosts import agree
 from parallelism.strategy import Layout, Strategy, get_strategy
+from scripts.attention import choose_attention
 from scripts.new_run import choose_folder, require_corpus
 from scripts.train_flags import Flags
 
@@ -83,9 +82,7 @@ def prepare_job(flags: Flags) -> Job:
     training, held_out = prepare(
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1
     )
-    model = flags.model.replace(attention=choose_attention(flags.model, flags.train.seq_len, flags.mesh))
-    strategy, step = _build(flags, model)
-    evaluate = make_evaluation(model)
+    strategy, step, evaluate = _build(flags)
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder, notes)
 
@@ -99,22 +96,14 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     return dataclasses.replace(flags, train=train, model=model)
 
 
-def choose_attention(model: TransformerConfig, seq_len: int, mesh: str) -> str:
-    """What computes attention, where the config leaves it open: the kernel where these devices can run it."""
-    if model.attention != "auto":
-        return model.attention
-    generation = generation_of(jax.devices()[0].device_kind)
-    in_order = seq_len % LANES == 0 and not model.dropout_rate
-    whole = mesh != "auto" and "sequence" not in mesh
-    return "splash" if generation and generation.splash and in_order and whole else "xla"
-
-
-def _build(flags: Flags, model: TransformerConfig) -> tuple[Strategy, Callable]:
-    """The strategy, and the step with everything bound but state and batch."""
+def _build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
+    """The strategy, the step with everything bound but state and batch, and the evaluation."""
     optimizer = make_optimizer(flags.learning)
     learning_rate = make_learning_rate(flags.learning, flags.train.steps)
-    init_state = make_init(model, optimizer, flags.train.seed)
-    strategy = get_strategy(_layout(flags), init_state, state_axes(model, init_state))
+    init_state = make_init(flags.model, optimizer, flags.train.seed)
+    strategy = get_strategy(_layout(flags), init_state, state_axes(flags.model, init_state))
+    kind = strategy.devices[0].device_kind
+    model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, generation_of(kind))
     split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(strategy.abstract().params))
     if flags.train.reduction == "exact" and flags.learning.optimizer == "muon" and split:
         raise ValueError(
@@ -129,7 +118,7 @@ def _build(flags: Flags, model: TransformerConfig) -> tuple[Strategy, Callable]:
         gradients=strategy.gradients,
         seed=flags.train.seed,
     )
-    return strategy, step
+    return strategy, step, make_evaluation(model)
 
 
 def _layout(flags: Flags) -> Layout:

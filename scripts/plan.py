@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
-os.environ["JAX_PLATFORMS"] = "cpu"  # arrays that the host itself needs; the TPU is only compiled for
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # what was compiled for no device cannot be read back
 
 import dataclasses
 import functools
@@ -23,7 +21,6 @@ from rich.console import Console
 from rich.progress import track
 
 from parallax.config import PRESETS, TrainConfig
-from parallax.layers.splash import LANES
 from parallax.model.cost import StepCost
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
@@ -44,8 +41,9 @@ from parallelism.planner import (
     name_of,
     rank,
 )
-from parallelism.rules import load_rules
+from parallelism.rules import load_rules, split_by
 from parallelism.strategy import Layout
+from scripts.attention import choose_attention
 from scripts.command_line import errors_in_one_line, parse
 from scripts.plan_flags import DESCRIPTION, Flags
 from scripts.plan_report import plan_table, plan_to_json, run_command
@@ -57,6 +55,7 @@ MICROBATCHES = (1, 2, 4, 8)
 
 def main() -> int:
     """Exit status: 0 a plan that fits, 1 none fits, 2 bad input."""
+    jax.config.update("jax_platforms", "cpu")  # the TPU is only compiled for
     with errors_in_one_line():
         preset = PRESETS.get(flag_value(sys.argv[1:], "--config"), PRESETS["tiny"])
         flags = parse(Flags, default=Flags(model=preset), description=DESCRIPTION)
@@ -76,6 +75,8 @@ class Plan:
     def run(self) -> int:
         console, flags, sliced = Console(stderr=True), self._flags, self._slice
         devices = topology_devices(sliced)
+        # What is compiled for devices that are not here cannot be read back.
+        jax.config.update("jax_enable_compilation_cache", False)
         choices = self._choices()
         memory = sliced.device_memory
         rows = rank([self._row(choice) for choice in choices], memory)
@@ -86,10 +87,9 @@ class Plan:
             )
         count = len(rows) if flags.exhaustive else flags.compile
         chosen = choose_to_compile(rows, memory, count)
-        compiled = []
-        for row in track(chosen, f"compiling for {flags.topology}", console=console):
-            build = self._build(row.choice)
-            compiled.append(self._row(row.choice, compile_choice(row.choice, build, devices, plan_cache())))
+        compiled: list[Row] = []
+        for rows_of_layout in track(chosen, f"compiling for {flags.topology}", console=console):
+            compiled += self._compile(rows_of_layout, devices)
         names = {name_of(row.choice) for row in compiled}
         left: dict[str, Row] = {}
         for row in rows:
@@ -97,6 +97,18 @@ class Plan:
                 left.setdefault(name_of(row.choice), row)
         shown = rank(compiled, memory) + list(left.values())
         return self._show(console, shown, len(rows))
+
+    def _compile(self, rows: list[Row], devices: list[Any]) -> list[Row]:
+        """Of one layout the first that fits, after those that did not; all of them with --exhaustive."""
+        found: list[Row] = []
+        for row in rows:
+            if found and not self._flags.exhaustive and row.estimated_bytes >= found[-1].estimated_bytes:
+                continue
+            choice, build = row.choice, self._build(row.choice)
+            found.append(self._row(choice, compile_choice(choice, build, self._slice, devices, plan_cache())))
+            if found[-1].source == "compiled" and not self._flags.exhaustive:
+                break
+        return found
 
     def _choices(self) -> list[Choice]:
         flags, devices = self._flags, self._slice.devices
@@ -127,13 +139,10 @@ class Plan:
         return found
 
     def _build(self, choice: Choice) -> Build:
-        kernel = (
-            self._slice.generation.splash
-            and self._flags.seq_len % LANES == 0
-            and choice.sizes.get("sequence", 1) == 1
-            and not self._flags.model.dropout_rate
-        )
-        return self._build_of(choice.remat, choice.layout.accumulate, "splash" if kernel else "xla")
+        flags = self._flags
+        parts = math.prod(split_by("length", load_rules(choice.layout.rules), choice.sizes).values())
+        model = choose_attention(flags.model, flags.seq_len, parts, self._slice.generation)
+        return self._build_of(choice.remat, choice.layout.accumulate, model.attention)
 
     def _build_of(self, remat: str, microbatches: int, attention: str) -> Build:
         key = remat, microbatches, attention
@@ -157,6 +166,10 @@ class Plan:
         except OSError as error:
             raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
         console.print(f"The plan is also in {path}.", highlight=False)
+        vocabulary = (
+            f"Planned for a vocabulary of {flags.model.vocab_size:,}; train.py takes its tokenizer's."
+        )
+        console.print(vocabulary, highlight=False)
         if not fitting:
             print("No layout that was compiled fits; try a smaller --batch-size, or a larger slice.")
             return 1
@@ -166,10 +179,7 @@ class Plan:
         return 0
 
     def command(self, row: Row) -> str:
-        config = dataclasses.replace(
-            self._flags.model, remat=row.choice.remat, dtype=row.choice.dtype, attention=row.attention
-        )
-        return run_command(row.choice, config, self._flags)
+        return run_command(row.choice, self._flags)
 
 
 def plan_cache() -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from parallax.config import PRESETS, TransformerConfig
+from parallax.config import PRESETS, OptimizerConfig
 from parallelism.hardware import GIB, Accelerator
 from parallelism.planner import Choice, Row, name_of
 from scripts.plan_flags import Flags
@@ -21,12 +21,12 @@ SHOWN = 24
 
 
 def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: int) -> Table:
-    """One row a layout, the best first. Memory in GiB a device; times of a step in milliseconds."""
+    """The best rows first. Memory in GiB a device; times of a step in milliseconds."""
     table = Table(
         title=f"{asked.config}, {asked.batch_size} × {asked.seq_len} tokens a step, on {sliced.name}: "
         f"{sliced.devices} devices of {sliced.device_memory / GIB:.0f} GiB",
         caption=f"{ranked} choices were ranked. compiled: memory, operations and traffic are the compiler's. "
-        "estimate: the analytic model's, within 15%. Times are estimates by peak rates, as if all overlapped; none of "
+        "estimate: the analytic model's. Times are estimates by peak rates, as if all overlapped; none of "
         f"this has run on a TPU. Billing runs until a slice is deleted; prices: {PRICES}",
     )
     for name in ("layout", "remat", "micro", "attention", "source", "fits"):
@@ -61,14 +61,14 @@ def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
         choice.remat,
         str(choice.layout.accumulate),
         row.attention,
-        "compiled" if row.report else "estimate",
+        row.source,
         _verdict(row, sliced),
         *(
             f"{size / GIB:.2f}"
             for size in (row.peak_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)
         ),
         f"{row.flops / 1e12:.2f}",
-        f"{sum(row.wire_bytes.values()) / 1e9:.2f}",
+        f"{row.sent_bytes / 1e9:.2f}",
         *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
         f"{asked.batch_size * asked.seq_len / row.seconds:,.0f}",
     ]
@@ -105,7 +105,7 @@ def _row_to_json(row: Row, asked: Flags) -> dict[str, Any]:
         "dtype": choice.dtype,
         "microbatches": choice.layout.accumulate,
         "attention": row.attention,
-        "source": "compiled" if row.report else "estimate",
+        "source": row.source,
         "fits": row.report.fits if row.report else None,
         "error": row.report.error if row.report else "",
         "peak_bytes": row.peak_bytes,
@@ -113,7 +113,8 @@ def _row_to_json(row: Row, asked: Flags) -> dict[str, Any]:
         "parameter_bytes": row.parameter_bytes,
         "optimizer_bytes": row.optimizer_bytes,
         "flops": row.flops,
-        "wire_bytes": dict(row.wire_bytes),
+        "sent_bytes": row.sent_bytes,
+        "sent_bytes_along": dict(row.wire_bytes),
         "collectives": [dataclasses.asdict(each) for each in row.report.traffic] if row.report else [],
         "compute_seconds": row.compute_seconds,
         "memory_seconds": row.memory_seconds,
@@ -124,7 +125,7 @@ def _row_to_json(row: Row, asked: Flags) -> dict[str, Any]:
     }
 
 
-def run_command(choice: Choice, config: TransformerConfig, asked: Flags) -> str:
+def run_command(choice: Choice, asked: Flags) -> str:
     """The train.py that runs a choice."""
     layout = choice.layout
     words = ["python", "scripts/train.py", "--config", asked.config, "--strategy", layout.strategy]
@@ -135,18 +136,21 @@ def run_command(choice: Choice, config: TransformerConfig, asked: Flags) -> str:
     words += ["--batch-size", str(asked.batch_size), "--seq-len", str(asked.seq_len)]
     if layout.accumulate > 1:
         words += ["--accumulate", str(layout.accumulate)]
-    words += ["--dtype", config.dtype, "--remat", config.remat]
+    words += ["--dtype", choice.dtype, "--remat", choice.remat]
+    words += _changes(asked.optimizer, OptimizerConfig(), "")
     preset = PRESETS[asked.config]
-    decided = {"dtype", "remat", "vocab_size", "attention"}  # train.py decides on attention as the plan does
+    model = dataclasses.replace(asked.model, vocab_size=preset.vocab_size)  # the tokenizer's, in train.py
+    return shlex.join(words + _changes(model, preset, "model."))
+
+
+def _changes(config: Any, default: Any, prefix: str) -> list[str]:
+    """Flags for the fields that differ."""
+    words: list[str] = []
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in decided and value != getattr(preset, field.name):
-            words += _model_flag(field.name, value)
-    return shlex.join(words)
-
-
-def _model_flag(name: str, value: Any) -> list[str]:
-    if dataclasses.is_dataclass(value):
-        parts = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return [word for part, each in parts.items() for word in _model_flag(f"{name}.{part}", each)]
-    return [f"--model.{name.replace('_', '-')}", str(value)]
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            words += _changes(value, usual, f"{name}.")
+        elif value != usual:
+            words += [f"--{name}", str(value)]
+    return words

@@ -96,12 +96,18 @@ class StepCost:
         return a_token * self.batch_size * self.seq_len
 
     def kernel_flops(self) -> float:
-        """Operations inside the attention kernel: forward, again where recomputed, and 2.5 times as many back."""
-        if self.config.attention != "splash":
+        """Operations inside the attention kernel, by whole blocks of scores that are not all masked.
+
+        Forward two products, again where it is recomputed; back three for the queries and four for keys and values.
+        """
+        config, block = self.config, min(self.seq_len, 512)
+        if config.attention != "splash":
             return 0.0
-        runs = 3.5 + (self.config.remat == "full")
-        tokens = self.batch_size * self.seq_len
-        return runs * self.config.num_layers * _attention(self.config, (self.seq_len + 1) / 2) * tokens
+        keys = (self.seq_len + block) / 2
+        if config.sliding_window:
+            keys = min(keys, config.sliding_window + block)
+        runs = 4.5 + (config.remat != "none")
+        return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
 
     def _parameter_bytes(self, sizes: Mapping[str, int]) -> float:
         """Of float32 parameters on a device, norms taken as split like the rest."""

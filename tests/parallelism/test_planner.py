@@ -120,8 +120,17 @@ def test_a_report_replaces_the_estimate():
         state_bytes=100, temporary_bytes=200, flops=10, traffic=(Traffic("all-gather", ("fsdp.0",), 3, 7.0),)
     )
     found = row(Fixed(), {"fsdp": 8}, report)
-    assert (found.peak_bytes, found.flops, found.wire_bytes) == (300, 10, {"fsdp.0": 7.0})
+    assert (found.peak_bytes, found.flops, found.wire_bytes) == (300, 10, {"fsdp": 7.0})
+    assert (found.sent_bytes, found.source) == (7.0, "compiled")
     assert found.estimated_bytes > 1e9
+
+
+def test_what_crosses_two_axes_is_sent_once():
+    found = row(
+        Fixed(), {"data": 8}, Report(flops=1, traffic=(Traffic("all-reduce", ("data", "fsdp.0"), 1, 5.0),))
+    )
+    assert found.wire_bytes == {"data": 5.0, "fsdp": 5.0}
+    assert found.sent_bytes == 5.0
 
 
 def test_what_fits_comes_first_and_fast_before_slow():
@@ -140,5 +149,5 @@ def test_each_layout_is_compiled_once_pmap_among_them_and_nothing_hopeless():
     pmap = row(Fixed(flops=1e15), {"data": 8}, strategy="pmap")
     others = [row(Fixed(flops=1e14), {"data": 8 // fsdp, "fsdp": fsdp}) for fsdp in (2, 4, 8)]
     chosen = choose_to_compile([slow, hopeless, *others, quick, pmap], 16 * GIB, 3)
-    assert [name_of(each.choice) for each in chosen] == ["pmap", "data=8", "fsdp=2x2x2"]
-    assert chosen[1] is quick
+    assert [name_of(rows[0].choice) for rows in chosen] == ["pmap", "data=8", "fsdp=2x2x2"]
+    assert chosen[1] == [quick, slow]

@@ -3,14 +3,15 @@
 import importlib.util
 import shlex
 import sys
-import types
 
 import pytest
 
-from parallax.config import PRESETS
+from parallax.config import PRESETS, OptimizerConfig, RopeScaling
+from parallelism.hardware import generation_of
 from parallelism.planner import Choice
 from parallelism.strategy import Layout
-from scripts import job, plan
+from scripts import plan
+from scripts.attention import choose_attention
 from scripts.plan_flags import Flags
 from scripts.plan_report import run_command
 from scripts.train_flags import read_flags
@@ -41,33 +42,43 @@ def test_bad_input_gives_one_line_and_status_2(flags, words, monkeypatch, capsys
     assert not list(tmp_path.iterdir())
 
 
-def test_a_command_gives_train_the_layout_and_every_change_of_the_model():
+def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimizer():
     layout = Layout(strategy="mesh", mesh="data=2,fsdp=2x2", accumulate=2, batch_size=64, seq_len=32)
-    config = PRESETS["nano"].replace(remat="full", dtype="bfloat16", num_kv_heads=2, qk_norm=True)
-    flags = Flags(config="nano", batch_size=64, seq_len=32, model=config)
-    command = run_command(Choice(layout, {"data": 2, "fsdp": 4}, "full", "bfloat16"), config, flags)
+    changes = {"num_kv_heads": 2, "qk_norm": True, "rope_scaling": RopeScaling(kind="linear", factor=2.0)}
+    config, optimizer = PRESETS["nano"].replace(**changes), OptimizerConfig(optimizer="muon", beta2=0.9)
+    flags = Flags(config="nano", batch_size=64, seq_len=32, model=config, optimizer=optimizer)
+    command = run_command(Choice(layout, {"data": 2, "fsdp": 4}, "full", "bfloat16"), flags)
     read = read_flags(shlex.split(command)[2:])
-    assert read.model == config
+    assert read.model == config.replace(remat="full", dtype="bfloat16")
+    assert read.learning == optimizer
     assert (read.strategy, read.mesh, read.config) == ("mesh", "data=2,fsdp=2x2", "nano")
     assert (read.train.batch_size, read.train.seq_len, read.train.accumulate) == (64, 32, 2)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "length", "mesh", "expected"),
+    ("kind", "changes", "length", "parts", "expected"),
     [
-        ("TPU v4", {}, 256, "", "splash"),
-        ("TPU v6 lite", {}, 256, "data=2,tensor=4", "splash"),
-        ("TPU v3", {}, 256, "", "xla"),
-        ("cpu", {}, 256, "", "xla"),
-        ("TPU v4", {}, 200, "", "xla"),
-        ("TPU v4", {"dropout_rate": 0.1}, 256, "", "xla"),
-        ("TPU v4", {}, 256, "sequence=8", "xla"),
-        ("TPU v4", {"attention": "xla"}, 256, "", "xla"),
-        ("cpu", {"attention": "splash"}, 256, "", "splash"),
+        ("TPU v4", {}, 256, 1, "splash"),
+        ("TPU v6 lite", {}, 256, 1, "splash"),
+        ("TPU v3", {}, 256, 1, "xla"),
+        ("cpu", {}, 256, 1, "xla"),
+        ("TPU v4", {}, 200, 1, "xla"),
+        ("TPU v4", {"dropout_rate": 0.1}, 256, 1, "xla"),
+        ("TPU v4", {}, 256, 8, "xla"),
+        ("TPU v4", {"attention": "xla"}, 256, 1, "xla"),
+        ("cpu", {"attention": "splash"}, 256, 1, "splash"),
     ],
 )
 def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(
-    kind, changes, length, mesh, expected, monkeypatch
+    kind, changes, length, parts, expected
 ):
-    monkeypatch.setattr(job.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
-    assert job.choose_attention(PRESETS["tiny"].replace(**changes), length, mesh) == expected
+    model = PRESETS["tiny"].replace(**changes)
+    assert choose_attention(model, length, parts, generation_of(kind)).attention == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "parts", "words"), [(100, 1, "try 128"), (128, 2, "2 devices share each")]
+)
+def test_the_kernel_is_refused_where_it_cannot_run(length, parts, words):
+    with pytest.raises(ValueError, match=words):
+        choose_attention(PRESETS["tiny"].replace(attention="splash"), length, parts, None)

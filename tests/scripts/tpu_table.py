@@ -6,11 +6,6 @@ It needs libtpu (`pip install -e ".[plan]"`) and no TPU. Reports of programs tha
 cache of plan.py, so it can be stopped and started.
 """
 
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-
 import argparse
 import dataclasses
 import sys
@@ -19,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
+import jax
 import matplotlib.figure
 from rich.progress import track
 
@@ -88,7 +84,7 @@ def row_of(case: Case, sliced: Accelerator) -> Row:
     )
     choice = Choice(layout, case.sizes or {"data": sliced.devices}, case.remat, "bfloat16")
     build = build_of(case)
-    report = compile_choice(choice, build, topology_devices(sliced), plan_cache())
+    report = compile_choice(choice, build, sliced, topology_devices(sliced), plan_cache())
     return estimate(choice, build, sliced, report)
 
 
@@ -149,6 +145,8 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("docs/tpu.md"))
     output = parser.parse_args().output
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
     rows = {}
     for case in track([*CASES, *SCALING], "compiling"):
         sliced = accelerator(case.slice_name)
