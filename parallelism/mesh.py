@@ -17,7 +17,16 @@ from parallelism import reduction
 from parallelism.hosts import StopRequest
 from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
-from parallelism.rules import Rules, check_rules, check_used, in_parts, load_rules, partition_spec, split_by
+from parallelism.rules import (
+    Rules,
+    check_activations,
+    check_rules,
+    check_used,
+    in_parts,
+    load_rules,
+    partition_spec,
+    split_by,
+)
 from parallelism.shards import ShardPlacement
 from parallelism.strategy import Layout, State
 
@@ -85,6 +94,7 @@ class MeshStrategy:
         self._shardings = jax.tree.map(
             lambda leaf, names: self._placement.sharding(names, leaf.shape), shapes, state_axes
         )
+        check_activations(rules, sizes)
         over = split_by("batch", rules, sizes)
         parts, what = math.prod(over.values()), "×".join(over) or "devices"
         self._rows_spec = PartitionSpec(tuple(over) or None)

@@ -112,6 +112,18 @@ def check_used(rules: Rules, mesh_shape: Mapping[str, int]) -> None:
             )
 
 
+def check_activations(rules: Rules, mesh_shape: Mapping[str, int]) -> None:
+    """Raises ValueError where a mesh axis would split both the tokens of an activation and its features."""
+    for name in (each for each in rules if each == "length" or each.startswith("act_")):
+        for tokens in {"batch", "length"} - {name}:
+            shared = [axis for axis in split_by(name, rules, mesh_shape) if axis in rules.get(tokens, ())]
+            if shared:
+                raise ValueError(
+                    f"mesh axis {shared[0]!r} cannot split both {tokens!r} and {name!r} of one array; "
+                    f"remove it from one of the two rules"
+                )
+
+
 def split_by(name: str, rules: Rules, mesh_shape: Mapping[str, int]) -> dict[str, int]:
     """The mesh axes of more than one device that split a logical axis, with their sizes."""
     return {axis: mesh_shape[axis] for axis in rules.get(name, ()) if mesh_shape.get(axis, 1) > 1}

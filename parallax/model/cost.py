@@ -80,16 +80,12 @@ class StepCost:
         """Operations of all matrix products outside kernels in one step, over all devices, recomputation included."""
         config = self.config
         kernel = config.attention == "splash"
-        attention = (
-            0.0 if kernel else _attention(config, self.seq_len)
-        )  # masked scores are computed all the same
+        # Masked scores are computed all the same.
+        attention = 0.0 if kernel else _attention(config, self.seq_len)
         block = 2 * _weights(config) + attention
-        again = {
-            "none": 0.0,
-            "dots": attention,
-            "full": block
-            - 2 * config.embed_dim * config.mlp_dim,  # a block's last product is not needed again
-        }[config.remat]
+        # A block's last product is not needed again.
+        whole = block - 2 * config.embed_dim * config.mlp_dim
+        again = {"none": 0.0, "dots": attention, "full": whole}[config.remat]
         if self._in_chunks:
             again += 1.5 * attention  # a chunk's scores twice more, its weighted values once
         a_token = 3 * (config.num_layers * block + _head(config)) + config.num_layers * again

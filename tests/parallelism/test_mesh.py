@@ -183,3 +183,16 @@ def test_local_refuses_what_the_rules_cannot_split(placement):
 def test_describes_itself_by_its_axes(tiny, fsdp):
     assert fsdp.describe() == "mesh: 8 cpu devices as fsdp=8"
     assert tiny.strategy("mesh", "data=2,fsdp=4").describe() == "mesh: 8 cpu devices as data=2, fsdp=4"
+
+
+def test_layers_may_be_split_by_an_axis_that_splits_the_batch(make_tiny, tmp_path):
+    """Then no device can gather a layer as it comes to it, and the compiler does."""
+    tiny = make_tiny(num_layers=2)
+    rules = tmp_path / "rules.json"
+    rules.write_text('{"batch": ["data", "fsdp"], "layers": ["fsdp"]}')
+    losses = []
+    for strategy in (tiny.strategy("single"), tiny.strategy("mesh", "data=4,fsdp=2", rules=str(rules))):
+        batch = strategy.put_batch({name: x[strategy.rows(16)] for name, x in tiny.batch(0).items()})
+        _, metrics = strategy.compile(tiny.step(strategy))(strategy.init(), batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # float32 sums in another order

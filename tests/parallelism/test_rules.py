@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from parallax.axes import LOGICAL_AXES
-from parallelism.rules import MESH_AXES, RULE_SETS, check_rules, partition_spec
+from parallelism.rules import MESH_AXES, RULE_SETS, check_activations, check_rules, partition_spec
 
 RULES = {"batch": ("data", "fsdp"), "embed": ("fsdp",), "mlp": ("data",)}
 MESHES = [{"data": d, "fsdp": f} for d, f in itertools.product((1, 2, 3, 4), repeat=2)]
@@ -89,3 +89,14 @@ def test_the_same_dim_twice_is_refused():
 def test_names_must_be_as_many_as_dims():
     with pytest.raises(ValueError, match=r"shorter|longer"):
         partition_spec(("embed",), (8, 8), RULES, {"fsdp": 4})
+
+
+def test_tokens_and_features_of_an_activation_are_split_by_different_axes():
+    rules = {"batch": ("data", "fsdp"), "length": ("sequence",), "act_mlp": ("tensor", "fsdp")}
+    check_activations(rules, {"data": 4, "tensor": 2})
+    with pytest.raises(
+        ValueError, match="'fsdp' cannot split both 'batch' and 'act_mlp' of one array; remove"
+    ):
+        check_activations(rules, {"data": 4, "fsdp": 2})
+    with pytest.raises(ValueError, match="'data' cannot split both 'batch' and 'length' of one array"):
+        check_activations({"batch": ("data",), "length": ("data",)}, {"data": 8})
