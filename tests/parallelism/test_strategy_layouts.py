@@ -1,4 +1,4 @@
-"""Tensor and sequence axes compute what one device computes, whatever the model has switched on."""
+"""Every axis, whole or in parts, computes what one device computes, whatever the model has switched on."""
 
 import functools
 
@@ -11,7 +11,7 @@ from parallax.layers import attention
 from parallelism.mesh import MeshPlacement
 from parallelism.rules import RULE_SETS
 
-MESHES = ["tensor=2,data=4", "sequence=2,data=4", "fsdp=2,sequence=2,tensor=2"]
+MESHES = ["tensor=2,data=4", "sequence=2,data=4", "fsdp=2,sequence=2,tensor=2", "fsdp=2x4", "data=2,fsdp=2x2"]
 EVERYTHING = {
     "qk_norm": True,
     "attention_bias": True,
@@ -70,10 +70,11 @@ def test_every_device_draws_its_own_numbers(placement):
     assert len(np.unique(drawn)) == 8
 
 
-def test_dropout_leaves_replicas_equal(make_tiny):
+@pytest.mark.parametrize("mesh", ["tensor=2,data=4", "data=2,fsdp=4"])
+def test_dropout_leaves_replicas_equal(make_tiny, mesh):
     """A device drops its own values, and all of them apply the same summed gradient."""
     tiny = make_tiny(num_kv_heads=2, dropout_rate=0.5)
-    strategy = tiny.strategy("mesh", "tensor=2,data=4")
+    strategy = tiny.strategy("mesh", mesh)
     batch = strategy.put_batch(tiny.batch(1))
     state, _ = strategy.compile(tiny.step(strategy))(strategy.init(), batch)
     for leaf in jax.tree.leaves(state.params):
