@@ -22,7 +22,19 @@ raise SystemExit(launch.main())
 
 
 @pytest.fixture
-def start(cloud):
+def heeded():
+    """A child ignores the signals that its parent does, and a shell has commands in the background ignore some."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.fixture
+def start(cloud, heeded):
     """Starts launch.py run in a process of its own."""
     processes = []
 
