@@ -151,7 +151,7 @@ def fetch(tree: Any) -> Any:
 
 
 def run_process(main: Callable[[], int]) -> int:
-    """Runs a script's main function; one of several processes that fails ends at once, since its peers may be gone.
+    """Runs a script's main function. A process that fails ends at once; exit handlers do not run.
 
     Returns:
       main's exit status, or OUTSIDE_FAILURE where a peer was lost.
@@ -171,11 +171,12 @@ def run_process(main: Callable[[], int]) -> int:
             raise
         traceback.print_exc()
         status = FAILED
+    if status in (FAILED, OUTSIDE_FAILURE) or (status and _has_peers()):
+        # Exit handlers would wait, for peers or for threads that a failed save has left waiting for ever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     if _has_peers():
-        if status:  # exit handlers would wait for peers
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
         jax.distributed.shutdown()
     return status
 
