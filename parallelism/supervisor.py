@@ -9,13 +9,17 @@ import os
 import selectors
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from parallelism.child import Child, Command, say
-from parallelism.exit_status import BAD_INPUT
+from parallelism.exit_status import BAD_INPUT, OUTSIDE_FAILURE
 from parallelism.restarts import Death, describe_status, first_to_fail, keep_running, signal_name
+
+CAUSE_SECONDS = 1.0
+"""How long a process that failed through something outside is not blamed, in case another turns out to have died."""
 
 
 def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, log_dir: Path) -> int:
@@ -139,8 +143,14 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Pro
         for key, _ in selector.select():
             key.data()
         statuses = {process: process.status() for process in running}
-        running = [process for process, status in statuses.items() if status is None]
         first = first_to_fail({process.index: status for process, status in statuses.items()})
+        until = time.monotonic() + CAUSE_SECONDS
+        while first is not None and processes[first].status() == OUTSIDE_FAILURE and time.monotonic() < until:
+            # It lost a peer, perhaps, which is seen dead only when all of its memory is given back.
+            time.sleep(0.05)
+            statuses = {process: process.status() for process in running}
+            first = first_to_fail({process.index: status for process, status in statuses.items()})
+        running = [process for process, status in statuses.items() if status is None]
         if first is not None:
             status = processes[first].status() or 0
             others = f"; ending the other {len(running)}" if running else ""
