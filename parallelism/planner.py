@@ -221,7 +221,10 @@ def compile_choice(
     Raises:
       ValueError: the layout does not fit the devices, the batch or the model.
     """
-    strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
+    try:
+        strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
+    except NotImplementedError:  # of jax.make_mesh, whose axes are whole dims of the network
+        return Report(error="JAX cannot lay this mesh on the network")
     lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)
     return compile_step(lowered, accelerator.topology, strategy.mesh_shape, cache)
 
