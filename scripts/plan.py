@@ -190,11 +190,7 @@ def plan_cache() -> Path:
 def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> Build:
     """The step of train.py, with everything bound but a strategy's gradient function."""
     config = dataclasses.replace(flags.model, remat=remat, dtype=flags.dtype, attention=attention)
-    train = TrainConfig(
-        batch_size=flags.batch_size,
-        seq_len=flags.seq_len,
-        accumulate=math.gcd(microbatches, flags.batch_size),
-    )
+    train = TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)
     optimizer = make_optimizer(flags.optimizer)
     init_state = make_init(config, optimizer, train.seed)
     cost = StepCost(
