@@ -3,9 +3,16 @@
 Invariant: a supervisor decides by the status alone whether to start a run again.
 """
 
+import re
+
 FAILED = 1
 """The run failed by itself, and would again."""
 BAD_INPUT = 2
 """The process did nothing, since its input is wrong."""
 OUTSIDE_FAILURE = 3
 """The run failed through something outside it, as a peer or a disk, and may be started again."""
+
+
+def is_of_runtime(error: Exception) -> bool:
+    """Whether JAX's runtime raised this, as when a peer is gone: from some calls it does so as a ValueError."""
+    return re.match(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED): ", str(error)) is not None

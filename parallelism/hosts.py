@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
+from parallelism.exit_status import FAILED, OUTSIDE_FAILURE, is_of_runtime
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
@@ -160,17 +160,16 @@ def run_process(main: Callable[[], int]) -> int:
         status = main()
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else FAILED
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if not _has_peers():
             raise
-        number, reason = jax.process_index(), str(error).splitlines()[0]
-        print(f"error: process {number} lost a peer: {reason}", file=sys.stderr)
-        status = OUTSIDE_FAILURE
-    except Exception:
-        if not _has_peers():
-            raise
-        traceback.print_exc()
-        status = FAILED
+        if isinstance(error, jax.errors.JaxRuntimeError) or is_of_runtime(error):
+            number, reason = jax.process_index(), str(error).splitlines()[0]
+            print(f"error: process {number} lost a peer: {reason}", file=sys.stderr)
+            status = OUTSIDE_FAILURE
+        else:
+            traceback.print_exc()
+            status = FAILED
     if status in (FAILED, OUTSIDE_FAILURE) or (status and _has_peers()):
         # Exit handlers would wait, for peers or for threads that a failed save has left waiting for ever.
         sys.stdout.flush()

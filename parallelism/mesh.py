@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
@@ -86,8 +87,9 @@ class MeshStrategy:
         check_used(in_parts(rules, list(sizes)), sizes)
         # An axis of one device splits nothing; without it no collective is spoken over a group of one.
         sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
-        types = (AxisType.Auto,) * len(sizes)
-        self._mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        # Unlike jax.make_mesh, which takes whole dims of the network alone, on most TPUs.
+        laid = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+        self._mesh = Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
         self.devices = list(self._mesh.devices.flat)
         self._placement = MeshPlacement(self._mesh, rules)
         rules = self._placement.rules

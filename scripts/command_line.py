@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import tyro
 
+from parallelism.exit_status import is_of_runtime
+
 Flags = TypeVar("Flags")
 
 
@@ -60,6 +62,8 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if is_of_runtime(error):
+            raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:

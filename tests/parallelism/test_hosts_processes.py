@@ -55,13 +55,15 @@ ALONE = """
 """
 FAILING = """
     import jax, numpy as np
+    from scripts.command_line import errors_in_one_line
     from jax.experimental import multihost_utils
 
     def main():
         join(cluster)
         print("met", flush=True)
         if number == 1:
-            raise KeyError("a bug")
+            with errors_in_one_line():
+                raise ERROR
         multihost_utils.sync_global_devices("never")
         return 0
 
@@ -123,9 +125,17 @@ def test_two_processes_are_one_run(port):
     assert len(said[0][5:]) == 2
 
 
-def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(port):
-    with pair(FAILING, port) as processes:
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
+        ("ValueError('UNKNOWN: Gloo all-reduce failed: closed')", 3, "process 1 lost a peer: UNKNOWN: Gloo"),
+    ],
+    ids=["its own fault", "as jaxlib reports a lost peer"],
+)
+def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(port, error, status, words):
+    with pair(FAILING.replace("ERROR", error), port) as processes:
         out, err = processes[1].communicate(timeout=HANG_SECONDS)
-        assert processes[1].returncode == 1
+        assert processes[1].returncode == status
         assert "met" in out
-        assert "KeyError: 'a bug'" in err
+        assert words in err
