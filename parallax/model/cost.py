@@ -29,11 +29,6 @@ def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> floa
     return 3 * forward_flops(config, seq_len) * batch_size * seq_len
 
 
-def state_bytes(config: TransformerConfig) -> int:
-    """Bytes of float32 parameters and AdamW moments."""
-    return 3 * 4 * config.num_params()
-
-
 def _weights(config: TransformerConfig) -> int:
     """Of the matrices of one block."""
     D, K, F = config.embed_dim, config.head_dim, config.mlp_dim
@@ -76,7 +71,7 @@ class StepCost:
         """Bytes of a number in the compute dtype."""
         return 2 if self.config.dtype == "bfloat16" else 4
 
-    def product_flops(self) -> float:
+    def product_flops(self, sizes: Mapping[str, int]) -> float:
         """Operations of all matrix products outside kernels in one step, over all devices, recomputation included."""
         config = self.config
         kernel = config.attention == "splash"
@@ -86,7 +81,7 @@ class StepCost:
         # A block's last product is not needed again.
         whole = block - 2 * config.embed_dim * config.mlp_dim
         again = {"none": 0.0, "dots": attention, "full": whole}[config.remat]
-        if self._in_chunks:
+        if self._in_chunks(sizes.get("sequence", 1)):
             again += 1.5 * attention  # a chunk's scores twice more, its weighted values once
         a_token = 3 * (config.num_layers * block + _head(config)) + config.num_layers * again
         return a_token * self.batch_size * self.seq_len
@@ -141,8 +136,9 @@ class StepCost:
         projections = e * (3 * heads + 3 * keys)  # before and after the rotation, and what attention gives
         hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
-        scores = config.num_heads * min(self.seq_len, 512 if self._in_chunks else self.seq_len) / tensor
-        kept = 0 if config.attention == "splash" or self._in_chunks else scores
+        in_chunks = self._in_chunks(sequence)
+        scores = config.num_heads * (512 if in_chunks else self.seq_len) / tensor
+        kept = 0 if config.attention == "splash" or in_chunks else scores
         everything = norms + e * D + projections + hidden
         if config.remat == "none":
             return everything + gathered + kept * (4 + e), 0.15 * everything
@@ -151,9 +147,9 @@ class StepCost:
             return e * (3 * D + heads + 2 * keys + 2 * F), hidden + gathered + working
         return e * D, max(everything + gathered, working)
 
-    @property
-    def _in_chunks(self) -> bool:
-        return self.config.attention == "xla" and self.seq_len > 1024
+    def _in_chunks(self, sequence: int) -> bool:
+        """Whether a device has so many queries that their scores are taken in chunks."""
+        return self.config.attention == "xla" and self.seq_len / sequence > 1024
 
     def _head_bytes(self, tokens: float, sizes: Mapping[str, int]) -> tuple[float, float]:
         """A whole table where it is gathered, and a chunk of logits with their gradient."""
