@@ -3,7 +3,6 @@
 Invariant: the step that is compiled is the one that train.py runs, and nothing of it is computed.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from parallelism.rules import load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.attention import choose_attention
 from scripts.command_line import errors_in_one_line, parse
+from scripts.compilation_cache import cache_folder
 from scripts.plan_flags import DESCRIPTION, Flags
 from scripts.plan_report import plan_table, plan_to_json, run_command
 from scripts.train_flags import flag_value
@@ -184,7 +184,7 @@ class Plan:
 
 def plan_cache() -> Path:
     """Where reports of compiled programs are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "parallax" / "plans"
+    return cache_folder() / "plans"
 
 
 def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> Build:

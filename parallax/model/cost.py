@@ -117,11 +117,12 @@ class StepCost:
         if sizes.get("fsdp", 1) == 1:
             gradients += own * ((e < 4) / 2 + (rows > 1))  # cast parameters; the sum comes beside its parts
         else:
-            gradients += 2 * e * _weights(config) / tensor  # two gathered blocks
+            gradients += (
+                3 * e * _weights(config) / tensor
+            )  # gathered blocks, the next one while one is computed
         table, logits = self._head_bytes(tokens, sizes)
-        # The logits are gone before the blocks are computed again; the gradient of the table is not, and is scattered
-        # last, from a transposed and padded copy.
-        fullest = max(tokens * working + table, 2 * table + logits, 3 * table)
+        # The logits are gone before the blocks are computed again; the gradient of the table is not.
+        fullest = max(tokens * working + table, 2 * table + logits)
         return tokens * config.num_layers * saved + gradients + fullest
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
@@ -130,10 +131,15 @@ class StepCost:
         D, F = config.embed_dim, config.mlp_dim / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
+        padding = (
+            max(1, 128 / config.head_dim) if config.attention == "splash" else 1
+        )  # of heads, in the kernel's layout
         norms = (
             2 * D * (8 + (e if e < 4 else 0))
         )  # in float32, and in the compute dtype where that is another
-        projections = e * (3 * heads + 3 * keys)  # before and after the rotation, and what attention gives
+        projections = (
+            e * padding * (3 * heads + 3 * keys)
+        )  # before and after the rotation, and what attention gives
         hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
         in_chunks = self._in_chunks(sequence)
@@ -142,9 +148,9 @@ class StepCost:
         everything = norms + e * D + projections + hidden
         if config.remat == "none":
             return everything + gathered + kept * (4 + e), 0.15 * everything
-        working = 0 if config.attention == "splash" else 12 * scores
+        working = 0 if config.attention == "splash" else 10 * scores
         if config.remat == "dots":
-            return e * (3 * D + heads + 2 * keys + 2 * F), hidden + gathered + working
+            return e * (3 * D + padding * (heads + 2 * keys) + 2 * F), hidden + gathered + working
         return e * D, max(everything + gathered, working)
 
     def _in_chunks(self, sequence: int) -> bool:
