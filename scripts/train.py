@@ -51,10 +51,7 @@ def main() -> int:
 def show_costs(job: Job) -> int:
     """Compiles the step without running it; prints the parameters and what a step takes of a device."""
     settings = job.flags.train
-    rows = job.strategy.rows(settings.batch_size)
-    batch = next(
-        training_batches(job.training, batch_size=settings.batch_size, seed=settings.seed, rows=rows)
-    )
+    batch = next(training_batches(job.training, batch_size=settings.batch_size, seed=settings.seed))
     memory = job.strategy.lower(job.step, batch).compile().memory_analysis()
     if not job.strategy.is_writer:
         return 0
