@@ -89,6 +89,13 @@ class Worker:
         self._errors.close()
 
 
+def calibrate(worker: Worker, seconds: float) -> int:
+    """How many units of work last that long."""
+    worker.ask(units=1)
+    once = worker.ask(units=2)["seconds"] / 2
+    return max(1, round(seconds / once))
+
+
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Progress]:
     """A bar on standard error over `total` rounds; its one task is 0."""

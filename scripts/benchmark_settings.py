@@ -101,6 +101,12 @@ def samples(setting: Setting) -> Windows:
     return Windows(ids, setting.seq_len, "benchmark text")
 
 
+def prompts(model: TransformerConfig, batch_size: int, length: int) -> np.ndarray:
+    """Token ids to continue, int32 [B, T]."""
+    shape = (batch_size, length)
+    return np.random.default_rng(SEED).integers(model.vocab_size, size=shape, dtype=np.int32)
+
+
 def cores() -> int:
     """Those that this process may use: the threads of every contender."""
     return len(os.sched_getaffinity(0))

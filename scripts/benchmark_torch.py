@@ -1,4 +1,4 @@
-"""PyTorch as a contender: the same model in plain torch, and as `transformers` has it.
+"""PyTorch as a contender in training: the same model in plain torch, and as `transformers` has it.
 
 Invariant: a contender begins with the weights that Parallax wrote, sees the batches that Parallax sees, and gets
 the fastest settings known: all cores, fused attention, fused AdamW.
@@ -79,6 +79,8 @@ def _optimizer(torch: Any, parameters: list[Any]) -> Any:
 def load(model: str, config: TransformerConfig, weights: str) -> tuple[list[Any], Callable[[Any], Any]]:
     """Parameters, and the function of tokens [B, T] to logits [B, T, V], of a model that has these weights."""
     if model == "transformers":
+        from scripts.benchmark_llama import load_llama
+
         llama = load_llama(config, weights)
         return list(llama.parameters()), lambda tokens: llama(tokens, use_cache=False).logits
     parameters, logits = plain(config, dict(np.load(weights)))
@@ -144,45 +146,3 @@ def rotate(torch: Any, x: Any, cos: Any, sin: Any) -> Any:
     """Turns the pairs (x_i, x_{i+K/2}) of [B, H, T, K]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def load_llama(config: TransformerConfig, weights: str) -> Any:
-    """LlamaForCausalLM of `transformers` with these weights."""
-    torch, transformers = need("torch"), need("transformers")
-    D = config.embed_dim
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=D,
-            intermediate_size=config.mlp_dim,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_seq_len,
-            rms_norm_eps=config.norm_eps,
-            rope_theta=config.rope_theta,
-            tie_word_embeddings=config.tie_embeddings,
-            attn_implementation="sdpa",
-        )
-    )
-    of = dict(np.load(weights))
-    named = {"model.embed_tokens.weight": of["embedding.table"], "model.norm.weight": of["final_norm.scale"]}
-    for n in range(config.num_layers):
-        layer = {
-            **{
-                f"self_attn.{x[0]}_proj": of[f"blocks.attention.{x}"][n].reshape(D, -1).T
-                for x in ("query", "key", "value")
-            },
-            "self_attn.o_proj": of["blocks.attention.out"][n].reshape(-1, D).T,
-            **{f"mlp.{x}_proj": of[f"blocks.mlp.{x}"][n].T for x in ("gate", "up", "down")},
-            "input_layernorm": of["blocks.attention_norm.scale"][n],
-            "post_attention_layernorm": of["blocks.mlp_norm.scale"][n],
-        }
-        named |= {f"model.layers.{n}.{name}.weight": array for name, array in layer.items()}
-    tensors = {name: torch.from_numpy(np.array(array, order="C")) for name, array in named.items()}
-    missing, unexpected = llama.load_state_dict(tensors, strict=False)
-    wrong = {*missing, *unexpected} - {"lm_head.weight"}  # tied
-    if wrong:
-        raise ValueError(f"this version of transformers names weights otherwise: {', '.join(sorted(wrong))}")
-    return llama

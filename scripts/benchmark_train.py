@@ -14,7 +14,7 @@ from typing import Any
 from parallax.model.cost import step_flops
 from parallelism.strategy import STRATEGIES
 from scripts.benchmark_report import show, write_report
-from scripts.benchmark_rounds import Worker, interleave, ratio, spread
+from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, spread
 from scripts.benchmark_settings import Setting, read_setting
 from scripts.benchmark_torch import MODELS, need
 from scripts.command_line import parse
@@ -115,13 +115,6 @@ def check_work(workers: list[Worker]) -> None:
                 raise ValueError(
                     f"{other.name} has the loss {b} in step {step} and {first.name} {a}; only equal work is compared"
                 )
-
-
-def calibrate(worker: Worker, seconds: float) -> int:
-    """How many units of work last that long."""
-    worker.ask(units=1)
-    once = worker.ask(units=2)["seconds"] / 2
-    return max(1, round(seconds / once))
 
 
 def result(

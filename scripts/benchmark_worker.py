@@ -22,6 +22,10 @@ Measure = Callable[[dict[str, Any]], dict[str, Any]]
 KINDS = {
     "train-parallax": ("scripts.benchmark_parallax", "training"),
     "train-torch": ("scripts.benchmark_torch", "training"),
+    "decode-parallax": ("scripts.benchmark_parallax", "decoding"),
+    "decode-transformers": ("scripts.benchmark_llama", "decoding"),
+    "pipeline": ("scripts.benchmark_parallax", "pipeline"),
+    "compiled-step": ("scripts.benchmark_parallax", "compiled_step"),
     "gemm": ("scripts.benchmark_limits", "gemm"),
     "bandwidth": ("scripts.benchmark_limits", "bandwidth"),
 }
