@@ -18,10 +18,17 @@ two measurements that followed each other. Every command prints a table and writ
 
 commands:
   train       tokens a second of training, against plain PyTorch and transformers
+  decode      time to the first token and tokens a second, against transformers
+  startup     from the start of train.py to its first finished step
+  data        the data pipeline alone, against training
+  checkpoint  what checkpoints and logging cost a run
+  scaling     a step on more devices, of a deeper model, on longer sequences
+  quality     how soon real runs reach a loss
+  page        write docs/performance.md from the results
 
 benchmark.py COMMAND --help says more. torch and transformers come with pip install -e ".[bench]"."""
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "decode", "startup", "data", "checkpoint", "scaling", "quality", "page")
 
 
 def main() -> int:

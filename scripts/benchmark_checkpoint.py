@@ -6,7 +6,7 @@ Invariant: the runs of a pair differ in nothing else, and take turns. Both save 
 import dataclasses
 from collections.abc import Sequence
 
-from scripts.benchmark_report import show, write_report
+from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import progress, spread
 from scripts.benchmark_runs import Run, run_train
 from scripts.command_line import parse
@@ -37,6 +37,7 @@ class Flags:
 def checkpoint(args: Sequence[str]) -> int:
     """Trains with and without, in turn; returns 0."""
     flags = parse(Flags, description="Time runs with and without checkpoints and logging.", args=args)
+    busy = expect_quiet()
     run = [*RUN, "--steps", str(flags.steps), *(["--data-dir", flags.data_dir] if flags.data_dir else [])]
     pairs = []
     with progress("training", 2 * flags.rounds) as bar:
@@ -49,7 +50,7 @@ def checkpoint(args: Sequence[str]) -> int:
             pairs.append(pair)
     results = {"flags": run, "with": WITH, "without": WITHOUT, "pairs": pairs}
     show(TITLE, COLUMNS, table(results))
-    write_report(flags.output, "checkpoint", results)
+    write_report(flags.output, "checkpoint", results, busy=busy)
     return 0
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.benchmark_report import show, write_report
+from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, spread
 from scripts.benchmark_settings import read_setting
 from scripts.command_line import parse
@@ -36,7 +36,10 @@ class Flags:
 
 def data(args: Sequence[str]) -> int:
     """Measures the pipeline alone and training in turn; returns 0."""
-    flags = parse(Flags, description="Compare the speed of the data pipeline with that of training.", args=args)
+    flags = parse(
+        Flags, description="Compare the speed of the data pipeline with that of training.", args=args
+    )
+    busy = expect_quiet()
     setting = read_setting(flags.setting)
     with contextlib.ExitStack() as stack:
         weights = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights.npz")
@@ -56,7 +59,7 @@ def data(args: Sequence[str]) -> int:
     above = dataclasses.asdict(ratio(*(speeds[name] for name in NAMES)))
     results = {"setting": setting.name, "tokens_per_second": speeds, "ratio": above}
     show(f"{setting.name}: the pipeline alone, and training with it", COLUMNS, table(results))
-    write_report(flags.output, "data", results)
+    write_report(flags.output, "data", results, busy=busy)
     return 0
 
 

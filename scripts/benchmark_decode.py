@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parallax.config import TransformerConfig
-from scripts.benchmark_report import show, write_report
+from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, spread
 from scripts.benchmark_settings import MODELS
 from scripts.benchmark_torch import need
@@ -66,12 +66,13 @@ def decode(args: Sequence[str]) -> int:
     if "transformers" in names:
         need("torch")
         need("transformers")
+    busy = expect_quiet()
     results = []
     for model in flags.models.split(","):
         for batch_size in map(int, flags.batches.split(",")):
             results.append(measure(model, batch_size, names, flags))
             show(title(results[-1]), COLUMNS, table(results[-1]))
-            write_report(flags.output, "decode", results)
+            write_report(flags.output, "decode", results, busy=busy)
     return 0
 
 

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.benchmark_report import show, write_report
+from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import progress, spread
 from scripts.benchmark_runs import run_train
 from scripts.command_line import parse
@@ -48,13 +48,14 @@ class Flags:
 def quality(args: Sequence[str]) -> int:
     """Trains for both questions with every seed; returns 0."""
     flags = parse(Flags, description="Time real runs to a loss, and their loss after a time.", args=args)
+    busy = expect_quiet()
     where = ["--data-dir", flags.data_dir] if flags.data_dir else []
     results: dict[str, Any] = {"loss": LOSS, "seconds": SECONDS, "flags": RUNS, "runs": []}
     for seed in flags.seeds.split(","):
         for question, run in RUNS.items():
             found = _run([*run, *where, "--seed", seed], question)
             results["runs"].append({"question": question, "seed": int(seed), "evaluations": found})
-        write_report(flags.output, "quality", results)
+        write_report(flags.output, "quality", results, busy=busy)
     show(TITLE, COLUMNS, table(results))
     return 0
 

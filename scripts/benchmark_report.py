@@ -20,6 +20,8 @@ from scripts.benchmark_settings import cores
 from scripts.new_run import write_json
 
 FOLDER = "benchmarks"
+QUIET = 0.2
+"""Cores that may be busy before a measurement."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -48,17 +50,49 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_report(output: str | None, command: str, results: Any) -> Path:
-    """Writes the file, by default benchmarks/COMMAND.json, and says where.
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores were at work in these seconds: all of it by others, since this waits."""
+
+    def idle() -> int:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+        return int(fields[4]) + int(fields[5])
+
+    if not Path("/proc/stat").exists():
+        return 0.0
+    before, began = idle(), time.monotonic()
+    time.sleep(seconds)
+    elapsed = time.monotonic() - began
+    return max(0.0, (os.cpu_count() or 1) - (idle() - before) / os.sysconf("SC_CLK_TCK") / elapsed)
+
+
+def expect_quiet() -> float:
+    """`busy_cores`, with a warning where others compute: threads that wait for one another suffer many times over."""
+    busy = round(busy_cores(), 2)
+    if busy > QUIET:
+        print(
+            f"warning: {busy} cores are busy with other work; measure when the machine is quiet",
+            file=sys.stderr,
+        )
+    return busy
+
+
+def write_report(output: str | None, command: str, results: Any, *, busy: float, merge: bool = False) -> Path:
+    """Writes the file, by default benchmarks/COMMAND.json, and says where; `merge` keeps other keys that it has.
+
+    Args:
+      busy: from `expect_quiet`, before anything was measured.
 
     Raises:
       ValueError: it cannot be written.
     """
     path = Path(output or f"{FOLDER}/{command}.json")
+    if merge and path.exists():
+        results = read_report(path)["results"] | results
     report = {
         "command": shlex.join(["python", "scripts/benchmark.py", command, *sys.argv[1:]]),
         "began": time.strftime("%Y-%m-%d"),
         "machine": machine(),
+        "busy_cores_before": busy,
         "versions": versions(),
         "results": results,
     }

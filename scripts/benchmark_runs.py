@@ -32,20 +32,21 @@ class Run:
     """summary.json; empty where the run was ended before."""
 
 
-def environment(cache: str | None = None) -> dict[str, str]:
-    """Of a run: one device, and compiled programs kept in `cache`, if anywhere."""
+def environment(cache: Path) -> dict[str, str]:
+    """Of a run: one device, and compiled programs kept in `cache`."""
     mine = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": ""}
-    return os.environ | mine | ({"JAX_COMPILATION_CACHE_DIR": cache} if cache else {})
+    return os.environ | mine | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
 
 
 def run_train(
     flags: Sequence[str],
     *,
-    cache: str | None = None,
     enough: Callable[[float, list], bool] = lambda seconds, evaluations: False,
     watch: Callable[[float, list], None] = lambda seconds, evaluations: None,
 ) -> Run:
     """Runs train.py with these flags until it ends, or until `enough` of (seconds so far, evaluations) holds.
+
+    Nothing is compiled before, so that every run pays for it.
 
     Raises:
       ValueError: train.py refused its flags or failed; with its last line.
@@ -55,7 +56,9 @@ def run_train(
         command = [sys.executable, str(SCRIPTS / "train.py"), *flags, "--output-dir", str(folder)]
         began, evaluations = time.monotonic(), []
         with said.open("w") as out:
-            process = subprocess.Popen(command, env=environment(cache), stdout=out, stderr=out)  # noqa: S603 - ours
+            process = subprocess.Popen(  # noqa: S603 - this Python and a file of ours
+                command, env=environment(Path(temporary, "cache")), stdout=out, stderr=out
+            )
         try:
             while process.poll() is None:
                 time.sleep(LOOK)

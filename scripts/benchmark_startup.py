@@ -16,7 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from scripts.benchmark_report import show, write_report
+from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import SCRIPTS, progress, spread
 from scripts.benchmark_runs import environment
 from scripts.command_line import parse
@@ -45,6 +45,7 @@ class Flags:
 def startup(args: Sequence[str]) -> int:
     """Measures cold and warm starts in turn; returns 0."""
     flags = parse(Flags, description="Time train.py from its start to its first finished step.", args=args)
+    busy = expect_quiet()
     kinds: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
     with tempfile.TemporaryDirectory() as folder, progress("starting", 2 * flags.rounds + 1) as bar:
         warm = Path(folder, "warm")
@@ -58,7 +59,7 @@ def startup(args: Sequence[str]) -> int:
                 bar.advance(0)
     results = {"flags": flags.flags, **kinds}
     show(TITLE, COLUMNS, table(results))
-    write_report(flags.output, "startup", results)
+    write_report(flags.output, "startup", results, busy=busy)
     return 0
 
 
@@ -66,7 +67,7 @@ def _start(flags: Sequence[str], cache: Path, run: Path) -> dict[str, float]:
     """Seconds by stage. Raises ValueError where train.py did not come to a step."""
     command = [sys.executable, str(SCRIPTS / "benchmark_first_step.py"), repr(time.time()), *flags]
     done = subprocess.run(  # noqa: S603 - this Python and a file of ours
-        [*command, "--output-dir", str(run)], env=environment(str(cache)), capture_output=True, text=True
+        [*command, "--output-dir", str(run)], env=environment(cache), capture_output=True, text=True
     )
     if done.returncode:
         last = (done.stderr.splitlines() or ["nothing said"])[-1]

@@ -13,7 +13,7 @@ from typing import Any
 
 from parallax.model.cost import step_flops
 from parallelism.strategy import STRATEGIES
-from scripts.benchmark_report import show, write_report
+from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, spread
 from scripts.benchmark_settings import Setting, read_setting
 from scripts.benchmark_torch import MODELS, need
@@ -49,11 +49,12 @@ def train(args: Sequence[str]) -> int:
     flags = parse(Flags, description="Compare the speed of training, contender by contender.", args=args)
     names, settings = flags.contenders.split(","), [read_setting(name) for name in flags.settings.split(",")]
     check_contenders(names)
+    busy = expect_quiet()
     results = []
     for setting in settings:
         results.append(measure(setting, names, flags.rounds, flags.seconds))
         show_result(results[-1])
-        write_report(flags.output, "train", results)
+        write_report(flags.output, "train", results, busy=busy)
     return 0
 
 
