@@ -53,7 +53,7 @@ def train(args: Sequence[str]) -> int:
     results = []
     for setting in settings:
         results.append(measure(setting, names, flags.rounds, flags.seconds))
-        show_result(results[-1])
+        show(title(results[-1]), COLUMNS, table(results[-1]))
         write_report(flags.output, "train", results, busy=busy)
     return 0
 
@@ -166,8 +166,8 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def show_result(found: dict[str, Any]) -> None:
-    """The table of one setting."""
+def title(found: dict[str, Any]) -> str:
+    """What was measured, in one line."""
     peak = spread(found["peak"]["flops"]).median / 1e9
-    title = f"{found['setting']}, {found['parameters']:,} parameters; peak {peak:,.0f} GFLOP/s by {found['peak']['by']}"
-    show(f"{title}; ratio = speed of {found['first']} / speed", COLUMNS, table(found))
+    shape = f"{found['setting']}, {found['parameters']:,} parameters"
+    return f"{shape}; peak {peak:,.0f} GFLOP/s by {found['peak']['by']}; ratio = speed of {found['first']} / speed"
