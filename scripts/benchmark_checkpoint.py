@@ -44,9 +44,9 @@ def checkpoint(args: Sequence[str]) -> int:
         for _ in range(flags.rounds):
             pair = {}
             for name, extra in (("with", WITH), ("without", WITHOUT)):
-                bar.update(0, description=f"{name} checkpoints")
+                bar.say(f"{name} checkpoints")
                 pair[name] = _times(run_train([*run, *extra]))
-                bar.advance(0)
+                bar.advance()
             pairs.append(pair)
     results = {"flags": run, "with": WITH, "without": WITHOUT, "pairs": pairs}
     show(TITLE, COLUMNS, table(results))

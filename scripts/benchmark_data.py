@@ -14,8 +14,6 @@ from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, sprea
 from scripts.benchmark_settings import read_setting
 from scripts.command_line import parse
 
-NAMES = ("pipeline", "training")
-
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
@@ -43,20 +41,20 @@ def data(args: Sequence[str]) -> int:
     setting = read_setting(flags.setting)
     with contextlib.ExitStack() as stack:
         weights = str(Path(stack.enter_context(tempfile.TemporaryDirectory())) / "weights.npz")
-        training = {"setting": setting.name, "strategy": "single", "weights": weights}
-        workers = []
-        for name, kind, spec in zip(
-            NAMES, ("pipeline", "train-parallax"), ({"setting": setting.name}, training), strict=True
-        ):
-            workers.append(Worker(name, kind, **spec))
-            stack.callback(workers[-1].close)
+        pipeline = Worker("pipeline", "pipeline", setting=setting.name)
+        stack.callback(pipeline.close)
+        training = Worker(
+            "training", "train-parallax", setting=setting.name, strategy="single", weights=weights
+        )
+        stack.callback(training.close)
+        workers = [pipeline, training]
         units = {worker.name: calibrate(worker, flags.seconds) for worker in workers}
         found = interleave(workers, [{"units": each} for each in units.values()], flags.rounds, setting.name)
     speeds = {
         name: [units[name] * setting.tokens / each["seconds"] for each in rounds]
         for name, rounds in found.items()
     }
-    above = dataclasses.asdict(ratio(*(speeds[name] for name in NAMES)))
+    above = dataclasses.asdict(ratio(speeds["pipeline"], speeds["training"]))
     results = {"setting": setting.name, "tokens_per_second": speeds, "ratio": above}
     show(f"{setting.name}: the pipeline alone, and training with it", COLUMNS, table(results))
     write_report(flags.output, "data", results, busy=busy)

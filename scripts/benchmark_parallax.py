@@ -165,7 +165,7 @@ def compiled_step(setting: str, num_layers: int, remat: str) -> tuple[dict[str, 
 
 def write_weights(path: str, params: Params) -> None:
     """The parameters as an .npz file, named by their paths, as `blocks.attention.query`."""
-    np.savez(path, **flat(params))
+    np.savez(path, **flat(params))  # pyright: ignore[reportArgumentType]: no parameter is called allow_pickle
 
 
 def flat(params: Params) -> dict[str, np.ndarray]:

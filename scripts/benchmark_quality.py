@@ -69,7 +69,7 @@ def _run(flags: Sequence[str], question: str) -> list[tuple[float, int, float]]:
 
         def watch(seconds: float, evaluations: list) -> None:
             loss = f", evaluation loss {evaluations[-1][2]:.4f}" if evaluations else ""
-            bar.update(0, description=f"{question}{loss}", completed=min(int(seconds), int(SECONDS)))
+            bar.say(f"{question}{loss}", min(int(seconds), int(SECONDS)))
 
         return run_train(flags, enough=enough, watch=watch).evaluations
 

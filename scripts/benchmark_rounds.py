@@ -96,13 +96,25 @@ def calibrate(worker: Worker, seconds: float) -> int:
     return max(1, round(seconds / once))
 
 
+class Bar:
+    """How far a measurement is, on standard error."""
+
+    def __init__(self, shown: Progress, what: str, total: int):
+        self._shown, self._task = shown, shown.add_task(what, total=total)
+
+    def say(self, what: str, done: int | None = None) -> None:
+        self._shown.update(self._task, description=what, completed=done)
+
+    def advance(self) -> None:
+        self._shown.advance(self._task)
+
+
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Progress]:
-    """A bar on standard error over `total` rounds; its one task is 0."""
+def progress(what: str, total: int) -> Iterator[Bar]:
+    """A bar over `total` rounds."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bar.add_task(what, total=total)
-        yield bar
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        yield Bar(shown, what, total)
 
 
 def interleave(
@@ -113,11 +125,11 @@ def interleave(
     with progress(what, rounds + 1) as bar:
         for number in range(rounds + 1):
             for worker, request in zip(workers, requests, strict=True):
-                bar.update(0, description=f"{what}: {worker.name}")
+                bar.say(f"{what}: {worker.name}")
                 result = worker.ask(**request)
                 if number:
                     results[worker.name].append(result)
-            bar.advance(0)
+            bar.advance()
     return results
 
 

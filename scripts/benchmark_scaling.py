@@ -72,7 +72,7 @@ def _devices(flags: Flags) -> dict[str, Any]:
                 }
                 workers.append(Worker(name, "train-parallax", devices, **spec))
                 stack.callback(workers[-1].close)
-                bar.advance(0)
+                bar.advance()
         units = [calibrate(worker, flags.seconds) for worker in workers]
         found = interleave(workers, [{"units": each} for each in units], flags.rounds, "devices")
     times = {
@@ -95,7 +95,7 @@ def _depth(flags: Flags) -> dict[str, Any]:
                 spec = {"setting": DEEP.name, "num_layers": layers, "remat": "none"}
                 found = _step(spec, flags, rounds=flags.rounds if last else 0)
                 facts.append(found)
-                bar.advance(0, 1)
+                bar.advance()
             compiled = [each["compile_seconds"] for each in facts]
             traced = [each["trace_seconds"] for each in facts]
             rows.append(facts[-1] | {"layers": layers, "compile_seconds": compiled, "trace_seconds": traced})
@@ -108,7 +108,7 @@ def _length(flags: Flags) -> dict[str, Any]:
         for length in LENGTHS:
             spec = {"setting": Setting("nano", 1, length).name, "num_layers": 4, "remat": "dots"}
             rows.append({"length": length, **_step(spec, flags, rounds=flags.rounds)})
-            bar.advance(0)
+            bar.advance()
     return {"setting": "nano-1xT, remat dots", "rows": rows}
 
 

@@ -50,13 +50,13 @@ def startup(args: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, progress("starting", 2 * flags.rounds + 1) as bar:
         warm = Path(folder, "warm")
         _start(flags.flags, warm, Path(folder, "first"))  # fills the caches, of files too
-        bar.advance(0)
+        bar.advance()
         for number in range(flags.rounds):
             for kind in kinds:
                 cache = warm if kind == "warm" else Path(folder, f"cold{number}")
-                bar.update(0, description=f"{kind} start")
+                bar.say(f"{kind} start")
                 kinds[kind].append(_start(flags.flags, cache, Path(folder, f"{kind}-run{number}")))
-                bar.advance(0)
+                bar.advance()
     results = {"flags": flags.flags, **kinds}
     show(TITLE, COLUMNS, table(results))
     write_report(flags.output, "startup", results, busy=busy)

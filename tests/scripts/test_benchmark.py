@@ -92,7 +92,7 @@ def test_only_equal_work_is_compared(facts, message):
 
 
 def test_speed_utilisation_and_ratio_of_a_setting():
-    """Numbers that can be worked out by hand: 2 steps in 1 s, and 2 in 4 s, on a machine of 10 times the first's FLOPs."""
+    """By hand: 2 steps in 1 s, and 2 in 4 s, on a machine that could do ten times the first's operations."""
     setting = read_setting("trial-4x16")
     facts = {name: {"params": 5, "losses": []} for name in ("single", "torch")} | {"gemm": {"by": "numpy"}}
     peak = 10 * 2 * step_flops(setting.model, 4, 16)
@@ -183,7 +183,7 @@ def test_a_worker_that_is_asked_for_nonsense_says_so():
 
 
 def test_training_from_command_to_page(call, tmp_path):
-    """The whole way with two contenders that need no torch: equal work is shown, rounds are taken, a page is written."""
+    """With two contenders that need no torch: equal work is shown, rounds are taken, a page is written."""
     flags = ["--settings", "trial-2x16", "--contenders", "single,pmap", "--rounds", "2", "--seconds", "0.02"]
     status, out, err = call("train", *flags)
     assert status == 0, err
