@@ -120,9 +120,11 @@ def read_report(path: Path) -> dict[str, Any]:
 
 def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output; the first column is words, the others are numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(f"\n{title}", highlight=False)
+    console.print(table)
