@@ -20,7 +20,7 @@ from scripts import (
     benchmark_train,
 )
 from scripts.benchmark_plot import plot_decode, plot_quality, plot_scaling, plot_train
-from scripts.benchmark_report import FOLDER, read_report
+from scripts.benchmark_report import FOLDER, QUIET, read_report
 from scripts.command_line import parse
 
 Lines = list[str]
@@ -29,7 +29,7 @@ Lines = list[str]
 @dataclasses.dataclass(frozen=True)
 class Flags:
     results: str = FOLDER
-    """Folder of the result files, named by their commands."""
+    """Folder of the result files, named by their commands: train.json, train-long.json and so on."""
     output: str = "docs/performance.md"
     """The page; its plots go to a folder beside it, of the same name."""
     notes: str = "docs/performance_notes.md"
@@ -39,28 +39,45 @@ class Flags:
 def page(args: Sequence[str]) -> int:
     """Writes the page; returns 0."""
     flags = parse(Flags, description="Write a page of tables and plots from results.", args=args)
-    reports = {
-        name: read_report(path) for name in SECTIONS if (path := Path(flags.results, f"{name}.json")).exists()
-    }
-    if not reports:
+    reports = {name: _reports(Path(flags.results), name) for name in SECTIONS}
+    if not any(reports.values()):
         raise ValueError(
             f"--results {flags.results} holds no results; run benchmark.py train first, or name their folder"
         )
     output, notes = Path(flags.output), Path(flags.notes)
-    plots = output.with_suffix("")
     lines = ["# Performance", "", *INTRODUCTION, ""]
-    for name, report in reports.items():
-        title, section = SECTIONS[name]
-        lines += [f"## {title}", "", *_origin(report), "", *section(report["results"]), ""]
-        lines += _plots(name, report["results"], plots)
-    if notes.exists():
-        lines += [notes.read_text().rstrip(), ""]
     try:
+        for name, found in reports.items():
+            if found:
+                lines += _section(name, found, output.with_suffix(""))
+        if notes.exists():
+            lines += [notes.read_text().rstrip(), ""]
         output.write_text("\n".join(lines))
     except OSError as error:
         raise ValueError(f"--output {output} cannot be written: {error.strerror}; choose another") from None
     print(f"page      {output}", file=sys.stderr)
     return 0
+
+
+def _reports(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Of a command: its file, and those whose names go on from it, as train-long.json."""
+    return [
+        read_report(path) for path in sorted({*folder.glob(f"{name}.json"), *folder.glob(f"{name}-*.json")})
+    ]
+
+
+def _section(name: str, reports: list[dict[str, Any]], plots: Path) -> Lines:
+    title, section = SECTIONS[name]
+    lines = [f"## {title}", ""]
+    for report in reports:
+        lines += [*_origin(report), "", *section(report["results"]), ""]
+    if name in PLOTS:
+        plots.mkdir(parents=True, exist_ok=True)
+        words, plot = PLOTS[name]
+        path = plots / f"{name}.png"
+        plot([report["results"] for report in reports], path)
+        lines += [f"![{words}]({plots.name}/{path.name})", ""]
+    return lines
 
 
 INTRODUCTION = [
@@ -75,7 +92,9 @@ def _origin(report: dict[str, Any]) -> Lines:
     machine, versions = report["machine"], report["versions"]
     where = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']:.0f} GiB, {machine['system']}"
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
-    return [f"`{report['command']}`, {report['began']}: {where}; {named}."]
+    line = f"`{report['command']}`, {report['began']}: {where}; {named}."
+    busy = report["busy_cores_before"]
+    return [line if busy <= QUIET else f"{line} Measured while {busy} cores were busy with other work."]
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Lines:
@@ -86,7 +105,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Lines:
 
 def _train(results: Any) -> Lines:
     lines: Lines = [
-        "Ratio: tokens a second of the first contender over those of the row. The share of the GEMM peak counts the",
+        "The share of the GEMM peak counts the",
         "arithmetic of the model (parallax/model/cost.py) against the float32 products measured in the same rounds.",
     ]
     for found in results:
@@ -153,19 +172,9 @@ SECTIONS: dict[str, tuple[str, Callable[[Any], Lines]]] = {
     "checkpoint": ("Checkpoints and logging", _checkpoint),
     "scaling": ("Devices, depth and length", _scaling),
 }
-PLOTS: dict[str, tuple[str, Callable[[Any, Path], None]]] = {
+PLOTS: dict[str, tuple[str, Callable[[list[Any], Path], None]]] = {
     "train": ("Speed of training by setting and contender", plot_train),
     "quality": ("Evaluation loss by seconds since the start", plot_quality),
     "decode": ("Speed of generation by model, batch and contender", plot_decode),
     "scaling": ("A step by devices, depth and length", plot_scaling),
 }
-
-
-def _plots(name: str, results: Any, folder: Path) -> Lines:
-    if name not in PLOTS:
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    words, plot = PLOTS[name]
-    path = folder / f"{name}.png"
-    plot(results, path)
-    return [f"![{words}]({folder.name}/{path.name})", ""]

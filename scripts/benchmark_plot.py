@@ -39,8 +39,9 @@ def _bars(axes: Any, groups: Sequence[str], bars: dict[str, list[float | None]])
     axes.legend(frameon=False)
 
 
-def plot_train(results: list[dict[str, Any]], path: Path) -> None:
+def plot_train(reports: list[list[dict[str, Any]]], path: Path) -> None:
     """Shares of the GEMM peak, which settings of different sizes have in common."""
+    results = [found for report in reports for found in report]
     names = list(dict.fromkeys(name for found in results for name in found["contenders"]))
     bars = {
         name: [100 * f["contenders"][name]["mfu"] if name in f["contenders"] else None for f in results]
@@ -52,8 +53,9 @@ def plot_train(results: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_decode(results: list[dict[str, Any]], path: Path) -> None:
+def plot_decode(reports: list[list[dict[str, Any]]], path: Path) -> None:
     """Tokens a second, on a logarithmic axis."""
+    results = [found for report in reports for found in report]
     names = list(dict.fromkeys(name for found in results for name in found["contenders"]))
     bars = {
         name: [
@@ -69,25 +71,26 @@ def plot_decode(results: list[dict[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_quality(results: dict[str, Any], path: Path) -> None:
+def plot_quality(reports: list[dict[str, Any]], path: Path) -> None:
     """Evaluation loss against seconds, a line a run."""
     figure, (axes,) = _figure(1)
     colors = {"loss": "tab:blue", "time": "tab:orange"}
-    for run in results["runs"]:
+    for run in (run for report in reports for run in report["runs"]):
         points = run["evaluations"]
         label = f"{run['question']}, seed {run['seed']}"
         color = colors.get(run["question"])
         axes.plot(
             [p[0] for p in points], [p[2] for p in points], "o-", markersize=3, color=color, label=label
         )
-    axes.axhline(results["loss"], color="tab:gray", linestyle=":", linewidth=1)
+    axes.axhline(reports[0]["loss"], color="tab:gray", linestyle=":", linewidth=1)
     axes.set(xlabel="seconds since the start", ylabel="evaluation loss (nats/character)")
     axes.legend(frameon=False, fontsize=7)
     _save(figure, path)
 
 
-def plot_scaling(results: dict[str, Any], path: Path) -> None:
+def plot_scaling(reports: list[dict[str, Any]], path: Path) -> None:
     """One panel a part that was measured."""
+    results = {part: found for report in reports for part, found in report.items()}
     figure, panels = _figure(len(results))
     for axes, (part, found) in zip(panels, results.items(), strict=True):
         {"devices": _devices, "depth": _depth, "length": _length}[part](axes, found)

@@ -76,8 +76,8 @@ def expect_quiet() -> float:
     return busy
 
 
-def write_report(output: str | None, command: str, results: Any, *, busy: float, merge: bool = False) -> Path:
-    """Writes the file, by default benchmarks/COMMAND.json, and says where; `merge` keeps other keys that it has.
+def write_report(output: str | None, command: str, results: Any, *, busy: float) -> Path:
+    """Writes the file, by default benchmarks/COMMAND.json, and says where.
 
     Args:
       busy: from `expect_quiet`, before anything was measured.
@@ -86,8 +86,6 @@ def write_report(output: str | None, command: str, results: Any, *, busy: float,
       ValueError: it cannot be written.
     """
     path = Path(output or f"{FOLDER}/{command}.json")
-    if merge and path.exists():
-        results = read_report(path)["results"] | results
     report = {
         "command": shlex.join(["python", "scripts/benchmark.py", command, *sys.argv[1:]]),
         "began": time.strftime("%Y-%m-%d"),
@@ -113,7 +111,11 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     try:
         report = json.loads(path.read_text())
-        return report if {"command", "machine", "results"} <= report.keys() else {}["results"]
+        return (
+            report
+            if {"command", "machine", "busy_cores_before", "results"} <= report.keys()
+            else {}["results"]
+        )
     except (OSError, ValueError, KeyError, AttributeError):
         raise ValueError(f"{path} is not a result of benchmark.py; run its command first") from None
 

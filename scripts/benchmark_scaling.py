@@ -33,7 +33,7 @@ class Flags:
     seconds: float = 1.0
     """How long a round should last; at least one step."""
     output: str | None = None
-    """The results as JSON; by default benchmarks/scaling.json. Of parts that are not measured it keeps what it has."""
+    """The results as JSON; by default benchmarks/scaling.json."""
 
     def __post_init__(self):
         for name in ("rounds", "seconds"):
@@ -52,7 +52,7 @@ def scaling(args: Sequence[str]) -> int:
     for part in flags.parts.split(","):
         results[part] = {"devices": _devices, "depth": _depth, "length": _length}[part](flags)
         show(TITLES[part], COLUMNS[part], TABLES[part](results[part]))
-        write_report(flags.output, "scaling", results, busy=busy, merge=True)
+        write_report(flags.output, "scaling", results, busy=busy)
     return 0
 
 

@@ -197,11 +197,16 @@ def test_training_from_command_to_page(call, tmp_path):
     assert [len(each["tokens_per_second"]) for each in contenders.values()] == [2, 2]
     assert contenders["single"]["losses"] == pytest.approx(contenders["pmap"]["losses"], rel=1e-6)
     assert found["parameters"] == MODELS["trial"].num_params()
+    (tmp_path / "benchmarks/train-again.json").write_text(
+        json.dumps(report | {"command": "another", "busy_cores_before": 1.5})
+    )
     (tmp_path / "notes.md").write_text("## What the profile showed\n\nNothing yet.\n")
     status, _, err = call("page", "--output", "page.md", "--notes", "notes.md")
     assert status == 0, err
     page = (tmp_path / "page.md").read_text()
-    assert "| pmap |" in page
+    assert page.count("| pmap |") == 2
+    assert "`another`" in page
+    assert "1.5 cores were busy" in page
     assert page.endswith("Nothing yet.\n")
     assert (tmp_path / "page" / "train.png").read_bytes().startswith(b"\x89PNG")
 
