@@ -97,10 +97,15 @@ def table(found: dict[str, Any]) -> list[list[str]]:
     soon = [seconds_to(each, found["loss"]) for each in of["loss"]]
     good = [loss_at(each, found["seconds"]) for each in of["time"]]
     rows = {
-        f"seconds to an evaluation loss of {found['loss']}": soon,
-        f"evaluation loss after {found['seconds']:.0f} seconds": good,
+        f"seconds to an evaluation loss of {found['loss']}": (soon, 1),
+        f"evaluation loss after {found['seconds']:.0f} seconds": (good, 4),
     }
-    return [
-        [words, str(spread([x for x in values if x is not None])) if None not in values else "not reached"]
-        for words, values in rows.items()
-    ]
+    return [[words, _text(*values)] for words, values in rows.items()]
+
+
+def _text(values: list[float | None], digits: int) -> str:
+    found = [value for value in values if value is not None]
+    missing = len(values) - len(found)
+    if not found:
+        return "not reached"
+    return spread(found).text(digits) + (f", {missing} not reached" if missing else "")

@@ -142,7 +142,12 @@ class Spread:
     most: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.least:.2f} to {self.most:.2f})"
+        return self.text(2)
+
+    def text(self, digits: int) -> str:
+        """`median (least to most)` with so many digits after the point."""
+        least, median, most = (f"{each:.{digits}f}" for each in (self.least, self.median, self.most))
+        return f"{median} ({least} to {most})"
 
 
 def spread(values: Sequence[float]) -> Spread:

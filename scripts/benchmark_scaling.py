@@ -1,7 +1,7 @@
 """`benchmark.py scaling`: a step on more simulated devices, of a deeper model, on longer sequences.
 
-Invariant: one size changes at a time. Simulated devices share this machine's cores, so that more of them cannot be
-faster: what they show is what dividing a step costs.
+Invariant: one size changes at a time. Simulated devices share this machine's cores: their step times say what dividing
+a step costs or saves on these cores, and nothing of real devices.
 """
 
 import contextlib

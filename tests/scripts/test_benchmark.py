@@ -11,6 +11,7 @@ from scripts import benchmark
 from scripts.benchmark_checkpoint import table as checkpoint_table
 from scripts.benchmark_decode import step_bytes
 from scripts.benchmark_quality import loss_at, seconds_to
+from scripts.benchmark_quality import table as quality_table
 from scripts.benchmark_rounds import Worker, interleave, ratio, spread
 from scripts.benchmark_settings import MODELS, SEED, read_setting, samples, training_flags
 from scripts.benchmark_train import check_work, result
@@ -115,6 +116,14 @@ def test_when_a_loss_was_reached():
     assert seconds_to(CURVE, 1.0) is None
     assert loss_at(CURVE, 35.0) == 1.8
     assert loss_at(CURVE, 5.0) is None
+
+
+def test_a_loss_that_was_not_reached_is_not_left_out():
+    runs = [{"question": "loss", "evaluations": CURVE[:count]} for count in (4, 1)]
+    runs += [{"question": "time", "evaluations": CURVE}]
+    rows = dict(quality_table({"loss": 1.88, "seconds": 100.0, "runs": runs}))
+    assert rows["seconds to an evaluation loss of 1.88"] == "30.0 (30.0 to 30.0), 1 not reached"
+    assert rows["evaluation loss after 100 seconds"] == "1.8000 (1.8000 to 1.8000)"
 
 
 def test_what_checkpoints_take():
