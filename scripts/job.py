@@ -82,7 +82,7 @@ def prepare_job(flags: Flags) -> Job:
     training, held_out = prepare(
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1
     )
-    strategy, step, evaluate = _build(flags)
+    strategy, step, evaluate = build(flags)
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder, notes)
 
@@ -96,8 +96,12 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     return dataclasses.replace(flags, train=train, model=model)
 
 
-def _build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
-    """The strategy, the step with everything bound but state and batch, and the evaluation."""
+def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
+    """The strategy, the step with everything bound but state and batch, and the evaluation.
+
+    Raises:
+      ValueError: the layout does not fit the devices, the batch or the model.
+    """
     optimizer = make_optimizer(flags.learning)
     learning_rate = make_learning_rate(flags.learning, flags.train.steps)
     init_state = make_init(flags.model, optimizer, flags.train.seed)
