@@ -81,9 +81,9 @@ class TransformerConfig:
     """How many tokens back attention sees, itself included; 0 sees them all."""
     logit_softcap: float = 0.0
     """Squash logits to ±this by a tanh; 0 leaves them."""
-    attention: Literal["auto", "xla", "splash"] = "auto"
-    """How training computes attention: by XLA, or by the Pallas kernel for TPU, which skips what is masked. A script
-    decides on auto by the devices; the model itself takes it for xla."""
+    attention: Literal["auto", "xla", "blocks", "splash"] = "auto"
+    """How training computes attention: all scores by XLA, or skipping what is masked: blocks by XLA, splash by a kernel
+    for TPU. A script decides on auto by the devices; the model itself takes it for xla."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -108,8 +108,8 @@ class TransformerConfig:
         _require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
         _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must lie in [0, 1); try 0.1")
         _require(
-            self.attention != "splash" or not self.dropout_rate,
-            f"attention=splash drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
+            self.attention not in ("blocks", "splash") or not self.dropout_rate,
+            f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
         )
         _require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")

@@ -14,13 +14,17 @@ from flax import nnx
 from parallax.axes import constrain, local, param, read
 from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
+from parallax.layers.attend_blocks import attend_by_blocks
 from parallax.layers.normalization import RMSNorm
 from parallax.layers.rotary import frequencies, rotate
-from parallax.layers.splash import attend_in_blocks
+from parallax.layers.splash import attend_in_kernel
 from parallax.model.cache import LayerCache
 
 CHUNK = 512
 """Above twice this length scores are computed chunk by chunk: [T, S] no longer fits caches, and memory stays linear."""
+
+BY_BLOCKS = {"blocks": attend_by_blocks, "splash": attend_in_kernel}
+"""What skips blocks of scores that the mask hides, for whole sequences in order."""
 
 
 class Attention(nnx.Module):
@@ -62,7 +66,7 @@ class Attention(nnx.Module):
 
         `positions_BT` is [B, T] or [1, T], by default 0 … T-1; segments are for training and do not mix with a cache.
         """
-        in_kernel = self.config.attention == "splash" and positions_BT is None and cache is None
+        by_blocks = self.config.attention in BY_BLOCKS and positions_BT is None and cache is None
         if positions_BT is None:
             positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
         q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT)
@@ -71,20 +75,21 @@ class Attention(nnx.Module):
             cache = cache.write(k_BSGK, v_BSGK, positions_BT)
             k_BSGK, v_BSGK = cache.read()
             key_positions = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)[None, :]
-        if in_kernel:
-            heads_BTHK = self._attend_in_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
+        if by_blocks:
+            heads_BTHK = self._attend_by_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
         else:
             heads_BTHK = self._attend(
                 q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key
             )
         return jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype)), cache
 
-    def _attend_in_blocks(
+    def _attend_by_blocks(
         self, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """[B, T, H, K] by the kernel. Each device takes its rows and heads, and whole sequences."""
+        """[B, T, H, K]. Each device takes its rows and heads, and whole sequences."""
         queries, keys = ("batch", "length", "act_heads", None), ("batch", None, "act_kv_heads", None)
-        on_device = functools.partial(attend_in_blocks, window=self.config.sliding_window)
+        function = BY_BLOCKS[self.config.attention]
+        on_device = functools.partial(function, window=self.config.sliding_window)
         return local(on_device, (queries, keys, keys, ("batch", None)), queries)(
             q_BTHK, k_BTGK, v_BTGK, segments_BT
         )
