@@ -185,6 +185,6 @@ def report(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
 
 def read_report(words_R: np.ndarray) -> tuple[int, float, tuple[tuple[int, float], ...]]:
     """A row of `report` on the host: token, its log-probability, the most probable tokens with theirs."""
-    count = len(words_R) // 2
+    count, words_R = len(words_R) // 2, np.ascontiguousarray(words_R)
     ids, logprobs = words_R[:count].tolist(), words_R[count:].view(np.float32).tolist()
     return ids[0], logprobs[0], tuple(zip(ids[1:], logprobs[1:], strict=True))
