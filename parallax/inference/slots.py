@@ -55,9 +55,9 @@ class Slots:
 
 def _placed(slots: Slots) -> Slots:
     """Rows and heads of the cache over the devices, where a placement is bound; the same after each call."""
-    keys_values = (None, "batch", None, "act_kv_heads", None)
+    keys_values, rows = (None, "batch", None, "act_kv_heads", None), dataclasses.replace(slots, cache=None)
     return dataclasses.replace(
-        jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), slots),
+        jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), rows),
         cache=jax.tree.map(lambda x: constrain(x, *keys_values), slots.cache),
     )
 

@@ -63,7 +63,7 @@ def test_a_text_may_be_scored_and_nothing_added():
 def test_a_small_vocabulary_is_reported_whole():
     config = CONFIG.replace(vocab_size=3)
     small = Batcher(config, draw_params(config), slots=1, capacity=8)
-    (token,) = small.admit(0, completion(1, prompt=np.array([2], np.int32)))
+    (token,) = small.admit(0, completion(2, prompt=np.array([2], np.int32), max_tokens=1))
     assert sorted(token_id for token_id, _ in token.top) == [0, 1, 2]
     np.testing.assert_allclose(sum(np.exp(logprob) for _, logprob in token.top), 1, rtol=1e-5)
     assert dict(token.top)[token.token_id] == token.logprob
