@@ -51,7 +51,7 @@ class Batcher:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1; try 16")
         self.config, self.params = config, params
-        self.capacity = min(capacity, config.max_seq_len)
+        self.capacity, self.tokens_per_step = min(capacity, config.max_seq_len), tokens_per_step
         self._running: list[Running | None] = [None] * slots
         whole, row = (placement, None) if placement is None else (placement, _OneRow(placement))
 
@@ -66,11 +66,12 @@ class Batcher:
             with bound(whole):
                 return insert(slots, slot, filled), drawn, prompt_scores
 
-        def step(params, slots):
+        def step(params, slots, window):
             with bound(whole):
-                return decode(config, params, slots, steps=tokens_per_step)
+                return decode(config, params, slots, steps=tokens_per_step, window=window)
 
-        self._fill, self._step = jax.jit(fill, donate_argnums=1), jax.jit(step, donate_argnums=1)
+        self._fill = jax.jit(fill, donate_argnums=1)
+        self._step = jax.jit(step, donate_argnums=1, static_argnums=2)
         self._slots = jax.jit(create)()
 
     @property
@@ -123,9 +124,13 @@ class Batcher:
             tokens.append(self._take(slot, running, np.asarray(drawn)[0]))
         return tokens
 
+    def _bucket(self, length: int) -> int:
+        """Tokens of the cache that a call reads for texts up to this length: few sizes, so few compilations."""
+        return min(max(SMALLEST_BUCKET, round_up(length)), self.capacity)
+
     def _prefill(self, slot: int, completion: Completion) -> tuple[jax.Array, jax.Array]:
         length = len(completion.prompt)
-        tokens = np.zeros(min(max(SMALLEST_BUCKET, round_up(length)), self.capacity), np.int32)
+        tokens = np.zeros(self._bucket(length), np.int32)
         tokens[:length] = completion.prompt
         self._slots, drawn, prompt_scores = self._fill(
             self.params,
@@ -149,9 +154,13 @@ class Batcher:
 
     def step(self) -> list[Token]:
         """Some tokens more for every busy slot, each completion's in order; nothing where none is busy."""
-        if self.free == len(self._running):
+        busy = [running for running in self._running if running]
+        if not busy:
             return []
-        self._slots, reports = self._step(self.params, self._slots)
+        longest = max(running.length for running in busy)
+        self._slots, reports = self._step(
+            self.params, self._slots, self._bucket(longest + self.tokens_per_step)
+        )
         return [
             self._take(slot, running, words)
             for words_BR in np.asarray(reports)
@@ -166,7 +175,7 @@ class Batcher:
         ]
 
     def warm_up(self) -> None:
-        """Compiles the step and every bucket of prompts, so that no request waits for a compiler.
+        """Compiles prompts and steps of every length, so that no request waits for a compiler.
 
         Raises:
           ValueError: a completion is under way.
@@ -176,7 +185,7 @@ class Batcher:
         length = min(SMALLEST_BUCKET, self.capacity)
         while True:
             self._prefill(0, Completion(prompt=np.zeros(length, np.int32), max_tokens=0))
-            self._slots, _ = self._step(self.params, self._slots)
+            self._slots, _ = self._step(self.params, self._slots, length)
             if length == self.capacity:
                 return
             length = min(2 * length, self.capacity)

@@ -72,6 +72,11 @@ class Running:
     completion: Completion
     generated: list[int] = dataclasses.field(default_factory=list)
 
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return len(self.completion.prompt) + len(self.generated)
+
     def take(self, token: int) -> str | None:
         """Adds a token; why it is the last one, or None."""
         self.generated.append(token)

@@ -123,12 +123,18 @@ def insert(slots: Slots, slot: jax.Array, row: Slots) -> Slots:
     return _placed(dataclasses.replace(replaced, cache=cache))
 
 
-def decode(config: TransformerConfig, params: Params, slots: Slots, *, steps: int) -> tuple[Slots, jax.Array]:
+def decode(
+    config: TransformerConfig, params: Params, slots: Slots, *, steps: int, window: int
+) -> tuple[Slots, jax.Array]:
     """`steps` tokens more for every slot: the slots, and the reports of these tokens [steps, B, R].
 
-    It ends early for nothing: where a row is over, the host knows, and looks at no more of it.
+    It ends early for nothing: where a row is over, the host knows, and looks at no more of it. Only the first `window`
+    tokens of the cache are read and written, which rows in use must not outgrow: a step costs what is held, not what
+    could be.
     """
     capacity = slots.cache.keys.shape[2]
+    whole = slots.cache
+    slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x[:, :, :window], whole))
 
     def step(slots: Slots, _) -> tuple[Slots, jax.Array]:
         model = TransformerLM.from_params(config, params)
@@ -146,7 +152,8 @@ def decode(config: TransformerConfig, params: Params, slots: Slots, *, steps: in
         return _placed(slots), report(logits_BV, token_B)
 
     slots, reports_KBR = jax.lax.scan(step, slots, None, length=steps)
-    return slots, constrain(reports_KBR, None, None, None)
+    cache = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, slots.cache)
+    return _placed(dataclasses.replace(slots, cache=cache)), constrain(reports_KBR, None, None, None)
 
 
 def _logits(model: TransformerLM, x_BTD: jax.Array) -> jax.Array:
