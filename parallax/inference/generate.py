@@ -49,7 +49,7 @@ def prefill(
     *,
     capacity: int,
 ) -> Generation:
-    """Reads prompts, right-padded to P tokens, into the cache.
+    """Reads prompts, right-padded to P tokens, into a cache.
 
     Padding needs no mask: its keys lie in the slots of their positions, later than any query of the prompt,
     and the next tokens overwrite them before anything sees them.

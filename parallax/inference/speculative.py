@@ -7,6 +7,7 @@ nothing that was kept depended on them.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple, cast
 
@@ -172,11 +173,8 @@ def _append(
     text: Generation, new_TB: jax.Array, count_B: jax.Array, rooms_B: jax.Array, active_B: jax.Array
 ) -> Generation:
     """Adds the first `count_B` of some new tokens to each active row, up to its end."""
-    rows, (T, _), (S, V) = (
-        jnp.arange(len(count_B))[:, None],
-        new_TB.shape,
-        (text.tokens.shape[1], text.seen.shape[1]),
-    )
+    rows, T = jnp.arange(len(count_B))[:, None], len(new_TB)
+    S, V = text.tokens.shape[1], text.seen.shape[1]
     at_BT = text.lengths[:, None] + jnp.arange(T)[None]
     tokens = text.tokens.at[rows, jnp.where(active_B[:, None], at_BT, S)].set(new_TB.T, mode="drop")
 
@@ -186,8 +184,8 @@ def _append(
 
     ends_TB = jax.vmap(ends)(new_TB, at_BT.T + 1)
     to_end_B = jnp.where(jnp.any(ends_TB, axis=0), jnp.argmax(ends_TB, axis=0) + 1, T + 1)
-    taken_B = jnp.minimum(jnp.minimum(count_B, to_end_B), rooms_B - text.lengths)
-    taken_B = jnp.where(active_B, taken_B, 0)
+    fitting_B = jnp.minimum(jnp.minimum(count_B, to_end_B), rooms_B - text.lengths)
+    taken_B = jnp.where(active_B, fitting_B, 0)
     mark_BT = jnp.where(jnp.arange(T)[None] < taken_B[:, None], new_TB.T, V)
     return dataclasses.replace(
         text,
@@ -201,8 +199,8 @@ def _append(
 class SpeculativeGenerator:
     """The compiled functions of two model shapes, used as a `Generator` whose parameters are `BothParams`.
 
-    Texts at temperature 0 are those of `Generator`; others are other draws from the same distribution, and depend on
-    `draft_tokens` too.
+    Texts at temperature 0 are those of `Generator` (but for ties: logits of several positions at once may differ in the
+    last bits from those of one). Others are other draws from the same distribution, and depend on the draft too.
 
     Raises:
       ValueError: the vocabularies differ, or `draft_tokens` is below 1.
@@ -219,15 +217,12 @@ class SpeculativeGenerator:
         self.configs, self.draft_tokens = Configs(config, draft), draft_tokens
         self.proposed = self.accepted = 0
         """Tokens that the small model proposed in the latest request so far, and those of them that passed."""
-        self._start = jax.jit(
-            lambda *given, capacity: start(
-                self.configs, *given, capacity=capacity, draft_tokens=draft_tokens
-            ),
-            static_argnames="capacity",
+        begin, go_on = (
+            functools.partial(function, self.configs, draft_tokens=draft_tokens)
+            for function in (start, extend)
         )
-        self._extend = jax.jit(
-            lambda *given: extend(self.configs, *given, draft_tokens=draft_tokens), donate_argnums=1
-        )
+        self._start = jax.jit(begin, static_argnames="capacity")
+        self._extend = jax.jit(go_on, donate_argnums=1)
 
     def generate(self, params: BothParams, request: Request) -> list[np.ndarray]:
         """The tokens that follow each prompt, int32, in one call of the device.
