@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.tokenizer import StreamDecoder, Tokenizer
 from parallax.inference.generate import Generator
@@ -29,10 +29,10 @@ class Writer:
     """
 
     def __init__(self, run: Run, draft: Run | None = None, draft_tokens: int = 4):
-        self._run, self._draft = run, draft
-        self._warm = False
+        self._run, self._draft, self._warm = run, draft, False
+        self._params: Any = run.params
         if draft is None:
-            self._generator, self._params = Generator(run.config), run.params
+            self._generator = Generator(run.config)
         else:
             check_same_tokenizer(run, draft)
             self._generator = SpeculativeGenerator(run.config, draft.config, draft_tokens)

@@ -53,7 +53,7 @@ def until_tie(params, prompt, tokens):
     return int(np.argmax(narrow)) if narrow.any() else len(tokens)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.02, 0.05, None])
+@pytest.mark.parametrize("noise", [0.0, 0.006, 0.02, None])
 def test_greedy_texts_are_those_of_the_large_model(noise):
     compared, draft = 0, SMALL if noise is None else CONFIG
     for seed in range(SEEDS):
@@ -68,7 +68,7 @@ def test_greedy_texts_are_those_of_the_large_model(noise):
             compared += clear
     assert compared > 0.9 * SEEDS * len(LENGTHS) * 40
     share = speculator(draft).accepted / speculator(draft).proposed
-    low, high = {0.0: (0.999, 1), 0.02: (0.5, 0.95), 0.05: (0.2, 0.8), None: (0.005, 0.3)}[noise]
+    low, high = {0.0: (0.99, 1), 0.006: (0.5, 0.9), 0.02: (0.1, 0.5), None: (0, 0.1)}[noise]
     assert low <= share <= high, "each noise tests another mixture of proposals that pass and that do not"
 
 
@@ -76,12 +76,12 @@ def test_penalties_see_the_tokens_that_are_proposed():
     params = draw_params(CONFIG)
     settings = SamplingSettings.create(8, temperature=0.0, repetition_penalty=[1.5, 3.0] * 4)
     asked = request(settings=settings, max_tokens=20)
-    for noise in (0.0, 0.03):
+    for noise in (0.0, 0.01):
         got = texts(speculator().generate(BothParams(params, near(params, noise)), asked))
         assert got == texts(generator(CONFIG).generate(params, asked))
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.03])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_stops_and_eos_end_a_text_inside_a_run_of_proposals(noise):
     params = draw_params(CONFIG, 1)
     both = BothParams(params, near(params, noise))
@@ -111,7 +111,7 @@ def test_a_text_ends_at_its_last_token_be_it_the_last_of_the_cache(max_tokens):
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_a_stream_is_the_whole(chunk):
     params = draw_params(CONFIG, 3)
-    both, asked = BothParams(params, near(params, 0.03)), request(temperature=1.0)
+    both, asked = BothParams(params, near(params, 0.01)), request(temperature=1.0)
     whole = texts(speculator().generate(both, asked))
     counts = speculator().proposed, speculator().accepted
     streamed = [[] for _ in whole]
@@ -123,7 +123,7 @@ def test_a_stream_is_the_whole(chunk):
 
 def test_a_row_is_the_same_alone_and_in_a_ragged_batch():
     params = draw_params(CONFIG, 4)
-    both = BothParams(params, near(params, 0.03))
+    both = BothParams(params, near(params, 0.01))
     together = texts(speculator().generate(both, request(temperature=0.9)))
     for row in (1, 4):
         alone = request(
@@ -149,7 +149,7 @@ def test_texts_are_distributed_as_by_the_large_model(setting):
         max_tokens=length,
     )
     guesser = SpeculativeGenerator(tiny, tiny, 2)  # so that a text takes two rounds at least
-    got = guesser.generate(BothParams(params, draw_params(tiny, 6, scale=0.6)), asked)
+    got = guesser.generate(BothParams(params, near(params, 0.3)), asked)
     assert 0.2 < guesser.accepted / guesser.proposed < 0.9
     counts = np.bincount([int("".join(map(str, tokens)), few) for tokens in got], minlength=few**length)
     for number, text in enumerate(itertools.product(range(few), repeat=length)):
@@ -165,7 +165,7 @@ def test_texts_are_distributed_as_by_the_large_model(setting):
 
 def test_other_settings_and_prompts_compile_nothing(caplog):
     params = draw_params(CONFIG)
-    both = BothParams(params, near(params, 0.03))
+    both = BothParams(params, near(params, 0.01))
     speculator().generate(both, request())
     with jax.log_compiles(True):
         other = request(seed=9, temperature=[0.0, 0.5] * 4, eos_id=3, stops=[prompt(3)], max_tokens=37)
@@ -178,6 +178,6 @@ def test_drafts_that_cannot_propose_are_refused():
         SpeculativeGenerator(CONFIG, CONFIG.replace(vocab_size=99))
     with pytest.raises(ValueError, match="draft_tokens=0 must be at least 1; try 4"):
         SpeculativeGenerator(CONFIG, CONFIG, 0)
+    short = SpeculativeGenerator(CONFIG, CONFIG.replace(max_seq_len=64))
     with pytest.raises(ValueError, match="max_seq_len=64; try"):
-        short = SpeculativeGenerator(CONFIG, CONFIG.replace(max_seq_len=64))
         short.generate(BothParams({}, {}), request())
