@@ -22,7 +22,7 @@ __all__ = ["TOP", "Batcher", "Completion", "Token"]
 
 
 class Batcher:
-    """Completions in S slots of one cache. Not thread-safe: one thread calls it.
+    """Completions in S slots of one cache. One thread calls it; `check` any may.
 
     Args:
       params: may lie on a mesh; then `placement` says how the rest lies.
