@@ -7,12 +7,13 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data.tokenizer import StreamDecoder, Tokenizer
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
+from parallax.inference.speculative import BothParams, SpeculativeGenerator
 from parallax.inference.stopping import StopFilter
 from scripts.run_folder import Run
 
@@ -21,12 +22,21 @@ if TYPE_CHECKING:
 
 
 class Writer:
-    """Writes continuations by one model."""
+    """Writes continuations by one model, or by one and the draft that proposes to it.
 
-    def __init__(self, run: Run):
-        self._run = run
-        self._generator = Generator(run.config)
-        self._warm = False
+    Raises:
+      ValueError: the draft speaks other tokens.
+    """
+
+    def __init__(self, run: Run, draft: Run | None = None, draft_tokens: int = 4):
+        self._run, self._draft, self._warm = run, draft, False
+        self._params: Any = run.params
+        if draft is None:
+            self._generator = Generator(run.config)
+        else:
+            check_same_tokenizer(run, draft)
+            self._generator = SpeculativeGenerator(run.config, draft.config, draft_tokens)
+            self._params = BothParams(run.params, draft.params)
 
     def stream(self, flags: "Flags") -> None:
         """One sample, as it is drawn.
@@ -35,7 +45,7 @@ class Writer:
           ValueError: from `make_request` and `Generator.stream`, before anything is shown.
         """
         request, began, drawn = make_request(flags, self._run.tokenizer), time.perf_counter(), []
-        pairs = self._generator.stream(self._run.params, request)
+        pairs = self._generator.stream(self._params, request)
         self._introduce()
 
         def tokens() -> Iterator[int]:
@@ -61,7 +71,7 @@ class Writer:
           ValueError: from `make_request` and `Generator.generate`, before anything is shown.
         """
         request, began = make_request(flags, self._run.tokenizer), time.perf_counter()
-        rows = self._generator.generate(self._run.params, request)
+        rows = self._generator.generate(self._params, request)
         self._introduce()
         self._tell_speed(sum(map(len, rows)), began)
         for number, tokens in enumerate(rows):
@@ -77,12 +87,29 @@ class Writer:
         if not self._warm:
             size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
             tell(f"model     {run.folder}, step {run.step}: {size}, {kind}")
+            if self._draft:
+                size = f"{self._draft.config.num_params():,} parameters"
+                tell(f"draft     {self._draft.folder}, step {self._draft.step}: {size}")
 
     def _tell_speed(self, num_tokens: int, began: float) -> None:
         seconds = time.perf_counter() - began
         remark = "" if self._warm else ", compilation included"
         tell(f"speed     {num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} a second{remark}")
         self._warm = True
+        if isinstance(self._generator, SpeculativeGenerator):
+            accepted, proposed = self._generator.accepted, self._generator.proposed
+            share = f": {accepted / proposed:.0%}" if proposed else ""
+            tell(f"draft     {accepted} of {proposed} proposed tokens accepted{share}")
+
+
+def check_same_tokenizer(run: Run, draft: Run) -> None:
+    """Raises ValueError where an id means another text to the draft."""
+    if run.tokenizer.to_json() != draft.tokenizer.to_json():
+        raise ValueError(
+            f"the tokenizer of draft {draft.folder} ({draft.tokenizer.name}, {draft.tokenizer.vocab_size} ids) must be "
+            f"that of {run.folder} ({run.tokenizer.name}, {run.tokenizer.vocab_size} ids); train both on the same text "
+            "with the same --tokenizer"
+        )
 
 
 def make_request(flags: "Flags", tokenizer: Tokenizer) -> Request:

@@ -43,6 +43,11 @@ class Flags:
     """What all draws follow from; sample i of several, from 0, is the only sample of seed + i."""
     num_samples: int = 1
     """How many continuations to write, one after another."""
+    draft: str = ""
+    """The run folder of a smaller model with the same tokenizer, which proposes tokens that the model then checks
+    several at a time: the same text at temperature 0, and the same distribution of texts at others."""
+    draft_tokens: int = 4
+    """How many tokens the draft proposes at a time."""
     step: int | None = None
     """Which checkpoint; by default the best."""
     interactive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -61,7 +66,8 @@ def main() -> int:
         from scripts.run_folder import load_run
 
         keep_compiled_programs()
-        writer = Writer(load_run(flags.checkpoint, flags.step))
+        run = load_run(flags.checkpoint, flags.step)
+        writer = Writer(run, load_run(flags.draft) if flags.draft else None, flags.draft_tokens)
         if flags.interactive:
             converse(writer, flags)
         elif flags.num_samples == 1:
@@ -75,6 +81,8 @@ def check(flags: Flags) -> None:
     """Raises ValueError for flags that cannot be meant together."""
     if flags.num_samples < 1:
         raise ValueError(f"--num-samples {flags.num_samples} must be at least 1; try 1")
+    if not 1 <= flags.draft_tokens <= 64:
+        raise ValueError(f"--draft-tokens {flags.draft_tokens} must lie in [1, 64]; try 4")
     if flags.interactive and flags.num_samples > 1:
         raise ValueError(f"--num-samples {flags.num_samples} must be 1 with --interactive; leave it out")
     if flags.interactive and flags.prompt:

@@ -6,7 +6,7 @@ drawn with fold_in(key(seed), p), so neighbours, padding and where a stream paus
 
 import dataclasses
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import chex
 import jax
@@ -37,7 +37,7 @@ class Generation:
     eos_id: jax.Array  # int32 []: -1 for none
 
 
-def start(
+def prefill(
     config: TransformerConfig,
     params: Params,
     tokens_BP: jax.Array,
@@ -46,11 +46,10 @@ def start(
     seeds_B: jax.Array,
     stops_RL: jax.Array,
     eos_id: jax.Array,
-    limit: jax.Array,
     *,
     capacity: int,
 ) -> Generation:
-    """Reads prompts, right-padded to P tokens, into the cache, then generates up to `limit` tokens a row.
+    """Reads prompts, right-padded to P tokens, into a cache.
 
     Padding needs no mask: its keys lie in the slots of their positions, later than any query of the prompt,
     and the next tokens overwrite them before anything sees them.
@@ -59,7 +58,6 @@ def start(
       tokens_BP: int32 [B, P].
       lengths_B: int32 [B], each from 1 to P.
       seeds_B: uint32 [B].
-      limit: int32 [].
       capacity: S ≥ P, the most tokens a row can hold; static.
     """
     B, P = tokens_BP.shape
@@ -71,7 +69,7 @@ def start(
     seen_BV = (
         jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
     )
-    generation = Generation(
+    return Generation(
         cache=cast(KVCache, cache),
         tokens=jnp.pad(tokens_BP, ((0, 0), (0, capacity - P))),
         lengths=lengths_B,
@@ -83,7 +81,12 @@ def start(
         stops=stops_RL,
         eos_id=eos_id,
     )
-    return extend(config, params, generation, limit)
+
+
+def start(config: TransformerConfig, params: Params, *request_and_limit: Any, capacity: int) -> Generation:
+    """`prefill`, given the arrays of a request, then `extend` to a limit, int32 []."""
+    *request, limit = request_and_limit
+    return extend(config, params, prefill(config, params, *request, capacity=capacity), limit)
 
 
 def extend(config: TransformerConfig, params: Params, generation: Generation, limit: jax.Array) -> Generation:

@@ -5,7 +5,7 @@ up to powers of two, so that a new prompt or length seldom needs a compilation.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -65,18 +65,27 @@ class Request:
                 f"prompt of {longest} tokens + max_tokens={self.max_tokens} must not exceed "
                 f"max_seq_len={limit}; try {remedy}"
             )
-        ids = [*self.prompts, *self.stops, [] if self.eos_id is None else [self.eos_id]]
-        for token in (int(token) for sequence in ids for token in sequence):
-            if not 0 <= token < config.vocab_size:
-                raise ValueError(
-                    f"token id {token} must lie in [0, vocab_size={config.vocab_size}); "
-                    "encode with the tokenizer of the run"
-                )
+        check_ids(config, [*self.prompts, *self.stops, [] if self.eos_id is None else [self.eos_id]])
         if not len(self.seeds) == num_settings == num_rows:
             raise ValueError(
                 f"{num_rows} prompts have {len(self.seeds)} seeds and {num_settings} settings; "
                 "give one a prompt"
             )
         for seed in self.seeds:
-            if not 0 <= seed < 2**32:
-                raise ValueError(f"seed={seed} must lie in [0, 2^32); try 0")
+            check_seed(seed)
+
+
+def check_ids(config: TransformerConfig, sequences: Iterable[Iterable[int]]) -> None:
+    """Raises ValueError for a token id that the model does not know."""
+    for token in (int(token) for sequence in sequences for token in sequence):
+        if not 0 <= token < config.vocab_size:
+            raise ValueError(
+                f"token id {token} must lie in [0, vocab_size={config.vocab_size}); "
+                "encode with the tokenizer of the run"
+            )
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that no key can be made from."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must lie in [0, 2^32); try 0")

@@ -105,6 +105,27 @@ def keep(falling_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
     return by_top_k_BV & by_top_p_BV & by_min_p_BV
 
 
+def _scaled(
+    logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Penalised logits over temperature [B, V], and which rows take the likeliest token, bool [B]."""
+    penalised_BV = penalise(logits_BV, settings.repetition_penalty, seen_BV)
+    greedy_B = settings.temperature < jnp.finfo(jnp.float32).tiny  # a subnormal divides like 0
+    # The best logit becomes 0 first: a temperature near 0 then sends the others to -inf, and none to inf.
+    shifted_BV = penalised_BV - jnp.max(penalised_BV, axis=1, keepdims=True)
+    return shifted_BV / jnp.where(greedy_B, 1.0, settings.temperature)[:, None], greedy_B
+
+
+def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array) -> jax.Array:
+    """What `sample` draws from the same arguments, as a distribution [B, V]: one token has it all at temperature 0."""
+    scaled_BV, greedy_B = _scaled(logits_BV, settings, seen_BV)
+    ids_BV = jax.lax.broadcasted_iota(jnp.int32, scaled_BV.shape, 1)
+    rising_BV, ranked_BV = jax.lax.sort((-scaled_BV, ids_BV), dimension=1, num_keys=1)
+    kept_BV = keep(-rising_BV, settings) & (~greedy_B[:, None] | (ids_BV == 0))  # here ids count ranks
+    probs_BV = jax.nn.softmax(jnp.where(kept_BV, -rising_BV, -jnp.inf), axis=1)
+    return jax.lax.sort((ranked_BV, probs_BV), dimension=1, num_keys=1)[1]
+
+
 def sample(
     logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array, keys_B: jax.Array
 ) -> jax.Array:
@@ -119,11 +140,7 @@ def sample(
       seen_BV: bool [B, V], which tokens the row holds so far, its prompt included.
       keys_B: one typed random key a row.
     """
-    penalised_BV = penalise(logits_BV, settings.repetition_penalty, seen_BV)
-    greedy_B = settings.temperature < jnp.finfo(jnp.float32).tiny  # a subnormal divides like 0
-    # The best logit becomes 0 first: a temperature near 0 then sends the others to -inf, and none to inf.
-    shifted_BV = penalised_BV - jnp.max(penalised_BV, axis=1, keepdims=True)
-    scaled_BV = shifted_BV / jnp.where(greedy_B, 1.0, settings.temperature)[:, None]
+    scaled_BV, greedy_B = _scaled(logits_BV, settings, seen_BV)
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:], scaled_BV.dtype))(keys_B)
     ids_BV = jax.lax.broadcasted_iota(jnp.int32, scaled_BV.shape, 1)
     rising_BV, ids_BV, noise_BV = jax.lax.sort((-scaled_BV, ids_BV, noise_BV), dimension=1, num_keys=1)

@@ -121,9 +121,10 @@ class Attention(nnx.Module):
 
         queries = ("batch", "length", "act_heads", None)
         keys = ("batch", None, "act_kv_heads", None)
-        row = None if positions_BT.shape[0] == 1 else "batch"
+        # One row of positions may stand for all: those of the slots of a cache always do.
+        row, key_row = (None if x.shape[0] == 1 else "batch" for x in (positions_BT, key_positions_BS))
         names = (
-            *(queries, keys, keys, (row, "length"), (row, None)),
+            *(queries, keys, keys, (row, "length"), (key_row, None)),
             *(("batch", "length"), ("batch", None), ()),
         )
         return local(on_device, names, queries)(

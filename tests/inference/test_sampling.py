@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.inference.sampling import SamplingSettings, keep, penalise, sample
+from parallax.inference.sampling import SamplingSettings, keep, penalise, probabilities, sample
 
 VOCAB = 12
 DRAWS = 8192
@@ -70,6 +70,24 @@ def test_frequencies_are_the_probabilities(setting):
     likely = expected > 0
     chi_square = np.sum((counts[likely] - DRAWS * expected[likely]) ** 2 / (DRAWS * expected[likely]))
     assert chi_square < 35  # for 11 degrees of freedom, chance exceeds this with probability 2e-4
+
+
+def test_probabilities_are_what_is_drawn_from():
+    logits_BV = random_logits(3, len(SETTINGS) + 1)
+    seen_BV = jax.random.bernoulli(jax.random.key(4), 0.4, logits_BV.shape)
+    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    rows = [defaults | setting for setting in [*SETTINGS, {"temperature": 0.0, "repetition_penalty": 2.0}]]
+    columns = {name: [row[name] for row in rows] for name in defaults}
+    got_BV = probabilities(logits_BV, SamplingSettings.create(len(rows), **columns), seen_BV)
+    for row, setting in enumerate(rows):
+        greedy = setting["temperature"] == 0
+        expected_V = allowed_probabilities(
+            logits_BV[row], seen_BV[row], **setting | ({"temperature": 1e-9} if greedy else {})
+        )
+        assert ((np.asarray(got_BV[row]) > 0) == (expected_V > 0)).all()
+        # float32 against float64
+        np.testing.assert_allclose(got_BV[row], expected_V, rtol=0, atol=1e-6)
+    assert sorted(got_BV[-1].tolist()) == [0.0] * (VOCAB - 1) + [1.0]
 
 
 def test_every_filter_keeps_what_its_definition_says():

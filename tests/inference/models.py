@@ -1,0 +1,93 @@
+"""Small random models for the tests of whoever generates with one, and what a completion should be.
+
+Invariant: weights are drawn in numpy, since compiling an initialisation takes longer than the tests, and large enough
+that the logits of two tokens hardly ever come within rounding of each other.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from parallax.config import TransformerConfig
+from parallax.inference.completion import Completion
+from parallax.inference.generate import Generator
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings
+from parallax.model.transformer import TransformerLM, init_params
+
+VOCAB = 23
+CONFIG = TransformerConfig(
+    vocab_size=VOCAB, embed_dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48,
+    max_seq_len=128, tie_embeddings=False,
+)  # fmt: skip
+SETTINGS = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "repetition_penalty": 1.5},
+    {},
+    {"temperature": 0.7, "top_k": 5},
+    {"top_p": 0.8},
+    {"min_p": 0.2},
+    {"repetition_penalty": 1.3},
+    {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 0.8},
+]
+
+
+def draw_params(config, seed=0, scale=0.2):
+    rng = np.random.default_rng(seed)
+
+    def weights(path, leaf):
+        return jnp.asarray(rng.normal("norm" in str(path), scale, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(weights, shapes(config))
+
+
+@functools.cache
+def shapes(config):
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+@functools.cache
+def generator(config):
+    """Compiles once for all tests."""
+    return Generator(config)
+
+
+def prompt(length, seed=0):
+    return np.random.default_rng([length, seed]).integers(0, VOCAB, length).astype(np.int32)
+
+
+def completion(number, **changes):
+    """One of many, each with a prompt, a length, a setting and a seed of its own."""
+    length = (5, 1, 9, 3, 17, 2, 33, 7, 12)[number % 9]
+    fields = {"prompt": prompt(length, number), "max_tokens": 5 + 7 * number % 20, "seed": 100 + number}
+    return Completion(**fields | SETTINGS[number % len(SETTINGS)] | changes)
+
+
+def by_generator(config, params, completion):
+    """Its tokens, by `Generator.generate`."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    request = Request(
+        prompts=[completion.prompt],
+        settings=SamplingSettings.create(1, **{name: getattr(completion, name) for name in names}),
+        seeds=[completion.seed],
+        max_tokens=completion.max_tokens,
+        stops=completion.stops,
+        eos_id=completion.eos_id,
+    )
+    return generator(config).generate(params, request)[0].tolist()
+
+
+@functools.cache
+def _full(config):
+    return jax.jit(lambda params, tokens_BT: TransformerLM.from_params(config, params)(tokens_BT)[0])
+
+
+def logprobs(config, params, tokens):
+    """Log-probabilities [T, V] of what follows each token, from one forward pass without a cache."""
+    padded = np.zeros(config.max_seq_len, np.int32)
+    padded[: len(tokens)] = tokens
+    logits = np.asarray(_full(config)(params, padded[None])[0, : len(tokens)], np.float64)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

@@ -1,0 +1,109 @@
+"""generate.py with a draft: the same text, what it says of the draft, and drafts that cannot be meant."""
+
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from data.tokenizer import CharTokenizer, save_tokenizer
+from parallax.config import TransformerConfig
+from parallax.config_dict import config_to_dict
+from parallax.inference.generate import Generator
+from parallax.model.transformer import init_params
+from parallax.training.checkpoint import Checkpointer
+from scripts import continuation, generate
+
+LETTERS = "\n !?abcdefé☃"
+generator = functools.cache(Generator)  # compiles once for all tests
+
+
+def write_run(folder, letters, embed_dim):
+    tokenizer = CharTokenizer(letters)
+    config = TransformerConfig(
+        vocab_size=tokenizer.vocab_size, embed_dim=embed_dim, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
+        mlp_dim=24, tie_embeddings=False, max_seq_len=256,
+    )  # fmt: skip
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype(leaf.dtype), shapes)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": config_to_dict(config), "train": {"steps": 1}}))
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    checkpoints = Checkpointer(folder / "checkpoints", keep=1)
+    checkpoints.save(1, {"params": params}, {"progress": {}}, 1.0)
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A model, a draft for it, and one that speaks other letters."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_run(folder / "model", LETTERS, 16)
+    write_run(folder / "draft", LETTERS, 8)
+    write_run(folder / "other", LETTERS[:-1] + "z", 8)
+    return folder
+
+
+@pytest.fixture
+def call(runs, monkeypatch, capsysbinary):
+    """Runs generate.py on the model; gives exit status, standard output and the lines of standard error."""
+    monkeypatch.setattr(continuation, "Generator", generator)
+
+    def run(*args):
+        command = ["generate.py", "--checkpoint", str(runs / "model"), "--max-tokens", "30", *args]
+        monkeypatch.setattr(sys, "argv", command)
+        try:
+            status = generate.main()
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsysbinary.readouterr()
+        return status, out.decode(), err.decode().splitlines()
+
+    return run
+
+
+def test_a_draft_changes_no_greedy_text_and_is_reported(call, runs):
+    flags = ("--prompt", "ab☃", "--temperature", "0")
+    plain = call(*flags)
+    status, out, err = call(*flags, "--draft", str(runs / "draft"), "--draft-tokens", "3")
+    assert (status, out) == (0, plain[1])
+    assert err[0] == plain[2][0]
+    assert err[1].startswith(f"draft     {runs / 'draft'}, step 1: ")
+    words = err[-1].split()
+    accepted, proposed = int(words[1]), int(words[3])
+    assert words[4:] == ["proposed", "tokens", "accepted:", f"{accepted / proposed:.0%}"]
+    assert 0 <= accepted <= proposed
+    assert proposed % 3 == 0
+
+
+def test_the_model_is_the_best_draft_of_itself(call, runs):
+    flags = ("--prompt", "ab", "--num-samples", "2", "--temperature", "0")
+    status, out, err = call(*flags, "--draft", str(runs / "model"))
+    assert (status, out) == (0, call(*flags)[1])
+    assert any(line.endswith("accepted: 100%") for line in err)
+
+
+def test_a_draft_of_other_tokens_is_refused(call, runs):
+    status, out, err = call("--prompt", "ab", "--draft", str(runs / "other"))
+    assert (status, out, len(err)) == (2, "", 1)
+    assert err[0].startswith(
+        f"error: the tokenizer of draft {runs / 'other'} (char, 12 ids) must be that of "
+    )
+    assert "; train both on the same text with the same --tokenizer" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--draft-tokens", "0"], "--draft-tokens 0 must lie in [1, 64]; try 4"),
+        (["--draft-tokens", "65"], "--draft-tokens 65 must lie in [1, 64]; try 4"),
+        (["--draft", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(call, args, message):
+    status, out, err = call("--prompt", "ab", *args)
+    assert (status, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("error: ")
+    assert message in err[0]
