@@ -27,7 +27,7 @@ def attend_by_blocks(
     G = k_BTGK.shape[2]
     q_BGRTK = jnp.moveaxis(q_BTHK.reshape(B, T, G, H // G, K), 1, 3)
     k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (k_BTGK, v_BTGK))
-    out_BGRTK = _attend(window, q_BGRTK, k_BGTK, v_BGTK, segments_BT)
+    out_BGRTK: Any = _attend(window, q_BGRTK, k_BGTK, v_BGTK, segments_BT)
     return jnp.moveaxis(out_BGRTK, 3, 1).reshape(B, T, H, K)
 
 
