@@ -152,10 +152,12 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Pro
         statuses = {process: process.status() for process in running}
         first = first_to_fail({process.index: status for process, status in statuses.items()})
         until = time.monotonic() + CAUSE_SECONDS
-        while first is not None and statuses[processes[first]] in CONSEQUENCES and time.monotonic() < until:
-            if None not in statuses.values():
-                break
-            # The peer that it lost is seen dead only when all of its memory is given back.
+        while (
+            first is not None
+            and statuses[processes[first]] in CONSEQUENCES
+            and None in statuses.values()
+            and time.monotonic() < until
+        ):  # the peer that it lost is seen dead only when all of its memory is given back
             time.sleep(0.05)
             statuses = {process: process.status() for process in running}
             first = first_to_fail({process.index: status for process, status in statuses.items()})

@@ -15,10 +15,9 @@ from parallelism.hardware import Generation
 def choose_attention(
     model: TransformerConfig, seq_len: int, length_parts: int, generation: Generation | None
 ) -> TransformerConfig:
-    """The model with splash where the devices run that kernel, with blocks on a CPU or GPU, or with xla.
+    """The model with splash where the devices run that kernel, with blocks on what is no TPU, or with xla.
 
-    On a TPU without the kernel XLA fuses what blocks would save. Long sequences are left to xla, which takes them in
-    chunks by a loop.
+    Blocks were measured on CPUs alone. Long sequences are left to xla, which takes them in chunks by a loop.
 
     Args:
       length_parts: how many devices share a sequence.

@@ -5,11 +5,12 @@ Invariant: a command is looked up by its name and does its own work; this file k
 
 import importlib
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-from scripts.command_line import errors_in_one_line
+from scripts.command_line import dispatch
 
 HELP = """usage: benchmark.py COMMAND ...
 
@@ -28,21 +29,21 @@ commands:
 
 benchmark.py COMMAND --help says more. torch and transformers come with pip install -e ".[bench]"."""
 
-COMMANDS = ("train", "decode", "startup", "data", "checkpoint", "scaling", "quality", "page")
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    def command(args: Sequence[str]) -> int:
+        return getattr(importlib.import_module(f"scripts.benchmark_{name}"), name)(args)
+
+    return command
+
+
+NAMES = ("train", "decode", "startup", "data", "checkpoint", "scaling", "quality", "page")
+COMMANDS = {name: _command(name) for name in NAMES}
 
 
 def main() -> int:
     """Exit status: 0 done, 2 bad input or a missing package."""
-    with errors_in_one_line():
-        name, *args = sys.argv[1:] or [""]
-        if name in ("-h", "--help"):
-            print(HELP)
-            return 0
-        if name not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            raise ValueError(f"command {name!r} is not one of {known}; see benchmark.py --help")
-        sys.argv = [f"benchmark.py {name}", *args]  # what help and reports call it
-        return getattr(importlib.import_module(f"scripts.benchmark_{name}"), name)(args)
+    return dispatch("benchmark.py", HELP, COMMANDS)
 
 
 if __name__ == "__main__":

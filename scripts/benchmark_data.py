@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.benchmark_report import expect_quiet, show, write_report
-from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, spread
+from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, require_positive, spread
 from scripts.benchmark_settings import read_setting
 from scripts.command_line import parse
 
@@ -27,9 +27,7 @@ class Flags:
     """The results as JSON; by default benchmarks/data.json."""
 
     def __post_init__(self):
-        for name in ("rounds", "seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive; try {getattr(Flags, name)}")
+        require_positive(self, "rounds", "seconds")
 
 
 def data(args: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from parallax.config import TransformerConfig
 from scripts.benchmark_report import expect_quiet, show, write_report
-from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, spread
+from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, require_positive, spread
 from scripts.benchmark_settings import MODELS
 from scripts.benchmark_torch import need
 from scripts.command_line import parse
@@ -41,9 +41,7 @@ class Flags:
     """The results as JSON; by default benchmarks/decode.json."""
 
     def __post_init__(self):
-        for name in ("prompt_tokens", "rounds", "seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive; try {getattr(Flags, name)}")
+        require_positive(self, "prompt_tokens", "rounds", "seconds")
         if self.new_tokens < 2:
             raise ValueError(f"new_tokens={self.new_tokens} must be at least 2; try 128")
         for name in self.models.split(","):

@@ -96,6 +96,14 @@ def calibrate(worker: Worker, seconds: float) -> int:
     return max(1, round(seconds / once))
 
 
+def require_positive(flags: Any, *names: str) -> None:
+    """Raises ValueError for the first of these flags that is not above 0, with its default as the remedy."""
+    for name in names:
+        if getattr(flags, name) <= 0:
+            default = getattr(type(flags), name)
+            raise ValueError(f"{name}={getattr(flags, name)} must be positive; try {default}")
+
+
 class Bar:
     """How far a measurement is, on standard error."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.benchmark_report import expect_quiet, show, write_report
-from scripts.benchmark_rounds import Worker, calibrate, interleave, progress, ratio, spread
+from scripts.benchmark_rounds import Worker, calibrate, interleave, progress, ratio, require_positive, spread
 from scripts.benchmark_settings import Setting
 from scripts.command_line import parse
 
@@ -36,9 +36,7 @@ class Flags:
     """The results as JSON; by default benchmarks/scaling.json."""
 
     def __post_init__(self):
-        for name in ("rounds", "seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive; try {getattr(Flags, name)}")
+        require_positive(self, "rounds", "seconds")
         for part in self.parts.split(","):
             if part not in PARTS:
                 raise ValueError(f"part {part!r} is not one of {', '.join(PARTS)}; try --parts depth")

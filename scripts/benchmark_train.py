@@ -14,7 +14,7 @@ from typing import Any
 from parallax.model.cost import step_flops
 from parallelism.strategy import STRATEGIES
 from scripts.benchmark_report import expect_quiet, show, write_report
-from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, spread
+from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, require_positive, spread
 from scripts.benchmark_settings import Setting, read_setting
 from scripts.benchmark_torch import MODELS, need
 from scripts.command_line import parse
@@ -39,9 +39,7 @@ class Flags:
     """The results as JSON; by default benchmarks/train.json."""
 
     def __post_init__(self):
-        for name in ("rounds", "seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive; try {getattr(Flags, name)}")
+        require_positive(self, "rounds", "seconds")
 
 
 def train(args: Sequence[str]) -> int:

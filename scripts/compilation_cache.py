@@ -9,6 +9,8 @@ from pathlib import Path
 
 import jax
 
+from data.cache import cache_folder
+
 KEPT_BYTES = 2**31
 """Those that were read last stay. JAX's own limit is not used: a process killed at the wrong moment breaks it."""
 
@@ -21,11 +23,6 @@ def keep_compiled_programs() -> None:
         folder = cache_folder() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         remove_oldest(folder, KEPT_BYTES)
-
-
-def cache_folder() -> Path:
-    """Where Parallax keeps what it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "parallax"
 
 
 def remove_oldest(folder: Path, limit: int) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from data.cache import cache_folder
 from parallax.config import PRESETS, TrainConfig
 from parallax.model.cost import StepCost
 from parallax.training.loss import make_loss
@@ -44,7 +45,6 @@ from parallelism.rules import load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.attention import choose_attention
 from scripts.command_line import errors_in_one_line, parse
-from scripts.compilation_cache import cache_folder
 from scripts.plan_flags import DESCRIPTION, Flags
 from scripts.plan_report import plan_table, plan_to_json, run_command
 from scripts.train_flags import flag_value

@@ -117,9 +117,8 @@ class StepCost:
         if sizes.get("fsdp", 1) == 1:
             gradients += own * ((e < 4) / 2 + (rows > 1))  # cast parameters; the sum comes beside its parts
         else:
-            gradients += (
-                3 * e * _weights(config) / tensor
-            )  # gathered blocks, the next one while one is computed
+            # Gathered blocks, the next while one is computed.
+            gradients += 3 * e * _weights(config) / tensor
         table, logits = self._head_bytes(tokens, sizes)
         # The logits are gone before the blocks are computed again; the gradient of the table is not.
         fullest = max(tokens * working + table, 2 * table + logits)
@@ -131,15 +130,13 @@ class StepCost:
         D, F = config.embed_dim, config.mlp_dim / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
-        padding = (
-            max(1, 128 / config.head_dim) if config.attention == "splash" else 1
-        )  # of heads, in the kernel's layout
+        # Of heads, in the kernel's layout.
+        padding = max(1, 128 / config.head_dim) if config.attention == "splash" else 1
         norms = (
             2 * D * (8 + (e if e < 4 else 0))
         )  # in float32, and in the compute dtype where that is another
-        projections = (
-            e * padding * (3 * heads + 3 * keys)
-        )  # before and after the rotation, and what attention gives
+        # Before and after the rotation, and what attention gives.
+        projections = e * padding * (3 * heads + 3 * keys)
         hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
         in_chunks = self._in_chunks(sequence)
