@@ -41,7 +41,7 @@ def config_from_hf(values: Values) -> TransformerConfig:
             f"model_type={kind!r} in config.json is not one of {', '.join(ARCHITECTURES)}; convert another model"
         )
     _refuse_what_differs(values)
-    sizes = {ours: _size(values, theirs) for ours, theirs in SIZES.items()}
+    sizes: Values = {ours: _size(values, theirs) for ours, theirs in SIZES.items()}
     heads = sizes["num_heads"]
     grouped = values.get("num_key_value_heads")
     theta, scaling = rope_from_hf(values)
@@ -119,7 +119,9 @@ def _refuse_what_differs(values: Values) -> None:
             f"hidden_act={activation!r} in config.json must be silu, which SwiGLU is made of; convert another model"
         )
     if values.get("mlp_bias"):
-        raise ValueError("mlp_bias=true in config.json is not supported; convert a model without these biases")
+        raise ValueError(
+            "mlp_bias=true in config.json is not supported; convert a model without these biases"
+        )
     if values.get("quantization_config"):
         raise ValueError(
             "quantization_config in config.json: quantized weights are not read; take the bfloat16 or float32 model"
@@ -133,7 +135,7 @@ def _size(values: Values, name: str) -> int:
     return size
 
 
-def _head_dim(kind: str, values: Values, sizes: dict[str, int]) -> int:
+def _head_dim(kind: str, values: Values, sizes: Values) -> int:
     if values.get("head_dim") is not None:
         return _size(values, "head_dim")
     if kind == "qwen3":

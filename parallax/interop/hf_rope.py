@@ -24,7 +24,8 @@ def rope_from_hf(values: dict[str, Any]) -> tuple[float, RopeScaling]:
     partial = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     if partial != 1:
         raise ValueError(
-            f"partial_rotary_factor={partial} in config.json must be 1: whole heads are rotated here; convert another model"
+            f"partial_rotary_factor={partial} in config.json must be 1, since whole heads are rotated; "
+            "convert another model"
         )
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in KINDS:

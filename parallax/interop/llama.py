@@ -3,6 +3,8 @@
 Invariant: every parameter of a config is one tensor in all, or one a layer, and every such tensor is a parameter.
 """
 
+from collections.abc import Mapping
+
 from parallax.config import TransformerConfig
 from parallax.interop.tensor import Tensor
 
@@ -34,7 +36,9 @@ def _of_a_layer(config: TransformerConfig) -> list[tuple[str, str, tuple, tuple]
     """(path here, name there, shape here, parts) of each tensor."""
     D, F, K = config.embed_dim, config.mlp_dim, config.head_dim
     heads = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
-    found = [("attention_norm/scale", "input_layernorm.weight", (D,), VECTOR)]
+    found: list[tuple[str, str, tuple, tuple]] = [
+        ("attention_norm/scale", "input_layernorm.weight", (D,), VECTOR)
+    ]
     for name, count in heads.items():
         projection = f"self_attn.{name[0]}_proj"
         found.append((f"attention/{name}", f"{projection}.weight", (D, count, K), INTO_HEADS))
@@ -55,19 +59,13 @@ def _of_a_layer(config: TransformerConfig) -> list[tuple[str, str, tuple, tuple]
     ]
 
 
-def layers_of(entry: Tensor, config: TransformerConfig) -> list[int | None]:
-    """The layers that have such a tensor; None alone for one that belongs to none."""
-    return list(range(config.num_layers)) if entry.is_stacked else [None]
-
-
-def named(config: TransformerConfig) -> dict[str, Tensor]:
-    """Every tensor of the files by its full name, in the order of a forward pass."""
-    entries = tensors(config)
-    first, last = entries[0], [entry for entry in entries[1:] if not entry.is_stacked]
+def named(config: TransformerConfig) -> Mapping[str, tuple[Tensor, int | None]]:
+    """Every tensor of the files by its full name, with its layer, in the order of a forward pass."""
+    first, *rest = tensors(config)
     layered = {
-        entry.name.format(layer): entry
+        entry.name.format(layer): (entry, layer)
         for layer in range(config.num_layers)
-        for entry in entries
+        for entry in rest
         if entry.is_stacked
     }
-    return {first.name: first} | layered | {entry.name: entry for entry in last}
+    return {first.name: (first, None)} | layered | {e.name: (e, None) for e in rest if not e.is_stacked}

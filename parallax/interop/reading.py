@@ -14,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from parallax.config import TransformerConfig
 from parallax.interop.files import DTYPES, TensorFiles
-from parallax.interop.llama import layers_of, named, tensors
+from parallax.interop.llama import named, tensors
 from parallax.interop.tensor import Bounds, Tensor
 from parallax.model.transformer import Params
 
@@ -27,7 +27,9 @@ DERIVED = ".rotary_emb.inv_freq"
 _write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
-def read_params(files: TensorFiles, config: TransformerConfig, abstract: Params, piece: int = PIECE) -> Params:
+def read_params(
+    files: TensorFiles, config: TransformerConfig, abstract: Params, piece: int = PIECE
+) -> Params:
     """The parameters of a config from the tensors of a folder.
 
     Args:
@@ -45,7 +47,7 @@ def read_params(files: TensorFiles, config: TransformerConfig, abstract: Params,
         target = params
         for key in parents:
             target, leaf = target.setdefault(key, {}), leaf[key]
-        target[last] = _fill(leaf[last], files, entry, layers_of(entry, config), piece)
+        target[last] = _fill(leaf[last], files, entry, piece)
     return params
 
 
@@ -64,7 +66,7 @@ def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PI
             f"tensor {name} of {files.place(name)} has no place in the model of config.json; "
             "convert a model of these architectures alone"
         )
-    for name, entry in wanted.items():
+    for name, (entry, _) in wanted.items():
         if files.shape(name) != entry.shape_there:
             raise ValueError(
                 f"tensor {name} has shape {list(files.shape(name))} and must have {list(entry.shape_there)} by "
@@ -91,9 +93,7 @@ def _is_tied(files: TensorFiles, config: TransformerConfig, name: str, piece: in
     )
 
 
-def _fill(
-    leaf: jax.ShapeDtypeStruct, files: TensorFiles, entry: Tensor, layers: list[int | None], piece: int
-) -> jax.Array:
+def _fill(leaf: jax.ShapeDtypeStruct, files: TensorFiles, entry: Tensor, piece: int) -> jax.Array:
     """An array whose shards are filled on their own devices, piece by piece; replicas are read once."""
     sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
     shards: dict[tuple, list[Any]] = {}
@@ -105,7 +105,7 @@ def _fill(
         shard = tuple(slice(*pair) for pair in bounds)
         shape = tuple(s.stop - s.start for s in shard)
         arrays = [jnp.zeros(shape, leaf.dtype, device=SingleDeviceSharding(device)) for device in devices]
-        for at, block in _blocks(shard, files, entry, layers, piece):
+        for at, block in _blocks(shard, files, entry, piece):
             block = block.astype(leaf.dtype)
             for number, device in enumerate(devices):
                 placed = jax.device_put(block, device)
@@ -115,10 +115,10 @@ def _fill(
 
 
 def _blocks(
-    shard: Bounds, files: TensorFiles, entry: Tensor, layers: list[int | None], piece: int
+    shard: Bounds, files: TensorFiles, entry: Tensor, piece: int
 ) -> Iterator[tuple[tuple[np.int32, ...], np.ndarray]]:
     """(where in the shard, block) for all of a shard that has a tensor; rows that pad a table have none."""
-    for layer in layers if not entry.is_stacked else range(shard[0].start, shard[0].stop):
+    for layer in range(shard[0].start, shard[0].stop) if entry.is_stacked else [0]:
         own = shard[1:] if entry.is_stacked else shard
         own = tuple(slice(s.start, min(s.stop, size)) for s, size in zip(own, entry.shape, strict=True))
         if any(s.start >= s.stop for s in own):
@@ -128,5 +128,5 @@ def _blocks(
             block = entry.bring(there, bounds)
             at = [s.start - whole.start for s, whole in zip(bounds, own, strict=True)]
             if entry.is_stacked:
-                at, block = [int(layer or 0) - shard[0].start, *at], block[None]
+                at, block = [layer - shard[0].start, *at], block[None]
             yield tuple(np.int32(start) for start in at), block

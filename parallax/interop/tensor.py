@@ -64,9 +64,7 @@ class Tensor:
         """What was read at `find(bounds)`, as the block here; a view."""
         order = [dim for part in self.parts for dim in part]
         outer = {part[0] for part in self.parts}
-        sizes = [
-            bounds[dim].stop - bounds[dim].start if dim in outer else self.shape[dim] for dim in order
-        ]
+        sizes = [bounds[dim].stop - bounds[dim].start if dim in outer else self.shape[dim] for dim in order]
         here = there.reshape(sizes).transpose(np.argsort(order))
         return here[tuple(slice(None) if dim in outer else bounds[dim] for dim in range(here.ndim))]
 
