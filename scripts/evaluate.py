@@ -33,7 +33,7 @@ class Flags:
     held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Score only what train.py holds out of this data set: its last tenth."""
     window: int | None = None
-    """Tokens that the model sees at once; by default the sequence it was trained on, or 1024 where that is not known."""
+    """Tokens that the model sees at once; by default as in its training, or 1024 where that is not known."""
     stride: int | None = None
     """Tokens scored in a window, the last ones; by default half the window."""
     batch_size: int = 8

@@ -16,12 +16,12 @@ from data.corpus import Corpus, load_corpus
 from data.pipeline import held_out
 from data.tokenizer import Tokenizer
 from parallax.config import TransformerConfig
+from parallax.config_dict import config_from_dict
 from parallax.training.loss import make_evaluation
+from parallax.training.remote import open_folder
 from parallelism.strategy import Strategy
 from scripts.placement import place_model
 from scripts.run_folder import load_run, read_settings
-from parallax.config_dict import config_from_dict
-from parallax.training.remote import open_folder
 from scripts.windows import batches, count_windows, windows
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def _sizes(flags: "Flags", config: TransformerConfig, settings: dict[str, Any]) 
         )
     stride = max(1, window // 2) if flags.stride is None else flags.stride
     if stride > window:
-        raise ValueError(f"--stride {stride} must not exceed the window of {window}; try --stride {window // 2}")
+        raise ValueError(
+            f"--stride {stride} must not exceed the window of {window}; try --stride {window // 2}"
+        )
     return window, stride
 
 
@@ -92,7 +94,11 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tup
 
 
 def _score(
-    strategy: Strategy, config: TransformerConfig, params: Any, given: Iterator[dict[str, np.ndarray]], total: int
+    strategy: Strategy,
+    config: TransformerConfig,
+    params: Any,
+    given: Iterator[dict[str, np.ndarray]],
+    total: int,
 ) -> tuple[float, int]:
     """Summed nats and number of the targets, with a bar on a terminal."""
     from rich.console import Console
@@ -101,7 +107,9 @@ def _score(
     compiled = strategy.compile_evaluation(make_evaluation(dataclasses.replace(config, dropout_rate=0.0)))
     nats, tokens = 0.0, 0
     console = Console(stderr=True)
-    for batch in track(given, "windows", total, console=console, disable=not console.is_terminal, transient=True):
+    for batch in track(
+        given, "windows", total, console=console, disable=not console.is_terminal, transient=True
+    ):
         loss, count = jax.device_get(compiled(params, batch))
         nats, tokens = nats + float(loss), tokens + int(count)
     return nats, tokens

@@ -10,7 +10,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-
 from etils import epath
 
 from parallax.config import (
