@@ -107,8 +107,9 @@ def _architecture(config: TransformerConfig) -> str:
     if not config.qk_norm and biases == (False, False):
         return "mistral"
     raise ValueError(
-        f"attention_bias={biases[0]}, attention_out_bias={biases[1]}, qk_norm={config.qk_norm} and sliding_window="
-        f"{config.sliding_window} are together in no Llama, Mistral or Qwen; train with both biases off to export"
+        f"attention_bias={biases[0]}, attention_out_bias={biases[1]}, qk_norm={config.qk_norm}, sliding_window="
+        f"{config.sliding_window} and {config.num_heads} heads over embed_dim={config.embed_dim} are together in no "
+        "Llama, Mistral or Qwen; train with both biases off to export"
     )
 
 
