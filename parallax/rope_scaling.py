@@ -54,7 +54,7 @@ class RopeScaling:
             ),
             (
                 0 <= self.attention_factor < math.inf,
-                f"attention_factor={self.attention_factor} must be finite and not negative; try 0, which derives it",
+                f"attention_factor={self.attention_factor} must be finite and not negative; 0 is off",
             ),
         )
         for holds, message in rules:

@@ -71,7 +71,7 @@ def _import(args: Sequence[str]) -> None:
     flags = parse(ImportFlags, description="Make a run folder of a Hugging Face folder.", args=args)
     from scripts.convert_folders import import_model  # late, since it loads JAX: help answers at once
 
-    import_model(Path(flags.source), Path(flags.run), flags.mesh)
+    import_model(Path(flags.source), flags.run, flags.mesh)
 
 
 def _export(args: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ def _export(args: Sequence[str]) -> None:
 
     export_model(
         flags.run,
-        Path(flags.target),
+        flags.target,
         step=flags.step,
         dtype=flags.dtype,
         max_file_bytes=int(flags.max_file_gb * 10**9),

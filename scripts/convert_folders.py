@@ -24,12 +24,13 @@ from parallax.interop.hf_config import config_from_hf, config_to_hf
 from parallax.interop.reading import check_tensors, read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
 from parallax.training.checkpoint import Checkpointer
+from parallax.training.remote import is_remote
 from scripts.new_run import write_json
 from scripts.placement import place_model
 from scripts.run_folder import load_run
 
 
-def import_model(source: Path, run: Path, mesh: str = "") -> None:
+def import_model(source: Path, run: str | Path, mesh: str = "") -> None:
     """Makes the run folder `run`: config.json, tokenizer.json and checkpoint 0, which holds parameters alone.
 
     Raises:
@@ -66,7 +67,7 @@ def import_model(source: Path, run: Path, mesh: str = "") -> None:
 
 def export_model(
     run: str,
-    target: Path,
+    target: str | Path,
     *,
     step: int | None = None,
     dtype: str = "float32",
@@ -94,11 +95,12 @@ def _abstract(config: TransformerConfig, mesh: str) -> Any:
 
 
 @contextlib.contextmanager
-def _made(target: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `target`; nothing stays where it fails."""
-    if "://" in str(target):
+def _made(folder: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder`; nothing stays where it fails."""
+    target = Path(folder)
+    if is_remote(folder):
         raise ValueError(
-            f"folder {target} must be local, since it is renamed when it is whole; copy it afterwards"
+            f"folder {folder} must be local, since it is renamed when it is whole; copy it afterwards"
         )
     if target.exists():
         raise ValueError(f"folder {target} exists already; choose another")

@@ -174,7 +174,7 @@ def _config(**changes):
     [
         (None, ("import", "nowhere", "run"), "nowhere must be a Hugging Face folder and is none;"),
         (None, ("import", "hf", "hf"), "folder hf exists already; choose another"),
-        (None, ("import", "hf", "gs://bucket/run"), "folder gs:/bucket/run must be local"),
+        (None, ("import", "hf", "gs://bucket/run"), "folder gs://bucket/run must be local"),
         (None, ("import", "hf", "run", "--mesh", "fsdp=3"), "fsdp=3"),
         (_without("config.json"), ("import", "hf", "run"), "config.json must be a JSON file (No such file"),
         (_without("tokenizer.json"), ("import", "hf", "run"), "hf holds no tokenizer.json; load"),
