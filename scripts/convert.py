@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
@@ -29,9 +29,9 @@ convert.py COMMAND --help says more."""
 
 @dataclasses.dataclass(frozen=True)
 class ImportFlags:
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HF_FOLDER")]
     """The Hugging Face folder: config.json, tokenizer.json, and model.safetensors or several with their index."""
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """The run folder to make."""
     mesh: str = ""
     """Read the parameters onto a mesh such as fsdp=8, of the visible devices; by default onto the first."""
@@ -39,9 +39,9 @@ class ImportFlags:
 
 @dataclasses.dataclass(frozen=True)
 class ExportFlags:
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """The run folder, local or on gs://."""
-    target: tyro.conf.Positional[str]
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HF_FOLDER")]
     """The Hugging Face folder to make."""
     step: int | None = None
     """Which checkpoint; by default the best."""

@@ -3,7 +3,6 @@
 Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whatever the tokenizer.
 """
 
-import dataclasses
 import math
 import sys
 from collections.abc import Iterator
@@ -85,6 +84,8 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tup
     documents, size = [], 0
     several = len(corpus.documents) > 1
     for text in held_out(corpus.documents) if only_held_out else corpus.documents:
+        if not text:
+            continue
         tokens = tokenizer.encode(text)
         if several and tokenizer.eos_id is not None:  # as train.py lays them out
             tokens = np.append(tokens, np.int32(tokenizer.eos_id))
@@ -104,7 +105,7 @@ def _score(
     from rich.console import Console
     from rich.progress import track
 
-    compiled = strategy.compile_evaluation(make_evaluation(dataclasses.replace(config, dropout_rate=0.0)))
+    compiled = strategy.compile_evaluation(make_evaluation(config))
     nats, tokens = 0.0, 0
     console = Console(stderr=True)
     for batch in track(

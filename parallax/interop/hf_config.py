@@ -159,7 +159,7 @@ def _window(kind: str, values: Values) -> int:
         return 0
     first = 0 if kind == "mistral" else values.get("max_window_layers", 28)
     slides = [layer >= first for layer in range(layers)]
-    if values.get("layer_types"):
+    if values.get("layer_types") and kind != "mistral":  # as transformers reads them
         slides = [layer == "sliding_attention" for layer in values["layer_types"]]
     if any(slides) and not all(slides):
         raise ValueError(

@@ -108,6 +108,14 @@ def test_a_mesh_gives_the_same(call):
         assert json.load(one)["nats"] == pytest.approx(json.load(eight)["nats"], rel=1e-5)
 
 
+def test_a_text_too_short_to_score_is_refused(call, tmp_path):
+    (tmp_path / "one.txt").write_text("a")
+    for flags in ((), ("--held-out",)):
+        status, _, err = call("--checkpoint", "run", "--dataset", "one.txt", *flags)
+        assert status == 2
+        assert "dataset one.txt has no token to score; give a longer text" in err
+
+
 def test_only_the_held_out_tenth(call, tmp_path):
     status, out, _ = call("--checkpoint", "run", "--dataset", "text.txt", "--held-out")
     rest = TEXT[int(len(TEXT) * 0.9) :]
