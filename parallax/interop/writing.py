@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
@@ -22,7 +22,7 @@ from parallax.interop.reading import PIECE
 from parallax.interop.tensor import Tensor
 from parallax.model.transformer import Params
 
-DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
+DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 MAX_FILE_BYTES = 5 * 10**9
 
 _cut = jax.jit(jax.lax.dynamic_slice, static_argnums=2)

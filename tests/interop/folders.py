@@ -2,7 +2,7 @@
 
 import json
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -54,4 +54,4 @@ def write_folder(folder, values=SMALL, tensors=None, files=1, tokenizer=True):
     return tensors
 
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16 = np.dtype(jnp.bfloat16)
