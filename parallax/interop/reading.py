@@ -18,8 +18,8 @@ from parallax.interop.llama import named, tensors
 from parallax.interop.tensor import Bounds, Tensor
 from parallax.model.transformer import Params
 
-PIECE = 2**22
-"""Elements read at a time: 16 MiB in float32."""
+PIECE = 2**20
+"""Elements read at a time: 4 MiB in float32."""
 
 DERIVED = ".rotary_emb.inv_freq"
 """Old files also hold frequencies, which follow from the config."""

@@ -73,7 +73,7 @@ def test_bfloat16_is_rounded_once(tmp_path, read):
 
 
 def test_memory_stays_below_the_parameters_and_one_and_a_half_of_the_largest_tensor(tmp_path):
-    """Seen from outside, in a process of its own. Reading by whole leaves takes 1.3 times as much."""
+    """In a process of its own. One matrix of all layers, held beside the parameters, would be too much."""
     command = [sys.executable, "-m", "tests.interop.measure_memory"]
     settings = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
@@ -81,5 +81,6 @@ def test_memory_stays_below_the_parameters_and_one_and_a_half_of_the_largest_ten
     done = subprocess.run([*command, "float32", str(tmp_path)], env=environment, **settings)
     used = json.loads(done.stdout)
     limit = used["parameters"] + 1.5 * used["largest"]
+    assert used["of all layers"] > 1.5 * used["largest"]
     assert used["parameters"] < used["read"] < limit
     assert used["written"] < limit
