@@ -9,35 +9,12 @@ from typing import Literal, get_args
 
 import chex
 
+from parallax.rope_scaling import RopeScaling
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
-
-
-@chex.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary wavelengths are stretched to reach beyond the length a model was first trained at.
-
-    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3` divides only the
-    low ones and blends in between (Llama 3, arXiv:2407.21783).
-    """
-
-    kind: Literal["none", "linear", "llama3"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
-
-    def __post_init__(self):
-        kinds = ("none", "linear", "llama3")
-        _require(self.kind in kinds, f"rope_scaling.kind={self.kind!r} is not one of {', '.join(kinds)}")
-        _require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1; try 8")
-        _require(
-            self.low_freq_factor < self.high_freq_factor,
-            f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
-            f"high_freq_factor={self.high_freq_factor}; try 1 and 4",
-        )
 
 
 @chex.dataclass(frozen=True)
@@ -73,6 +50,8 @@ class TransformerConfig:
     """Added to the mean square in RMSNorm."""
     attention_bias: bool = False
     """Whether the query, key and value projections add a bias."""
+    attention_out_bias: bool = False
+    """Whether the output projection of attention adds a bias."""
     tie_embeddings: bool = True
     """Whether the output embedding is the input embedding."""
     qk_norm: bool = False
@@ -132,6 +111,7 @@ class TransformerConfig:
         heads = self.num_heads + 2 * self.num_kv_heads
         attention = self.embed_dim * self.head_dim * (heads + self.num_heads)
         attention += heads * self.head_dim if self.attention_bias else 0
+        attention += self.embed_dim if self.attention_out_bias else 0
         attention += 2 * self.head_dim if self.qk_norm else 0
         block = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
         tables = 1 if self.tie_embeddings else 2

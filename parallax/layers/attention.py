@@ -16,7 +16,7 @@ from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
 from parallax.layers.attend_blocks import attend_by_blocks
 from parallax.layers.normalization import RMSNorm
-from parallax.layers.rotary import frequencies, rotate
+from parallax.layers.rotary import frequencies, magnitude, rotate
 from parallax.layers.splash import attend_in_kernel
 from parallax.model.cache import LayerCache
 
@@ -50,6 +50,8 @@ class Attention(nnx.Module):
             self.query_bias = param(zeros, rngs.params(), (H, K), ("heads", "head_dim"))
             self.key_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
             self.value_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
+        if config.attention_out_bias:
+            self.out_bias = param(jax.nn.initializers.zeros, rngs.params(), (D,), ("embed",))
         if config.qk_norm:
             self.query_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
             self.key_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
@@ -81,7 +83,10 @@ class Attention(nnx.Module):
             heads_BTHK = self._attend(
                 q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key
             )
-        return jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype)), cache
+        y_BTD = jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype))
+        if self.config.attention_out_bias:
+            y_BTD += read(self.out_bias, x_BTD.dtype)[None, None]
+        return y_BTD, cache
 
     def _attend_by_blocks(
         self, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None
@@ -144,7 +149,9 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        q_BTHK = rotate(q_BTHK, positions_BT, omega) / math.sqrt(self.config.head_dim)
+        # yarn's factor of queries and of keys, both here.
+        scale = math.sqrt(self.config.head_dim) / magnitude(self.config.rope_scaling) ** 2
+        q_BTHK = rotate(q_BTHK, positions_BT, omega) / scale
         # Each device projects its own tokens; what others need of keys and values is gathered afterwards.
         own = ("batch", "length", "act_kv_heads", None)
         return q_BTHK, constrain(rotate(k_BTGK, positions_BT, omega), *own), constrain(v_BTGK, *own)
