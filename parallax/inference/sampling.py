@@ -86,8 +86,8 @@ def penalise(logits_BV: jax.Array, penalty_B: jax.Array, seen_BV: jax.Array) -> 
     return jnp.where(seen_BV, moved_BV, logits_BV)
 
 
-def keep(falling_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
-    """Which tokens may be drawn, bool [B, V], given each row's logits in falling order; the first always may.
+def keep(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
+    """Which tokens may be drawn, bool [B, V]; the likeliest always may, and of equal ones the lower id is the likelier.
 
     In this order, each filter sees the tokens left by the one before, their probabilities summing to 1 again:
       top-k: the k first (Fan et al. 2018, arXiv:1805.04833, section 5.4);
@@ -95,14 +95,47 @@ def keep(falling_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
         it (Holtzman et al. 2020, arXiv:1904.09751, equation 2);
       min-p: probability ≥ min_p · that of the first (Nguyen et al. 2024, arXiv:2407.01082, section 3).
     """
-    rank_1V = jnp.arange(falling_BV.shape[1])[None, :]
     top_k_B1, top_p_B1 = settings.top_k[:, None], settings.top_p[:, None]
-    by_top_k_BV = (top_k_B1 == 0) | (rank_1V < top_k_B1)
-    probs_BV = jax.nn.softmax(jnp.where(by_top_k_BV, falling_BV, -jnp.inf), axis=1)
-    before_BV = jnp.cumsum(probs_BV, axis=1) - probs_BV
-    by_top_p_BV = (top_p_B1 == 1) | (before_BV < top_p_B1)  # off must be off: a rounded sum may reach 1 early
-    by_min_p_BV = jnp.exp(falling_BV - falling_BV[:, :1]) >= settings.min_p[:, None]
-    return by_top_k_BV & by_top_p_BV & by_min_p_BV
+    share_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=1, keepdims=True))  # of the likeliest one's probability
+
+    def by_top_k() -> jax.Array:
+        # In floats, exact up to 2²⁴ tokens.
+        bound_B1 = jnp.where(top_k_B1 == 0, jnp.inf, top_k_B1)
+        return _beginning(logits_BV, jnp.ones_like(share_BV), bound_B1)
+
+    def by_top_p(kept_BV: jax.Array) -> jax.Array:
+        left_BV = jnp.where(kept_BV, share_BV, 0)
+        mass_B1 = jnp.sum(left_BV, axis=1, keepdims=True)
+        # Off must be off: a rounded sum may reach all of it early.
+        bound_B1 = jnp.where(top_p_B1 == 1, jnp.inf, top_p_B1 * mass_B1)
+        return kept_BV & _beginning(logits_BV, left_BV, bound_B1)
+
+    kept_BV = jnp.ones(logits_BV.shape, bool)
+    kept_BV = jax.lax.cond(jnp.any(top_k_B1 > 0), by_top_k, lambda: kept_BV)
+    kept_BV = jax.lax.cond(jnp.any(top_p_B1 < 1), by_top_p, lambda kept_BV: kept_BV, kept_BV)
+    return kept_BV & (share_BV >= settings.min_p[:, None])
+
+
+def _beginning(logits_BV: jax.Array, weights_BV: jax.Array, bound_B1: jax.Array) -> jax.Array:
+    """Each token before which, in falling order of logits, lies less weight than the bound; bool [B, V].
+
+    The least logit of them is found bit by bit, in 32 sums over a row: a sort of all of them takes 20 times as long.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(logits_BV.astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    rank_BV = bits_BV ^ jnp.where(bits_BV < sign, sign, ~jnp.uint32(0))  # ordered as the logits are
+
+    def before(rank_B1: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(rank_BV > rank_B1, weights_BV, 0), axis=1, keepdims=True)
+
+    def settle_bit(step: jax.Array, least_B1: jax.Array) -> jax.Array:
+        bit = sign >> step.astype(jnp.uint32)
+        return jnp.where(before(least_B1 | (bit - 1)) < bound_B1, least_B1, least_B1 | bit)
+
+    least_B1 = jax.lax.fori_loop(0, 32, settle_bit, jnp.zeros(bound_B1.shape, jnp.uint32))
+    equal_BV = rank_BV == least_B1
+    before_BV = before(least_B1) + jnp.cumsum(equal_BV * weights_BV, axis=1) - weights_BV
+    return (rank_BV > least_B1) | (equal_BV & (before_BV < bound_B1))
 
 
 def _scaled(
@@ -119,11 +152,10 @@ def _scaled(
 def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array) -> jax.Array:
     """What `sample` draws from the same arguments, as a distribution [B, V]: one token has it all at temperature 0."""
     scaled_BV, greedy_B = _scaled(logits_BV, settings, seen_BV)
-    ids_BV = jax.lax.broadcasted_iota(jnp.int32, scaled_BV.shape, 1)
-    rising_BV, ranked_BV = jax.lax.sort((-scaled_BV, ids_BV), dimension=1, num_keys=1)
-    kept_BV = keep(-rising_BV, settings) & (~greedy_B[:, None] | (ids_BV == 0))  # here ids count ranks
-    probs_BV = jax.nn.softmax(jnp.where(kept_BV, -rising_BV, -jnp.inf), axis=1)
-    return jax.lax.sort((ranked_BV, probs_BV), dimension=1, num_keys=1)[1]
+    best_B1 = jnp.argmax(scaled_BV, axis=1, keepdims=True)
+    ids_BV = jax.lax.broadcasted_iota(best_B1.dtype, scaled_BV.shape, 1)
+    kept_BV = keep(scaled_BV, settings) & (~greedy_B[:, None] | (ids_BV == best_B1))
+    return jax.nn.softmax(jnp.where(kept_BV, scaled_BV, -jnp.inf), axis=1)
 
 
 def sample(
@@ -141,10 +173,12 @@ def sample(
       keys_B: one typed random key a row.
     """
     scaled_BV, greedy_B = _scaled(logits_BV, settings, seen_BV)
-    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:], scaled_BV.dtype))(keys_B)
-    ids_BV = jax.lax.broadcasted_iota(jnp.int32, scaled_BV.shape, 1)
-    rising_BV, ids_BV, noise_BV = jax.lax.sort((-scaled_BV, ids_BV, noise_BV), dimension=1, num_keys=1)
-    scores_BV = jnp.where(keep(-rising_BV, settings), noise_BV - rising_BV, -jnp.inf)
-    # The sort is stable, so rank 0 is the argmax: the lowest id among equals.
-    rank_B = jnp.where(greedy_B, 0, jnp.argmax(scores_BV, axis=1))
-    return jnp.take_along_axis(ids_BV, rank_B[:, None], axis=1)[:, 0]
+
+    def draw() -> jax.Array:
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:], scaled_BV.dtype))(keys_B)
+        noisy_BV = jnp.where(keep(scaled_BV, settings), scaled_BV + noise_BV, -jnp.inf)
+        return jnp.argmax(jnp.where(greedy_B[:, None], scaled_BV, noisy_BV), axis=1)
+
+    # Where all are greedy, which only the host could know before, there is no noise to pay for.
+    token_B = jax.lax.cond(jnp.all(greedy_B), lambda: jnp.argmax(scaled_BV, axis=1), draw)
+    return token_B.astype(jnp.int32)
