@@ -95,17 +95,20 @@ def extend(config: TransformerConfig, params: Params, generation: Generation, li
     def unfinished(generation: Generation) -> jax.Array:
         return jnp.any(_active(generation, limit))
 
+    layers, cache = TransformerLM.from_params(config, params).unstack(generation.cache)
+
     def step(generation: Generation) -> Generation:
         # A last token that was fed before, by the prefill or in a row at rest, writes the same keys and values.
         model = TransformerLM.from_params(config, params)
         positions_B1 = generation.lengths[:, None] - 1
         last_B1 = jnp.take_along_axis(generation.tokens, positions_B1, axis=1)
-        logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache)
+        logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache, layers=layers)
         return _append(
             dataclasses.replace(generation, cache=cache), logits_B1V[:, 0], _active(generation, limit)
         )
 
-    return jax.lax.while_loop(unfinished, step, generation)
+    generation = jax.lax.while_loop(unfinished, step, dataclasses.replace(generation, cache=cache))
+    return generation if layers is None else dataclasses.replace(generation, cache=generation.cache.stack())
 
 
 def _active(generation: Generation, limit: jax.Array) -> jax.Array:

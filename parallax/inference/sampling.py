@@ -96,7 +96,8 @@ def keep(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
       min-p: probability ≥ min_p · that of the first (Nguyen et al. 2024, arXiv:2407.01082, section 3).
     """
     top_k_B1, top_p_B1 = settings.top_k[:, None], settings.top_p[:, None]
-    share_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=1, keepdims=True))  # of the likeliest one's probability
+    # Over the probability of the likeliest.
+    share_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=1, keepdims=True))
 
     def by_top_k() -> jax.Array:
         # In floats, exact up to 2²⁴ tokens.

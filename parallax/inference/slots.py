@@ -55,10 +55,10 @@ class Slots:
 
 def _placed(slots: Slots) -> Slots:
     """Rows and heads of the cache over the devices, where a placement is bound; the same after each call."""
-    keys_values, rows = (None, "batch", None, "act_kv_heads", None), dataclasses.replace(slots, cache=None)
+    keys_values, rows = ("batch", "act_kv_heads", None, None), dataclasses.replace(slots, cache=None)
     return dataclasses.replace(
         jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), rows),
-        cache=jax.tree.map(lambda x: constrain(x, *keys_values), slots.cache),
+        cache=jax.tree.map(lambda x: constrain(x, *[None] * (x.ndim - 4), *keys_values), slots.cache),
     )
 
 
@@ -132,13 +132,18 @@ def decode(
     tokens of the cache are read and written, which rows in use must not outgrow: a step costs what is held, not what
     could be.
     """
-    capacity = slots.cache.keys.shape[2]
+    capacity = slots.cache.capacity
     whole = slots.cache
-    slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x[:, :, :window], whole))
+    slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x[:, :, :, :window], whole))
+
+    layers, cache = TransformerLM.from_params(config, params).unstack(slots.cache)
+    slots = dataclasses.replace(slots, cache=cache)
 
     def step(slots: Slots, _) -> tuple[Slots, jax.Array]:
         model = TransformerLM.from_params(config, params)
-        logits_B1V, cache = model(slots.last[:, None], slots.lengths[:, None] - 1, cache=slots.cache)
+        logits_B1V, cache = model(
+            slots.last[:, None], slots.lengths[:, None] - 1, cache=slots.cache, layers=layers
+        )
         logits_BV = constrain(logits_B1V[:, 0], "batch", None)
         token_B = _draw(logits_BV, slots.settings, slots.seen, slots.seeds, slots.lengths)
         slots = dataclasses.replace(
@@ -152,7 +157,8 @@ def decode(
         return _placed(slots), report(logits_BV, token_B)
 
     slots, reports_KBR = jax.lax.scan(step, slots, None, length=steps)
-    cache = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, slots.cache)
+    held = slots.cache if layers is None else slots.cache.stack()
+    cache = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, held)
     return _placed(dataclasses.replace(slots, cache=cache)), constrain(reports_KBR, None, None, None)
 
 

@@ -13,32 +13,56 @@ from parallax.config import TransformerConfig
 
 @chex.dataclass(frozen=True)
 class KVCache:
-    """Preallocated keys and values of all layers, [N, B, S, G, K] in the compute dtype; an argument and a result."""
+    """Preallocated keys and values of all layers in the compute dtype; an argument and a result.
 
-    keys: jax.Array
-    values: jax.Array
+    One array [N, B, G, S, K], or N of [B, G, S, K] after `unstack`. The tokens of a head lie together, as its products
+    read them: in another order each step would copy them all.
+    """
+
+    keys: jax.Array | tuple[jax.Array, ...]
+    values: jax.Array | tuple[jax.Array, ...]
 
     @classmethod
     def create(cls, config: TransformerConfig, batch_size: int, max_len: int) -> "KVCache":
         """An empty cache for sequences of up to `max_len` tokens."""
-        shape = (config.num_layers, batch_size, max_len, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim)
         return cls(keys=jnp.zeros(shape, config.dtype), values=jnp.zeros(shape, config.dtype))
+
+    @property
+    def capacity(self) -> int:
+        """S: how many tokens a row has room for."""
+        return self.keys[0].shape[-2]
+
+    def unstack(self) -> "KVCache":
+        """The same with an array a layer."""
+        return KVCache(keys=tuple(self.keys), values=tuple(self.values))
+
+    def stack(self) -> "KVCache":
+        """The same in one array."""
+        return KVCache(keys=jnp.stack(self.keys), values=jnp.stack(self.values))
 
 
 @chex.dataclass(frozen=True)
 class LayerCache:
-    """One layer's view of the whole cache: writing in place, so that a scan over layers copies nothing."""
+    """One layer's view of the whole cache, writing in place, so that a scan over layers copies nothing.
 
-    cache: KVCache
-    layer: jax.Array
+    Where `layer` is None the arrays are the layer's own.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    layer: jax.Array | None = None
 
     def write(self, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array) -> "LayerCache":
         """Puts T tokens a row into the slots of their positions, [B, T]."""
         rows = jnp.arange(k_BTGK.shape[0])[:, None]
-        at = (self.layer, rows, jnp.broadcast_to(positions_BT, k_BTGK.shape[:2]))
-        cache = KVCache(keys=self.cache.keys.at[at].set(k_BTGK), values=self.cache.values.at[at].set(v_BTGK))
-        return LayerCache(cache=cache, layer=self.layer)
+        at = (rows, slice(None), jnp.broadcast_to(positions_BT, k_BTGK.shape[:2]))
+        at = at if self.layer is None else (self.layer, *at)
+        keys, values = self.keys.at[at].set(k_BTGK), self.values.at[at].set(v_BTGK)
+        return LayerCache(keys=keys, values=values, layer=self.layer)
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """This layer's keys and values, [B, S, G, K]."""
-        return self.cache.keys[self.layer], self.cache.values[self.layer]
+        own = (self.keys, self.values)
+        keys, values = own if self.layer is None else (x[self.layer] for x in own)
+        return jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)

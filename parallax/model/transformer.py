@@ -22,6 +22,11 @@ from parallax.model.cache import KVCache, LayerCache
 
 Params = dict[str, Any]
 
+Layers = tuple[nnx.State, ...]
+"""The weights of N blocks, one by one."""
+UNSTACKED = 12
+"""Layers that a loop over tokens takes one by one; more are scanned."""
+
 REMAT_POLICIES = {
     # All but gathered parameters: a device that kept them for the way back would hold the whole model (ZeRO-3).
     "none": lambda primitive, *_, **__: primitive.name != "all_gather",
@@ -60,6 +65,7 @@ class TransformerLM(nnx.Module):
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
+        layers: Layers | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Token ids [B, T] to float32 logits [B, T, V], and the cache with these tokens in it.
 
@@ -69,11 +75,12 @@ class TransformerLM(nnx.Module):
           segments: [B, T]; tokens attend within their own segment.
           cache: earlier tokens; a token is written to the slot of its position.
           dropout_key: without one nothing is dropped.
+          layers: what `unstack` gave, with its cache.
 
         Raises:
           ValueError: a cache without positions, or with segments.
         """
-        x_BTD, cache = self.hidden(tokens_BT, positions, segments, cache, dropout_key)
+        x_BTD, cache = self.hidden(tokens_BT, positions, segments, cache, dropout_key, layers=layers)
         return self.unembed(x_BTD)[..., : self.config.vocab_size], cache
 
     def hidden(
@@ -84,6 +91,7 @@ class TransformerLM(nnx.Module):
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
         table_WD: jax.Array | None = None,
+        layers: Layers | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """`__call__` up to the final norm: [B, T, D], so that a loss can take the logits a chunk at a time.
 
@@ -105,15 +113,34 @@ class TransformerLM(nnx.Module):
         def block(carry, layer):
             x_BTD, cache = carry
             weights, number, key = layer
-            view = None if cache is None else LayerCache(cache=cache, layer=number)
+            view = None if cache is None else LayerCache(keys=cache.keys, values=cache.values, layer=number)
             x_BTD, view = nnx.merge(graph, weights)(x_BTD, positions, segments, view, key)
-            return (x_BTD, None if view is None else view.cache), None
+            return (x_BTD, None if view is None else KVCache(keys=view.keys, values=view.values)), None
 
         if cache is None:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        layers = (stacked, jnp.arange(self.config.num_layers), None if keys is None else keys[:-1])
-        (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), layers)
+        if layers is None or cache is None:
+            stacks = (stacked, jnp.arange(self.config.num_layers), None if keys is None else keys[:-1])
+            (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), stacks)
+            return self.final_norm(x_BTD), cache
+        one, caches = jax.jit(block), []  # traced once
+        for weights, *own in zip(layers, cache.keys, cache.values, strict=True):
+            (x_BTD, own), _ = one((x_BTD, KVCache(keys=own[0], values=own[1])), (weights, None, None))
+            caches.append(own)
+        cache = KVCache(keys=tuple(x.keys for x in caches), values=tuple(x.values for x in caches))
         return self.final_norm(x_BTD), cache
+
+    def unstack(self, cache: KVCache) -> tuple[Layers | None, KVCache]:
+        """Weights and cache layer by layer, for a loop over tokens; or None and the cache as it is.
+
+        A CPU copies a layer out of the stack before it multiplies with it, at every token anew. Other devices read it
+        where it lies and have no memory for a copy, and a deep model would take long to compile.
+        """
+        if jax.default_backend() != "cpu" or self.config.num_layers > UNSTACKED:
+            return None, cache
+        _, stacked = nnx.split(self.blocks)
+        layers = (jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(self.config.num_layers))
+        return tuple(layers), cache.unstack()
 
     @property
     def head(self) -> Embedding:

@@ -60,8 +60,8 @@ def test_a_mesh_gives_the_tokens_of_one_device_and_compiles_nothing_more(sizes, 
 def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
     batcher = make_batcher({"data": 4, "tensor": 2})
     cache = batcher._slots.cache
-    N, B, S, G, K = cache.keys.shape
-    share = (N, B // 4, S, G // 2, K)
+    N, B, G, S, K = cache.keys.shape
+    share = (N, B // 4, G // 2, S, K)
     for x in (cache.keys, cache.values):
         assert {shard.data.shape for shard in x.addressable_shards} == {share}
     program = batcher._step.lower(batcher.params, batcher._slots, 32).compile().as_text()
