@@ -1,0 +1,156 @@
+"""The server as a process: a socket, an engine, an event loop, and how they end.
+
+Invariant: the process ends with status 0 after SIGTERM or Ctrl-C, within a few seconds, and with status 1 when the engine
+fails. It never stays without an engine.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from parallax.inference.batching import Batcher
+from scripts.continuation import tell
+from scripts.run_folder import Run, load_run
+from scripts.serve_api import Api
+from scripts.serve_engine import Engine
+from scripts.serve_guard import Guard, is_loopback
+from scripts.serve_metrics import Counts
+
+if TYPE_CHECKING:
+    from scripts.serve import Flags
+
+GRACE = 3
+"""Seconds that answers under way have to finish once the server is told to end."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says its address when it answers and ends the engine when it ends."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, address: str):
+        super().__init__(config)
+        self._engine, self._address = engine, address
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.attach(asyncio.get_running_loop())
+        self._engine.on_failure = self._end
+        await super().startup(sockets)
+        print(self._address, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_engine())
+        await super().shutdown(sockets)
+        await ending
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+    async def _end_engine(self) -> None:
+        for _ in range(GRACE * 20):
+            if not self._engine.under_way:
+                break
+            await asyncio.sleep(0.05)
+        await self._engine.stop()
+
+
+def serve(flags: "Flags", key: str) -> int:
+    """Serves until a signal; the exit status.
+
+    Raises:
+      ValueError: the address, the run or a size cannot be used.
+    """
+    with listen(flags.host, flags.port, key) as listener:
+        for number in (signal.SIGTERM, signal.SIGINT):  # while it starts: nothing is under way yet
+            signal.signal(number, lambda *_: os._exit(0))
+        run = load_run(flags.checkpoint, flags.step)
+        engine = Engine(
+            lambda: Batcher(run.config, run.params, slots=flags.slots, capacity=flags.capacity),
+            flags.limits.queue,
+        )
+        introduce(run, flags)
+        engine.warm_up()
+        for number in (
+            signal.SIGTERM,
+            signal.SIGINT,
+        ):  # uvicorn takes them over, and raises them again at its end
+            signal.signal(number, lambda *_: None)
+        return _run(flags, key, run, engine, listener)
+
+
+def _run(flags: "Flags", key: str, run: Run, engine: Engine, listener: socket.socket) -> int:
+    capacity = min(flags.capacity, run.config.max_seq_len)
+    counts = Counts(engine, flags.slots)
+    api = Api(run, engine, counts, flags.limits.within(capacity), capacity, with_key=bool(key))
+    guard = Guard(
+        api.application(),
+        frozenset({flags.host.lower()}) if is_loopback(listener.getsockname()[0]) else None,
+        key,
+        lambda status: counts.requests.labels(str(status)).inc(),
+    )
+    config = uvicorn.Config(
+        guard,
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_level=logging.WARNING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE + 2,
+    )
+    Server(config, engine, address_of(listener)).run([listener])
+    if engine.failure is None:
+        return 0
+    traceback.print_exception(engine.failure)
+    print("error: the engine failed, as said above, and the server ended", file=sys.stderr)
+    return 1
+
+
+def introduce(run: Run, flags: "Flags") -> None:
+    size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
+    tell(f"model     {run.folder}, step {run.step}: {size}, {kind}")
+    tell(f"slots     {flags.slots} of {min(flags.capacity, run.config.max_seq_len)} tokens; compiling …")
+
+
+def listen(host: str, port: int, key: str) -> socket.socket:
+    """A bound socket, which listens once the server answers.
+
+    Raises:
+      ValueError: the address is unknown or in use, or open to other machines without a key.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"--host {host!r} must be an address of this machine ({error}); try 127.0.0.1"
+        ) from None
+    if not key and not is_loopback(str(address[0])):
+        raise ValueError(
+            f"--host {host} is open to other machines and needs --api-key; give one, or leave --host out"
+        )
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        remedy = "try --port 0, which takes a free one"
+        raise ValueError(
+            f"--host {host} --port {port} cannot be listened on ({error.strerror}); {remedy}"
+        ) from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """What a browser opens."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
