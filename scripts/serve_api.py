@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
@@ -79,7 +78,7 @@ class Api:
                 _fixed("/openapi.json", described),
                 *asset_routes(),
             ],
-            exception_handlers={kind: say_refusal for kind in (Refusal, HTTPException, Exception)},
+            exception_handlers=dict.fromkeys((Refusal, HTTPException, Exception), say_refusal),
         )
         app.router.redirect_slashes = False
         return app

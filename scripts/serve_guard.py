@@ -14,8 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scripts.serve_errors import Refusal
 
-OPEN_PATHS = {"/", "/page.css", "/page.js", "/icon.svg", "/healthz"}
-"""What needs no key: the page, which asks for the key itself, and the question whether the server lives."""
 SAFETY = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -30,12 +28,14 @@ class Guard:
     Args:
       names: what Host may say, beside the loopback's own addresses; None lets every name pass, which is safe only with
         a key.
+      open_paths: what needs no key: the page, which asks for the key itself, and the question whether the server lives.
       count: told the status of each answer.
     """
 
     app: ASGIApp
     names: frozenset[str] | None
     api_key: str
+    open_paths: frozenset[str]
     count: Callable[[int], None]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,7 +51,7 @@ class Guard:
         headers = Headers(scope=scope)
         try:
             self._check_names(headers)
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in self.open_paths:
                 self._check_key(headers)
         except Refusal as refusal:
             return await refusal.response()(scope, receive, send_safely)

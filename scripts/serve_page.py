@@ -1,6 +1,6 @@
 """The page at / and what it shows of the run.
 
-Invariant: the page is three files beside an icon, read once; it loads nothing from elsewhere and may run no other script.
+Invariant: the page is the files of scripts/page, read once; it loads nothing from elsewhere and runs no other script.
 """
 
 import json
@@ -17,12 +17,7 @@ from scripts.run_folder import Run
 from scripts.serve_limits import Limits
 
 FOLDER = Path(__file__).resolve().parent / "page"
-ASSETS = {
-    "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
-    "/icon.svg": ("icon.svg", "image/svg+xml"),
-}
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -33,7 +28,10 @@ MAX_POINTS = 400
 
 
 def asset_routes() -> list[Route]:
-    return [_asset(path, (FOLDER / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()]
+    """The page and what it loads, each at its own name."""
+    files = sorted(path for path in FOLDER.iterdir() if path.suffix in KINDS)
+    page = _asset("/", FOLDER / "index.html", "text/html")
+    return [page, *(_asset(f"/{path.name}", path, KINDS[path.suffix]) for path in files)]
 
 
 def describe_run(run: Run, model: str, limits: Limits, capacity: int) -> dict[str, Any]:
@@ -53,11 +51,13 @@ def describe_run(run: Run, model: str, limits: Limits, capacity: int) -> dict[st
     }
 
 
-def _asset(path: str, content: bytes, kind: str) -> Route:
+def _asset(address: str, path: Path, kind: str) -> Route:
+    content = path.read_bytes()
+
     def answer(_: Request) -> Response:
         return Response(content, headers=HEADERS, media_type=kind)
 
-    return Route(path, answer, methods=["GET"])
+    return Route(address, answer, methods=["GET"])
 
 
 def _rows(run: Run) -> list[dict[str, Any]]:

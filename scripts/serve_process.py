@@ -1,7 +1,7 @@
 """The server as a process: a socket, an engine, an event loop, and how they end.
 
-Invariant: the process ends with status 0 after SIGTERM or Ctrl-C, within a few seconds, and with status 1 when the engine
-fails. It never stays without an engine.
+Invariant: the process ends with status 0 after SIGTERM or Ctrl-C, within a few seconds, and with status 1 when the
+engine fails. It never stays without an engine.
 """
 
 import asyncio
@@ -22,6 +22,7 @@ from scripts.serve_api import Api
 from scripts.serve_engine import Engine
 from scripts.serve_guard import Guard, is_loopback
 from scripts.serve_metrics import Counts
+from scripts.serve_page import asset_routes
 
 if TYPE_CHECKING:
     from scripts.serve import Flags
@@ -91,6 +92,7 @@ def _run(flags: "Flags", key: str, run: Run, engine: Engine, listener: socket.so
         api.application(),
         frozenset({flags.host.lower()}) if is_loopback(listener.getsockname()[0]) else None,
         key,
+        frozenset({"/healthz", *(route.path for route in asset_routes())}),
         lambda status: counts.requests.labels(str(status)).inc(),
     )
     config = uvicorn.Config(

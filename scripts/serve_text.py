@@ -6,7 +6,7 @@ holds a part of a stop. A token is told of together with its text, and starts wh
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from data.tokenizer import StreamDecoder, Tokenizer
 from parallax.inference.batching import Token
@@ -45,7 +45,7 @@ class AnswerText:
       echo: whether the text begins with the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str], *, echo: bool):
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stops: Sequence[str], *, echo: bool):
         self.generated = 0
         """How many tokens were generated."""
         self._decoder = StreamDecoder(tokenizer)
