@@ -73,13 +73,12 @@ async function go(request) {
     const reader = new Reader();
     for await (const choice of complete({ model: run.model, logprobs: ALTERNATIVES, ...asked }, mine.signal)) {
       if (stream !== mine) return;
-      reader.take(choice);
-      meter.count(choice.logprobs.tokens.length);
+      meter.count(reader.take(choice));
       say(meter.words());
     }
     say(`${meter.words()}, done`);
   } catch (error) {
-    if (error.name === "AbortError") {
+    if (mine.signal.aborted) {
       if (!stream) say(`${meter.words()}, stopped`);
     } else if (stream === mine) {
       say(error.message, true);
@@ -95,7 +94,9 @@ class Reader {
   #characters = []; // offsets count characters, as the server does, not UTF-16 units
   #last = null; // {index in the view, offset} of the newest token, whose text may still grow
 
+  /** Shows what a chunk tells of; how many of its tokens were generated. */
   take({ text, logprobs }) {
+    let generated = 0;
     this.#characters.push(...text);
     logprobs.tokens.forEach((spelling, i) => {
       const offset = logprobs.text_offset[i];
@@ -106,10 +107,12 @@ class Reader {
         return { id, spelling: name, text: shown(name), p: Math.exp(value) };
       });
       const kind = offset < this.#promptEnd ? "prompt" : "";
+      generated += kind ? 0 : 1;
       view.append({ id: logprobs.token_ids[i], spelling, text: "", p: logprob === null ? null : Math.exp(logprob), top, kind });
       this.#last = { index: view.tokens.length - 1, offset };
     });
     this.#finish(this.#characters.length);
+    return generated;
   }
 
   #promptEnd = view.tokens.length ? 0 : [...$("prompt").value].length;
@@ -127,7 +130,7 @@ class Meter {
   #began = 0;
 
   count(tokens) {
-    this.#began ||= performance.now();
+    if (tokens) this.#began ||= performance.now();
     this.#tokens += tokens;
   }
 
