@@ -15,6 +15,7 @@ import tyro
 
 from scripts.command_line import errors_in_one_line, parse
 from scripts.serve_limits import Limits
+from scripts.serve_listen import listen
 
 DESCRIPTION = (
     "Serve a trained model: an OpenAI-compatible completions API under /v1, and a page to talk to it at /. "
@@ -49,16 +50,20 @@ def main() -> int:
         flags = parse(Flags, description=DESCRIPTION)
         key = flags.api_key or os.environ.get(KEY_VARIABLE, "")
         check(flags, key)
-        # Late, since these load JAX: help and bad flags answer at once.
+        listener = listen(flags.host, flags.port, key)
+        # Late, since it loads JAX: help and bad flags answer at once.
         from scripts.serve_process import serve
 
-        return serve(flags, key)
+        return serve(flags, key, listener)
 
 
 def check(flags: Flags, key: str) -> None:
     """Raises ValueError for flags that cannot be meant."""
     if not 0 <= flags.port < 65536:
         raise ValueError(f"--port {flags.port} must lie in [0, 65535]; 0 takes a free one")
+    for name, value in (("slots", flags.slots), ("capacity", flags.capacity)):
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1; try {getattr(Flags, name)}")
     if key and not (key.isascii() and key.isprintable() and " " not in key):
         raise ValueError("--api-key must be printable ASCII without spaces; try letters and digits")
 

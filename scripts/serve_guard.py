@@ -6,13 +6,13 @@ reader's browser: by a name that it points here (DNS rebinding) it fails on Host
 
 import dataclasses
 import hmac
-import ipaddress
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from scripts.serve_errors import Refusal
+from scripts.serve_listen import is_loopback
 
 SAFETY = {
     "X-Content-Type-Options": "nosniff",
@@ -83,14 +83,6 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a host's name or address can only mean this machine."""
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 def _name_of(host: str) -> str:

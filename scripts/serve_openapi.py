@@ -42,6 +42,11 @@ COMPLETION: Schema = {
         "usage": {"type": ["object", "null"], "required": list(USAGE), "properties": USAGE},
     },
 }
+EVENT: Schema = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string", "description": "A Completion, an Error, or [DONE]."}},
+}
 MODEL: Schema = {
     "type": "object",
     "required": ["id", "object", "created", "owned_by"],
@@ -73,7 +78,7 @@ def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str,
                 "description": "The answer; with stream, server-sent events that hold the same object in pieces.",
                 "content": {
                     "application/json": {"schema": {"$ref": "#/components/schemas/Completion"}},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {"schema": EVENT},
                 },
             },
             **_errors(ERRORS_OF_COMPLETIONS),

@@ -20,7 +20,8 @@ from scripts.continuation import tell
 from scripts.run_folder import Run, load_run
 from scripts.serve_api import Api
 from scripts.serve_engine import Engine
-from scripts.serve_guard import Guard, is_loopback
+from scripts.serve_guard import Guard
+from scripts.serve_listen import address_of, is_loopback
 from scripts.serve_metrics import Counts
 from scripts.serve_page import asset_routes
 
@@ -60,13 +61,13 @@ class Server(uvicorn.Server):
         await self._engine.stop()
 
 
-def serve(flags: "Flags", key: str) -> int:
+def serve(flags: "Flags", key: str, listener: socket.socket) -> int:
     """Serves until a signal; the exit status.
 
     Raises:
-      ValueError: the address, the run or a size cannot be used.
+      ValueError: the run or a size cannot be used.
     """
-    with listen(flags.host, flags.port, key) as listener:
+    with listener:
         for number in (signal.SIGTERM, signal.SIGINT):  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
         run = load_run(flags.checkpoint, flags.step)
@@ -119,40 +120,3 @@ def introduce(run: Run, flags: "Flags") -> None:
     size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
     tell(f"model     {run.folder}, step {run.step}: {size}, {kind}")
     tell(f"slots     {flags.slots} of {min(flags.capacity, run.config.max_seq_len)} tokens; compiling …")
-
-
-def listen(host: str, port: int, key: str) -> socket.socket:
-    """A bound socket, which listens once the server answers.
-
-    Raises:
-      ValueError: the address is unknown or in use, or open to other machines without a key.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, UnicodeError) as error:
-        raise ValueError(
-            f"--host {host!r} must be an address of this machine ({error}); try 127.0.0.1"
-        ) from None
-    if not key and not is_loopback(str(address[0])):
-        raise ValueError(
-            f"--host {host} is open to other machines and needs --api-key; give one, or leave --host out"
-        )
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        remedy = "try --port 0, which takes a free one"
-        raise ValueError(
-            f"--host {host} --port {port} cannot be listened on ({error.strerror}); {remedy}"
-        ) from None
-    return listener
-
-
-def address_of(listener: socket.socket) -> str:
-    """What a browser opens."""
-    host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
