@@ -64,7 +64,9 @@ function stop() {
 async function go(request) {
   const mine = (stream = new AbortController());
   const settings = readSettings();
-  const room = run.capacity - (request.echo ? 0 : request.prompt.length);
+  // A text has at most as many tokens as bytes.
+  const size = request.echo ? new TextEncoder().encode(request.prompt).length : request.prompt.length;
+  const room = Math.max(run.capacity - size, 1);
   const asked = { ...request, ...settings, max_tokens: Math.min(settings.max_tokens, room) };
   say("…");
   showState();
@@ -169,6 +171,7 @@ async function introduce() {
   if (!run) return;
   const size = `${(run.parameters / 1e6).toFixed(2)} M parameters`;
   $("model").textContent = `${run.model} · step ${run.step} · ${size} · ${run.tokenizer} tokens`;
+  if (!$("prompt").value && run.config.run?.dataset === "tiny_shakespeare") $("prompt").value = "ROMEO:\n";
   limitTokens(Math.min(run.max_tokens, run.capacity - 1));
   drawLoss(run, $("loss"), $("loss-words"));
   $("config").replaceChildren(...entries(run.config).flatMap(([name, value]) => [cell("dt", name), cell("dd", value)]));

@@ -1,0 +1,30 @@
+"""Takes the picture of the page that the README shows: `python tests/scripts/page_picture.py RUN docs/page.png`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.scripts.browser import browsing
+from tests.scripts.serving import serving
+
+PROMPT = "ROMEO:\n"
+UNSURE = 0.45
+
+
+def take_picture(run: Path, picture: Path) -> None:
+    """A continuation, with the alternatives to a token of which the model was not sure."""
+    with serving(run, "--capacity", "512") as server, browsing(server.address) as page:
+        page.wait_until_ready()
+        page.size(1200, 800)
+        page.run("document.getElementById('max_tokens').value = 320")
+        page.ask(PROMPT)
+        shares = page.run(
+            "return [...document.querySelectorAll('.token')].map(t => t.style.getPropertyValue('--p'))"
+        )
+        page.hover(next(at for at, share in enumerate(shares) if at > 40 and float(share) < UNSURE))
+        page.driver.save_screenshot(str(picture))
+
+
+if __name__ == "__main__":
+    take_picture(Path(sys.argv[1]), Path(sys.argv[2]))
