@@ -21,7 +21,7 @@ EXTRAS = dev gcs plan
 COMPILE = uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
 
-.PHONY: help train test test-gcs test-plan test-terraform lint clean lock
+.PHONY: help train test test-bench test-gcs test-parity test-plan test-terraform lint clean lock
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.13]"
@@ -44,6 +44,14 @@ test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 test-plan: ## test plan.py with libtpu, the compiler for TPUs; none is needed
 	@$(DEV) true
 	@$(PLAN) python -m pytest -m external tests/scripts/test_plan_libtpu.py
+
+# torch is in no lock: what of it fits depends on the machine.
+test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" in .venv-3.11)
+	@$(DEV) python -m pytest -m external tests/scripts/test_benchmark.py
+
+test-parity: ## compare imported models to transformers on torch, which it installs the first time
+	@$(DEV) python -c "import importlib.util as u; exit(not (u.find_spec('torch') and u.find_spec('transformers')))" || $(DEV) .ci/add-extra bench
+	@$(DEV) python -m pytest -m external $(TEST_FLAGS) tests/interop/test_llama_parity.py
 
 test-terraform: ## test terraform/ (needs terraform, and registry.terraform.io for its providers)
 	@command -v terraform >/dev/null || { echo "error: nothing in terraform/ was checked: terraform is not here; install 1.9 or later from developer.hashicorp.com/terraform/install" >&2; exit 2; }

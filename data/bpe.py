@@ -25,7 +25,7 @@ class BPETokenizer(Tokenizer):
         """Takes the JSON form of a byte-level BPE tokenizer of the library; raises ValueError for another."""
         import tokenizers
 
-        byte_of = _byte_of_character()
+        byte_of = byte_of_character()
         try:
             self._model = tokenizers.Tokenizer.from_str(json.dumps(definition))
             ids = sorted(self._model.get_vocab().items(), key=lambda item: item[1])
@@ -73,13 +73,13 @@ def train_bpe(size: int, documents: Sequence[str]) -> BPETokenizer:
     model = tokenizers.Tokenizer(models.BPE())
     splitter: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its stub lacks the base class
     model.pre_tokenizer = splitter
-    alphabet = sorted(_byte_of_character())
+    alphabet = sorted(byte_of_character())
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
     model.train_from_iterator(documents, trainer)
     return BPETokenizer(json.loads(model.to_str()))
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The byte behind each character in which the library spells bytes (GPT-2's table).
 
     Bytes that print as Latin-1 stand for themselves, the others are U+0100 and up in order.

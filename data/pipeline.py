@@ -55,6 +55,14 @@ def prepare(
     return _prepare_text(corpus, tokenizer, seq_len, held_out_fraction)
 
 
+def held_out(documents: Sequence[str], fraction: float = 0.1) -> list[str]:
+    """The texts that `prepare` holds out: the end of a single one, or the last of several."""
+    if len(documents) > 1:
+        return list(documents[_first_held_out(len(documents), fraction) :])
+    (text,) = documents
+    return [text[int(len(text) * (1 - fraction)) :]]
+
+
 def training_batches(
     train: Samples, *, batch_size: int, seed: int, rows: Rows | None = None, start: int = 0
 ) -> Iterator[Batch]:
@@ -124,8 +132,13 @@ def _prepare_documents(
     if held_out_fraction == 0:
         samples = packed(0, count)
         return samples, samples
-    cut = min(max(int(count * (1 - held_out_fraction)), 1), count - 1)
+    cut = _first_held_out(count, held_out_fraction)
     return packed(0, cut), packed(cut, count)
+
+
+def _first_held_out(count: int, fraction: float) -> int:
+    """Of several documents, so that each side has one."""
+    return min(max(int(count * (1 - fraction)), 1), count - 1)
 
 
 def _check_batch_size(batch_size: int) -> None:

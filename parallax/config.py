@@ -9,35 +9,12 @@ from typing import Literal, get_args
 
 import chex
 
+from parallax.rope_scaling import RopeScaling
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
-
-
-@chex.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary wavelengths are stretched to reach beyond the length a model was first trained at.
-
-    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3` divides only the
-    low ones and blends in between (Llama 3, arXiv:2407.21783).
-    """
-
-    kind: Literal["none", "linear", "llama3"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
-
-    def __post_init__(self):
-        kinds = ("none", "linear", "llama3")
-        _require(self.kind in kinds, f"rope_scaling.kind={self.kind!r} is not one of {', '.join(kinds)}")
-        _require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1; try 8")
-        _require(
-            self.low_freq_factor < self.high_freq_factor,
-            f"rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
-            f"high_freq_factor={self.high_freq_factor}; try 1 and 4",
-        )
 
 
 @chex.dataclass(frozen=True)
@@ -73,6 +50,8 @@ class TransformerConfig:
     """Added to the mean square in RMSNorm."""
     attention_bias: bool = False
     """Whether the query, key and value projections add a bias."""
+    attention_out_bias: bool = False
+    """Whether the output projection of attention adds a bias."""
     tie_embeddings: bool = True
     """Whether the output embedding is the input embedding."""
     qk_norm: bool = False
@@ -81,9 +60,9 @@ class TransformerConfig:
     """How many tokens back attention sees, itself included; 0 sees them all."""
     logit_softcap: float = 0.0
     """Squash logits to ±this by a tanh; 0 leaves them."""
-    attention: Literal["auto", "xla", "splash"] = "auto"
-    """How training computes attention: by XLA, or by the Pallas kernel for TPU, which skips what is masked. A script
-    decides on auto by the devices; the model itself takes it for xla."""
+    attention: Literal["auto", "xla", "blocks", "splash"] = "auto"
+    """How training computes attention: all scores by XLA, or skipping what is masked: blocks by XLA, splash by a kernel
+    for TPU. A script decides on auto by the devices; the model itself takes it for xla."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -108,8 +87,8 @@ class TransformerConfig:
         _require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
         _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must lie in [0, 1); try 0.1")
         _require(
-            self.attention != "splash" or not self.dropout_rate,
-            f"attention=splash drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
+            self.attention not in ("blocks", "splash") or not self.dropout_rate,
+            f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
         )
         _require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")
@@ -132,6 +111,7 @@ class TransformerConfig:
         heads = self.num_heads + 2 * self.num_kv_heads
         attention = self.embed_dim * self.head_dim * (heads + self.num_heads)
         attention += heads * self.head_dim if self.attention_bias else 0
+        attention += self.embed_dim if self.attention_out_bias else 0
         attention += 2 * self.head_dim if self.qk_norm else 0
         block = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
         tables = 1 if self.tie_embeddings else 2

@@ -10,7 +10,9 @@ FAILED = 1
 BAD_INPUT = 2
 """The process did nothing, since its input is wrong."""
 OUTSIDE_FAILURE = 3
-"""The run failed through something outside it, as a peer or a disk, and may be started again."""
+"""The run failed through something outside it, as a disk, and may be started again."""
+LOST_PEER = 4
+"""Another process of the run is gone, and knows why; it may be started again."""
 
 
 def is_of_runtime(error: Exception) -> bool:

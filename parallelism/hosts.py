@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallelism.exit_status import FAILED, OUTSIDE_FAILURE, is_of_runtime
+from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, is_of_runtime
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
@@ -154,7 +154,7 @@ def run_process(main: Callable[[], int]) -> int:
     """Runs a script's main function. A process that fails ends at once; exit handlers do not run.
 
     Returns:
-      main's exit status, or OUTSIDE_FAILURE where a peer was lost.
+      main's exit status, or LOST_PEER where a peer was lost.
     """
     try:
         status = main()
@@ -166,7 +166,7 @@ def run_process(main: Callable[[], int]) -> int:
         if isinstance(error, jax.errors.JaxRuntimeError) or is_of_runtime(error):
             number, reason = jax.process_index(), str(error).splitlines()[0]
             print(f"error: process {number} lost a peer: {reason}", file=sys.stderr)
-            status = OUTSIDE_FAILURE
+            status = LOST_PEER
         else:
             traceback.print_exc()
             status = FAILED

@@ -28,7 +28,7 @@ LINKS = 2
 class Cost(Protocol):
     """What the model costs a device; see `parallax/model/cost.py`."""
 
-    def product_flops(self) -> float: ...
+    def product_flops(self, sizes: Mapping[str, int]) -> float: ...
 
     def kernel_flops(self) -> float: ...
 
@@ -144,7 +144,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
     temporary = cost.temporary_bytes(choice.sizes)
-    flops, sent = cost.product_flops() / devices, cost.sent(choice.sizes)
+    flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
     if report is not None and report.fits:
         flops, sent = report.flops, report.traffic
         temporary = report.temporary_bytes
@@ -221,10 +221,7 @@ def compile_choice(
     Raises:
       ValueError: the layout does not fit the devices, the batch or the model.
     """
-    try:
-        strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
-    except NotImplementedError:  # of jax.make_mesh, whose axes are whole dims of the network
-        return Report(error="JAX cannot lay this mesh on the network")
+    strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
     lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)
     return compile_step(lowered, accelerator.topology, strategy.mesh_shape, cache)
 

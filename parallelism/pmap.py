@@ -74,8 +74,15 @@ class Pmap:
         )
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
-        state = jax.eval_shape(functools.partial(_repeat, self._local), self.abstract())
-        return self.compile(step).lower(state, jax.eval_shape(self._deal, batch))
+        count = len(self.devices)
+        # Of a topology all hosts' devices count as those of this process, which is alone.
+        local = self._local if jax.process_count() > 1 else count
+        state = jax.eval_shape(functools.partial(_repeat, local), self.abstract())
+        dealt = {
+            name: jax.ShapeDtypeStruct((local, x.shape[0] // count, *x.shape[1:]), x.dtype)
+            for name, x in batch.items()
+        }
+        return self.compile(step).lower(state, dealt)
 
     def compile_evaluation(self, evaluate: Callable) -> Callable[[Any, Batch], Any]:
         compiled = jax.jit(evaluate, out_shardings=self._whole)

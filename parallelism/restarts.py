@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Mapping
 
 from parallelism.child import say
-from parallelism.exit_status import OUTSIDE_FAILURE
+from parallelism.exit_status import LOST_PEER, OUTSIDE_FAILURE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Death:
 
     @property
     def may_pass(self) -> bool:
-        return self.status < 0 or self.status == OUTSIDE_FAILURE
+        return self.status < 0 or self.status in (OUTSIDE_FAILURE, LOST_PEER)
 
     @property
     def exit_status(self) -> int:
@@ -56,6 +56,11 @@ def keep_running(
         say(f"restart {number} of {restarts}")
 
 
+CONSEQUENCES = (-signal.SIGABRT, LOST_PEER)
+"""Statuses of a process whose peer is gone, of which the first may also be its own fault: JAX aborts a process that has
+lost the one that coordinates the run."""
+
+
 def first_to_fail(statuses: Mapping[int, int | None]) -> int | None:
     """Which process is to blame, by its index; None if none failed.
 
@@ -64,8 +69,12 @@ def first_to_fail(statuses: Mapping[int, int | None]) -> int | None:
     Args:
       statuses: by index; None while it runs, -n for signal n.
     """
-    failed = [index for index, status in statuses.items() if status]
-    return min(failed, key=lambda index: statuses[index] == OUTSIDE_FAILURE, default=None)
+
+    def rank(index: int) -> int:
+        status = statuses[index]
+        return CONSEQUENCES.index(status) if status in CONSEQUENCES else -1
+
+    return min((index for index, status in statuses.items() if status), key=rank, default=None)
 
 
 def describe_status(status: int) -> str:

@@ -79,7 +79,7 @@ class Strategy(Protocol):
         ...
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
-        """The step of `compile` from shapes alone, to be compiled and looked at; nothing is computed."""
+        """The step of `compile` from shapes alone, of a global batch, to be compiled and looked at."""
         ...
 
     def compile_evaluation(self, evaluate: Callable) -> Callable[[Any, Batch], Any]:

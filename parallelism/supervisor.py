@@ -15,21 +15,28 @@ from pathlib import Path
 from types import FrameType
 
 from parallelism.child import Child, Command, say
-from parallelism.exit_status import BAD_INPUT, OUTSIDE_FAILURE
-from parallelism.restarts import Death, describe_status, first_to_fail, keep_running, signal_name
+from parallelism.exit_status import BAD_INPUT
+from parallelism.restarts import (
+    CONSEQUENCES,
+    Death,
+    describe_status,
+    first_to_fail,
+    keep_running,
+    signal_name,
+)
 
 CAUSE_SECONDS = 1.0
-"""How long a process that failed through something outside is not blamed, in case another turns out to have died."""
+"""How long a process that seems to have lost a peer is not blamed, in case another turns out to have died."""
 
 
 def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, log_dir: Path) -> int:
     """Runs processes until all have ended with status 0, or one has not.
 
-    The first that ends otherwise ends the others by SIGKILL. If it exited with OUTSIDE_FAILURE or was killed by a
-    signal, all start again, up to `restarts` times. What process INDEX prints is shown line by line behind "[INDEX] ",
-    and kept in `log_dir`/attempt-K/process-INDEX.log, where K goes on from what is there; an attempt that ends with
-    BAD_INPUT leaves nothing there. The first SIGTERM or SIGINT is passed on as SIGTERM, and nothing is restarted
-    afterwards; the second kills.
+    The first that ends otherwise ends the others by SIGKILL. If it exited with OUTSIDE_FAILURE or LOST_PEER, or
+    was killed by a signal, all start again, up to `restarts` times. What process INDEX prints is shown line by line
+    behind "[INDEX] ", and kept in `log_dir`/attempt-K/process-INDEX.log, where K goes on from what is there; an
+    attempt that ends with BAD_INPUT leaves nothing there. The first SIGTERM or SIGINT is passed on as SIGTERM, and
+    nothing is restarted afterwards; the second kills.
 
     Call it from the main thread: signals arrive there, and Linux takes the thread that starts a process for its parent.
 
@@ -145,8 +152,12 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Pro
         statuses = {process: process.status() for process in running}
         first = first_to_fail({process.index: status for process, status in statuses.items()})
         until = time.monotonic() + CAUSE_SECONDS
-        while first is not None and processes[first].status() == OUTSIDE_FAILURE and time.monotonic() < until:
-            # It lost a peer, perhaps, which is seen dead only when all of its memory is given back.
+        while (
+            first is not None
+            and statuses[processes[first]] in CONSEQUENCES
+            and None in statuses.values()
+            and time.monotonic() < until
+        ):  # the peer that it lost is seen dead only when all of its memory is given back
             time.sleep(0.05)
             statuses = {process: process.status() for process in running}
             first = first_to_fail({process.index: status for process, status in statuses.items()})

@@ -4,6 +4,7 @@ Invariant: a run goes on from its folder alone, and always leaves word there of 
 """
 
 import contextlib
+import dataclasses
 import functools
 import sys
 import time
@@ -19,7 +20,7 @@ from parallax.training.checkpoint import Checkpointer
 from parallax.training.fingerprint import params_sha256
 from parallax.training.loop import Diverged, Observer, Stopwatch, train
 from parallax.training.profile import Profiler
-from parallax.training.remote import reason_of
+from parallax.training.remote import open_folder, reason_of
 from parallax.training.state import TrainState
 from parallelism import sentinel
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
@@ -69,7 +70,7 @@ class Attempt:
             say(f"resume    from step {restored.step} of {job.folder}")
             state, self._start = strategy.adopt(restored.state), restored.step
         else:
-            state = strategy.init()
+            state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
         if strategy.is_writer:
             try:
@@ -82,6 +83,22 @@ class Attempt:
                     f"--output-dir {job.folder} cannot be written: {reason_of(error)}; choose another"
                 ) from None
         return state
+
+    def _begin_from(self, run: str) -> TrainState:
+        """The first state, with the parameters of another run's best checkpoint in it.
+
+        Raises:
+          ValueError: it has no intact checkpoint, or one of other shapes.
+        """
+        strategy = self._job.strategy
+        checkpoints = Checkpointer(open_folder(run) / "checkpoints", keep=1, is_writer=False, notify=say)
+        try:
+            step, params, _ = checkpoints.restore_params(strategy.abstract().params)
+        finally:
+            checkpoints.close()
+        say(f"from      step {step} of {run}")
+        first = strategy.canonical(strategy.init())  # moments begin at zero, whatever the parameters
+        return strategy.adopt(dataclasses.replace(first, params=params))
 
     def run(self, state: TrainState) -> int:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""

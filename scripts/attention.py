@@ -6,6 +6,8 @@ Invariant: train.py and plan.py decide alike, and what cannot run is refused bef
 import dataclasses
 
 from parallax.config import TransformerConfig
+from parallax.layers.attend_blocks import SMALLEST
+from parallax.layers.attention import BY_BLOCKS, CHUNK
 from parallax.layers.splash import LANES, check_length
 from parallelism.hardware import Generation
 
@@ -13,7 +15,9 @@ from parallelism.hardware import Generation
 def choose_attention(
     model: TransformerConfig, seq_len: int, length_parts: int, generation: Generation | None
 ) -> TransformerConfig:
-    """The model with xla, or with splash where the devices run that kernel.
+    """The model with splash where the devices run that kernel, with blocks on what is no TPU, or with xla.
+
+    Blocks were measured on CPUs alone. Long sequences are left to xla, which takes them in chunks by a loop.
 
     Args:
       length_parts: how many devices share a sequence.
@@ -24,13 +28,17 @@ def choose_attention(
     """
     if model.attention == "splash":
         check_length(seq_len)
-        if length_parts > 1:
-            raise ValueError(
-                f"attention=splash needs whole sequences on a device, and {length_parts} devices share each; "
-                "try --model.attention xla"
-            )
+    if model.attention in BY_BLOCKS and length_parts > 1:
+        raise ValueError(
+            f"attention={model.attention} needs whole sequences on a device, and {length_parts} devices share each; "
+            "try --model.attention xla"
+        )
     if model.attention != "auto":
         return model
-    in_order = seq_len % LANES == 0 and length_parts == 1 and not model.dropout_rate
-    runs = generation is not None and generation.splash
-    return dataclasses.replace(model, attention="splash" if runs and in_order else "xla")
+    chosen = "xla"
+    if length_parts == 1 and not model.dropout_rate:
+        if generation is None and SMALLEST < seq_len <= 2 * CHUNK:
+            chosen = "blocks"
+        elif generation is not None and generation.splash and seq_len % LANES == 0:
+            chosen = "splash"
+    return dataclasses.replace(model, attention=chosen)

@@ -9,7 +9,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import tyro
@@ -71,3 +71,16 @@ def errors_in_one_line() -> Iterator[None]:
         raise SystemExit(141) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def dispatch(script: str, help: str, commands: Mapping[str, Callable[[Sequence[str]], int]]) -> int:
+    """Runs the command that the first argument names, on the others; its exit status, or 2 for bad input."""
+    with errors_in_one_line():
+        name, *args = sys.argv[1:] or [""]
+        if name in ("-h", "--help"):
+            print(help)
+            return 0
+        if name not in commands:
+            raise ValueError(f"command {name!r} is not one of {', '.join(commands)}; see {script} --help")
+        sys.argv = [f"{script} {name}", *args]  # what help and reports call it
+        return commands[name](args)

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from data.tokenizer import StreamDecoder, Tokenizer
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
@@ -119,6 +121,7 @@ def make_request(flags: "Flags", tokenizer: Tokenizer) -> Request:
       ValueError: the tokenizer cannot spell the prompt or a stop, or a setting is out of its range.
     """
     rows = flags.num_samples
+    other_ends = [np.array([token], np.int32) for token in tokenizer.end_ids if token != tokenizer.eos_id]
     settings = SamplingSettings.create(
         rows,
         temperature=flags.temperature,
@@ -132,7 +135,7 @@ def make_request(flags: "Flags", tokenizer: Tokenizer) -> Request:
         settings=settings,
         seeds=range(flags.seed, flags.seed + rows),
         max_tokens=flags.max_tokens,
-        stops=[tokenizer.encode(stop) for stop in stops_of(flags)],
+        stops=[*(tokenizer.encode_part(stop) for stop in stops_of(flags)), *other_ends],
         eos_id=tokenizer.eos_id,
     )
 

@@ -60,10 +60,12 @@ def main() -> int:
         flags = parse(Flags, description=DESCRIPTION)
         check(flags)
         # Late, since these load JAX: help and bad flags answer at once.
+        from scripts.compilation_cache import keep_compiled_programs
         from scripts.continuation import Writer
         from scripts.interactive import converse
         from scripts.run_folder import load_run
 
+        keep_compiled_programs()
         run = load_run(flags.checkpoint, flags.step)
         writer = Writer(run, load_run(flags.draft) if flags.draft else None, flags.draft_tokens)
         if flags.interactive:

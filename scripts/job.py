@@ -19,6 +19,7 @@ from data.samples import Samples
 from data.tokenizer import Tokenizer, load_tokenizer
 from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
+from parallax.training.remote import open_folder
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
 from parallelism.hardware import generation_of
@@ -26,7 +27,7 @@ from parallelism.hosts import agree
 from parallelism.strategy import Layout, Strategy, get_strategy
 from scripts.attention import choose_attention
 from scripts.new_run import choose_folder, require_corpus
-from scripts.train_flags import Flags
+from scripts.train_flags import Flags, model_name
 
 
 def say(line: str) -> None:
@@ -55,7 +56,7 @@ class Job:
         """Says what is about to be trained."""
         model, settings = self.flags.model, self.flags.train
         say(f"run       {self.folder}")
-        say(f"model     {self.flags.config}: {model.num_params():,} parameters, {model.dtype}")
+        say(f"model     {model_name(self.flags)}: {model.num_params():,} parameters, {model.dtype}")
         for note in self.notes:
             say(note)
         say(f"tokens    {self.tokenizer.name}, vocabulary of {self.tokenizer.vocab_size}")
@@ -72,19 +73,26 @@ def prepare_job(flags: Flags) -> Job:
     overfit = flags.mode == "overfit"
     notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
     corpus = overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=notes.append)
-    folder = choose_folder(flags.output_dir, corpus.name, flags.config, resume=flags.resume)
+    folder = choose_folder(flags.output_dir, corpus.name, model_name(flags), resume=flags.resume)
     sha256 = _corpus_sha256(corpus)
     if flags.resume:
         require_corpus(folder, sha256, corpus.edition)
-    saved = folder / "tokenizer.json"
-    tokenizer = load_tokenizer(saved) if saved.exists() else tokenizer_for(corpus, flags.tokenizer)
+    tokenizer = _tokenizer(flags, folder, corpus)
     flags = _with_sizes(flags, tokenizer, corpus)
     training, held_out = prepare(
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1
     )
-    strategy, step, evaluate = _build(flags)
+    strategy, step, evaluate = build(flags)
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder, notes)
+
+
+def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
+    """That of the run, of the run it starts from, or one for the text."""
+    for run in (folder, flags.init_from and open_folder(flags.init_from)):
+        if run and (run / "tokenizer.json").exists():
+            return load_tokenizer(run / "tokenizer.json")
+    return tokenizer_for(corpus, flags.tokenizer)
 
 
 def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
@@ -96,8 +104,12 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     return dataclasses.replace(flags, train=train, model=model)
 
 
-def _build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
-    """The strategy, the step with everything bound but state and batch, and the evaluation."""
+def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
+    """The strategy, the step with everything bound but state and batch, and the evaluation.
+
+    Raises:
+      ValueError: the layout does not fit the devices, the batch or the model.
+    """
     optimizer = make_optimizer(flags.learning)
     learning_rate = make_learning_rate(flags.learning, flags.train.steps)
     init_state = make_init(flags.model, optimizer, flags.train.seed)

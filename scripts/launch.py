@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-from scripts.command_line import errors_in_one_line
+from scripts.command_line import dispatch
 
 HELP = """usage: launch.py COMMAND ...
 
@@ -28,16 +28,7 @@ launch.py COMMAND --help says more; docs/launch.md tells how they go together.""
 
 def main() -> int:
     """Exit status: 2 bad input; else that of the command, as its --help describes it."""
-    with errors_in_one_line():
-        name, *args = sys.argv[1:] or [""]
-        if name in ("-h", "--help"):
-            print(HELP)
-            return 0
-        if name not in COMMANDS:
-            known = ", ".join(COMMANDS)
-            raise ValueError(f"command {name!r} is not one of {known}; see launch.py --help")
-        sys.argv[0] = f"launch.py {name}"  # what help calls it
-        return COMMANDS[name](args)
+    return dispatch("launch.py", HELP, COMMANDS)
 
 
 def _local(args: Sequence[str]) -> int:

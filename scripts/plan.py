@@ -3,7 +3,6 @@
 Invariant: the step that is compiled is the one that train.py runs, and nothing of it is computed.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from data.cache import cache_folder
 from parallax.config import PRESETS, TrainConfig
 from parallax.model.cost import StepCost
 from parallax.training.loss import make_loss
@@ -184,7 +184,7 @@ class Plan:
 
 def plan_cache() -> Path:
     """Where reports of compiled programs are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "parallax" / "plans"
+    return cache_folder() / "plans"
 
 
 def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> Build:

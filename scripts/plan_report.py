@@ -16,8 +16,10 @@ from parallelism.planner import Choice, Row, name_of
 from scripts.plan_flags import Flags
 
 PRICES = "https://cloud.google.com/tpu/pricing"
-SHOWN = 24
+SHOWN = 20
 """Rows of the table; the JSON has all."""
+LACKING = 4
+"""Rows beside these of layouts that do not fit, of which those that lack the least."""
 
 
 def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: int) -> Table:
@@ -44,7 +46,8 @@ def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: i
         "tokens/s",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows[:SHOWN]:
+    lacking = [row for row in rows[SHOWN:] if _verdict(row, sliced).startswith(("no", "lacks"))]
+    for row in [*rows[:SHOWN], *lacking[:LACKING]]:
         table.add_row(*_cells(row, sliced, asked))
     return table
 

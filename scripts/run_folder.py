@@ -6,6 +6,7 @@ Invariant: only reads, and needs nothing but the folder.
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,14 +34,21 @@ class Run:
     """All of config.json: how the run was trained, and on what."""
 
 
-def load_run(folder: str | os.PathLike, step: int | None = None) -> Run:
+def load_run(
+    folder: str | os.PathLike,
+    step: int | None = None,
+    place: Callable[[TransformerConfig], Params] | None = None,
+) -> Run:
     """Reads a run with the parameters of `step`, by default those of its best checkpoint.
+
+    Args:
+      place: gives the tree of `init_params` as ShapeDtypeStructs with shardings; by default all on the first device.
 
     Raises:
       ValueError: the folder is no run, its files contradict each other, or no such checkpoint is intact.
     """
     folder = open_folder(folder)
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     config = config_from_dict(settings["model"])
     if config.vocab_size != tokenizer.vocab_size:
@@ -48,7 +56,7 @@ def load_run(folder: str | os.PathLike, step: int | None = None) -> Run:
             f"vocab_size={config.vocab_size} in {folder / 'config.json'} must equal the {tokenizer.vocab_size} of "
             "tokenizer.json; restore the files that training wrote"
         )
-    abstract_params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    abstract_params = (place or _on_first_device)(config)
     checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False)
     try:
         found, params, _ = checkpoints.restore_params(abstract_params, step)
@@ -57,9 +65,14 @@ def load_run(folder: str | os.PathLike, step: int | None = None) -> Run:
     return Run(folder, config, tokenizer, params, found, settings)
 
 
-def _read_settings(folder: epath.Path) -> dict[str, Any]:
+def _on_first_device(config: TransformerConfig) -> Params:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def read_settings(folder: epath.Path) -> dict[str, Any]:
+    """All of config.json. Raises ValueError where there is none, or none of a model."""
     path = folder / "config.json"
-    remedy = "give the folder that train.py wrote"
+    remedy = "give the folder that train.py or convert.py wrote"
     try:
         settings = json.loads(path.read_text("utf-8"))
     except OSError as error:

@@ -20,13 +20,16 @@ from parallelism.hosts import Cluster, fix_cpu_rounding, join, run_process
 from scripts.allocator import keep_large_buffers
 from scripts.attempt import Attempt
 from scripts.command_line import errors_in_one_line
+from scripts.compilation_cache import keep_compiled_programs
 from scripts.job import Job, prepare_job
 from scripts.train_flags import read_flags
 
 
 def main() -> int:
-    """Exit status: 0 finished, or stopped as asked; 1 failed, and would again; 2 bad input; 3 failed from outside."""
+    """Exit status: 0 finished, or stopped as asked; 1 failed, and would again; 2 bad input; 3 failed from
+    outside; 4 lost a peer."""
     keep_large_buffers()
+    keep_compiled_programs()
     with errors_in_one_line():
         flags = read_flags()
         if flags.train.reduction == "exact":
@@ -48,10 +51,7 @@ def main() -> int:
 def show_costs(job: Job) -> int:
     """Compiles the step without running it; prints the parameters and what a step takes of a device."""
     settings = job.flags.train
-    rows = job.strategy.rows(settings.batch_size)
-    batch = next(
-        training_batches(job.training, batch_size=settings.batch_size, seed=settings.seed, rows=rows)
-    )
+    batch = next(training_batches(job.training, batch_size=settings.batch_size, seed=settings.seed))
     memory = job.strategy.lower(job.step, batch).compile().memory_analysis()
     if not job.strategy.is_writer:
         return 0

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from etils import epath
 
 from parallax.config import (
     PRESETS,
@@ -20,6 +21,7 @@ from parallax.config import (
 from parallax.config_dict import config_from_dict, config_to_dict
 from parallax.training.remote import open_folder
 from scripts.command_line import parse
+from scripts.run_folder import read_settings
 
 DESCRIPTION = (
     "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
@@ -67,6 +69,8 @@ class Flags:
     """char (the default), byte, or bpe[:VOCABULARY], trained on the data set."""
     config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
+    init_from: str | None = None
+    """Start from the parameters, the model and the tokenizer of this run, an imported one say, with a new optimizer."""
     output_dir: str | None = None
     """The run folder, local or on gs://; by default the next free runs/DATASET-CONFIG."""
     resume: Switch = False
@@ -100,7 +104,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
     """
     args = list(sys.argv[1:] if args is None else args)
     saved = _saved_flags(args)
-    default = saved or Flags(model=PRESETS.get(flag_value(args, "--config"), PRESETS["tiny"]))
+    default = saved or Flags(model=_first_model(args))
     if saved is None and flag_value(args, "--mode") == "overfit":
         default = dataclasses.replace(
             default, train=TrainConfig(batch_size=8)
@@ -113,7 +117,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
 
 def flags_to_dict(flags: Flags) -> dict[str, Any]:
     """Everything that decides a run, as JSON-ready values: what config.json holds."""
-    plain = ("mode", "strategy", "mesh", "rules", "dataset", "tokenizer", "config")
+    plain = ("mode", "strategy", "mesh", "rules", "dataset", "tokenizer", "config", "init_from")
     return {
         "run": {name: getattr(flags, name) for name in plain},
         "train": config_to_dict(flags.train),
@@ -132,6 +136,11 @@ def flags_from_dict(values: dict[str, Any]) -> Flags:
     )
 
 
+def model_name(flags: Flags) -> str:
+    """What the model is called where a run is described: its preset, or the run that it came from."""
+    return flags.config if flags.init_from is None else epath.Path(flags.init_from).name
+
+
 def flag_value(args: list[str], flag: str) -> str:
     """The value of one flag, before the command line can be parsed as a whole."""
     for position, arg in enumerate(args):
@@ -140,6 +149,19 @@ def flag_value(args: list[str], flag: str) -> str:
         if arg == flag:
             return next(iter(args[position + 1 :]), "")
     return ""
+
+
+def _first_model(args: list[str]) -> TransformerConfig:
+    """The model that --model.* flags change: that of --init-from, or a preset."""
+    source = flag_value(args, "--init-from") or flag_value(args, "--init_from")
+    if not source:
+        return PRESETS.get(flag_value(args, "--config"), PRESETS["tiny"])
+    for flag in ("--config", "--tokenizer"):
+        if flag_value(args, flag):
+            raise ValueError(
+                f"{flag} {flag_value(args, flag)} does not go with --init-from, which brings its own; leave one out"
+            )
+    return config_from_dict(read_settings(open_folder(source))["model"])
 
 
 def _saved_flags(args: list[str]) -> Flags | None:
@@ -152,7 +174,13 @@ def _saved_flags(args: list[str]) -> Flags | None:
     if not path.exists():
         return None
     try:
-        saved = flags_from_dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
+        if isinstance(values, dict) and "imported" in values:
+            raise ValueError(
+                f"{folder} was imported and has no training to resume; "
+                f"try --init-from {folder} with another --output-dir"
+            )
+        saved = flags_from_dict(values)
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not the config of a run ({error}); choose another --output-dir"

@@ -25,6 +25,7 @@ def random_config(seed):
         remat=str(rng.choice(["none", "dots", "full"])),
         dtype=str(rng.choice(["float32", "bfloat16"])),
         rope_scaling=RopeScaling(
-            kind=str(rng.choice(["none", "linear", "llama3"])), factor=float(rng.uniform(1, 9))
+            kind=str(rng.choice(["none", "linear", "llama3", "yarn"])), factor=float(rng.uniform(1, 9))
         ),
+        attention_out_bias=bool(rng.integers(2)),
     )

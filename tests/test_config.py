@@ -23,6 +23,11 @@ BROKEN = [
     (RopeScaling, {"factor": 0.5}, "factor"),
     (RopeScaling, {"factor": float("nan")}, "factor"),
     (RopeScaling, {"low_freq_factor": 4.0}, "low_freq_factor"),
+    (RopeScaling, {"original_max_seq_len": 0}, "original_max_seq_len"),
+    (RopeScaling, {"beta_slow": 0.0}, "beta_slow"),
+    (RopeScaling, {"beta_slow": 32.0}, "beta_slow"),
+    (RopeScaling, {"attention_factor": -1.0}, "attention_factor"),
+    (RopeScaling, {"attention_factor": float("nan")}, "attention_factor"),
     *[
         (TransformerConfig, {name: 0}, name)
         for name in (

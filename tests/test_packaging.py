@@ -23,7 +23,11 @@ EXTRAS = PROJECT.get("optional-dependencies", {})
 BUILD = [*PYPROJECT["build-system"]["requires"], *PYPROJECT["dependency-groups"]["build"]]
 DECLARED = {
     "requirements.lock": [*BUILD, *PROJECT["dependencies"]],
-    **{f"requirements-{extra}.lock": [*BUILD, *PROJECT["dependencies"], *EXTRAS[extra]] for extra in EXTRAS},
+    **{
+        f"requirements-{extra}.lock": [*BUILD, *PROJECT["dependencies"], *EXTRAS[extra]]
+        for extra in EXTRAS
+        if not any(line.startswith("torch") for line in EXTRAS[extra])  # what fits depends on the machine
+    },
 }
 CODE = ("parallax", "parallelism", "data", "scripts")
 MACHINES = [
@@ -74,7 +78,7 @@ def third_party(folders):
     return {name: path for name, path in found.items() if name not in ours}
 
 
-def test_one_lock_for_each_extra():
+def test_one_lock_for_each_extra_without_torch():
     assert {path.name for path in ROOT.glob("requirements*.lock")} == set(DECLARED)
 
 

@@ -14,13 +14,17 @@ from flax import nnx
 from parallax.axes import constrain, local, param, read
 from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
+from parallax.layers.attend_blocks import attend_by_blocks
 from parallax.layers.normalization import RMSNorm
-from parallax.layers.rotary import frequencies, rotate
-from parallax.layers.splash import attend_in_blocks
+from parallax.layers.rotary import frequencies, magnitude, rotate
+from parallax.layers.splash import attend_in_kernel
 from parallax.model.cache import LayerCache
 
 CHUNK = 512
 """Above twice this length scores are computed chunk by chunk: [T, S] no longer fits caches, and memory stays linear."""
+
+BY_BLOCKS = {"blocks": attend_by_blocks, "splash": attend_in_kernel}
+"""What skips blocks of scores that the mask hides, for whole sequences in order."""
 
 
 class Attention(nnx.Module):
@@ -46,6 +50,8 @@ class Attention(nnx.Module):
             self.query_bias = param(zeros, rngs.params(), (H, K), ("heads", "head_dim"))
             self.key_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
             self.value_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
+        if config.attention_out_bias:
+            self.out_bias = param(jax.nn.initializers.zeros, rngs.params(), (D,), ("embed",))
         if config.qk_norm:
             self.query_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
             self.key_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
@@ -62,7 +68,7 @@ class Attention(nnx.Module):
 
         `positions_BT` is [B, T] or [1, T], by default 0 … T-1; segments are for training and do not mix with a cache.
         """
-        in_kernel = self.config.attention == "splash" and positions_BT is None and cache is None
+        by_blocks = self.config.attention in BY_BLOCKS and positions_BT is None and cache is None
         if positions_BT is None:
             positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
         q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT)
@@ -71,20 +77,24 @@ class Attention(nnx.Module):
             cache = cache.write(k_BSGK, v_BSGK, positions_BT)
             k_BSGK, v_BSGK = cache.read()
             key_positions = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)[None, :]
-        if in_kernel:
-            heads_BTHK = self._attend_in_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
+        if by_blocks:
+            heads_BTHK = self._attend_by_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
         else:
             heads_BTHK = self._attend(
                 q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key
             )
-        return jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype)), cache
+        y_BTD = jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype))
+        if self.config.attention_out_bias:
+            y_BTD += read(self.out_bias, x_BTD.dtype)[None, None]
+        return y_BTD, cache
 
-    def _attend_in_blocks(
+    def _attend_by_blocks(
         self, q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None
     ) -> jax.Array:
-        """[B, T, H, K] by the kernel. Each device takes its rows and heads, and whole sequences."""
+        """[B, T, H, K]. Each device takes its rows and heads, and whole sequences."""
         queries, keys = ("batch", "length", "act_heads", None), ("batch", None, "act_kv_heads", None)
-        on_device = functools.partial(attend_in_blocks, window=self.config.sliding_window)
+        function = BY_BLOCKS[self.config.attention]
+        on_device = functools.partial(function, window=self.config.sliding_window)
         return local(on_device, (queries, keys, keys, ("batch", None)), queries)(
             q_BTHK, k_BTGK, v_BTGK, segments_BT
         )
@@ -139,7 +149,9 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
-        q_BTHK = rotate(q_BTHK, positions_BT, omega) / math.sqrt(self.config.head_dim)
+        # yarn's factor of queries and of keys, both here.
+        scale = math.sqrt(self.config.head_dim) / magnitude(self.config.rope_scaling) ** 2
+        q_BTHK = rotate(q_BTHK, positions_BT, omega) / scale
         # Each device projects its own tokens; what others need of keys and values is gathered afterwards.
         own = ("batch", "length", "act_kv_heads", None)
         return q_BTHK, constrain(rotate(k_BTGK, positions_BT, omega), *own), constrain(v_BTGK, *own)

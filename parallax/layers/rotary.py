@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parallax.config import RopeScaling
+from parallax.rope_scaling import RopeScaling
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
@@ -25,7 +25,34 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
         kept = np.clip((turns - low) / (high - low), 0, 1)  # 1 for short wavelengths, 0 for long ones
         omega = kept * omega + (1 - kept) * omega / scaling.factor
+    if scaling.kind == "yarn":
+        omega = _yarn(omega, head_dim, theta, scaling)
     return omega.astype(np.float32)
+
+
+def _yarn(omega: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+    """Between the pairs that turn β_fast and β_slow times over the first length, ω is blended with ω / factor.
+
+    Peng et al. 2023, arXiv:2309.00071, section 3.2. As in the authors' code, the ramp is linear in the number of the
+    pair, not in its turns, and begins and ends at whole numbers.
+    """
+
+    def pair_of(turns: float) -> float:
+        at_one_radian = scaling.original_max_seq_len / (2 * math.pi * turns)
+        return head_dim * math.log(at_one_radian) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_of(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair_of(scaling.beta_slow)), head_dim - 1)
+    width = max(last - first, 1e-3)  # a step where both are one pair
+    stretched = np.clip((np.arange(head_dim // 2) - first) / width, 0, 1)
+    return stretched * omega / scaling.factor + (1 - stretched) * omega
+
+
+def magnitude(scaling: RopeScaling) -> float:
+    """By what a rotated query and a rotated key are each multiplied: yarn's √(1/t) (its eq. 22), and 1 otherwise."""
+    if scaling.kind != "yarn":
+        return 1.0
+    return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1
 
 
 def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, omega: np.ndarray) -> jax.Array:

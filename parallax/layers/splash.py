@@ -23,7 +23,7 @@ def check_length(seq_len: int) -> None:
         )
 
 
-def attend_in_blocks(
+def attend_in_kernel(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None, window: int
 ) -> jax.Array:
     """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K].

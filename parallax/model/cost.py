@@ -29,11 +29,6 @@ def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> floa
     return 3 * forward_flops(config, seq_len) * batch_size * seq_len
 
 
-def state_bytes(config: TransformerConfig) -> int:
-    """Bytes of float32 parameters and AdamW moments."""
-    return 3 * 4 * config.num_params()
-
-
 def _weights(config: TransformerConfig) -> int:
     """Of the matrices of one block."""
     D, K, F = config.embed_dim, config.head_dim, config.mlp_dim
@@ -76,7 +71,7 @@ class StepCost:
         """Bytes of a number in the compute dtype."""
         return 2 if self.config.dtype == "bfloat16" else 4
 
-    def product_flops(self) -> float:
+    def product_flops(self, sizes: Mapping[str, int]) -> float:
         """Operations of all matrix products outside kernels in one step, over all devices, recomputation included."""
         config = self.config
         kernel = config.attention == "splash"
@@ -86,7 +81,7 @@ class StepCost:
         # A block's last product is not needed again.
         whole = block - 2 * config.embed_dim * config.mlp_dim
         again = {"none": 0.0, "dots": attention, "full": whole}[config.remat]
-        if self._in_chunks:
+        if self._in_chunks(sizes.get("sequence", 1)):
             again += 1.5 * attention  # a chunk's scores twice more, its weighted values once
         a_token = 3 * (config.num_layers * block + _head(config)) + config.num_layers * again
         return a_token * self.batch_size * self.seq_len
@@ -122,11 +117,11 @@ class StepCost:
         if sizes.get("fsdp", 1) == 1:
             gradients += own * ((e < 4) / 2 + (rows > 1))  # cast parameters; the sum comes beside its parts
         else:
-            gradients += 2 * e * _weights(config) / tensor  # two gathered blocks
+            # Gathered blocks, the next while one is computed.
+            gradients += 3 * e * _weights(config) / tensor
         table, logits = self._head_bytes(tokens, sizes)
-        # The logits are gone before the blocks are computed again; the gradient of the table is not, and is scattered
-        # last, from a transposed and padded copy.
-        fullest = max(tokens * working + table, 2 * table + logits, 3 * table)
+        # The logits are gone before the blocks are computed again; the gradient of the table is not.
+        fullest = max(tokens * working + table, 2 * table + logits)
         return tokens * config.num_layers * saved + gradients + fullest
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
@@ -135,25 +130,29 @@ class StepCost:
         D, F = config.embed_dim, config.mlp_dim / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
+        # Of heads, in the kernel's layout.
+        padding = max(1, 128 / config.head_dim) if config.attention == "splash" else 1
         norms = (
             2 * D * (8 + (e if e < 4 else 0))
         )  # in float32, and in the compute dtype where that is another
-        projections = e * (3 * heads + 3 * keys)  # before and after the rotation, and what attention gives
+        # Before and after the rotation, and what attention gives.
+        projections = e * padding * (3 * heads + 3 * keys)
         hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
-        scores = config.num_heads * min(self.seq_len, 512 if self._in_chunks else self.seq_len) / tensor
-        kept = 0 if config.attention == "splash" or self._in_chunks else scores
+        in_chunks = self._in_chunks(sequence)
+        scores = config.num_heads * (512 if in_chunks else self.seq_len) / tensor
+        kept = 0 if config.attention == "splash" or in_chunks else scores
         everything = norms + e * D + projections + hidden
         if config.remat == "none":
             return everything + gathered + kept * (4 + e), 0.15 * everything
-        working = 0 if config.attention == "splash" else 12 * scores
+        working = 0 if config.attention == "splash" else 10 * scores
         if config.remat == "dots":
-            return e * (3 * D + heads + 2 * keys + 2 * F), hidden + gathered + working
+            return e * (3 * D + padding * (heads + 2 * keys) + 2 * F), hidden + gathered + working
         return e * D, max(everything + gathered, working)
 
-    @property
-    def _in_chunks(self) -> bool:
-        return self.config.attention == "xla" and self.seq_len > 1024
+    def _in_chunks(self, sequence: int) -> bool:
+        """Whether a device has so many queries that their scores are taken in chunks."""
+        return self.config.attention == "xla" and self.seq_len / sequence > 1024
 
     def _head_bytes(self, tokens: float, sizes: Mapping[str, int]) -> tuple[float, float]:
         """A whole table where it is gathered, and a chunk of logits with their gradient."""

@@ -13,6 +13,7 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.model.cache import KVCache
 from parallax.model.transformer import TransformerLM, init_params
+from tests.inference.models import SETTINGS
 
 VOCAB = 23
 SIZES = {
@@ -33,16 +34,6 @@ VARIANTS = {
     "softcap": {"logit_softcap": 3.0, "remat": "full", "dropout_rate": 0.3},
     "bfloat16": {"dtype": "bfloat16"},
 }
-SETTINGS = [
-    {"temperature": 0.0},
-    {"temperature": 0.0, "repetition_penalty": 1.5},
-    {},
-    {"temperature": 0.7, "top_k": 5},
-    {"top_p": 0.8},
-    {"min_p": 0.2},
-    {"repetition_penalty": 1.3},
-    {"temperature": 1.4, "top_k": 12, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 0.8},
-]
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 MIXED = {name: [setting.get(name, value) for setting in SETTINGS] for name, value in DEFAULTS.items()}
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from parallax.config import RopeScaling
-from parallax.layers.rotary import frequencies, rotate
+from parallax.layers.rotary import frequencies, magnitude, rotate
+from parallax.rope_scaling import RopeScaling
 
 B, T, H, K = 2, 5, 3, 8
 THETA = 10_000.0
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0)
+YARN = RopeScaling(kind="yarn", factor=8.0, original_max_seq_len=4096)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_gradient_matches_finite_differences(x64):
     check_grads(turn, (example(0),), order=1, eps=1e-5, atol=1e-7, rtol=1e-7)  # differences are off by 1e-10
 
 
-@pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling(kind="linear", factor=3.0), LLAMA3])
+@pytest.mark.parametrize("scaling", [RopeScaling(), RopeScaling(kind="linear", factor=3.0), LLAMA3, YARN])
 @pytest.mark.parametrize("shift", [1, 17, 4000])
 def test_products_depend_on_distance_alone(shift, scaling, x64):
     q, k = example(1), example(2)
@@ -122,6 +123,29 @@ def test_llama3_scaling_stretches_long_wavelengths_only(factor):
     assert np.all(np.diff(scaled) < 0)
 
 
-@pytest.mark.parametrize("kind", ["none", "linear", "llama3"])
+def test_yarn_leaves_the_pairs_that_turn_often_and_stretches_those_that_turn_seldom():
+    """Peng et al. 2023, section 3.2: more than 32 turns over the first length, and less than one."""
+    plain, scaled = omega(head_dim=128).astype(np.float64), omega(YARN, head_dim=128).astype(np.float64)
+    turns = YARN.original_max_seq_len * plain / (2 * np.pi)
+    step = turns[0] / turns[1]  # the ramp ends at whole pairs: one more may be touched
+    often, seldom = turns > 32 * step, turns < 1 / step
+    assert min(often.sum(), seldom.sum(), (~often & ~seldom).sum()) >= 3
+    np.testing.assert_array_equal(scaled[often], plain[often])
+    np.testing.assert_allclose(scaled[seldom], plain[seldom] / 8, rtol=1e-6)  # float32 rounding
+    divided_by = plain / scaled
+    assert np.all(np.diff(divided_by) >= -1e-6)
+    kept = (1 / divided_by - 1 / 8) / (1 - 1 / 8)  # 1 before the ramp, 0 behind it, linear on it
+    ramp = kept[(kept > 1e-5) & (kept < 1 - 1e-5)]
+    np.testing.assert_allclose(np.diff(ramp), ramp[1] - ramp[0], atol=1e-5)  # float32 frequencies
+
+
+def test_yarn_sharpens_attention_and_no_other_scaling_does():
+    assert magnitude(YARN) == pytest.approx(0.1 * np.log(8) + 1)
+    assert magnitude(RopeScaling(kind="yarn", factor=8.0, attention_factor=1.7)) == 1.7
+    assert magnitude(RopeScaling(kind="yarn", factor=1.0)) == 1
+    assert [magnitude(scaling) for scaling in (RopeScaling(), LLAMA3)] == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "llama3", "yarn"])
 def test_a_factor_of_one_changes_nothing(kind):
     np.testing.assert_allclose(omega(RopeScaling(kind=kind, factor=1.0), 64), omega(head_dim=64), rtol=1e-7)

@@ -10,7 +10,7 @@ import pytest
 from parallax.config import TransformerConfig
 from parallax.layers import attention
 from parallax.layers.attend import attend
-from parallax.layers.splash import attend_in_blocks
+from parallax.layers.splash import attend_in_kernel
 from parallax.model.transformer import TransformerLM, init_params
 
 B, T, H, G, K = 2, 256, 4, 2, 64
@@ -36,7 +36,7 @@ def test_values_and_gradients_are_those_of_attend(window, segmented):
         return attend(q, k, v, positions=(at, at), segments=pair, window=window)
 
     def kernel(q, k, v):
-        return attend_in_blocks(q, k, v, segments, window)
+        return attend_in_kernel(q, k, v, segments, window)
 
     def both(function):
         weighed = jax.value_and_grad(lambda *x: jnp.sum(weights * function(*x)), argnums=(0, 1, 2))
@@ -66,7 +66,7 @@ def test_positions_or_a_cache_leave_the_kernel_alone(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the kernel was asked")
 
-    monkeypatch.setattr(attention, "attend_in_blocks", refuse)
+    monkeypatch.setitem(attention.BY_BLOCKS, "splash", refuse)
     config = TransformerConfig(attention="splash")
     params = init_params(config, jax.random.key(0))
     tokens, positions = np.zeros((1, 8), np.int32), np.arange(8, dtype=np.int32)[None]
@@ -80,9 +80,9 @@ def test_lengths_that_no_block_divides_are_refused():
     with pytest.raises(
         ValueError, match="attention=splash needs seq_len=200 to be a multiple of 128; try 256"
     ):
-        attend_in_blocks(q[:, :200], k[:, :200], v[:, :200], None, 0)
+        attend_in_kernel(q[:, :200], k[:, :200], v[:, :200], None, 0)
     with pytest.raises(ValueError, match="needs whole sequences on a device, not 128 of 256 tokens"):
-        attend_in_blocks(q[:, :128], k, v, None, 0)
+        attend_in_kernel(q[:, :128], k, v, None, 0)
 
 
 def test_a_config_that_drops_weights_is_refused():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallax.config import TrainConfig, TransformerConfig
-from parallax.model.cost import StepCost, forward_flops, state_bytes, step_flops
+from parallax.model.cost import StepCost, forward_flops, step_flops
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.training.loss import make_loss
 from parallelism.flops import read_flops
@@ -63,10 +63,6 @@ def test_a_step_costs_three_forward_passes_of_the_batch():
     assert step_flops(config, 6, 20) == pytest.approx(3 * 6 * 20 * forward_flops(config, 20))
 
 
-def test_state_is_three_float32_trees():
-    assert state_bytes(TransformerConfig(**SIZES)) == 12 * TransformerConfig(**SIZES).num_params()
-
-
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
     "changes", [{}, {"num_kv_heads": 1, "tie_embeddings": False, "vocab_size": 200}], ids=str
@@ -81,7 +77,7 @@ def test_a_steps_products_are_those_that_the_compiled_program_executes(remat, ch
     gradient = jax.jit(jax.grad(lambda params, batch: loss_fn(params, batch, None)[0]["loss"]))
     executed = read_flops(gradient.lower(params, batch).compile().as_text())
     cost = StepCost(config=config, batch_size=rows, seq_len=length)
-    assert executed == pytest.approx(cost.product_flops(), rel=0.01)
+    assert executed == pytest.approx(cost.product_flops({}), rel=0.01)
 
 
 def test_what_is_sent_depends_on_the_axes_that_there_are():

@@ -1,10 +1,12 @@
 """Command lines for gcloud, and what its answers are taken for. That gcloud takes them is not shown here."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
-from parallelism.gcloud import GcloudError, Tpu, copy, find_node, find_queued, run
+from parallelism.gcloud import RUNTIMES, GcloudError, Tpu, copy, find_node, find_queued, run
 
 HOME = {"name": "t1", "zone": "us-central1-a"}
 PROGRAM = """#!{python}
@@ -157,3 +159,8 @@ def test_one_that_does_not_end_is_killed_and_what_it_said_is_kept(tmp_path):
         run([str(path)], seconds=2)
     assert caught.value.unreachable
     assert caught.value.out == "parallax 0 running\n"
+
+
+def test_terraform_starts_the_same_runtimes():
+    text = (Path(__file__).parents[2] / "terraform" / "tpu.tf").read_text()
+    assert dict(re.findall(r'(\w+) += \{ default = "([^"]+)"', text)) == RUNTIMES

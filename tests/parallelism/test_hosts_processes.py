@@ -129,7 +129,7 @@ def test_two_processes_are_one_run(port):
     ("error", "status", "words"),
     [
         ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
-        ("ValueError('UNKNOWN: Gloo all-reduce failed: closed')", 3, "process 1 lost a peer: UNKNOWN: Gloo"),
+        ("ValueError('UNKNOWN: Gloo all-reduce failed: closed')", 4, "process 1 lost a peer: UNKNOWN: Gloo"),
     ],
     ids=["its own fault", "as jaxlib reports a lost peer"],
 )

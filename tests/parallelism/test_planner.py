@@ -38,7 +38,7 @@ class Fixed:
     temporary: float = 1e9
     wire: float = 1e8
 
-    def product_flops(self):
+    def product_flops(self, sizes):
         return self.flops
 
     def kernel_flops(self):

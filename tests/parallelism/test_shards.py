@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from parallax import axes
+from parallelism import shards
 from parallelism.shards import ShardPlacement
 
 MESHES = {
@@ -23,13 +24,17 @@ ARRAYS = {
     "too small for tiles": ((8,), ("embed",)),
     "the last of three dims": ((4, 6, 16), ("heads", "head_dim", "embed")),
     "long rows, padded": ((64, 8200), ("embed", "vocab")),
+    "longer rows, in pieces": ((64, 33000), ("embed", "vocab")),
+    "a table": ((16500, 64), ("vocab", "embed")),
     "not split": ((6, 4), ("mlp", "heads")),
 }
 
 
 @pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
-def test_whole_forward_and_the_sum_in_shards_back(mesh, array):
+@pytest.mark.parametrize("large", [2**28, 0], ids=["gathered at once", "gathered in pieces"])
+def test_whole_forward_and_the_sum_in_shards_back(mesh, array, large, monkeypatch):
+    monkeypatch.setattr(shards, "LARGE", large)
     sizes, names = mesh
     shape, logical = array
     mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))

@@ -50,7 +50,7 @@ def test_one_alone_has_no_others_to_end(start):
 
 
 def test_of_two_found_dead_at_once_the_one_that_lost_its_peer_is_not_blamed(start):
-    group = start("mark('up-0'); wait('go'); sys.exit(3)", "mark('up-1'); wait('go');" + KILLED)
+    group = start("mark('up-0'); wait('go'); sys.exit(4)", "mark('up-1'); wait('go');" + KILLED)
     group.until("up-0", "up-1")
     group.driver.send_signal(signal.SIGSTOP)
     group.mark("go")

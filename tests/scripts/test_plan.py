@@ -61,7 +61,11 @@ def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimize
         ("TPU v4", {}, 256, 1, "splash"),
         ("TPU v6 lite", {}, 256, 1, "splash"),
         ("TPU v3", {}, 256, 1, "xla"),
-        ("cpu", {}, 256, 1, "xla"),
+        ("cpu", {}, 256, 1, "blocks"),
+        ("cpu", {}, 64, 1, "xla"),
+        ("cpu", {}, 2048, 1, "xla"),
+        ("cpu", {}, 256, 2, "xla"),
+        ("cpu", {"dropout_rate": 0.1}, 256, 1, "xla"),
         ("TPU v4", {}, 200, 1, "xla"),
         ("TPU v4", {"dropout_rate": 0.1}, 256, 1, "xla"),
         ("TPU v4", {}, 256, 8, "xla"),
@@ -77,8 +81,13 @@ def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(
 
 
 @pytest.mark.parametrize(
-    ("length", "parts", "words"), [(100, 1, "try 128"), (128, 2, "2 devices share each")]
+    ("attention", "length", "parts", "words"),
+    [
+        ("splash", 100, 1, "try 128"),
+        ("splash", 128, 2, "2 devices share each"),
+        ("blocks", 128, 2, "2 devices share each"),
+    ],
 )
-def test_the_kernel_is_refused_where_it_cannot_run(length, parts, words):
+def test_what_skips_blocks_is_refused_where_it_cannot_run(attention, length, parts, words):
     with pytest.raises(ValueError, match=words):
-        choose_attention(PRESETS["tiny"].replace(attention="splash"), length, parts, None)
+        choose_attention(PRESETS["tiny"].replace(attention=attention), length, parts, None)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from parallax.config import PRESETS
+from parallelism.collectives import read_collectives
 from parallelism.compiler import topology_devices
 from parallelism.flops import read_flops
 from parallelism.hardware import accelerator
@@ -120,14 +121,26 @@ def test_operations_agree_with_the_compilers_own_count_of_two_layers_without_a_l
     flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["small"].replace(num_layers=2))
     build, _, lowered = lower(flags, choice_of(flags, "", {"data": 8}))
     counted = lowered.compile().cost_analysis()["flops"]
-    assert build.cost.product_flops() / 8 == pytest.approx(counted, rel=0.05)
+    assert build.cost.product_flops({}) / 8 == pytest.approx(counted, rel=0.05)
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_operations_are_those_of_the_program_with_its_loops(remat):
     flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["small"].replace(num_layers=3))
     build, _, lowered = lower(flags, choice_of(flags, "", {"data": 8}), remat)
-    assert read_flops(lowered.compile().as_text()) == pytest.approx(build.cost.product_flops() / 8, rel=0.01)
+    assert read_flops(lowered.compile().as_text()) == pytest.approx(
+        build.cost.product_flops({}) / 8, rel=0.01
+    )
+
+
+def test_pmap_spans_every_host_of_a_slice():
+    flags = Flags(topology="v5e-16", batch_size=32, model=PRESETS["tiny"])
+    build, strategy, lowered = lower(flags, choice_of(flags, "", {"data": 16}))
+    assert len({device.process_index for device in strategy.devices}) == 4
+    text = lowered.compile().as_text()
+    assert read_flops(text) == pytest.approx(build.cost.product_flops({}) / 16, rel=0.01)
+    reduced = [each for each in read_collectives(text) if each.kind == "all-reduce"]
+    assert {len(group) for each in reduced for group in each.groups} == {16}
 
 
 @pytest.mark.parametrize(

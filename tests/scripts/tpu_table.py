@@ -95,7 +95,7 @@ def line_of(case: Case, row: Row, sliced: Accelerator) -> str:
         memory = f"{row.peak_bytes / GIB:.2f}"
     sent = ", ".join(f"{each.kind} {each.wire_bytes / 1e9:.2f}" for each in kinds(row))
     estimated = build_of(case).cost
-    counted = (estimated.product_flops() + estimated.kernel_flops()) / sliced.devices
+    counted = (estimated.product_flops(row.choice.sizes) + estimated.kernel_flops()) / sliced.devices
     cells = (
         *(case.config, case.slice_name, f"`{name_of(row.choice)}`", f"{case.batch_size} × {case.seq_len}"),
         *(f"{case.remat}, {case.attention}", memory, f"{row.estimated_bytes / GIB:.2f}"),

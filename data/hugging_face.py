@@ -1,0 +1,177 @@
+"""A tokenizer that another model brings: the `tokenizer.json` of the `tokenizers` library.
+
+Invariant: ids are those of the library itself, and each id stands for fixed bytes, so that streams work as for any
+other tokenizer. A kind of which that is not known is refused.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from data.bpe import byte_of_character
+from data.tokenizer import Tokenizer, check_id, to_utf8
+
+SPACE = "▁"
+"""How SentencePiece spells a space."""
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """Byte-level pairs (Llama 3, Qwen, SmolLM), or SentencePiece's with bytes to fall back on (Llama 2, Mistral).
+
+    A text begins with the ids that the tokenizer puts before one, such as <s>, which stand for no bytes; nor do the ids
+    that end one. Text that spells an added token, such as <|im_start|>, gets its id, as in the library: in a prompt it
+    is meant. decode(encode(text)) == text but for these, and as far as the tokenizer leaves text as it is: some put
+    accents and letters together (NFC).
+    """
+
+    def __init__(self, definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int]) -> None:
+        """Takes a tokenizer.json, the rows of the model's embedding, and the ids that end a text, `eos_id` first.
+
+        Raises:
+          ValueError: it is damaged, of another kind, or has ids that the model has not.
+        """
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        except Exception as error:  # the library raises Exception itself
+            raise ValueError(f"its tokenizer.json is damaged ({error}); restore it") from None
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._definition, self._vocab_size = definition, vocab_size
+        self._end_ids = tuple(int(token) for token in end_ids)
+        largest = max(self._model.get_vocab().values(), default=-1)
+        for token in (largest, *self._end_ids):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"its id {token} must be from 0 to {vocab_size - 1}, the rows of the embedding; "
+                    "take the tokenizer.json and config.json of one model"
+                )
+        self._begin = self._begin_ids()
+        self._bytes, self._drops_space = self._spellings()
+
+    @property
+    def name(self) -> str:
+        return f"hugging_face:{self._vocab_size}"
+
+    @property
+    def vocab_size(self) -> int:
+        return self._vocab_size
+
+    @property
+    def eos_id(self) -> int | None:
+        return next(iter(self._end_ids), None)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        return self._end_ids
+
+    @property
+    def begin_ids(self) -> tuple[int, ...]:
+        """What stands before a text."""
+        return self._begin
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.concatenate([np.array(self._begin, np.int32), self.encode_part(text)])
+
+    def encode_part(self, text: str) -> np.ndarray:
+        to_utf8(text)  # for its error: the library's own is no ValueError
+        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        check_id(token_id, self._vocab_size)
+        return self._bytes.get(token_id, b"")  # an embedding may have rows that no token uses
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, without SentencePiece's space before it where they begin one, as those of `encode` do."""
+        given = [int(token) for token in ids]
+        text = b"".join(map(self.token_bytes, given)).decode("utf-8", "replace")
+        whole = self._drops_space and tuple(given[: len(self._begin)]) == self._begin
+        return text.removeprefix(" ") if whole else text
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "kind": "hugging_face",
+            "definition": self._definition,
+            "vocab_size": self._vocab_size,
+            "end_ids": list(self._end_ids),
+        }
+
+    def _begin_ids(self) -> tuple[int, ...]:
+        plain, ids = (self._model.encode("a", add_special_tokens=special).ids for special in (False, True))
+        starts = (start for start in range(len(ids)) if ids[start : start + len(plain)] == plain)
+        return tuple(ids[: next(starts, 0)])
+
+    def _spellings(self) -> tuple[dict[int, bytes], bool]:
+        """The bytes of each id, and whether a space stands before a text that is none of it."""
+        steps = list(_steps(self._definition.get("decoder")))
+        kinds = {step["type"] for step in steps}
+        added = {token["id"]: token["content"] for token in self._definition.get("added_tokens") or ()}
+        pieces = {token: piece for piece, token in self._model.get_vocab().items() if token not in added}
+        try:
+            if "ByteLevel" in kinds:
+                byte_of, drops_space = byte_of_character(), False
+                spelled = {
+                    token: bytes(byte_of[character] for character in piece) for token, piece in pieces.items()
+                }
+            elif "ByteFallback" in kinds:
+                drops_space = any(step["type"] in ("Strip", "Metaspace") for step in steps)
+                spelled = {token: _piece_bytes(piece) for token, piece in pieces.items()}
+            else:
+                raise ValueError(f"decoder {', '.join(sorted(kinds)) or 'none'}")
+            # 13 bytes never occur in UTF-8.
+            if len({piece for piece in spelled.values() if len(piece) == 1}) < 256 - 13:
+                raise ValueError("bytes are missing")
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"its tokenizer.json must spell any text by bytes ({error}); convert a model of Llama, Mistral or Qwen"
+            ) from None
+        if drops_space and not self._begin:
+            raise ValueError(
+                "its tokenizer.json puts a space before a text and no id, so that a text cannot be told from a "
+                "continuation; convert a model whose texts begin with an id"
+            )
+        silent = {*self._begin, *self._end_ids}
+        literal = {token: b"" if token in silent else text.encode() for token, text in added.items()}
+        return spelled | literal | dict.fromkeys(silent, b""), drops_space
+
+
+def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Any tokenizer of this project as a tokenizer.json with the same ids."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return copy.deepcopy(tokenizer.to_json()["definition"])
+    ours = tokenizer.to_json()
+    if ours["kind"] == "bpe":
+        model = tokenizers.Tokenizer.from_str(json.dumps(ours["definition"]))
+    elif ours["kind"] == "byte":
+        model = tokenizers.Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
+        splitter: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.pre_tokenizer = splitter
+    else:
+        vocab = {character: token for token, character in enumerate(ours["alphabet"])}
+        model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    decoder: Any = decoders.Fuse() if ours["kind"] == "char" else decoders.ByteLevel()
+    model.decoder = decoder
+    if tokenizer.eos_id is not None:
+        model.add_special_tokens(["<|endoftext|>"])  # takes the next id, which is ours
+    return json.loads(model.to_str())
+
+
+def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The steps of a decoder, which may be a sequence of them."""
+    if decoder is not None:
+        inner = decoder.get("decoders") if decoder["type"] == "Sequence" else None
+        yield from [decoder] if inner is None else [step for each in inner for step in _steps(each)]
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """A piece of SentencePiece, in which <0x0A> is a byte."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(SPACE, " ").encode()

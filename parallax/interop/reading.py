@@ -1,0 +1,132 @@
+"""Parameters from safetensors files, straight to where they are to lie.
+
+Invariant: beside the parameters themselves no more than a few pieces of PIECE elements are held, and each device's
+shard is filled with what it needs alone. Every tensor of the files is used once, or the error names it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from parallax.config import TransformerConfig
+from parallax.interop.files import DTYPES, TensorFiles
+from parallax.interop.llama import named, tensors
+from parallax.interop.tensor import Bounds, Tensor
+from parallax.model.transformer import Params
+
+PIECE = 2**20
+"""Elements read at a time: 4 MiB in float32."""
+
+DERIVED = ".rotary_emb.inv_freq"
+"""Old files also hold frequencies, which follow from the config."""
+
+_write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
+
+
+def read_params(
+    files: TensorFiles, config: TransformerConfig, abstract: Params, piece: int = PIECE
+) -> Params:
+    """The parameters of a config from the tensors of a folder.
+
+    Args:
+      abstract: the tree of `init_params` as jax.ShapeDtypeStruct, with shardings; by default all on the first device.
+      piece: how many elements to hold at a time.
+
+    Raises:
+      ValueError: a tensor is missing, left over, or of another shape or dtype.
+    """
+    check_tensors(files, config, piece)
+    params: Params = {}
+    for entry in tensors(config):
+        leaf: Any = abstract
+        *parents, last = entry.path
+        target = params
+        for key in parents:
+            target, leaf = target.setdefault(key, {}), leaf[key]
+        target[last] = _fill(leaf[last], files, entry, piece)
+    return params
+
+
+def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PIECE) -> None:
+    """Raises ValueError unless the files hold the tensors of the config and no others."""
+    wanted = named(config)
+    if missing := [name for name in wanted if name not in files.names]:
+        raise ValueError(
+            f"tensor {missing[0]} is missing in {files.folder}, of {len(missing)} in all that config.json asks for; "
+            "restore the model's files"
+        )
+    for name in sorted(files.names - wanted.keys()):
+        if name.endswith(DERIVED) or _is_tied(files, config, name, piece):
+            continue
+        raise ValueError(
+            f"tensor {name} of {files.place(name)} has no place in the model of config.json; "
+            "convert a model of these architectures alone"
+        )
+    for name, (entry, _) in wanted.items():
+        if files.shape(name) != entry.shape_there:
+            raise ValueError(
+                f"tensor {name} has shape {list(files.shape(name))} and must have {list(entry.shape_there)} by "
+                "config.json; restore the model's files"
+            )
+        if files.dtype(name) not in DTYPES:
+            raise ValueError(
+                f"tensor {name} has dtype {files.dtype(name)}, which is not one of {', '.join(DTYPES)}; "
+                "take the model in one of these"
+            )
+
+
+def _is_tied(files: TensorFiles, config: TransformerConfig, name: str, piece: int) -> bool:
+    """Whether a second copy of a tied table stands there, and equals the first."""
+    if name != "lm_head.weight" or not config.tie_embeddings:
+        return False
+    table = tensors(config)[0]
+    if files.shape(name) == files.shape(table.name) == table.shape_there:
+        blocks = table.cut(table.whole, piece)
+        if all(np.array_equal(files.read(name, block), files.read(table.name, block)) for block in blocks):
+            return True
+    raise ValueError(
+        f"tensor {name} differs from {table.name}, and config.json ties them; set tie_word_embeddings to false there"
+    )
+
+
+def _fill(leaf: jax.ShapeDtypeStruct, files: TensorFiles, entry: Tensor, piece: int) -> jax.Array:
+    """An array whose shards are filled on their own devices, piece by piece; replicas are read once."""
+    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
+    shards: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), leaf.shape, strict=True))
+        shards.setdefault(bounds, []).append(device)
+    buffers = []
+    for bounds, devices in shards.items():
+        shard = tuple(slice(*pair) for pair in bounds)
+        shape = tuple(s.stop - s.start for s in shard)
+        arrays = [jnp.zeros(shape, leaf.dtype, device=SingleDeviceSharding(device)) for device in devices]
+        for at, block in _blocks(shard, files, entry, piece):
+            block = block.astype(leaf.dtype)
+            for number, device in enumerate(devices):
+                placed = jax.device_put(block, device)
+                arrays[number] = _write(arrays[number], placed, at).block_until_ready()
+        buffers += arrays
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, buffers)
+
+
+def _blocks(
+    shard: Bounds, files: TensorFiles, entry: Tensor, piece: int
+) -> Iterator[tuple[tuple[np.int32, ...], np.ndarray]]:
+    """(where in the shard, block) for all of a shard that has a tensor; rows that pad a table have none."""
+    for layer in range(shard[0].start, shard[0].stop) if entry.is_stacked else [0]:
+        own = shard[1:] if entry.is_stacked else shard
+        own = tuple(slice(s.start, min(s.stop, size)) for s, size in zip(own, entry.shape, strict=True))
+        if any(s.start >= s.stop for s in own):
+            continue
+        for bounds in entry.cut(own, piece):
+            there = files.read(entry.name.format(layer), entry.find(bounds))
+            block = entry.bring(there, bounds)
+            at = [s.start - whole.start for s, whole in zip(bounds, own, strict=True)]
+            if entry.is_stacked:
+                at, block = [layer - shard[0].start, *at], block[None]
+            yield tuple(np.int32(start) for start in at), block

@@ -1,0 +1,50 @@
+"""Measures speed, alone and against PyTorch: `python scripts/benchmark.py --help`.
+
+Invariant: a command is looked up by its name and does its own work; this file knows no more than that.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
+
+from scripts.command_line import dispatch
+
+HELP = """usage: benchmark.py COMMAND ...
+
+Measure what Parallax does with this machine. Contenders run in processes of their own, in turn, and a ratio is that of
+two measurements that followed each other. Every command prints a table and writes benchmarks/COMMAND.json.
+
+commands:
+  train       tokens a second of training, against plain PyTorch and transformers
+  decode      time to the first token and tokens a second, against transformers
+  startup     from the start of train.py to its first finished step
+  data        the data pipeline alone, against training
+  checkpoint  what checkpoints and logging cost a run
+  scaling     a step on more devices, of a deeper model, on longer sequences
+  quality     how soon real runs reach a loss
+  page        write docs/performance.md from the results
+
+benchmark.py COMMAND --help says more. torch and transformers come with pip install -e ".[bench]"."""
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    def command(args: Sequence[str]) -> int:
+        return getattr(importlib.import_module(f"scripts.benchmark_{name}"), name)(args)
+
+    return command
+
+
+NAMES = ("train", "decode", "startup", "data", "checkpoint", "scaling", "quality", "page")
+COMMANDS = {name: _command(name) for name in NAMES}
+
+
+def main() -> int:
+    """Exit status: 0 done, 2 bad input or a missing package."""
+    return dispatch("benchmark.py", HELP, COMMANDS)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""Weights of Llama, Mistral and Qwen models in and out: `python scripts/convert.py --help`.
+
+Invariant: a folder that exists is refused, and one that appears is whole.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
+
+import tyro
+
+from scripts.command_line import errors_in_one_line, parse
+
+HELP = """usage: convert.py COMMAND ...
+
+Convert between run folders and Hugging Face folders of Llama, Mistral, Qwen 2, Qwen 3 and SmolLM models.
+
+commands:
+  import HF_FOLDER RUN   config.json, tokenizer.json and safetensors into a run folder, for
+                         generate.py, evaluate.py and train.py --init-from RUN
+  export RUN HF_FOLDER   a run, trained here or imported, into such a folder
+
+convert.py COMMAND --help says more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportFlags:
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HF_FOLDER")]
+    """The Hugging Face folder: config.json, tokenizer.json, and model.safetensors or several with their index."""
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """The run folder to make."""
+    mesh: str = ""
+    """Read the parameters onto a mesh such as fsdp=8, of the visible devices; by default onto the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportFlags:
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    """The run folder, local or on gs://."""
+    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HF_FOLDER")]
+    """The Hugging Face folder to make."""
+    step: int | None = None
+    """Which checkpoint; by default the best."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the tensors are rounded to."""
+    max_file_gb: float = 5.0
+    """Several files with an index where one would be larger than so many 10^9 bytes."""
+    mesh: str = ""
+    """Read the parameters onto a mesh such as fsdp=8, of the visible devices; by default onto the first."""
+
+
+def main() -> int:
+    """Exit status: 0 done; 2 bad input."""
+    with errors_in_one_line():
+        name, *args = sys.argv[1:] or [""]
+        if name in ("-h", "--help"):
+            print(HELP)
+            return 0
+        if name not in COMMANDS:
+            raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}; see convert.py --help")
+        sys.argv[0] = f"convert.py {name}"  # what help calls it
+        COMMANDS[name](args)
+    return 0
+
+
+def _import(args: Sequence[str]) -> None:
+    flags = parse(ImportFlags, description="Make a run folder of a Hugging Face folder.", args=args)
+    from scripts.convert_folders import import_model  # late, since it loads JAX: help answers at once
+
+    import_model(Path(flags.source), flags.run, flags.mesh)
+
+
+def _export(args: Sequence[str]) -> None:
+    flags = parse(ExportFlags, description="Make a Hugging Face folder of a run.", args=args)
+    if not flags.max_file_gb > 0:
+        raise ValueError(f"--max-file-gb {flags.max_file_gb} must be positive; try 5")
+    from scripts.convert_folders import export_model
+
+    export_model(
+        flags.run,
+        flags.target,
+        step=flags.step,
+        dtype=flags.dtype,
+        max_file_bytes=int(flags.max_file_gb * 10**9),
+        mesh=flags.mesh,
+    )
+
+
+COMMANDS = {"import": _import, "export": _export}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,29 @@
+"""Where a model lies that is used and not trained.
+
+Invariant: the placement is that of the training strategies, by the same rules.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from parallax.config import TransformerConfig
+from parallax.model.transformer import init_params
+from parallax.training.state import TrainState, state_axes
+from parallelism.strategy import Layout, Strategy, get_strategy
+
+
+def place_model(config: TransformerConfig, mesh: str = "", *, batch_size: int, seq_len: int) -> Strategy:
+    """A strategy without an optimizer: one device, or a mesh such as fsdp=8. Nothing is computed.
+
+    Raises:
+      ValueError: the mesh does not fit the devices, the model or the batch.
+    """
+
+    def init_state() -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        params = init_params(config, jax.random.key(0))
+        return TrainState(step=zero, params=params, opt_state=(), bad_steps=zero)
+
+    strategy = "mesh" if mesh else "single"
+    layout = Layout(strategy=strategy, mesh=mesh, batch_size=batch_size, seq_len=seq_len)
+    return get_strategy(layout, init_state, state_axes(config, init_state))

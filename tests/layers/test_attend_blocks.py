@@ -1,0 +1,60 @@
+"""Blocks of queries give what all scores at once give, forward and back."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallax.layers.attend import attend
+from parallax.layers.attend_blocks import attend_by_blocks
+
+
+def arrays(T, H=4, G=4, K=8, B=2, dtype=jnp.float32):
+    rng = np.random.default_rng(T)
+    q, k, v, w = (rng.normal(size=(B, T, heads, K)) for heads in (H, G, G, H))
+    return tuple(jnp.asarray(x, dtype) for x in (q / K**0.5, k, v, w))
+
+
+def at_once(q, k, v, segments, window):
+    at = jnp.arange(q.shape[1])[None]
+    within = None if segments is None else (segments, segments)
+    return attend(q, k, v, positions=(at, at), segments=within, window=window)
+
+
+def results(function, q, k, v, w, segments, window):
+    def objective(q, k, v):
+        out = function(q, k, v, segments, window)
+        return jnp.sum((out * w).astype(jnp.float32)), out
+
+    gradients, out = jax.jit(jax.grad(objective, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *gradients
+
+
+@pytest.mark.parametrize(
+    ("T", "G", "window", "documents"),
+    [(64, 4, 0, False), (128, 4, 0, True), (200, 2, 50, False), (256, 1, 64, True), (530, 4, 0, False)],
+    ids=["one block", "two blocks, documents", "ragged, window", "grouped, both", "nine ragged"],
+)
+def test_blocks_give_what_all_scores_give(T, G, window, documents):
+    q, k, v, w = arrays(T, G=G)
+    segments = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 4, (2, T)))) if documents else None
+    found = results(attend_by_blocks, q, k, v, w, segments, window)
+    expected = results(at_once, q, k, v, w, segments, window)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)  # sums of up to 530 terms of size 1
+
+
+def test_in_bfloat16_they_agree_to_its_rounding():
+    q, k, v, w = arrays(192, dtype=jnp.bfloat16)
+    found, expected = (results(f, q, k, v, w, None, 0) for f in (attend_by_blocks, at_once))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.bfloat16
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol=0.05, atol=0.05)
+
+
+def test_no_token_sees_the_future():
+    q, k, v, _ = arrays(160)
+    gradient = jax.grad(lambda v: jnp.sum(attend_by_blocks(q, k, v, None, 0)[:, 70]))(v)
+    assert not np.any(gradient[:, 71:])
+    assert np.all(np.any(gradient[:, :71], axis=(0, 2, 3)))
