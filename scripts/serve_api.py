@@ -97,7 +97,7 @@ class Api:
         return body
 
     async def _complete(self, request: Request, ask: Ask) -> Response:
-        completions = ask.completions(self.run.tokenizer.eos_id)
+        completions = ask.completions(self.run.tokenizer.end_ids)
         for completion in completions:
             try:
                 self.engine.check(completion)

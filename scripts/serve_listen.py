@@ -6,6 +6,9 @@ Invariant: without a key, only this machine reaches it.
 import ipaddress
 import socket
 
+BACKLOG = 2048
+"""Clients that may wait to be heard: what uvicorn takes."""
+
 
 def listen(host: str, port: int, key: str) -> socket.socket:
     """A bound socket, which listens once the server answers.
@@ -31,11 +34,21 @@ def listen(host: str, port: int, key: str) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
-        remedy = "try --port 0, which takes a free one"
-        raise ValueError(
-            f"--host {host} --port {port} cannot be listened on ({error.strerror}); {remedy}"
-        ) from None
+        raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def start_listening(listener: socket.socket, host: str, port: int) -> None:
+    """Lets clients connect. Raises ValueError where another program bound the same address and was first."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ValueError:
+    remedy = "try --port 0, which takes a free one"
+    return ValueError(f"--host {host} --port {port} cannot be listened on ({error.strerror}); {remedy}")
 
 
 def address_of(listener: socket.socket) -> str:

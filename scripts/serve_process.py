@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from parallax.inference.batching import Batcher
+from scripts.compilation_cache import keep_compiled_programs
 from scripts.continuation import tell
 from scripts.run_folder import Run, load_run
 from scripts.serve_api import Api
 from scripts.serve_engine import Engine
 from scripts.serve_guard import Guard
-from scripts.serve_listen import address_of, is_loopback
+from scripts.serve_listen import address_of, is_loopback, start_listening
 from scripts.serve_metrics import Counts
 from scripts.serve_page import asset_routes
 
@@ -70,6 +71,7 @@ def serve(flags: "Flags", key: str, listener: socket.socket) -> int:
     with listener:
         for number in (signal.SIGTERM, signal.SIGINT):  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
+        keep_compiled_programs()
         run = load_run(flags.checkpoint, flags.step)
         engine = Engine(
             lambda: Batcher(run.config, run.params, slots=flags.slots, capacity=flags.capacity),
@@ -77,10 +79,7 @@ def serve(flags: "Flags", key: str, listener: socket.socket) -> int:
         )
         introduce(run, flags)
         engine.warm_up()
-        for number in (
-            signal.SIGTERM,
-            signal.SIGINT,
-        ):  # uvicorn takes them over, and raises them again at its end
+        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn's from here on; at its end it raises them again
             signal.signal(number, lambda *_: None)
         return _run(flags, key, run, engine, listener)
 
@@ -108,6 +107,7 @@ def _run(flags: "Flags", key: str, run: Run, engine: Engine, listener: socket.so
         server_header=False,
         timeout_graceful_shutdown=GRACE + 2,
     )
+    start_listening(listener, flags.host, flags.port)
     Server(config, engine, address_of(listener)).run([listener])
     if engine.failure is None:
         return 0

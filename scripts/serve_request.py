@@ -8,6 +8,7 @@ import json
 import math
 import reprlib
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,19 @@ class Ask:
     seed: int
     sampling: dict[str, float]
 
-    def completions(self, eos_id: int | None) -> list[Completion]:
-        """One an answer: the n of the first prompt, then those of the next. Answer i of any prompt has seed + i."""
+    def completions(self, end_ids: Sequence[int]) -> list[Completion]:
+        """One an answer: the n of the first prompt, then those of the next. Answer i of any prompt has seed + i.
+
+        Each of `end_ids` ends one.
+        """
+        eos_id, *others = end_ids or [None]
         return [
             Completion(
                 prompt=prompt,
                 max_tokens=self.max_tokens,
                 seed=(self.seed + number) % 2**32,
                 eos_id=eos_id,
+                stops=[np.array([token], np.int32) for token in others],
                 prompt_logprobs=self.max_tokens == 0 or (self.echo and self.logprobs is not None),
                 **self.sampling,  # type: ignore[arg-type]
             )

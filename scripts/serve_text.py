@@ -49,13 +49,21 @@ class AnswerText:
         self.generated = 0
         """How many tokens were generated."""
         self._decoder = StreamDecoder(tokenizer)
-        self._prompt = [self._decoder.push(token) for token in prompt]
+        self._prompt = self._spell_prompt(tokenizer, list(prompt))
         self._until_stop = StopFilter(stops)
         self._echoes, self._echo = echo, "".join(self._prompt) if echo else ""
         self._read = 0  # tokens of the prompt that came back
         self._prompt_end = 0  # where the last of these ended
         self._shown = self._end = len(self._echo)  # characters let out, and characters decoded
         self._held: list[Mark] = []
+
+    def _spell_prompt(self, tokenizer: Tokenizer, prompt: list[int]) -> list[str]:
+        """The text of each token, without the space that SentencePiece puts before a text."""
+        pieces = [self._decoder.push(token) for token in prompt]
+        if not tokenizer.decode(prompt).startswith("".join(pieces)):
+            first = next(index for index, piece in enumerate(pieces) if piece)
+            pieces[first] = pieces[first].removeprefix(" ")
+        return pieces
 
     def push(self, token: Token) -> Piece:
         """What the next token adds, perhaps nothing yet; after a piece with `finish` none may follow."""
@@ -87,7 +95,7 @@ class AnswerText:
 
 def spell(token_id: int, tokenizer: Tokenizer) -> str:
     r"""A token by itself, as OpenAI spells it: its text, or `bytes:\xe2\x80` for a part of a character."""
-    if token_id == tokenizer.eos_id:
+    if token_id in tokenizer.end_ids:
         return END_OF_TEXT
     spelling = tokenizer.token_bytes(token_id)
     try:

@@ -7,7 +7,9 @@ import numpy as np
 import openai
 import pytest
 
+from data.hugging_face import HuggingFaceTokenizer
 from data.tokenizer import ByteTokenizer
+from tests.interop.tokenizers import byte_level
 from tests.scripts.serving import LETTERS, serving, write_run
 
 PROMPT = "a bad☃"
@@ -168,3 +170,15 @@ def test_no_character_is_cut_in_halves(tmp_path):
         second = half.logprobs.token_ids[1]
         expected = np.array([195, second], np.uint8).tobytes().decode("utf-8", "replace")
         assert half.text == expected
+
+
+def test_each_end_of_a_text_ends_an_answer(tmp_path):
+    """A model that chats has one id for the end of a text and another for the end of a turn."""
+    definition, _, *ends = byte_level()
+    with serving(write_run(tmp_path / "chat", HuggingFaceTokenizer(definition, 300, ends))) as server:
+        asked = {"max_tokens": 80, "n": 32, "seed": 0, "logprobs": 0, "temperature": 2}
+        choices = server.complete("To be", **asked).choices
+    ended = [choice for choice in choices if choice.finish_reason == "stop"]
+    assert {choice.logprobs.token_ids[-1] for choice in ended} == set(ends)
+    assert not any(set(choice.logprobs.token_ids[:-1]) & set(ends) for choice in choices)
+    assert not any("<|" in choice.text for choice in ended)

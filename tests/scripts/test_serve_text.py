@@ -4,9 +4,11 @@ import random
 
 import pytest
 
+from data.hugging_face import HuggingFaceTokenizer
 from data.tokenizer import ByteTokenizer
 from parallax.inference.batching import Token
-from scripts.serve_text import AnswerText, logprobs_json
+from scripts.serve_text import END_OF_TEXT, AnswerText, logprobs_json, spell
+from tests.interop.tokenizers import sentencepiece
 
 TOKENIZER = ByteTokenizer()
 
@@ -76,3 +78,12 @@ def test_what_json_cannot_hold_is_a_number_in_its_place():
     told = logprobs_json([mark], TOKENIZER, 1)
     assert told["token_logprobs"] == [-9999.0]
     assert told["top_logprobs"] == [{"a": -9999.0, "c": -9999.0}]
+
+
+@pytest.mark.parametrize("prompt", ["To be", " To be", "☃", ""])
+def test_the_prompt_comes_back_as_it_was_given(prompt):
+    definition, _, end, _ = sentencepiece()
+    tokenizer = HuggingFaceTokenizer(definition, 300, [end, 5])
+    text = AnswerText(tokenizer, tokenizer.encode(prompt).tolist(), (), echo=True)
+    assert text.push(Token(1, end, -1.0, (), False, "stop")).text == prompt
+    assert [spell(token, tokenizer) for token in (end, 5)] == [END_OF_TEXT] * 2
