@@ -20,15 +20,13 @@ from starlette.types import Receive, Scope, Send
 from scripts.run_folder import Run
 from scripts.serve_answer import Answer
 from scripts.serve_engine import Engine
-from scripts.serve_errors import Refusal, json_response, say_refusal
+from scripts.serve_errors import CLIENT_GONE, Refusal, json_response, say_refusal
 from scripts.serve_limits import Limits
 from scripts.serve_metrics import Counts
 from scripts.serve_openapi import describe_server
 from scripts.serve_page import asset_routes, describe_run
 from scripts.serve_request import Ask, read_ask, read_json
 from scripts.serve_schema import completion_schema
-
-CLIENT_GONE = 499  # nobody reads it; nginx's number for this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,7 @@ class Api:
                 _fixed("/openapi.json", described),
                 *asset_routes(),
             ],
-            exception_handlers=dict.fromkeys((Refusal, HTTPException, Exception), say_refusal),
+            exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), say_refusal),
         )
         app.router.redirect_slashes = False
         return app

@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+CLIENT_GONE = 499
+"""Nobody reads it; nginx's number for this."""
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 ADVICE = {
     404: "nothing is at this address; /openapi.json lists what is",
@@ -68,10 +70,12 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
 
 
 def say_refusal(_: Request, error: Exception) -> Response:
-    """Starlette's handler for `Refusal`, for its own HTTPException, and for a fault of this program."""
+    """Starlette's handler for `Refusal`, for exceptions of its own, and for a fault of this program."""
     if isinstance(error, Refusal):
         return error.response()
     if isinstance(error, HTTPException):
         message = ADVICE.get(error.status_code, str(error.detail))
         return Refusal(error.status_code, message, headers=error.headers).response()
+    if isinstance(error, ClientDisconnect):  # in the middle of its body
+        return Response(status_code=CLIENT_GONE)
     return Refusal(500, "the server failed; its standard error says why", code="internal_error").response()

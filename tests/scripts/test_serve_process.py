@@ -87,7 +87,7 @@ def test_a_port_that_another_takes_meanwhile(small_run):
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", 0))
         command = [sys.executable, str(SERVE), "--checkpoint", str(small_run)]
-        command += ["--port", str(other.getsockname()[1])]
+        command += ["--port", str(other.getsockname()[1]), "--capacity", "32"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             assert process.stderr
             assert "model" in process.stderr.readline()  # it is bound, and compiles before it listens
@@ -216,3 +216,13 @@ def test_bytes_that_are_no_request(server):
             connection.sendall(raw)
             assert connection.recv(100).startswith(b"HTTP/1.1 4")
     assert server.http.get("/healthz").status_code == 200
+
+
+def test_a_client_that_goes_away_in_the_middle_of_its_body(small_run):
+    with serving(small_run) as server:  # which must end without a traceback
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert eventually(lambda: "parallax_requests_total{status=\"499\"} 1.0" in server.http.get("/metrics").text)
+        assert server.is_idle()
