@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -43,7 +44,7 @@ class Api:
     @property
     def model(self) -> str:
         """The model's name: that of the run's folder."""
-        return self.run.folder.name
+        return self.run.folder.name or Path.cwd().name  # --checkpoint . has none
 
     def application(self) -> Starlette:
         schema = completion_schema(self.model, self.run.tokenizer, self.limits)

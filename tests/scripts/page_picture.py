@@ -10,6 +10,7 @@ from tests.scripts.serving import serving
 
 PROMPT = "ROMEO:\n"
 UNSURE = 0.45
+SET = "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'));"
 
 
 def take_picture(run: Path, picture: Path) -> None:
@@ -17,7 +18,7 @@ def take_picture(run: Path, picture: Path) -> None:
     with serving(run, "--capacity", "512") as server, browsing(server.address) as page:
         page.wait_until_ready()
         page.size(1200, 800)
-        page.run("document.getElementById('max_tokens').value = 320")
+        page.run(SET, "max_tokens", 320)
         page.ask(PROMPT)
         shares = page.run(
             "return [...document.querySelectorAll('.token')].map(t => t.style.getPropertyValue('--p'))"
