@@ -77,7 +77,9 @@ class Api:
                 _fixed("/openapi.json", described),
                 *asset_routes(),
             ],
-            exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), say_refusal),
+            exception_handlers=dict.fromkeys(
+                (Refusal, HTTPException, ClientDisconnect, Exception), say_refusal
+            ),
         )
         app.router.redirect_slashes = False
         return app

@@ -29,6 +29,7 @@ from scripts.serve_page import asset_routes
 if TYPE_CHECKING:
     from scripts.serve import Flags
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 3
 """Seconds that answers under way have to finish once the server is told to end."""
 
@@ -69,7 +70,7 @@ def serve(flags: "Flags", key: str, listener: socket.socket) -> int:
       ValueError: the run or a size cannot be used.
     """
     with listener:
-        for number in (signal.SIGTERM, signal.SIGINT):  # while it starts: nothing is under way yet
+        for number in SIGNALS:  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
         keep_compiled_programs()
         run = load_run(flags.checkpoint, flags.step)
@@ -79,7 +80,7 @@ def serve(flags: "Flags", key: str, listener: socket.socket) -> int:
         )
         introduce(run, flags)
         engine.warm_up()
-        for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn's from here on; at its end it raises them again
+        for number in SIGNALS:  # uvicorn takes them over, and raises them again at its end
             signal.signal(number, lambda *_: None)
         return _run(flags, key, run, engine, listener)
 

@@ -182,7 +182,7 @@ function entries(config, prefix = "") {
   return Object.entries(config).flatMap(([name, value]) =>
     value && typeof value === "object" && !Array.isArray(value)
       ? entries(value, `${prefix}${name}.`)
-      : [[prefix + name, JSON.stringify(value)]],
+      : [[prefix + name, typeof value === "string" && value ? value : JSON.stringify(value)]],
   );
 }
 

@@ -16,6 +16,7 @@ export class TokenView {
     text.addEventListener("focusin", (event) => this.#show(this.#indexOf(event.target)));
     text.addEventListener("keydown", (event) => this.#walk(event));
     choices.addEventListener("keydown", (event) => this.#choose(event));
+    window.addEventListener("resize", () => this.hide()); // the text moves away from under it
     const page = text.parentElement;
     page.addEventListener("mouseleave", () => page.contains(document.activeElement) || this.hide());
     page.addEventListener("focusout", (event) => page.contains(event.relatedTarget) || this.hide());

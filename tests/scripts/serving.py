@@ -30,9 +30,7 @@ LETTERS = CharTokenizer("\n !?" + string.ascii_uppercase + string.ascii_lowercas
 SMALL = ("--port", "0", "--slots", "4", "--capacity", "96")
 
 
-def write_run(
-    folder: Path, tokenizer: Tokenizer = LETTERS, config: TransformerConfig | None = None
-) -> Path:
+def write_run(folder: Path, tokenizer: Tokenizer = LETTERS, config: TransformerConfig | None = None) -> Path:
     """An untrained model, by default a tiny one, with a short history of losses, as a run folder."""
     config = config or TransformerConfig(
         vocab_size=tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,

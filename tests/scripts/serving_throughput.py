@@ -17,7 +17,7 @@ from data.tokenizer import CharTokenizer
 from parallax.config import PRESETS
 from tests.scripts.serving import Served, serving, write_run
 
-ENDLESS = CharTokenizer("\n ,.:ROMEaehilnorst")  # without an end of text, so that each answer is as long as asked for
+ENDLESS = CharTokenizer("\n ,.:ROMEaehilnorst")  # no end of text: each answer is as long as asked for
 
 
 def main() -> None:

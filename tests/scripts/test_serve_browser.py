@@ -15,6 +15,7 @@ pytestmark = pytest.mark.external
 
 PROMPT = "a bad☃"
 OVERFLOW = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+NARROWEST = "return Math.min(...[...document.querySelectorAll('#config dd')].map(each => each.clientWidth))"
 WATCH = """
 window.steps = [];
 new MutationObserver(() => steps.push(document.getElementById('text').children.length))
@@ -169,6 +170,7 @@ def test_dark_and_small_screens(page):
     assert brightness("body") < 150 < 600 < light
     for width in (380, 320):
         page.size(width, 800, mobile=True)
+        assert page.run(OVERFLOW) <= 0  # nothing that was open stays where it was
         for index in (len(PROMPT), len(page.all("#text .token")) - 1):
             page.hover(index)
             assert page.run(OVERFLOW) <= 0
@@ -183,6 +185,7 @@ def test_the_run_is_shown(page):
     assert len(page.all("#loss polyline")) == 2
     page.one("summary").click()
     assert "embed_dim" in page.one("#config").text
+    assert page.run(NARROWEST) > 40  # no value is squeezed to a letter a line
 
 
 def test_a_key_is_asked_for(small_run):

@@ -224,5 +224,7 @@ def test_a_client_that_goes_away_in_the_middle_of_its_body(small_run):
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-        assert eventually(lambda: "parallax_requests_total{status=\"499\"} 1.0" in server.http.get("/metrics").text)
+        assert eventually(
+            lambda: 'parallax_requests_total{status="499"} 1.0' in server.http.get("/metrics").text
+        )
         assert server.is_idle()
