@@ -10,6 +10,8 @@ from tests.scripts.serving import serving
 
 PROMPT = "ROMEO:\n"
 UNSURE = 0.45
+TOKENS = """return [...document.querySelectorAll('.token')].map(
+  (token) => [+token.style.getPropertyValue('--p'), token.textContent, token.getBoundingClientRect().left])"""
 SET = "const e = document.getElementById(arguments[0]); e.value = arguments[1]; e.dispatchEvent(new Event('input'));"
 
 
@@ -20,11 +22,9 @@ def take_picture(run: Path, picture: Path) -> None:
         page.size(1200, 800)
         page.run(SET, "max_tokens", 320)
         page.ask(PROMPT)
-        shares = page.run(
-            "return [...document.querySelectorAll('.token')].map(t => t.style.getPropertyValue('--p'))"
-        )
-        # One of the last, so that what it could have been instead hides little of the text.
-        page.hover(max(at for at, share in enumerate(shares) if float(share) < UNSURE))
+        # The alternatives stand below and to the right of their token: of a token far right, they hide little text.
+        unsure = [place for place in enumerate(page.run(TOKENS)) if place[1][0] < UNSURE and place[1][1].strip()]
+        page.hover(max(unsure, key=lambda place: place[1][2])[0])
         page.driver.save_screenshot(str(picture))
 
 

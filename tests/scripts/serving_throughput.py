@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.tokenizer import CharTokenizer
 from parallax.config import PRESETS
-from tests.scripts.serving import Served, serving, write_run
+from tests.scripts.serving import LETTERS, Served, serving, write_run
 
-ENDLESS = CharTokenizer("\n ,.:ROMEaehilnorst")  # no end of text: each answer is as long as asked for
+ENDLESS = CharTokenizer(LETTERS.alphabet)
+"""Without an end of text, so that each answer is as long as asked for."""
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def measure(server: Served, clients: int, max_tokens: int) -> float:
     """Tokens a second over all clients, from the first request to the last answer."""
 
     def ask(seed: int) -> int:
-        answer = server.complete("ROMEO:", max_tokens=max_tokens, temperature=0.8, seed=seed)
+        answer = server.complete("ROMEO", max_tokens=max_tokens, temperature=0.8, seed=seed)
         assert answer.usage
         return answer.usage.completion_tokens
 
