@@ -85,7 +85,7 @@ def test_company_changes_no_answer_and_leaks_no_slot(busy):
         (kept, numbers), (expected, expected_numbers) = told(answer), told(alone)
         assert kept == expected, request_of(number, busy.model)
         assert numbers == pytest.approx(expected_numbers, abs=1e-5)  # float32
-    assert busy.is_idle()
+    assert eventually(busy.is_idle)  # a stop that ends an answer early frees its slot with the next step
     assert busy.gauge("slots") == 4
 
 

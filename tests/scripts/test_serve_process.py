@@ -227,4 +227,4 @@ def test_a_client_that_goes_away_in_the_middle_of_its_body(small_run):
         assert eventually(
             lambda: 'parallax_requests_total{status="499"} 1.0' in server.http.get("/metrics").text
         )
-        assert server.is_idle()
+        assert eventually(server.is_idle)

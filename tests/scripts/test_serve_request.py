@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.scripts.serving import serving
+from tests.scripts.serving import eventually, serving
 
 NAN, INFINITY = float("nan"), float("inf")
 FIELDS = [
@@ -138,5 +138,5 @@ def test_the_schema_says_what_is_taken(small_run, tmp_path):
         command += ["--generation-deterministic", "--no-color"]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert server.is_idle()
+        assert eventually(server.is_idle)
         assert server.post(prompt="a", max_tokens=1).status_code == 200
