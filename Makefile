@@ -16,12 +16,13 @@ CORE = .ci/venv "$(PYTHON)" requirements.lock
 DEV = .ci/venv "$(PYTHON)" requirements-dev.lock
 GCS = .ci/venv "$(PYTHON)" requirements-gcs.lock
 PLAN = .ci/venv "$(PYTHON)" requirements-plan.lock
+BROWSER = .ci/venv "$(PYTHON)" requirements-browser.lock
 
-EXTRAS = dev gcs plan
+EXTRAS = dev gcs plan browser
 COMPILE = uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
 
-.PHONY: help train test test-bench test-gcs test-parity test-plan test-terraform lint clean lock
+.PHONY: help train demo test test-bench test-browser test-gcs test-parity test-plan test-terraform lint clean lock
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.13]"
@@ -32,11 +33,15 @@ train: ## train on Tiny Shakespeare, or resume the run, then print a sample
 	@$(CORE) python scripts/train.py $(TRAIN_FLAGS) $(if $(wildcard $(TRAIN_RUN)),--resume)
 	@$(CORE) python scripts/generate.py --checkpoint $(TRAIN_RUN) $(SAMPLE_FLAGS)
 
+demo: ## train on Tiny Shakespeare if there is no run, then serve it and print the address
+	@[ -n "$(wildcard $(TRAIN_RUN)/checkpoints/*[0-9])" ] || $(CORE) python scripts/train.py $(TRAIN_FLAGS) $(if $(wildcard $(TRAIN_RUN)),--resume)
+	@$(CORE) python scripts/serve.py --checkpoint $(TRAIN_RUN) $(SERVE_FLAGS)
+
 # worksteal: half of the tests to each core in file order, so that a module's fixtures are mostly built once.
 test: ## run every test that needs only the packages of requirements-dev.lock
 	@$(DEV) python -m pytest -m "not external" $(TEST_FLAGS)
 
-# The next two add a lock to the environment of the tests.
+# The next three add a lock to the environment of the tests.
 test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 	@$(DEV) true
 	@$(GCS) python -m pytest -m external tests/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py
@@ -44,6 +49,11 @@ test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 test-plan: ## test plan.py with libtpu, the compiler for TPUs; none is needed
 	@$(DEV) true
 	@$(PLAN) python -m pytest -m external tests/scripts/test_plan_libtpu.py
+
+test-browser: ## test the server's page in headless Chromium (needs chromium and chromium-driver)
+	@command -v chromedriver >/dev/null || { echo "error: the page was not tested: chromedriver is not here; on Debian: apt-get install chromium chromium-driver" >&2; exit 2; }
+	@$(DEV) true
+	@$(BROWSER) python -m pytest -m external tests/scripts/test_serve_browser.py
 
 # torch is in no lock: what of it fits depends on the machine.
 test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" in .venv-3.11)

@@ -1,0 +1,129 @@
+"""A real server process on a small run that is written here.
+
+Invariant: a server started here listens on a free port of the loopback, and is gone after the test.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import string
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import jax
+import numpy as np
+import openai
+
+from data.tokenizer import CharTokenizer, Tokenizer, save_tokenizer
+from parallax.config import TransformerConfig
+from parallax.config_dict import config_to_dict
+from parallax.model.transformer import init_params
+from parallax.training.checkpoint import Checkpointer
+
+SERVE = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"
+LETTERS = CharTokenizer("\n !?" + string.ascii_uppercase + string.ascii_lowercase + "é☃", has_eos=True)
+SMALL = ("--port", "0", "--slots", "4", "--capacity", "96")
+
+
+def write_run(folder: Path, tokenizer: Tokenizer = LETTERS, config: TransformerConfig | None = None) -> Path:
+    """An untrained model, by default a tiny one, with a short history of losses, as a run folder."""
+    config = config or TransformerConfig(
+        vocab_size=tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
+        mlp_dim=24, tie_embeddings=False, max_seq_len=256,
+    )  # fmt: skip
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(leaf.dtype), shapes)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model": config_to_dict(config), "train": {"steps": 9}}))
+    rows = [{"step": step, "loss": 4 / step} for step in range(1, 10)] + [{"step": 9, "eval_loss": 0.5}]
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "lo'
+    )
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    checkpoints = Checkpointer(folder / "checkpoints", keep=1)
+    checkpoints.save(9, {"params": params}, {"progress": {}}, 0.5)
+    checkpoints.close()
+    return folder
+
+
+class Served:
+    """A server under way.
+
+    Args:
+      program: what to start in place of serve.py, as Python's arguments.
+    """
+
+    def __init__(self, run: Path, *flags: str, program: tuple[str, ...] = (str(SERVE),), key: str = ""):
+        command = [sys.executable, *program, "--checkpoint", str(run), *SMALL, *flags]
+        self.process = subprocess.Popen(
+            command,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PARALLAX_API_KEY": key},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout
+        self.address = self.process.stdout.readline().strip()
+        if not self.address:
+            raise RuntimeError(f"no server: {self.process.communicate()[1]}")
+        self.model = run.name
+        self.http = httpx.Client(base_url=self.address, timeout=60)
+        self.openai = openai.OpenAI(
+            base_url=f"{self.address}/v1", api_key=key or "none", max_retries=0, timeout=60
+        )
+
+    def post(self, **fields) -> httpx.Response:
+        """A completion of this model."""
+        return self.http.post("/v1/completions", json={"model": self.model, **fields})
+
+    def complete(self, prompt: str, **fields) -> openai.types.Completion:
+        return self.openai.completions.create(model=self.model, prompt=prompt, **fields)
+
+    def gauge(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        found = re.findall(
+            rf"^parallax_{name}(?:{{.*}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE
+        )
+        return sum(map(float, found))
+
+    def is_idle(self) -> bool:
+        return not any(self.gauge(name) for name in ("slots_busy", "answers_waiting", "answers_open"))
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Ends it by a signal: its exit status and what it said."""
+        self.http.close()
+        self.openai.close()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
+        try:
+            _, words = self.process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return self.process.returncode, words
+
+
+@contextlib.contextmanager
+def serving(run: Path, *flags: str, **options):
+    """A server, ended afterwards; it must end well."""
+    served = Served(run, *flags, **options)
+    try:
+        yield served
+    finally:
+        status, words = served.end()
+    assert (status, "Traceback" in words) == (0, False), words
+
+
+def eventually(condition, seconds: float = 20) -> bool:
+    """Whether something becomes true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False

@@ -1,0 +1,230 @@
+"""How the server starts, whom it lets in, and how it ends."""
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import openai
+import pytest
+
+from scripts import serve
+from tests.scripts.serving import SERVE, Served, eventually, serving
+
+KEY = "a-long-secret"
+CRASH = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from parallax.inference.batching import Batcher
+from scripts import serve
+step, calls = Batcher.step, iter(range(9))
+def crash(self):
+    tokens = step(self)
+    if tokens and next(calls) == 2:
+        raise MemoryError("no memory left on the device")
+    return tokens
+Batcher.step = crash
+sys.exit(serve.main())
+"""
+
+
+@pytest.fixture
+def refuse(monkeypatch, capsys):
+    """The one line with which the server does not start."""
+
+    def refuse(*flags):
+        monkeypatch.setattr(sys, "argv", ["serve.py", *flags])
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with pytest.raises(SystemExit) as end:
+            serve.main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        out, err = capsys.readouterr()
+        assert (end.value.code, out) == (2, "")
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--host", "0.0.0.0"), "needs --api-key"),
+        (("--host", "::"), "needs --api-key"),
+        (("--host", ""), "must be an address of this machine"),
+        (("--host", "no.such.host.invalid"), "must be an address of this machine"),
+        (("--port", "70000"), "must lie in [0, 65535]"),
+        (("--api-key", "two words"), "without spaces"),
+        (("--slots", "0"), "slots"),
+        (("--max-body-bytes", "0"), "at least 1"),
+        (("--max-answers", "9", "--queue", "8"), "must not exceed"),
+        (("--step", "7"), "7"),
+        (("--nothing", "7"), "--nothing"),
+    ],
+    ids=str,
+)
+def test_bad_flags(refuse, small_run, flags, words):
+    assert words in refuse("--checkpoint", str(small_run), "--port", "0", *flags)
+
+
+def test_no_run(refuse, tmp_path):
+    assert "config.json" in refuse("--checkpoint", str(tmp_path), "--port", "0")
+
+
+def test_a_port_in_use(refuse, small_run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert "in use" in refuse("--checkpoint", str(small_run), "--port", port)
+
+
+def test_a_port_that_another_takes_meanwhile(small_run):
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        command = [sys.executable, str(SERVE), "--checkpoint", str(small_run)]
+        command += ["--port", str(other.getsockname()[1]), "--capacity", "32"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr
+            assert "model" in process.stderr.readline()  # it is bound, and compiles before it listens
+            other.listen()
+            out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, "Traceback" in err) == (2, "", False)
+    assert "in use" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("idle", [True, False])
+def test_a_signal_ends_it_soon_and_answers_end_too(small_run, number, idle):
+    server = Served(small_run, "--capacity", "250", "--slots", "1")
+    events = []
+
+    def listen():
+        fields = {"model": server.model, "prompt": "a", "max_tokens": 240, "n": 32, "stream": True}
+        with httpx.stream("POST", f"{server.address}/v1/completions", json=fields, timeout=30) as response:
+            events.extend(response.iter_lines())
+
+    client = threading.Thread(target=listen)
+    if not idle:
+        client.start()
+        assert eventually(lambda: events)
+    status, words = server.end(number)
+    assert (status, words.count("Traceback")) == (0, 0), words
+    if not idle:
+        client.join(10)
+        assert events[-1] == ""
+        assert events[-2] == "data: [DONE]" or "shutting_down" in events[-2]
+
+
+def test_a_signal_ends_it_while_it_starts(small_run):
+    command = [sys.executable, str(SERVE), "--checkpoint", str(small_run), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        assert "model" in process.stderr.readline()  # it is about to compile
+        process.terminate()
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, "Traceback" in err) == (0, "", False)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_crash_of_the_engine_ends_the_server(small_run, stream):
+    server = Served(small_run, program=("-c", CRASH, str(SERVE.parents[1])))
+    with pytest.raises(openai.APIError, match="engine failed"):
+        for _ in server.complete("a", max_tokens=90, n=4, stream=stream):
+            pass
+    server.process.wait(timeout=20)
+    status, words = server.end()
+    assert status == 1
+    assert "no memory left on the device" in words
+    assert words.splitlines()[-1].startswith("error: the engine failed")
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:80", "[::1]:9", "LOCALHOST:1", "localhost."])
+def test_a_name_of_this_machine(server, host):
+    assert server.http.get("/run", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "10.0.0.1"]
+)
+def test_a_name_pointed_here_by_others(server, host):
+    for path in ("/", "/run", "/v1/models"):
+        refused = server.http.get(path, headers={"Host": host})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "wrong_host")
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://localhost:1", ""])
+def test_a_foreign_page(server, origin):
+    body = {"model": server.model, "prompt": "a"}
+    refused = server.http.post("/v1/completions", json=body, headers={"Origin": origin})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "wrong_origin")
+    assert not [name for name in refused.headers if name.startswith("access-control")]
+
+
+def test_the_page_itself(server):
+    body = {"model": server.model, "prompt": "a", "max_tokens": 1}
+    served = server.http.post("/v1/completions", json=body, headers={"Origin": server.address})
+    assert served.status_code == 200
+
+
+def test_a_key(small_run):
+    with serving(small_run, key=KEY) as server:
+        assert server.complete("a", max_tokens=1).choices
+        for path in ("/", "/page.js", "/healthz"):
+            assert server.http.get(path).status_code == 200
+        for path in ("/run", "/metrics", "/openapi.json", "/v1/models", "/nothing"):
+            assert server.http.get(path).status_code == 401
+            served = server.http.get(path, headers={"Authorization": f"Bearer {KEY}"})
+            assert served.status_code == (404 if path == "/nothing" else 200)
+        wrong = (
+            "",
+            "Bearer",
+            f"Bearer {KEY}x",
+            f"Bearer {KEY[:-1]}",
+            f"Basic {KEY}",
+            KEY,
+            "Bearer é".encode(),
+        )
+        for given in wrong:
+            refused = server.http.post("/v1/completions", json={}, headers={b"Authorization": given})
+            assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+            assert refused.json()["error"]["code"] == "invalid_api_key"
+
+
+def test_open_to_other_machines_with_a_key(small_run):
+    with serving(small_run, "--host", "0.0.0.0", key=KEY) as server:
+        address = server.address.replace("0.0.0.0", "127.0.0.1")
+        headers = {"Authorization": f"Bearer {KEY}", "Host": "any.example"}
+        assert httpx.get(f"{address}/run", headers=headers).status_code == 200
+        assert httpx.get(f"{address}/run", headers=headers | {"Origin": "http://x"}).status_code == 403
+
+
+def test_bytes_that_are_no_request(server):
+    host, port = server.address.removeprefix("http://").split(":")
+    for raw in (
+        b"\x00\xff\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
+        b"A" * 70000,
+    ):
+        connection = socket.create_connection((host, int(port)), timeout=10)
+        with connection, contextlib.suppress(ConnectionError):
+            connection.sendall(raw)
+            assert connection.recv(100).startswith(b"HTTP/1.1 4")
+    assert server.http.get("/healthz").status_code == 200
+
+
+def test_a_client_that_goes_away_in_the_middle_of_its_body(small_run):
+    with serving(small_run) as server:  # which must end without a traceback
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        assert eventually(
+            lambda: 'parallax_requests_total{status="499"} 1.0' in server.http.get("/metrics").text
+        )
+        assert eventually(server.is_idle)

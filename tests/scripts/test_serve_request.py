@@ -1,0 +1,142 @@
+"""Requests that cannot be served: each gets a status 4xx, OpenAI's error shape and a message that names the rule."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.scripts.serving import eventually, serving
+
+NAN, INFINITY = float("nan"), float("inf")
+FIELDS = [
+    *(("model", value) for value in (None, 7, [], {})),
+    *(
+        ("prompt", value)
+        for value in (None, "", [], [""], ["a", ""], [[]], [[1], []], 5, 1.5, True, {"a": 1})
+    ),
+    *(("prompt", value) for value in ("z9", "ж", ["a", "9"], "\ud800", "a" * 97, ["a"] * 33)),
+    *(
+        ("prompt", value)
+        for value in ([-1], [59], [1.5], ["a", 1], [[1], "a"], [[[1]]], [2**70], [None], [True])
+    ),
+    *(("max_tokens", value) for value in (-1, 97, 1.5, "5", True, [1], 2**70, 96)),
+    *(("temperature", value) for value in (-0.1, 1e7, "1", True, [1], NAN, INFINITY, -INFINITY)),
+    *(("top_p", value) for value in (0, 1.1, -1, "1")),
+    *(("top_k", value) for value in (-1, 2**31, 1.5)),
+    *(("min_p", value) for value in (-0.1, 1, "0")),
+    *(("repetition_penalty", value) for value in (0, -1, 1e7)),
+    *(("n", value) for value in (0, -1, 33, 1.5, "2", True)),
+    *(("stream", value) for value in (1, "true", [])),
+    *(("stream_options", value) for value in (1, [], {"include_usage": 1}, {"other": True})),
+    *(("logprobs", value) for value in (-1, 11, True, 1.5)),
+    *(("echo", value) for value in (1, "yes")),
+    *(("stop", value) for value in ("", [""], ["a"] * 5, 1, [1], {"a": 1}, "a" * 257)),
+    *(("seed", value) for value in (-1, 2**32, 1.5, "1", True)),
+    *(("user", value) for value in (1, [])),
+    *(("best_of", value) for value in (2, 0, True)),
+    *(("suffix", value) for value in ("a", 1)),
+    *(("presence_penalty", value) for value in (0.1, False)),
+    *(("frequency_penalty", value) for value in (-1, "0")),
+    *(("logit_bias", value) for value in ({"1": 1}, [])),
+    *(("messages", value) for value in ([], None)),
+]
+BODIES = [
+    b"", b"{", b"[]", b"null", b"1", b'"a"', b"\xff\xfe", b'{"model": "\xff"}', b"[" * 100_000, b'{"a": 1e999}',
+    b'{"a": ' + b"9" * 5000 + b"}", b"{} {}", b"{'a': 1}", b'{"model": "small-run"}', b'{"prompt": "a"}',
+]  # fmt: skip
+NEUTRAL = {
+    "best_of": 1, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me",
+    "stop": [], "max_tokens": 2.0, "logprobs": None, "stream_options": {}, "seed": None, "temperature": None,
+}  # fmt: skip
+
+
+def assert_refused(response, status):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "\n" not in error["message"]
+    assert "; " in error["message"]  # rule and value, then a remedy
+    return error
+
+
+@pytest.mark.parametrize(("name", "value"), FIELDS, ids=lambda value: str(value)[:20])
+def test_a_bad_field(server, name, value):
+    body = {"model": server.model, "prompt": "a", name: value}
+    error = assert_refused(server.http.post("/v1/completions", **json_of(body)), 400)
+    finite = value not in (INFINITY, -INFINITY) and value == value
+    assert error["param"] == (name if finite and (name, value) != ("max_tokens", 96) else error["param"])
+
+
+def json_of(body):
+    """As a client might send it that knows no rules: with NaN, and with half of a surrogate pair."""
+    return {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:16]))
+def test_a_bad_body(server, body):
+    response = server.http.post(
+        "/v1/completions", content=body, headers={"Content-Type": "application/json; charset=utf-8"}
+    )
+    assert_refused(response, 400)
+
+
+def test_what_asks_for_nothing_is_taken(server):
+    assert server.post(prompt="a", **NEUTRAL).json()["usage"]["completion_tokens"] <= 2
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "application/jsonp"])
+def test_another_type(server, kind):
+    body = json.dumps({"model": server.model, "prompt": "a"})
+    response = server.http.post("/v1/completions", content=body, headers={"Content-Type": kind})
+    assert_refused(response, 415)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_too_large(small_run, announced):
+    with serving(small_run, "--max-body-bytes", "2000") as server:
+        body = b"[" + b" " * 5000 + b"]"
+        content = body if announced else (body[start : start + 500] for start in range(0, 5000, 500))
+        response = server.http.post(
+            "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+        )
+        assert "2000" in assert_refused(response, 413)["message"]
+        assert server.post(prompt="a", max_tokens=1).status_code == 200
+
+
+def test_another_model(server):
+    error = assert_refused(server.http.post("/v1/completions", json={"model": "gpt", "prompt": "a"}), 404)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1", "/v1/completions/", "/v1/chat/completions", "/../etc/passwd", "/page", "/%00"]
+)
+def test_another_address(server, path):
+    assert_refused(server.http.get(path), 404)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/v1/completions", "POST"), ("POST", "/run", "GET, HEAD"), ("OPTIONS", "/v1/completions", "POST"),
+     ("DELETE", "/", "GET, HEAD"), ("PUT", "/v1/models/small-run", "GET, HEAD")],
+)  # fmt: skip
+def test_another_method(server, method, path, allowed):
+    response = server.http.request(method, path)
+    assert_refused(response, 405)
+    assert sorted(response.headers["allow"].split(", ")) == allowed.split(", ")
+
+
+def test_the_schema_says_what_is_taken(small_run, tmp_path):
+    """Schemathesis makes requests that the schema allows, which must be served, and others, which must be refused.
+
+    One answer a request: the product of prompts and n is bounded too, and no schema can say so.
+    """
+    with serving(small_run, "--max-prompt-tokens", "24", "--max-tokens", "8", "--max-answers", "1") as server:
+        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}/openapi.json"]
+        command += ["--checks", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "40"]
+        command += ["--generation-deterministic", "--no-color"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+        assert eventually(server.is_idle)
+        assert server.post(prompt="a", max_tokens=1).status_code == 200
