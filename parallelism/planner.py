@@ -32,7 +32,7 @@ class Cost(Protocol):
 
     def kernel_flops(self) -> float: ...
 
-    def temporary_bytes(self, sizes: Mapping[str, int]) -> float: ...
+    def temporary_bytes(self, sizes: Mapping[str, int], on_chip: float) -> float: ...
 
     def sent(self, sizes: Mapping[str, int]) -> Sequence[Any]: ...
 
@@ -143,7 +143,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
     state, rules = jax.eval_shape(build.init_state), load_rules(choice.layout.rules)
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
-    temporary = cost.temporary_bytes(choice.sizes)
+    temporary = estimated = cost.temporary_bytes(choice.sizes, generation.on_chip_bytes)
     flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
     if report is not None and report.fits:
         flops, sent = report.flops, report.traffic
@@ -158,7 +158,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         attention=build.attention,
         parameter_bytes=parameters,
         optimizer_bytes=optimizer,
-        estimated_bytes=parameters + optimizer + cost.temporary_bytes(choice.sizes),
+        estimated_bytes=parameters + optimizer + estimated,
         flops=flops,
         wire_bytes=wire,
         sent_bytes=sum(each.wire_bytes for each in sent),

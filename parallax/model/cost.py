@@ -105,8 +105,13 @@ class StepCost:
         shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
         return 4 * self.config.num_params() / shares
 
-    def temporary_bytes(self, sizes: Mapping[str, int]) -> float:
-        """What a device holds beside state and batch at the fullest moment of a step."""
+    def temporary_bytes(self, sizes: Mapping[str, int], on_chip: float = 0.0) -> float:
+        """What a device's main memory holds beside state and batch at the fullest moment of a step.
+
+        Args:
+          on_chip: bytes of its memory on the chip, which take some of what blocks need and, after the blocks, as much
+            of the sums of gradients.
+        """
         config, e = self.config, self.item
         tensor = sizes.get("tensor", 1)
         rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
@@ -115,14 +120,15 @@ class StepCost:
         own = self._parameter_bytes(sizes)
         gradients = own * (1 + (self.microbatches > 1))
         if sizes.get("fsdp", 1) == 1:
-            gradients += own * ((e < 4) / 2 + (rows > 1))  # cast parameters; the sum comes beside its parts
+            weights, sums = own * (e < 4) / 2, own * (rows > 1)  # cast; the sum comes beside its parts
         else:
             # Gathered blocks, the next while one is computed.
-            gradients += 3 * e * _weights(config) / tensor
+            weights, sums = 3 * e * _weights(config) / tensor, 0.0
         table, logits = self._head_bytes(tokens, sizes)
         # The logits are gone before the blocks are computed again; the gradient of the table is not.
         fullest = max(tokens * working + table, 2 * table + logits)
-        return tokens * config.num_layers * saved + gradients + fullest
+        of_blocks = tokens * config.num_layers * saved + weights + fullest
+        return gradients + max(0.0, of_blocks - on_chip) + max(0.0, sums - on_chip)
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
         """A token's bytes that one block keeps for the way back, and that are there while a block is computed."""

@@ -44,7 +44,7 @@ class Fixed:
     def kernel_flops(self):
         return 0.0
 
-    def temporary_bytes(self, sizes):
+    def temporary_bytes(self, sizes, on_chip):
         return self.temporary
 
     def sent(self, sizes):
