@@ -9,8 +9,9 @@ import re
 
 GIB = 2**30
 ON_CHIP = 96 * 2**20
-"""Three quarters of the 128 MiB that v4 has as CMEM, v5e and v6e as VMEM: what libtpu 0.0.42 took of them for a scan and
-its gradient. Of the 16 MiB of v2 and v3 and the 64 MiB of a core of v5p it took none."""
+"""Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries; the rest is its
+own. By so much, 60 to 125 MiB, steps of SMALL take less memory than on v5p, whose cores have 64 MiB of VMEM and keep
+none there that last, no more than those of v2 and v3 in 16."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Generation:
     """How many of the number in an accelerator's name make a chip: cores up to v5p, chips for v5e and v6e."""
     splash: bool = True
     """Whether the compiler takes the splash attention kernel in bfloat16."""
-    on_chip_bytes: int = 0
-    """Of a step's temporaries, a device's, that the compiler keeps out of its main memory; see ON_CHIP."""
+    on_chip: int = 0
+    """Bytes of a device's temporaries that its compiler keeps out of its main memory, in one phase of a step."""
 
 
 GENERATIONS = {
@@ -49,13 +50,13 @@ GENERATIONS = {
     for each in (
         Generation("v2", "TPU v2", 45e12, 16 * GIB, 700e9, 62e9, 2, 256, devices_per_chip=2, splash=False),
         Generation("v3", "TPU v3", 123e12, 32 * GIB, 900e9, 100e9, 2, 1024, devices_per_chip=2, splash=False),
-        Generation("v4", "TPU v4", 275e12, 32 * GIB, 1200e9, 45e9, 3, 4096, on_chip_bytes=ON_CHIP),
+        Generation("v4", "TPU v4", 275e12, 32 * GIB, 1200e9, 45e9, 3, 4096, on_chip=ON_CHIP),
         Generation(
-            "v5e", "TPU v5 lite", 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1, on_chip_bytes=ON_CHIP
+            "v5e", "TPU v5 lite", 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
         ),
         Generation("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 90e9, 3, 4096),
         Generation(
-            "v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1, on_chip_bytes=ON_CHIP
+            "v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
         ),
     )
 }

@@ -143,7 +143,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
     state, rules = jax.eval_shape(build.init_state), load_rules(choice.layout.rules)
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
-    temporary = estimated = cost.temporary_bytes(choice.sizes, generation.on_chip_bytes)
+    temporary = estimated = cost.temporary_bytes(choice.sizes, generation.on_chip)
     flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
     if report is not None and report.fits:
         flops, sent = report.flops, report.traffic

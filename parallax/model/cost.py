@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from parallax.config import TransformerConfig
+from parallax.layers.attend_blocks import blocks
 
 
 def forward_flops(config: TransformerConfig, seq_len: int) -> float:
@@ -75,16 +76,25 @@ class StepCost:
         """Operations of all matrix products outside kernels in one step, over all devices, recomputation included."""
         config = self.config
         kernel = config.attention == "splash"
-        # Masked scores are computed all the same.
-        attention = 0.0 if kernel else _attention(config, self.seq_len)
+        # Masked scores are computed all the same, but for those of blocks that are skipped.
+        attention = 0.0 if kernel else _attention(config, self._computed_keys())
         block = 2 * _weights(config) + attention
         # A block's last product is not needed again.
         whole = block - 2 * config.embed_dim * config.mlp_dim
         again = {"none": 0.0, "dots": attention, "full": whole}[config.remat]
         if self._in_chunks(sizes.get("sequence", 1)):
             again += 1.5 * attention  # a chunk's scores twice more, its weighted values once
+        elif config.attention == "blocks" and config.remat == "none":
+            again += 0.5 * attention  # a block's scores once; recomputation has them anyway
         a_token = 3 * (config.num_layers * block + _head(config)) + config.num_layers * again
         return a_token * self.batch_size * self.seq_len
+
+    def _computed_keys(self) -> float:
+        """Keys of which a query's scores are computed, on average."""
+        if self.config.attention != "blocks":
+            return self.seq_len
+        pairs = blocks(self.seq_len, self.config.sliding_window)
+        return sum((q.stop - q.start) * (k.stop - k.start) for q, k in pairs) / self.seq_len
 
     def kernel_flops(self) -> float:
         """Operations inside the attention kernel, by whole blocks of scores that are not all masked.
@@ -145,9 +155,13 @@ class StepCost:
         projections = e * padding * (3 * heads + 3 * keys)
         hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
-        in_chunks = self._in_chunks(sequence)
-        scores = config.num_heads * (512 if in_chunks else self.seq_len) / tensor
-        kept = 0 if config.attention == "splash" or in_chunks else scores
+        at_once = 512 if self._in_chunks(sequence) else self.seq_len
+        if config.attention == "blocks":
+            at_once = next(iter(blocks(self.seq_len, config.sliding_window)))[0].stop
+        scores = config.num_heads * at_once / tensor
+        # Those of a block or chunk are computed again.
+        again = config.attention in ("blocks", "splash") or at_once < self.seq_len
+        kept = 0 if again else scores
         everything = norms + e * D + projections + hidden
         if config.remat == "none":
             return everything + gathered + kept * (4 + e), 0.15 * everything
