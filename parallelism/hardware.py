@@ -9,9 +9,10 @@ import re
 
 GIB = 2**30
 ON_CHIP = 96 * 2**20
-"""Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries; the rest is its
-own. By so much, 60 to 125 MiB, steps of SMALL take less memory than on v5p, whose cores have 64 MiB of VMEM and keep
-none there that last, no more than those of v2 and v3 in 16."""
+"""Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries: a middle, chosen
+by 14 steps of SMALL that were compiled for these and for v5p. They take 60 to 125 MiB less than there; 40 where they
+have only 50, and 145 to 270 where whole gradients are summed and blocks recomputed. v5p, with 64 MiB a core, and v2 and
+v3, with 16, keep none that last: a scan and its gradient take as much on each."""
 
 
 @dataclasses.dataclass(frozen=True)
