@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from rich.progress import track
 
 from data.cache import cache_folder
 from parallax.config import PRESETS, TrainConfig
+from parallax.layers.attention import BY_BLOCKS
 from parallax.model.cost import StepCost
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
@@ -41,7 +43,7 @@ from parallelism.planner import (
     name_of,
     rank,
 )
-from parallelism.rules import load_rules, split_by
+from parallelism.rules import Rules, load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.attention import choose_attention
 from scripts.command_line import errors_in_one_line, parse
@@ -130,6 +132,7 @@ class Plan:
             laid = [
                 (dataclasses.replace(layout, mesh=mesh_text(sizes, self._slice)), sizes)
                 for sizes in legal_meshes(devices, fits)
+                if flags.model.attention not in BY_BLOCKS or length_parts(sizes, rules) == 1
             ]
             if flags.batch_size % (devices * microbatches) == 0:
                 pmap = dataclasses.replace(layout, strategy="pmap", rules="default")
@@ -140,7 +143,7 @@ class Plan:
 
     def _build(self, choice: Choice) -> Build:
         flags = self._flags
-        parts = math.prod(split_by("length", load_rules(choice.layout.rules), choice.sizes).values())
+        parts = length_parts(choice.sizes, load_rules(choice.layout.rules))
         model = choose_attention(flags.model, flags.seq_len, parts, self._slice.generation)
         return self._build_of(choice.remat, choice.layout.accumulate, model.attention)
 
@@ -180,6 +183,11 @@ class Plan:
 
     def command(self, row: Row) -> str:
         return run_command(row.choice, self._flags)
+
+
+def length_parts(sizes: Mapping[str, int], rules: Rules) -> int:
+    """How many devices share a sequence."""
+    return math.prod(split_by("length", rules, sizes).values())
 
 
 def plan_cache() -> Path:

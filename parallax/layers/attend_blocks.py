@@ -41,7 +41,7 @@ def _forward(
     window: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
 ) -> tuple[jax.Array, tuple]:
     outs, log_normalisers = [], []
-    for queries, keys in _blocks(q.shape[3], window):
+    for queries, keys in blocks(q.shape[3], window):
         scores = _scores(q, k, segments, queries, keys, window)
         maximum = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - maximum)
@@ -60,7 +60,7 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     wide = log_normaliser.dtype
     shared = jnp.sum((of_out * out).astype(wide), axis=-1, keepdims=True)
     of_q, of_k, of_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-    for queries, keys in _blocks(q.shape[3], window):
+    for queries, keys in blocks(q.shape[3], window):
         scores = _scores(q, k, segments, queries, keys, window)
         weights = jnp.exp(scores - log_normaliser[:, :, :, queries])
         of_block = of_out[:, :, :, queries]
@@ -80,7 +80,7 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
 _attend.defvjp(_forward, _backward)
 
 
-def _blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
+def blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
     """The queries of each block, and the keys that any of them may see."""
     size = max(SMALLEST, -(-length // MOST))
     for start in range(0, length, size):

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from parallax.config import TransformerConfig
+from parallax.layers.attend_blocks import blocks
 
 
 def forward_flops(config: TransformerConfig, seq_len: int) -> float:
@@ -75,16 +76,25 @@ class StepCost:
         """Operations of all matrix products outside kernels in one step, over all devices, recomputation included."""
         config = self.config
         kernel = config.attention == "splash"
-        # Masked scores are computed all the same.
-        attention = 0.0 if kernel else _attention(config, self.seq_len)
+        # Masked scores are computed all the same, but for those of blocks that are skipped.
+        attention = 0.0 if kernel else _attention(config, self._computed_keys())
         block = 2 * _weights(config) + attention
         # A block's last product is not needed again.
         whole = block - 2 * config.embed_dim * config.mlp_dim
         again = {"none": 0.0, "dots": attention, "full": whole}[config.remat]
         if self._in_chunks(sizes.get("sequence", 1)):
             again += 1.5 * attention  # a chunk's scores twice more, its weighted values once
+        elif config.attention == "blocks" and config.remat == "none":
+            again += 0.5 * attention  # a block's scores once; recomputation has them anyway
         a_token = 3 * (config.num_layers * block + _head(config)) + config.num_layers * again
         return a_token * self.batch_size * self.seq_len
+
+    def _computed_keys(self) -> float:
+        """Keys of which a query's scores are computed, on average."""
+        if self.config.attention != "blocks":
+            return self.seq_len
+        pairs = blocks(self.seq_len, self.config.sliding_window)
+        return sum((q.stop - q.start) * (k.stop - k.start) for q, k in pairs) / self.seq_len
 
     def kernel_flops(self) -> float:
         """Operations inside the attention kernel, by whole blocks of scores that are not all masked.
@@ -105,8 +115,13 @@ class StepCost:
         shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
         return 4 * self.config.num_params() / shares
 
-    def temporary_bytes(self, sizes: Mapping[str, int]) -> float:
-        """What a device holds beside state and batch at the fullest moment of a step."""
+    def temporary_bytes(self, sizes: Mapping[str, int], on_chip: float = 0.0) -> float:
+        """What a device's main memory holds beside state and batch at the fullest moment of a step.
+
+        Args:
+          on_chip: bytes of its memory on the chip, which take some of what blocks need and, after the blocks, as much
+            of the sums of gradients.
+        """
         config, e = self.config, self.item
         tensor = sizes.get("tensor", 1)
         rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
@@ -115,14 +130,15 @@ class StepCost:
         own = self._parameter_bytes(sizes)
         gradients = own * (1 + (self.microbatches > 1))
         if sizes.get("fsdp", 1) == 1:
-            gradients += own * ((e < 4) / 2 + (rows > 1))  # cast parameters; the sum comes beside its parts
+            weights, sums = own * (e < 4) / 2, own * (rows > 1)  # cast; the sum comes beside its parts
         else:
             # Gathered blocks, the next while one is computed.
-            gradients += 3 * e * _weights(config) / tensor
+            weights, sums = 3 * e * _weights(config) / tensor, 0.0
         table, logits = self._head_bytes(tokens, sizes)
         # The logits are gone before the blocks are computed again; the gradient of the table is not.
         fullest = max(tokens * working + table, 2 * table + logits)
-        return tokens * config.num_layers * saved + gradients + fullest
+        of_blocks = tokens * config.num_layers * saved + weights + fullest
+        return gradients + max(0.0, of_blocks - on_chip) + max(0.0, sums - on_chip)
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
         """A token's bytes that one block keeps for the way back, and that are there while a block is computed."""
@@ -139,9 +155,13 @@ class StepCost:
         projections = e * padding * (3 * heads + 3 * keys)
         hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
-        in_chunks = self._in_chunks(sequence)
-        scores = config.num_heads * (512 if in_chunks else self.seq_len) / tensor
-        kept = 0 if config.attention == "splash" or in_chunks else scores
+        at_once = 512 if self._in_chunks(sequence) else self.seq_len
+        if config.attention == "blocks":
+            at_once = next(iter(blocks(self.seq_len, config.sliding_window)))[0].stop
+        scores = config.num_heads * at_once / tensor
+        # Those of a block or chunk are computed again.
+        again = config.attention in ("blocks", "splash") or at_once < self.seq_len
+        kept = 0 if again else scores
         everything = norms + e * D + projections + hidden
         if config.remat == "none":
             return everything + gathered + kept * (4 + e), 0.15 * everything

@@ -65,12 +65,19 @@ def test_a_step_costs_three_forward_passes_of_the_batch():
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"num_kv_heads": 1, "tie_embeddings": False, "vocab_size": 200}], ids=str
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 1, "tie_embeddings": False, "vocab_size": 200},
+        {"attention": "blocks"},
+        {"attention": "blocks", "sliding_window": 40},
+    ],
+    ids=str,
 )
 def test_a_steps_products_are_those_that_the_compiled_program_executes(remat, changes):
-    """Exactly, with three layers in a loop, recomputation and masked scores included."""
+    """Exactly, with three layers in a loop, recomputation and masked scores included, skipped blocks not."""
     config = TransformerConfig(**{**SIZES, "num_layers": 3, "remat": remat, **changes})
-    rows, length = 2, 24
+    rows, length = 2, 24 if config.attention == "auto" else 150  # three blocks, the last of 22
     loss_fn = make_loss(config, TrainConfig())
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((rows, length), jnp.int32))
@@ -103,3 +110,26 @@ def test_a_device_holds_less_where_more_share():
     assert temporary(fsdp=8) < temporary(data=8)
     assert temporary(microbatches=4, data=2) < temporary(data=2)
     assert temporary(data=2, tensor=2) < temporary(data=2)
+
+
+def test_memory_on_the_chip_takes_what_blocks_need_and_after_them_as_much_of_the_sums():
+    cost = StepCost(config=TransformerConfig(), batch_size=64, seq_len=256)
+    gradients = 4 * cost.config.num_params()
+
+    def taken(on_chip, **sizes):
+        return cost.temporary_bytes(sizes) - cost.temporary_bytes(sizes, on_chip)
+
+    assert taken(1e5, data=8) == pytest.approx(2e5)
+    assert taken(1e5, fsdp=8) == pytest.approx(1e5)  # gradients are added up on their way into shards
+    assert taken(1e5) == pytest.approx(1e5)
+    assert cost.temporary_bytes({"data": 8}, 1e12) == pytest.approx(gradients)
+    assert cost.temporary_bytes({"fsdp": 8}, 1e12) == pytest.approx(gradients / 8)
+
+
+def test_blocks_hold_no_scores_but_those_of_one():
+    def temporary(attention, seq_len):
+        config = TransformerConfig(attention=attention)
+        return StepCost(config=config, batch_size=8192 // seq_len, seq_len=seq_len).temporary_bytes({})
+
+    assert temporary("xla", 512) - temporary("blocks", 512) > 8192 * 512 * TransformerConfig().num_heads * 4
+    assert temporary("blocks", 512) < 1.1 * temporary("blocks", 256)

@@ -44,8 +44,8 @@ class Fixed:
     def kernel_flops(self):
         return 0.0
 
-    def temporary_bytes(self, sizes):
-        return self.temporary
+    def temporary_bytes(self, sizes, on_chip):
+        return self.temporary - on_chip
 
     def sent(self, sizes):
         return [Traffic("all-reduce", ("data",), 1, self.wire)] if sizes.get("data", 1) > 1 else []
@@ -62,10 +62,10 @@ def build(cost):
     return Build(init_state, axes, lambda gradients: gradients, {}, cost, "xla")
 
 
-def row(cost, sizes, report=None, strategy="mesh"):
-    mesh = mesh_text(sizes, V3) if strategy == "mesh" else ""
+def row(cost, sizes, report=None, strategy="mesh", sliced=V3):
+    mesh = mesh_text(sizes, sliced) if strategy == "mesh" else ""
     layout = Layout(strategy=strategy, mesh=mesh, batch_size=8, seq_len=8)
-    return estimate(Choice(layout, sizes, "none", "float32"), build(cost), V3, report)
+    return estimate(Choice(layout, sizes, "none", "float32"), build(cost), sliced, report)
 
 
 def test_every_split_of_the_devices_is_tried_once():
@@ -123,6 +123,11 @@ def test_a_report_replaces_the_estimate():
     assert (found.peak_bytes, found.flops, found.wire_bytes) == (300, 10, {"fsdp": 7.0})
     assert (found.sent_bytes, found.source) == (7.0, "compiled")
     assert found.estimated_bytes > 1e9
+
+
+def test_an_estimate_leaves_out_what_a_chip_keeps_on_itself():
+    without, v5e = row(Fixed(), {"data": 8}), row(Fixed(), {"data": 8}, sliced=accelerator("v5e-8"))
+    assert without.estimated_bytes - v5e.estimated_bytes == V5E.generation.on_chip > 0
 
 
 def test_what_crosses_two_axes_is_sent_once():

@@ -1,12 +1,15 @@
 """What plan.py refuses, before it compiles anything, and the commands that it prints."""
 
 import importlib.util
+import json
 import shlex
 import sys
 
+import jax
 import pytest
 
 from parallax.config import PRESETS, OptimizerConfig, RopeScaling
+from parallelism.compiler import Report
 from parallelism.hardware import generation_of
 from parallelism.planner import Choice
 from parallelism.strategy import Layout
@@ -40,6 +43,45 @@ def test_bad_input_gives_one_line_and_status_2(flags, words, monkeypatch, capsys
     assert len(err.splitlines()) == 1
     assert all(word in err for word in words), err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A fake of libtpu, which takes every program and says that it is small."""
+    monkeypatch.setattr(plan, "topology_devices", lambda sliced: [])
+    monkeypatch.setattr(plan, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1))
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def planned(monkeypatch, tmp_path, *flags):
+    path = tmp_path / "plan.json"
+    flags = ("--topology", "v4-16", "--batch-size", "16", *flags, "--output", str(path))
+    monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
+    assert plan.main() == 0
+    return json.loads(path.read_text())["rows"]
+
+
+@pytest.mark.parametrize("attention", ["blocks", "splash"])
+def test_attention_that_needs_whole_sequences_is_planned_without_meshes_that_cut_them(
+    attention, compiler, monkeypatch, tmp_path
+):
+    rows = planned(monkeypatch, tmp_path, "--model.attention", attention)
+    assert {row["attention"] for row in rows} == {attention}
+    assert {row["axes"].get("sequence", 1) for row in rows} == {1}
+    assert len({row["layout"] for row in rows}) > 5
+    assert 2 in {row["axes"].get("sequence", 1) for row in planned(monkeypatch, tmp_path)}
+
+
+def test_an_exhaustive_plan_compiles_every_choice(compiler, monkeypatch, tmp_path):
+    rows = planned(monkeypatch, tmp_path, "--exhaustive")
+    assert {row["source"] for row in rows} == {"compiled"}
+    tried = {(row["layout"], row["remat"], row["microbatches"]) for row in rows}
+    assert len(tried) == len(rows)
+    for layout in {row["layout"] for row in rows}:
+        assert {remat for name, remat, _ in tried if name == layout} == {"none", "dots", "full"}
+    # A device has two rows.
+    assert {micro for name, _, micro in tried if name == "data=8"} == {1, 2}
 
 
 def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimizer():

@@ -17,7 +17,7 @@ from parallelism.collectives import read_collectives
 from parallelism.compiler import topology_devices
 from parallelism.flops import read_flops
 from parallelism.hardware import accelerator
-from parallelism.planner import Choice, held_bytes
+from parallelism.planner import Choice, compile_choice, estimate, held_bytes
 from parallelism.rules import load_rules
 from parallelism.strategy import Layout, get_strategy
 from scripts.plan import make_build
@@ -108,11 +108,11 @@ def lower(flags, choice, remat="none", attention="xla"):
     return build, strategy, strategy.lower(build.make_step(strategy.gradients), build.batch)
 
 
-def choice_of(flags, mesh, sizes):
+def choice_of(flags, mesh, sizes, remat="none"):
     layout = Layout(
         strategy="mesh" if mesh else "pmap", mesh=mesh, batch_size=flags.batch_size, seq_len=flags.seq_len
     )
-    return Choice(layout, sizes, "none", flags.dtype)
+    return Choice(layout, sizes, remat, flags.dtype)
 
 
 def test_operations_agree_with_the_compilers_own_count_of_two_layers_without_a_loop(monkeypatch):
@@ -131,6 +131,26 @@ def test_operations_are_those_of_the_program_with_its_loops(remat):
     assert read_flops(lowered.compile().as_text()) == pytest.approx(
         build.cost.product_flops({}) / 8, rel=0.01
     )
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "sizes", "remat"),
+    [
+        ("v5litepod-256", "", {"data": 256}, "full"),
+        ("v5litepod-256", "data=8,fsdp=16,tensor=2", {"data": 8, "fsdp": 16, "tensor": 2}, "dots"),
+        ("v5p-512", "", {"data": 256}, "full"),
+    ],
+)
+def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
+    topology, mesh, sizes, remat, tmp_path
+):
+    """By the same model where a chip keeps a third of it and more, and on v5p, which keeps none."""
+    flags = Flags(topology=topology, batch_size=2048, model=PRESETS["small"])
+    choice, sliced = choice_of(flags, mesh, sizes, remat), accelerator(topology)
+    build = make_build(flags, remat, 1, "splash")
+    report = compile_choice(choice, build, sliced, topology_devices(sliced), tmp_path)
+    row = estimate(choice, build, sliced, report)
+    assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.15)
 
 
 def test_pmap_spans_every_host_of_a_slice():
