@@ -58,7 +58,7 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     # The barriers keep XLA from computing such arrays again within products that read them across, which takes longer.
     of_out = jax.lax.optimization_barrier(of_out)
     wide = log_normaliser.dtype
-    shared = jnp.sum((of_out * out).astype(wide), axis=-1, keepdims=True)
+    shared = jnp.sum(of_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
     of_q, of_k, of_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
     for queries, keys in blocks(q.shape[3], window):
         scores = _scores(q, k, segments, queries, keys, window)
