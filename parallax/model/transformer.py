@@ -108,6 +108,19 @@ class TransformerLM(nnx.Module):
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers + 1)
         x_BTD = self.embedding.embed(tokens_BT, table_WD)
         x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])
+        x_BTD, cache = self._apply_blocks(x_BTD, cache, layers, positions, segments, keys)
+        return self.final_norm(x_BTD), cache
+
+    def _apply_blocks(
+        self,
+        x_BTD: jax.Array,
+        cache: KVCache | None,
+        layers: Layers | None,
+        positions: jax.Array | None,
+        segments: jax.Array | None,
+        keys: jax.Array | None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """All N of them: scanned, or one by one where their weights and cache are given so."""
         graph, stacked = nnx.split(self.blocks)
 
         def block(carry, layer):
@@ -121,14 +134,13 @@ class TransformerLM(nnx.Module):
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         if layers is None or cache is None:
             stacks = (stacked, jnp.arange(self.config.num_layers), None if keys is None else keys[:-1])
-            (x_BTD, cache), _ = jax.lax.scan(block, (x_BTD, cache), stacks)
-            return self.final_norm(x_BTD), cache
-        one, caches = jax.jit(block), []  # traced once
-        for weights, *own in zip(layers, cache.keys, cache.values, strict=True):
-            (x_BTD, own), _ = one((x_BTD, KVCache(keys=own[0], values=own[1])), (weights, None, None))
+            return jax.lax.scan(block, (x_BTD, cache), stacks)[0]
+        block, caches = jax.jit(block), []  # traced once
+        for weights, keys_BGSK, values_BGSK in zip(layers, cache.keys, cache.values, strict=True):
+            own = KVCache(keys=keys_BGSK, values=values_BGSK)
+            (x_BTD, own), _ = block((x_BTD, own), (weights, None, None))
             caches.append(own)
-        cache = KVCache(keys=tuple(x.keys for x in caches), values=tuple(x.values for x in caches))
-        return self.final_norm(x_BTD), cache
+        return x_BTD, KVCache(keys=tuple(x.keys for x in caches), values=tuple(x.values for x in caches))
 
     def unstack(self, cache: KVCache) -> tuple[Layers | None, KVCache]:
         """Weights and cache layer by layer, for a loop over tokens; or None and the cache as it is.
