@@ -60,7 +60,7 @@ def held_out(documents: Sequence[str], fraction: float = 0.1) -> list[str]:
     if len(documents) > 1:
         return list(documents[_first_held_out(len(documents), fraction) :])
     (text,) = documents
-    return [text[int(len(text) * (1 - fraction)) :]]
+    return [text[_cut(len(text), fraction) :]]
 
 
 def training_batches(
@@ -111,7 +111,7 @@ def _prepare_text(
     if held_out_fraction == 0:
         samples = windows(whole, "text")
         return samples, samples
-    cut = int(len(whole) * (1 - held_out_fraction))
+    cut = _cut(len(whole), held_out_fraction)
     return windows(whole[:cut], "training text"), windows(whole[cut:], "held-out text")
 
 
@@ -138,7 +138,12 @@ def _prepare_documents(
 
 def _first_held_out(count: int, fraction: float) -> int:
     """Of several documents, so that each side has one."""
-    return min(max(int(count * (1 - fraction)), 1), count - 1)
+    return min(max(_cut(count, fraction), 1), count - 1)
+
+
+def _cut(length: int, fraction: float) -> int:
+    """Where what is held out begins."""
+    return int(length * (1 - fraction))
 
 
 def _check_batch_size(batch_size: int) -> None:

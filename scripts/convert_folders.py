@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +20,11 @@ from parallax.config import TransformerConfig
 from parallax.config_dict import config_to_dict
 from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf, config_to_hf
-from parallax.interop.reading import check_tensors, read_params
+from parallax.interop.reading import read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.remote import is_remote
+from scripts.continuation import tell
 from scripts.new_run import write_json
 from scripts.placement import place_model
 from scripts.run_folder import load_run
@@ -45,9 +45,7 @@ def import_model(source: Path, run: str | Path, mesh: str = "") -> None:
         config = config_from_hf(values)
         tokenizer = _read_tokenizer(source, values, config)
         files = TensorFiles(source)
-        check_tensors(files, config)
-        abstract = _abstract(config, mesh)
-        params = read_params(files, config, abstract)
+        params = read_params(files, config, _abstract(config, mesh))
         settings = {
             "model": config_to_dict(config),
             "imported": {"folder": source.resolve().name, "model_type": values["model_type"]},
@@ -60,7 +58,7 @@ def import_model(source: Path, run: str | Path, mesh: str = "") -> None:
             checkpoints.save(0, {"params": params}, documents)
         finally:
             checkpoints.close()
-    _say(
+    tell(
         f"imported  {source}: {config.num_params():,} parameters, {tokenizer.name} tokens; run folder: {run}"
     )
 
@@ -85,7 +83,7 @@ def export_model(
         write_params(loaded.params, loaded.config, draft, dtype, max_file_bytes)
         _write_tokenizer(loaded.tokenizer, draft)
         write_json(draft / "config.json", values)
-    _say(f"exported  {run}, step {loaded.step}: {values['model_type']}, {dtype}; folder: {target}")
+    tell(f"exported  {run}, step {loaded.step}: {values['model_type']}, {dtype}; folder: {target}")
 
 
 def _abstract(config: TransformerConfig, mesh: str) -> Any:
@@ -167,7 +165,3 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         if token in spelled:
             values[name] = spelled[token]
     write_json(folder / "tokenizer_config.json", values)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

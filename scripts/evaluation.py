@@ -4,7 +4,6 @@ Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whateve
 """
 
 import math
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from parallax.config_dict import config_from_dict
 from parallax.training.loss import make_evaluation
 from parallax.training.remote import open_folder
 from parallelism.strategy import Strategy
+from scripts.continuation import tell
 from scripts.placement import place_model
 from scripts.run_folder import load_run, read_settings
 from scripts.windows import batches, count_windows, windows
@@ -39,7 +39,7 @@ def evaluate(flags: "Flags") -> dict[str, Any]:
     config = config_from_dict(settings["model"])
     window, stride = _sizes(flags, config, settings)
     strategy = place_model(config, flags.mesh, batch_size=flags.batch_size, seq_len=window)
-    corpus = load_corpus(flags.dataset, flags.data_dir, notify=_say)
+    corpus = load_corpus(flags.dataset, flags.data_dir, notify=tell)
     run = load_run(flags.checkpoint, flags.step, place=lambda _: strategy.abstract().params)
     documents, size = _encode(corpus, run.tokenizer, only_held_out=flags.held_out)
     total = -(-count_windows([len(tokens) for tokens in documents], window, stride) // flags.batch_size)
@@ -114,7 +114,3 @@ def _score(
         loss, count = jax.device_get(compiled(params, batch))
         nats, tokens = nats + float(loss), tokens + int(count)
     return nats, tokens
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -8,12 +8,11 @@ import reprlib
 from typing import Any, NamedTuple
 
 from data.tokenizer import CharTokenizer, Tokenizer
+from parallax.inference.batching import TOP
 from scripts.serve_limits import Limits
 
 Schema = dict[str, Any]
 
-MAX_LOGPROBS = 10
-"""What `batching.TOP` reports."""
 KINDS = {
     "null": lambda value: value is None,
     "boolean": lambda value: isinstance(value, bool),
@@ -79,7 +78,7 @@ def completion_schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schem
         "stream": _optional("boolean", False),
         "stream_options": _optional("object", None)
         | {"properties": {"include_usage": {"type": "boolean"}}, "additionalProperties": False},
-        "logprobs": _optional("integer", None, minimum=0, maximum=MAX_LOGPROBS),
+        "logprobs": _optional("integer", None, minimum=0, maximum=TOP),
         "echo": _optional("boolean", False),
         "stop": {
             "title": "a text, or a list of at most 4 texts",

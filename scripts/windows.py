@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-NO_TARGET = -1
+from parallax.training.loss import NO_TARGET
 
 
 def windows(

@@ -108,7 +108,7 @@ def extend(config: TransformerConfig, params: Params, generation: Generation, li
         )
 
     generation = jax.lax.while_loop(unfinished, step, dataclasses.replace(generation, cache=cache))
-    return generation if layers is None else dataclasses.replace(generation, cache=generation.cache.stack())
+    return dataclasses.replace(generation, cache=generation.cache.stack())
 
 
 def _active(generation: Generation, limit: jax.Array) -> jax.Array:

@@ -55,10 +55,10 @@ class Slots:
 
 def _placed(slots: Slots) -> Slots:
     """Rows and heads of the cache over the devices, where a placement is bound; the same after each call."""
-    keys_values, rows = ("batch", "act_kv_heads", None, None), dataclasses.replace(slots, cache=None)
+    keys_values, rows = (None, "batch", "act_kv_heads", None, None), dataclasses.replace(slots, cache=None)
     return dataclasses.replace(
         jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), rows),
-        cache=jax.tree.map(lambda x: constrain(x, *[None] * (x.ndim - 4), *keys_values), slots.cache),
+        cache=jax.tree.map(lambda x: constrain(x, *keys_values), slots.cache),
     )
 
 
@@ -93,7 +93,7 @@ def prefill(
         chunks = (x_PD.reshape(P // size, size, -1), jnp.roll(tokens_P, -1).reshape(-1, size))
         return jax.lax.map(report_chunk, chunks).reshape(P, -1)
 
-    width = 2 + 2 * num_top(config)
+    width = 2 + 2 * num_top(config.vocab_size)
     prompt_PR = jax.lax.cond(
         score_prompt, report_prompt, lambda _: jnp.zeros((P, width), jnp.int32), x_1PD[0]
     )
@@ -136,14 +136,9 @@ def decode(
     whole = slots.cache
     slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x[:, :, :, :window], whole))
 
-    layers, cache = TransformerLM.from_params(config, params).unstack(slots.cache)
-    slots = dataclasses.replace(slots, cache=cache)
-
     def step(slots: Slots, _) -> tuple[Slots, jax.Array]:
         model = TransformerLM.from_params(config, params)
-        logits_B1V, cache = model(
-            slots.last[:, None], slots.lengths[:, None] - 1, cache=slots.cache, layers=layers
-        )
+        logits_B1V, cache = model(slots.last[:, None], slots.lengths[:, None] - 1, cache=slots.cache)
         logits_BV = constrain(logits_B1V[:, 0], "batch", None)
         token_B = _draw(logits_BV, slots.settings, slots.seen, slots.seeds, slots.lengths)
         slots = dataclasses.replace(
@@ -157,8 +152,7 @@ def decode(
         return _placed(slots), report(logits_BV, token_B)
 
     slots, reports_KBR = jax.lax.scan(step, slots, None, length=steps)
-    held = slots.cache if layers is None else slots.cache.stack()
-    cache = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, held)
+    cache = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, slots.cache)
     return _placed(dataclasses.replace(slots, cache=cache)), constrain(reports_KBR, None, None, None)
 
 
@@ -179,9 +173,9 @@ def _draw(
     return sample(logits_BV, settings, seen_BV, keys_B)
 
 
-def num_top(config: TransformerConfig) -> int:
+def num_top(vocab_size: int) -> int:
     """How many alternatives a report holds."""
-    return min(TOP, config.vocab_size)
+    return min(TOP, vocab_size)
 
 
 def report(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
@@ -190,7 +184,7 @@ def report(logits_BV: jax.Array, token_B: jax.Array) -> jax.Array:
     Log-probabilities are those of softmax(logits): before penalty, temperature and filters.
     """
     logprobs_BV = jax.nn.log_softmax(logits_BV, axis=1)
-    top_BT, ids_BT = jax.lax.top_k(logprobs_BV, min(TOP, logits_BV.shape[1]))
+    top_BT, ids_BT = jax.lax.top_k(logprobs_BV, num_top(logits_BV.shape[1]))
     own_B1 = jnp.take_along_axis(logprobs_BV, token_B[:, None], axis=1)
     bits_BL = jax.lax.bitcast_convert_type(jnp.concatenate([own_B1, top_BT], axis=1), jnp.int32)
     return jnp.concatenate([token_B[:, None], ids_BT, bits_BL], axis=1)

@@ -38,7 +38,9 @@ class KVCache:
         return KVCache(keys=tuple(self.keys), values=tuple(self.values))
 
     def stack(self) -> "KVCache":
-        """The same in one array."""
+        """The same in one array, as it may be already."""
+        if isinstance(self.keys, jax.Array):
+            return self
         return KVCache(keys=jnp.stack(self.keys), values=jnp.stack(self.values))
 
 
