@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from parallax.interop.tensor import Bounds
+from parallax.filling import Bounds
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
