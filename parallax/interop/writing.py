@@ -18,12 +18,13 @@ import numpy as np
 from parallax.config import TransformerConfig
 from parallax.interop.files import INDEX, SINGLE
 from parallax.interop.llama import named
-from parallax.interop.reading import PIECE
 from parallax.interop.tensor import Tensor
 from parallax.model.transformer import Params
 
 DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 MAX_FILE_BYTES = 5 * 10**9
+PIECE = 2**18
+"""Elements written at a time, of which a few copies are made: 1 MiB in float32."""
 
 _cut = jax.jit(jax.lax.dynamic_slice, static_argnums=2)
 
