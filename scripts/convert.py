@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 import tyro
 
-from scripts.command_line import errors_in_one_line, parse
+from scripts.command_line import dispatch, parse
 
 HELP = """usage: convert.py COMMAND ...
 
@@ -55,26 +55,18 @@ class ExportFlags:
 
 def main() -> int:
     """Exit status: 0 done; 2 bad input."""
-    with errors_in_one_line():
-        name, *args = sys.argv[1:] or [""]
-        if name in ("-h", "--help"):
-            print(HELP)
-            return 0
-        if name not in COMMANDS:
-            raise ValueError(f"command {name!r} is not one of {', '.join(COMMANDS)}; see convert.py --help")
-        sys.argv[0] = f"convert.py {name}"  # what help calls it
-        COMMANDS[name](args)
-    return 0
+    return dispatch("convert.py", HELP, {"import": _import, "export": _export})
 
 
-def _import(args: Sequence[str]) -> None:
+def _import(args: Sequence[str]) -> int:
     flags = parse(ImportFlags, description="Make a run folder of a Hugging Face folder.", args=args)
     from scripts.convert_folders import import_model  # late, since it loads JAX: help answers at once
 
     import_model(Path(flags.source), flags.run, flags.mesh)
+    return 0
 
 
-def _export(args: Sequence[str]) -> None:
+def _export(args: Sequence[str]) -> int:
     flags = parse(ExportFlags, description="Make a Hugging Face folder of a run.", args=args)
     if not flags.max_file_gb > 0:
         raise ValueError(f"--max-file-gb {flags.max_file_gb} must be positive; try 5")
@@ -88,9 +80,7 @@ def _export(args: Sequence[str]) -> None:
         max_file_bytes=int(flags.max_file_gb * 10**9),
         mesh=flags.mesh,
     )
-
-
-COMMANDS = {"import": _import, "export": _export}
+    return 0
 
 
 if __name__ == "__main__":

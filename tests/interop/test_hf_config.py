@@ -115,7 +115,7 @@ def test_what_cannot_be_computed_is_refused(changes, message):
 
 def test_a_family_without_a_number_of_groups_has_one_of_its_own():
     values = {name: SMALL[name] for name in SMALL if name != "num_key_value_heads"}
-    with pytest.raises(ValueError, match="num_key_value_heads=None in config.json must be a whole number;"):
+    with pytest.raises(ValueError, match=r"num_key_value_heads=None in config\.json must be a whole number;"):
         config_from_hf({**values, "model_type": "mistral"})
 
 
