@@ -56,7 +56,7 @@ def write_params(
             _write_header(out, {name: entries[name][0] for name in group}, dtype)
             for name in group:
                 for rows in _rows(params, *entries[name], piece):
-                    out.write(rows.astype(kind, copy=False).reshape(-1).view(np.uint8))
+                    out.write(rows.astype(kind, copy=False).reshape(-1).view(np.uint8).data)
             out.flush()
             os.fsync(out.fileno())
     if len(groups) > 1:
