@@ -60,7 +60,7 @@ test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" 
 	@$(DEV) python -m pytest -m external tests/scripts/test_benchmark.py
 
 test-parity: ## compare imported models to transformers on torch, which it installs the first time
-	@$(DEV) python -c "import importlib.util as u; exit(not (u.find_spec('torch') and u.find_spec('transformers')))" || $(DEV) .ci/add-extra bench
+	@$(DEV) python -c "import importlib.util as u; exit(not (u.find_spec('torch') and u.find_spec('transformers')))" || $(DEV) .ci/add-extra parity
 	@$(DEV) python -m pytest -m external $(TEST_FLAGS) tests/interop/test_llama_parity.py
 
 test-terraform: ## test terraform/ (needs terraform, and registry.terraform.io for its providers)

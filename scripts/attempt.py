@@ -91,13 +91,14 @@ class Attempt:
           ValueError: it has no intact checkpoint, or one of other shapes.
         """
         strategy = self._job.strategy
+        # Moments begin at zero, whatever the parameters; these go before the others come.
+        first = dataclasses.replace(strategy.canonical(strategy.init()), params=None)
         checkpoints = Checkpointer(open_folder(run) / "checkpoints", keep=1, is_writer=False, notify=say)
         try:
             step, params, _ = checkpoints.restore_params(strategy.abstract().params)
         finally:
             checkpoints.close()
         say(f"from      step {step} of {run}")
-        first = strategy.canonical(strategy.init())  # moments begin at zero, whatever the parameters
         return strategy.adopt(dataclasses.replace(first, params=params))
 
     def run(self, state: TrainState) -> int:

@@ -1,6 +1,6 @@
 """A Hugging Face folder becomes a run folder, and a run folder a Hugging Face folder.
 
-Invariant: the work is done under a temporary name beside the target, which is renamed at the end.
+Invariant: the work is done in a hidden folder, beside the target or above it, which is renamed at the end.
 """
 
 import contextlib
@@ -103,10 +103,12 @@ def _made(folder: str | Path) -> Iterator[Path]:
     if target.exists():
         raise ValueError(f"folder {target} exists already; choose another")
     target = target.expanduser().absolute()
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    above = next(folder for folder in target.parents if folder.exists())
+    draft = above / f".{target.name}.{uuid.uuid4().hex}"
     try:
-        draft.mkdir(parents=True)
+        draft.mkdir()
         yield draft
+        target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(draft, target)
     except OSError as error:
         raise ValueError(
@@ -137,7 +139,11 @@ def _read_tokenizer(source: Path, values: dict[str, Any], config: TransformerCon
     ends: list[int] = []
     for holder in (values, _read_json(more) if more.exists() else {}):
         given = holder.get("eos_token_id")
-        ends += [token for token in (given if isinstance(given, list) else [given]) if token is not None]
+        ends += [] if given is None else given if isinstance(given, list) else [given]
+    if not all(type(token) is int for token in ends):
+        raise ValueError(
+            f"eos_token_id={ends!r} of {source} must be one id or several; restore the model's files"
+        )
     try:
         return HuggingFaceTokenizer(definition, config.vocab_size, tuple(dict.fromkeys(ends)))
     except ValueError as error:

@@ -63,7 +63,8 @@ def main() -> int:
         result = evaluate(flags)
         print(
             f"perplexity {result['perplexity']:.4f} a token, {result['bits_per_byte']:.4f} bits per byte: "
-            f"{result['tokens']:,} tokens of {result['bytes']:,} bytes"
+            f"{result['tokens']:,} tokens of {result['bytes']:,} bytes, window {result['window']}, "
+            f"stride {result['stride']}"
         )
         if flags.json is not None:
             try:

@@ -45,7 +45,7 @@ def evaluate(flags: "Flags") -> dict[str, Any]:
     total = -(-count_windows([len(tokens) for tokens in documents], window, stride) // flags.batch_size)
     rows = windows(documents, window, stride)
     nats, tokens = _score(strategy, config, run.params, batches(rows, flags.batch_size, window), total)
-    if not tokens:
+    if not size:  # then there is no token either, but perhaps the ends of texts
         raise ValueError(f"dataset {flags.dataset} has no token to score; give a longer text")
     return {
         "perplexity": math.exp(nats / tokens),
@@ -90,7 +90,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tup
         if several and tokenizer.eos_id is not None:  # as train.py lays them out
             tokens = np.append(tokens, np.int32(tokenizer.eos_id))
         documents.append(tokens)
-        size += len(text.encode()) - len(tokenizer.token_bytes(int(tokens[0])))
+        size += len(text.encode()) - sum(len(tokenizer.token_bytes(int(token))) for token in tokens[:1])
     return documents, size
 
 

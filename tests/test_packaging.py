@@ -21,12 +21,13 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT.get("optional-dependencies", {})
 BUILD = [*PYPROJECT["build-system"]["requires"], *PYPROJECT["dependency-groups"]["build"]]
+# No lock holds torch: what of it fits depends on the machine.
 DECLARED = {
     "requirements.lock": [*BUILD, *PROJECT["dependencies"]],
     **{
         f"requirements-{extra}.lock": [*BUILD, *PROJECT["dependencies"], *EXTRAS[extra]]
         for extra in EXTRAS
-        if not any(line.startswith("torch") for line in EXTRAS[extra])  # what fits depends on the machine
+        if not any(line.startswith(("torch", "parallax-lm[parity]")) for line in EXTRAS[extra])
     },
 }
 CODE = ("parallax", "parallelism", "data", "scripts")

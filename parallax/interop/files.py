@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from parallax.interop.tensor import Bounds
+from parallax.filling import Bounds
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -68,9 +68,15 @@ class TensorFiles:
         path = self.folder / INDEX
         if path.exists():
             try:
-                return dict(json.loads(path.read_text("utf-8"))["weight_map"])
+                weight_map = dict(json.loads(path.read_text("utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise ValueError(f"{path} must hold a weight_map ({error}); restore it") from None
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                    raise ValueError(
+                        f"{path} has {name} in {file!r}, which must be a safetensors file beside it; restore it"
+                    )
+            return weight_map
         if not (self.folder / SINGLE).exists():
             raise ValueError(
                 f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model with transformers' save_pretrained"

@@ -4,12 +4,9 @@ Invariant: what comes in computes the same here, and what goes out the same ther
 side cannot compute is refused.
 """
 
-from typing import Any
-
 from parallax.config import TransformerConfig
 from parallax.interop.hf_rope import rope_from_hf, rope_to_hf
-
-Values = dict[str, Any]
+from parallax.interop.hf_values import Values, number, whole_number
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -36,21 +33,22 @@ def config_from_hf(values: Values) -> TransformerConfig:
       ValueError: the architecture is not known, a size is missing, or the model computes what this one cannot.
     """
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ValueError(
             f"model_type={kind!r} in config.json is not one of {', '.join(ARCHITECTURES)}; convert another model"
         )
     _refuse_what_differs(values)
-    sizes: Values = {ours: _size(values, theirs) for ours, theirs in SIZES.items()}
+    sizes: Values = {ours: whole_number(values, theirs) for ours, theirs in SIZES.items()}
     heads = sizes["num_heads"]
-    grouped = values.get("num_key_value_heads")
+    # Each family has a size of its own where none is given; null means no groups in all of them.
+    ungrouped = values.get("num_key_value_heads", None if kind == "llama" else 0) is None
     theta, scaling = rope_from_hf(values)
     biased = bool(values.get("attention_bias", False)) and kind in ("llama", "qwen3")
     return TransformerConfig(
         **sizes,
-        num_kv_heads=heads if grouped is None and kind == "llama" else _size(values, "num_key_value_heads"),
+        num_kv_heads=heads if ungrouped else whole_number(values, "num_key_value_heads"),
         head_dim=_head_dim(kind, values, sizes),
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        norm_eps=number(values, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         attention_bias=biased or kind == "qwen2",
@@ -129,16 +127,9 @@ def _refuse_what_differs(values: Values) -> None:
         )
 
 
-def _size(values: Values, name: str) -> int:
-    size = values.get(name)
-    if type(size) is not int:
-        raise ValueError(f"{name}={size!r} in config.json must be a whole number; restore the model's file")
-    return size
-
-
 def _head_dim(kind: str, values: Values, sizes: Values) -> int:
     if values.get("head_dim") is not None:
-        return _size(values, "head_dim")
+        return whole_number(values, "head_dim")
     if kind == "qwen3":
         return 128
     width, heads = sizes["embed_dim"], sizes["num_heads"]
@@ -154,16 +145,21 @@ def _window(kind: str, values: Values) -> int:
     """0, or how far back every layer looks."""
     if kind == "llama":
         return 0
-    window, layers = values.get("sliding_window", 4096), values.get("num_hidden_layers", 0)
+    window = values.get("sliding_window", 4096)
     if window is None or (kind != "mistral" and not values.get("use_sliding_window", False)):
         return 0
-    first = 0 if kind == "mistral" else values.get("max_window_layers", 28)
-    slides = [layer >= first for layer in range(layers)]
-    if values.get("layer_types") and kind != "mistral":  # as transformers reads them
-        slides = [layer == "sliding_attention" for layer in values["layer_types"]]
-    if any(slides) and not all(slides):
+    window = whole_number({"sliding_window": window}, "sliding_window")
+    layers = sliding = whole_number(values, "num_hidden_layers")
+    if kind != "mistral" and values.get("layer_types"):  # as transformers reads them
+        if not isinstance(values["layer_types"], list):
+            raise ValueError("layer_types in config.json must be a list; restore the model's file")
+        sliding = values["layer_types"].count("sliding_attention")
+    elif kind != "mistral":
+        first = whole_number({"max_window_layers": 28} | values, "max_window_layers")
+        sliding = max(0, layers - max(0, first))
+    if 0 < sliding < layers:
         raise ValueError(
-            f"sliding_window={window} in config.json holds for {sum(slides)} of {layers} layers and must hold for all "
+            f"sliding_window={window} in config.json holds for {sliding} of {layers} layers and must hold for all "
             "or none; convert another model, or one with use_sliding_window false"
         )
-    return window if any(slides) else 0
+    return window if sliding else 0

@@ -5,17 +5,16 @@ shard is filled with what it needs alone. Every tensor of the files is used once
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from parallax.config import TransformerConfig
+from parallax.filling import Bounds, fill
 from parallax.interop.files import DTYPES, TensorFiles
 from parallax.interop.llama import named, tensors
-from parallax.interop.tensor import Bounds, Tensor
+from parallax.interop.tensor import Tensor
 from parallax.model.transformer import Params
 
 PIECE = 2**20
@@ -23,8 +22,6 @@ PIECE = 2**20
 
 DERIVED = ".rotary_emb.inv_freq"
 """Old files also hold frequencies, which follow from the config."""
-
-_write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
 
 def read_params(
@@ -47,7 +44,7 @@ def read_params(
         target = params
         for key in parents:
             target, leaf = target.setdefault(key, {}), leaf[key]
-        target[last] = _fill(leaf[last], files, entry, piece)
+        target[last] = fill(leaf[last], partial(_blocks, files, entry, piece))
     return params
 
 
@@ -93,30 +90,9 @@ def _is_tied(files: TensorFiles, config: TransformerConfig, name: str, piece: in
     )
 
 
-def _fill(leaf: jax.ShapeDtypeStruct, files: TensorFiles, entry: Tensor, piece: int) -> jax.Array:
-    """An array whose shards are filled on their own devices, piece by piece; replicas are read once."""
-    sharding = leaf.sharding or SingleDeviceSharding(jax.local_devices()[0])
-    shards: dict[tuple, list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(index or (), leaf.shape, strict=True))
-        shards.setdefault(bounds, []).append(device)
-    buffers = []
-    for bounds, devices in shards.items():
-        shard = tuple(slice(*pair) for pair in bounds)
-        shape = tuple(s.stop - s.start for s in shard)
-        arrays = [jnp.zeros(shape, leaf.dtype, device=SingleDeviceSharding(device)) for device in devices]
-        for at, block in _blocks(shard, files, entry, piece):
-            block = block.astype(leaf.dtype)
-            for number, device in enumerate(devices):
-                placed = jax.device_put(block, device)
-                arrays[number] = _write(arrays[number], placed, at).block_until_ready()
-        buffers += arrays
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, buffers)
-
-
 def _blocks(
-    shard: Bounds, files: TensorFiles, entry: Tensor, piece: int
-) -> Iterator[tuple[tuple[np.int32, ...], np.ndarray]]:
+    files: TensorFiles, entry: Tensor, piece: int, shard: Bounds
+) -> Iterator[tuple[list[int], np.ndarray]]:
     """(where in the shard, block) for all of a shard that has a tensor; rows that pad a table have none."""
     for layer in range(shard[0].start, shard[0].stop) if entry.is_stacked else [0]:
         own = shard[1:] if entry.is_stacked else shard
@@ -129,4 +105,4 @@ def _blocks(
             at = [s.start - whole.start for s, whole in zip(bounds, own, strict=True)]
             if entry.is_stacked:
                 at, block = [layer - shard[0].start, *at], block[None]
-            yield tuple(np.int32(start) for start in at), block
+            yield at, block

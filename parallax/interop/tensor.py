@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-Bounds = tuple[slice, ...]
-"""A block: for each dim the first index and the one after the last."""
+from parallax.filling import Bounds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,13 @@ import numpy as np
 from parallax.config import TransformerConfig
 from parallax.interop.files import INDEX, SINGLE
 from parallax.interop.llama import named
-from parallax.interop.reading import PIECE
 from parallax.interop.tensor import Tensor
 from parallax.model.transformer import Params
 
 DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
 MAX_FILE_BYTES = 5 * 10**9
+PIECE = 2**18
+"""Elements written at a time, of which a few copies are made: 1 MiB in float32."""
 
 _cut = jax.jit(jax.lax.dynamic_slice, static_argnums=2)
 
@@ -55,7 +56,7 @@ def write_params(
             _write_header(out, {name: entries[name][0] for name in group}, dtype)
             for name in group:
                 for rows in _rows(params, *entries[name], piece):
-                    out.write(rows.astype(kind).tobytes())
+                    out.write(rows.astype(kind, copy=False).reshape(-1).view(np.uint8).data)
             out.flush()
             os.fsync(out.fileno())
     if len(groups) > 1:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from parallax.training.checkpoint_arrays import array_handler, read_arrays
 from parallax.training.checkpoint_folder import CheckpointFolder
 from parallax.training.manifest import read_manifest
 
@@ -82,7 +83,8 @@ class Checkpointer:
         if self._is_writer:
             self._folder.make_room(step)
         if self._saver is None:
-            self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            handlers = {"state": array_handler(), "documents": ocp.JsonCheckpointHandler()}
+            self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), documents=ocp.args.JsonSave(snapshot))
         with self._saving(step):
             self._saver.save(self._folder.path(step), args=items)
@@ -183,8 +185,6 @@ class Checkpointer:
 
     def _read(self, step: int, abstract: Any, part: str = "") -> tuple[Any, Documents]:
         """The documents of an intact step and its arrays: all of them, or those of one part of the tree."""
-        import orbax.checkpoint as ocp
-
         folder = self._folder.path(step)
         saved, wanted = read_manifest(folder)["arrays"], _signature(abstract)
         for name in sorted(saved.keys() | wanted.keys()):
@@ -193,11 +193,7 @@ class Checkpointer:
                 raise ValueError(
                     f"{name} is {there} in checkpoint {step} but {here} here; use the config saved with it"
                 )
-        placed = jax.tree.map(_with_sharding, abstract)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(placed)
-        args = ocp.args.PyTreeRestore(item=placed, restore_args=restore_args, partial_restore=bool(part))
-        with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as reader:
-            return reader.restore(folder / "state", args=args), self.read_documents(step)
+        return read_arrays(folder / "state", abstract), self.read_documents(step)
 
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
         """Runs in the background: Orbax's commit, then the manifest, then the deletion of older steps."""
@@ -229,9 +225,3 @@ def _signature(tree: Any) -> dict[str, str]:
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     named = ((jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves)
     return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in named}
-
-
-def _with_sharding(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The same leaf, on this process's first device where it names no sharding."""
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

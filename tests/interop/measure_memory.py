@@ -1,6 +1,6 @@
-"""Reads and writes a model in a process of its own and prints what it took at most, in bytes: one JSON object.
+"""Imports or exports a model in a process of its own and prints what that took at most, in bytes: one JSON object.
 
-The largest tensor is the table; a matrix of all layers together is twice as large.
+The largest tensor is the table; a matrix of all layers together is half as large again.
 """
 
 import json
@@ -12,50 +12,46 @@ from pathlib import Path
 import jax
 
 from parallax.config import TransformerConfig
-from parallax.interop.files import TensorFiles
+from parallax.interop.hf_config import config_to_hf
 from parallax.interop.llama import named
-from parallax.interop.reading import read_params
 from parallax.interop.writing import write_params
 from parallax.model.transformer import init_params
+from scripts.convert_folders import export_model, import_model
+from tests.interop.tokenizers import byte_level
 
-SMALL = {"embed_dim": 64, "num_heads": 4, "num_kv_heads": 4, "head_dim": 16, "mlp_dim": 96, "num_layers": 2}
+SMALL = TransformerConfig(
+    vocab_size=400, embed_dim=64, num_heads=4, num_kv_heads=4, head_dim=16, mlp_dim=96, num_layers=2
+)  # fmt: skip
 LARGE = TransformerConfig(
-    vocab_size=48_000, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=4096, num_layers=24
+    vocab_size=64_000, embed_dim=256, num_heads=4, num_kv_heads=4, head_dim=64, mlp_dim=4096, num_layers=24
 )  # fmt: skip
 
 
-def main(folder: Path, dtype: str) -> dict[str, int]:
-    small = TransformerConfig(vocab_size=99, **SMALL)
-    (folder / "small").mkdir()
-    write_params(_initial(small), small, folder / "small")
-    read_params(TensorFiles(folder / "small"), small, _abstract(small))  # what is loaded and compiled once
+def measure(command: str, folder: Path) -> dict[str, int]:
+    """Converts the small model both ways first, so that all is loaded that converting any model takes."""
+    import_model(folder / "small", folder / f"{command}-small")
+    export_model(str(folder / f"{command}-small"), folder / f"{command}-small-back")
     before = _peak()
-    params = read_params(TensorFiles(folder / "large"), LARGE, _abstract(LARGE))
-    read = _peak() - before
-    (folder / "back").mkdir()
-    write_params(params, LARGE, folder / "back", dtype)
-    largest = 4 * max(math.prod(entry.shape_there) for entry, _ in named(LARGE).values())
+    if command == "import":
+        import_model(folder / "large", folder / "run")
+    else:
+        export_model(str(folder / "run"), folder / "back")
     return {
-        "read": read,
-        "written": _peak() - before,
+        "used": _peak() - before,
         "parameters": 4 * LARGE.num_params(),
-        "largest": largest,
-        "of all layers": params["blocks"]["mlp"]["up"].nbytes,
+        "largest": 4 * max(math.prod(entry.shape_there) for entry, _ in named(LARGE).values()),
+        "of all layers": 4 * LARGE.num_layers * LARGE.embed_dim * LARGE.mlp_dim,
     }
 
 
 def make(folder: Path) -> None:
-    """The files of the large model, by another process, whose memory is its own."""
-    (folder / "large").mkdir()
-    write_params(_initial(LARGE), LARGE, folder / "large")
-
-
-def _initial(config):
-    return jax.jit(lambda: init_params(config, jax.random.key(0)))()
-
-
-def _abstract(config):
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    """The Hugging Face folders, by another process, whose memory is its own."""
+    for name, config in (("small", SMALL), ("large", LARGE)):
+        (folder / name).mkdir()
+        params = jax.jit(lambda config=config: init_params(config, jax.random.key(0)))()
+        write_params(params, config, folder / name)
+        (folder / name / "config.json").write_text(json.dumps(config_to_hf(config)))
+        (folder / name / "tokenizer.json").write_text(json.dumps(byte_level()[0]))
 
 
 def _peak() -> int:
@@ -65,8 +61,8 @@ def _peak() -> int:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2])
-    if sys.argv[1] == "make":
+    command, folder = sys.argv[1], Path(sys.argv[2])
+    if command == "make":
         make(folder)
     else:
-        print(json.dumps(main(folder, sys.argv[1])))
+        print(json.dumps(measure(command, folder)))

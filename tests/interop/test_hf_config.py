@@ -43,6 +43,8 @@ def test_what_llama_2_leaves_out_has_its_defaults():
         ({"model_type": "qwen3"}, {"attention_bias": False, "attention_out_bias": False, "qk_norm": True}),
         ({"attention_bias": True}, {"attention_bias": True, "attention_out_bias": True}),
         ({"model_type": "qwen3", "head_dim": None}, {"head_dim": 128}),
+        ({"model_type": "mistral", "num_key_value_heads": None}, {"num_kv_heads": 8}),
+        ({"model_type": "qwen3", "num_key_value_heads": None}, {"num_kv_heads": 8}),
         ({"model_type": "mistral"}, {"sliding_window": 4096}),
         ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": 0}),
         ({"model_type": "mistral", "sliding_window": 7}, {"sliding_window": 7}),
@@ -92,10 +94,12 @@ def _as_written(scaling: RopeScaling) -> RopeScaling:
         ({"mlp_bias": True}, "mlp_bias=true in config.json is not supported;"),
         ({"quantization_config": {"bits": 4}}, "quantized weights are not read; take"),
         ({"hidden_size": None}, "hidden_size=None in config.json must be a whole number;"),
-        (
-            {"model_type": "qwen2", "num_key_value_heads": None},
-            "num_key_value_heads=None in config.json must",
-        ),
+        ({"model_type": "qwen2", "num_key_value_heads": "8"}, "num_key_value_heads='8' in config.json must"),
+        ({"model_type": ["llama"]}, "model_type=['llama'] in config.json is not one of"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None in config.json must be a number;"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf in config.json must be a number;"),
+        ({**QWEN, "layer_types": 3}, "layer_types in config.json must be a list;"),
+        ({**QWEN, "sliding_window": "9"}, "sliding_window='9' in config.json must be a whole number;"),
         ({"head_dim": None, "hidden_size": 50}, "hidden_size=50 in config.json must be divisible by"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=8"),
         ({**QWEN, "max_window_layers": 1}, "sliding_window=9 in config.json holds for 2 of 3 layers"),
@@ -107,6 +111,12 @@ def test_what_cannot_be_computed_is_refused(changes, message):
     assert message in str(refused.value)
     assert "; " in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_family_without_a_number_of_groups_has_one_of_its_own():
+    values = {name: SMALL[name] for name in SMALL if name != "num_key_value_heads"}
+    with pytest.raises(ValueError, match=r"num_key_value_heads=None in config\.json must be a whole number;"):
+        config_from_hf({**values, "model_type": "mistral"})
 
 
 @pytest.mark.parametrize(

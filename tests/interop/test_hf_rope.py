@@ -10,6 +10,8 @@ from parallax.rope_scaling import RopeScaling
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
+LINEAR = {"type": "linear", "factor": 2.0}
+
 
 @pytest.mark.parametrize(
     ("values", "expected"),
@@ -17,6 +19,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({}, (1e4, RopeScaling())),
         ({"rope_theta": 5e5, "rope_scaling": None}, (5e5, RopeScaling())),
         ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, (5e5, RopeScaling())),
+        (  # as transformers: rope_scaling stands for all of rope_parameters
+            {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "rope_scaling": LINEAR},
+            (1e4, RopeScaling(kind="linear", factor=2.0)),
+        ),
         (
             {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2}},
             (1e6, RopeScaling(kind="linear", factor=2.0)),
@@ -65,10 +71,20 @@ def test_the_factor_of_attention_follows_from_what_is_given():
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_type='dynamic' in config.json is not",
         ),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor=None of the rope scaling in config.json must be"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor=None in config.json must be a number"),
+        (
+            {"rope_scaling": {**YARN, "rope_type": "llama3"}},
+            "low_freq_factor=None in config.json must be a number",
+        ),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            "low_freq_factor=None of the rope scaling",
+            "original_max_position_embeddings=None in config.json must be a whole number",
+        ),
+        ({"rope_scaling": [8.0]}, "rope_scaling=[8.0] in config.json must be an object"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' in config.json must be a number"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "full_attention in the rope of config.json is for some layers alone",
         ),
         ({"rope_scaling": {**YARN, "truncate": False}}, "truncate=false of yarn"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 in config.json must be 1"),

@@ -189,6 +189,13 @@ def _config(**changes):
             ("import", "hf", "run"),
             "tokenizer.json: its id 299 must be from 0 to 199",
         ),
+        (
+            _config(eos_token_id=[[1]]),
+            ("import", "hf", "run"),
+            "eos_token_id=[[1], 2, 0] of hf must be one id",
+        ),
+        (None, ("export", "hf", "new/folder/out"), "hf/config.json must hold an object with a model config"),
+        (None, ("import", "hf", "text.txt/run"), "text.txt/run cannot be written (Not a directory); choose"),
         (_config(eos_token_id=999), ("import", "hf", "run"), "tokenizer.json: its id 999 must be"),
         (None, ("export", "nowhere", "out"), "run folder nowhere has no readable config.json"),
         (None, ("export", "hf", "out", "--max-file-gb", "0"), "--max-file-gb 0.0 must be positive; try 5"),

@@ -94,26 +94,34 @@ def test_it_is_the_sum_over_tokens_with_their_context(call, window, stride):
 
 
 def test_the_window_of_training_and_half_of_it_are_the_default(call):
-    assert call("--checkpoint", "run", "--dataset", "text.txt", "--json", "a.json")[0] == 0
+    status, out, _ = call("--checkpoint", "run", "--dataset", "text.txt", "--json", "a.json")
+    assert status == 0
     with open("a.json") as file:
         result = json.load(file)
+    assert out.endswith(", window 24, stride 12\n")
     assert (result["window"], result["stride"], result["step"]) == (24, 12, 0)
 
 
 def test_a_mesh_gives_the_same(call):
     flags = ("--checkpoint", "run", "--dataset", "text.txt", "--json")
     assert call(*flags, "one.json")[0] == 0
-    assert call(*flags, "eight.json", "--mesh", "data=2,fsdp=2,tensor=2")[0] == 0
-    with open("one.json") as one, open("eight.json") as eight:
-        assert json.load(one)["nats"] == pytest.approx(json.load(eight)["nats"], rel=1e-5)
+    with open("one.json") as file:
+        one = json.load(file)["nats"]
+    for mesh in ("data=2,fsdp=2,tensor=2", "data=2,sequence=4"):
+        assert call(*flags, "eight.json", "--mesh", mesh)[0] == 0
+        with open("eight.json") as file:
+            assert json.load(file)["nats"] == pytest.approx(one, rel=1e-5)
 
 
 def test_a_text_too_short_to_score_is_refused(call, tmp_path):
     (tmp_path / "one.txt").write_text("a")
-    for flags in ((), ("--held-out",)):
-        status, _, err = call("--checkpoint", "run", "--dataset", "one.txt", *flags)
+    (tmp_path / "ones").mkdir()
+    for number in range(3):  # whose ends are tokens, of no bytes
+        (tmp_path / f"ones/{number}.txt").write_text("a")
+    for flags in (("one.txt",), ("one.txt", "--held-out"), ("ones",)):
+        status, _, err = call("--checkpoint", "run", "--dataset", *flags)
         assert status == 2
-        assert "dataset one.txt has no token to score; give a longer text" in err
+        assert f"dataset {flags[0]} has no token to score; give a longer text" in err
 
 
 def test_only_the_held_out_tenth(call, tmp_path):
