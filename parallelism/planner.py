@@ -18,6 +18,7 @@ from parallelism.hardware import Accelerator
 from parallelism.mesh_shape import show_mesh
 from parallelism.rules import MESH_AXES, Rules, load_rules, parts_of, split_by
 from parallelism.strategy import Layout, get_strategy
+from parallelism.tiles import tiled_size
 
 ROOM = 1.2
 """An estimate beyond this share of a device's memory is not worth compiling. Of steps of 10 GiB and more estimates were
@@ -33,7 +34,7 @@ class Cost(Protocol):
 
     def kernel_flops(self) -> float: ...
 
-    def temporary_bytes(self, sizes: Mapping[str, int], on_chip: float) -> float: ...
+    def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float) -> float: ...
 
     def sent(self, sizes: Mapping[str, int]) -> Sequence[Any]: ...
 
@@ -74,7 +75,7 @@ class Row:
     parameter_bytes: int
     optimizer_bytes: int
     estimated_bytes: float
-    """State and temporaries, by the analytic model."""
+    """State, in whole tiles, and temporaries, by the analytic model."""
     flops: float
     """By the compiler where there is a report, kernels added by the analytic model."""
     wire_bytes: Mapping[str, float]
@@ -144,7 +145,9 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
     state, rules = jax.eval_shape(build.init_state), load_rules(choice.layout.rules)
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
-    temporary = estimated = cost.temporary_bytes(choice.sizes, generation.on_chip)
+    laid_out = held_bytes(state, build.axes, rules, choice.sizes, tiled_size)
+    own = held_bytes(state.params, build.axes.params, rules, choice.sizes, tiled_size)
+    temporary = estimated = cost.temporary_bytes(choice.sizes, own, generation.on_chip)
     flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
     if report is not None and report.fits:
         flops, sent = report.flops, report.traffic
@@ -159,7 +162,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         attention=build.attention,
         parameter_bytes=parameters,
         optimizer_bytes=optimizer,
-        estimated_bytes=parameters + optimizer + estimated,
+        estimated_bytes=laid_out + estimated,
         flops=flops,
         wire_bytes=wire,
         sent_bytes=sum(each.wire_bytes for each in sent),
@@ -170,12 +173,19 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
     )
 
 
-def held_bytes(arrays: Any, axes: Any, rules: Rules, sizes: Mapping[str, int]) -> int:
-    """Bytes of a device's shards of arrays with these logical axes."""
+def held_bytes(
+    arrays: Any,
+    axes: Any,
+    rules: Rules,
+    sizes: Mapping[str, int],
+    numbers: Callable[[Sequence[int]], int] = math.prod,
+) -> int:
+    """Bytes of a device's shards of arrays with these logical axes; `numbers` says how many a shape takes."""
 
     def of(leaf: Any, names: Any) -> int:
-        parts = (split_by(name or "", rules, sizes) for name in names)
-        return leaf.size * leaf.dtype.itemsize // math.prod(math.prod(part.values()) for part in parts)
+        parts = (math.prod(split_by(name or "", rules, sizes).values()) for name in names)
+        shard = [dim // part for dim, part in zip(leaf.shape, parts, strict=True)]
+        return numbers(shard) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(of, arrays, axes)))
 

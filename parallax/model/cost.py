@@ -110,15 +110,13 @@ class StepCost:
         runs = 4.5 + (config.remat != "none")
         return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
 
-    def _parameter_bytes(self, sizes: Mapping[str, int]) -> float:
-        """Of float32 parameters on a device, norms taken as split like the rest."""
-        shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
-        return 4 * self.config.num_params() / shares
-
-    def temporary_bytes(self, sizes: Mapping[str, int], on_chip: float = 0.0) -> float:
+    def temporary_bytes(
+        self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float = 0.0
+    ) -> float:
         """What a device's main memory holds beside state and batch at the fullest moment of a step.
 
         Args:
+          parameter_bytes: of a device's float32 parameters as they lie in its memory; its gradients take as much.
           on_chip: bytes of its memory on the chip, which take some of what blocks need and, after the blocks, as much
             of the sums of gradients.
         """
@@ -127,10 +125,10 @@ class StepCost:
         rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
         tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
         saved, working = self._block_bytes(tensor, sizes.get("sequence", 1))
-        own = self._parameter_bytes(sizes)
-        gradients = own * (1 + (self.microbatches > 1))
+        gradients = parameter_bytes * (1 + (self.microbatches > 1))
         if sizes.get("fsdp", 1) == 1:
-            weights, sums = own * (e < 4) / 2, own * (rows > 1)  # cast; the sum comes beside its parts
+            # Cast; the sum of gradients comes beside its parts.
+            weights, sums = parameter_bytes * (e < 4) / 2, parameter_bytes * (rows > 1)
         else:
             # Gathered blocks, the next while one is computed.
             weights, sums = 3 * e * _weights(config) / tensor, 0.0

@@ -1,5 +1,7 @@
 """The count of operations against the compiler's own, and against the definition."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -101,10 +103,16 @@ def test_what_is_sent_depends_on_the_axes_that_there_are():
     assert alone["data"] == pytest.approx(2 * 7 / 8 * 4 * (cost.config.num_params() - 3 * 64))
 
 
+def temporary_bytes(cost, sizes, on_chip=0.0):
+    """With parameters that lie as they are, without what tiles add."""
+    shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    return cost.temporary_bytes(sizes, 4 * cost.config.num_params() / shares, on_chip)
+
+
 def test_a_device_holds_less_where_more_share():
     def temporary(microbatches=1, **sizes):
         cost = StepCost(config=TransformerConfig(), batch_size=64, seq_len=256, microbatches=microbatches)
-        return cost.temporary_bytes(sizes)
+        return temporary_bytes(cost, sizes)
 
     assert temporary(data=8) < temporary(data=4) < temporary(data=2)
     assert temporary(fsdp=8) < temporary(data=8)
@@ -117,19 +125,26 @@ def test_memory_on_the_chip_takes_what_blocks_need_and_after_them_as_much_of_the
     gradients = 4 * cost.config.num_params()
 
     def taken(on_chip, **sizes):
-        return cost.temporary_bytes(sizes) - cost.temporary_bytes(sizes, on_chip)
+        return temporary_bytes(cost, sizes) - temporary_bytes(cost, sizes, on_chip)
 
     assert taken(1e5, data=8) == pytest.approx(2e5)
     assert taken(1e5, fsdp=8) == pytest.approx(1e5)  # gradients are added up on their way into shards
     assert taken(1e5) == pytest.approx(1e5)
-    assert cost.temporary_bytes({"data": 8}, 1e12) == pytest.approx(gradients)
-    assert cost.temporary_bytes({"fsdp": 8}, 1e12) == pytest.approx(gradients / 8)
+    assert temporary_bytes(cost, {"data": 8}, 1e12) == pytest.approx(gradients)
+    assert temporary_bytes(cost, {"fsdp": 8}, 1e12) == pytest.approx(gradients / 8)
 
 
 def test_blocks_hold_no_scores_but_those_of_one():
     def temporary(attention, seq_len):
         config = TransformerConfig(attention=attention)
-        return StepCost(config=config, batch_size=8192 // seq_len, seq_len=seq_len).temporary_bytes({})
+        return temporary_bytes(StepCost(config=config, batch_size=8192 // seq_len, seq_len=seq_len), {})
 
     assert temporary("xla", 512) - temporary("blocks", 512) > 8192 * 512 * TransformerConfig().num_heads * 4
     assert temporary("blocks", 512) < 1.1 * temporary("blocks", 256)
+
+
+def test_gradients_take_what_parameters_take():
+    cost = StepCost(config=TransformerConfig(), batch_size=8, seq_len=64)
+    again = dataclasses.replace(cost, microbatches=2)
+    for each, times in ((cost, 1), (again, 2)):
+        assert each.temporary_bytes({"fsdp": 2}, 1e6) - each.temporary_bytes({"fsdp": 2}, 0) == times * 1e6

@@ -44,8 +44,8 @@ class Fixed:
     def kernel_flops(self):
         return 0.0
 
-    def temporary_bytes(self, sizes, on_chip):
-        return self.temporary - on_chip
+    def temporary_bytes(self, sizes, parameter_bytes, on_chip):
+        return self.temporary + parameter_bytes - on_chip
 
     def sent(self, sizes):
         return [Traffic("all-reduce", ("data",), 1, self.wire)] if sizes.get("data", 1) > 1 else []
@@ -104,6 +104,13 @@ def test_bytes_held_are_those_of_the_shards():
     rules = RULE_SETS["default"]
     assert held_bytes(arrays, axes, rules, {"data": 8}) == 4 * (64 * 32 + 64)
     assert held_bytes(arrays, axes, rules, {"fsdp": 2, "tensor": 4}) == 4 * (64 * 32 // 8 + 64)
+
+
+def test_an_estimate_counts_whole_tiles_and_a_row_the_bytes_that_there_are():
+    """A quarter of w is 16 × 32 numbers, in tiles 16 × 128; two scalars take a tile's row each."""
+    found = row(Fixed(temporary=0.0), {"fsdp": 4, "data": 2})
+    assert (found.parameter_bytes, found.optimizer_bytes) == (4 * 16 * 32, 2 * 4 * 16 * 32 + 2 * 4)
+    assert found.estimated_bytes == (3 + 1) * 4 * 16 * 128 + 2 * 4 * 128  # and gradients as parameters
 
 
 def test_an_estimate_names_what_binds():

@@ -20,6 +20,7 @@ from parallelism.hardware import accelerator
 from parallelism.planner import Choice, compile_choice, estimate, held_bytes
 from parallelism.rules import load_rules
 from parallelism.strategy import Layout, get_strategy
+from parallelism.tiles import tiled_size
 from scripts.plan import make_build
 from scripts.plan_flags import Flags
 
@@ -171,16 +172,19 @@ def test_pmap_spans_every_host_of_a_slice():
         ("data=2,fsdp=2,tensor=2", {"data": 2, "fsdp": 2, "tensor": 2}),
     ],
 )
-def test_bytes_of_parameters_and_optimizer_are_those_of_the_arrays(mesh, sizes):
+def test_bytes_of_parameters_and_optimizer_are_those_of_the_arrays_and_of_their_tiles(mesh, sizes):
     flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["tiny"])
     choice = choice_of(flags, mesh, sizes)
-    build, strategy, _ = lower(flags, choice)
+    build, strategy, lowered = lower(flags, choice)
     rules = load_rules(choice.layout.rules)
+    shapes = jax.eval_shape(build.init_state)
     held = sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(strategy.abstract())
     )
-    assert held_bytes(jax.eval_shape(build.init_state), build.axes, rules, sizes) == held
+    assert held_bytes(shapes, build.axes, rules, sizes) == held
+    laid_out = lowered.compile().memory_analysis().argument_size_in_bytes
+    assert held_bytes(shapes, build.axes, rules, sizes, tiled_size) == pytest.approx(laid_out, rel=0.02)
 
 
 def test_fsdp_over_the_network_scatters_gradients_and_reduces_none_whole():
