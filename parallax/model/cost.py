@@ -144,13 +144,15 @@ class StepCost:
         D, F = config.embed_dim, config.mlp_dim / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
-        # Of heads, in the kernel's layout.
-        padding = max(1, 128 / config.head_dim) if config.attention == "splash" else 1
-        norms = (
-            2 * D * (8 + (e if e < 4 else 0))
-        )  # in float32, and in the compute dtype where that is another
+        kernel = config.attention == "splash"
+        # Heads fill whole tiles of 128: at work along the tokens of a row, in the kernel's layout along themselves.
+        # What is kept lies as wastes less.
+        length = config.head_dim if kernel else self.seq_len / sequence
+        at_work, at_rest = (max(1, 128 / size) for size in (length, max(length, config.head_dim)))
+        # In float32, and in the compute dtype where that is another.
+        norms = 2 * D * (8 + (e if e < 4 else 0))
         # Before and after the rotation, and what attention gives.
-        projections = e * padding * (3 * heads + 3 * keys)
+        projections = e * (3 * heads + 3 * keys)
         hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
         at_once = 512 if self._in_chunks(sequence) else self.seq_len
@@ -160,12 +162,16 @@ class StepCost:
         # Those of a block or chunk are computed again.
         again = config.attention in ("blocks", "splash") or at_once < self.seq_len
         kept = 0 if again else scores
-        everything = norms + e * D + projections + hidden
+        everything = norms + e * D + at_work * projections + hidden
         if config.remat == "none":
-            return everything + gathered + kept * (4 + e), 0.15 * everything
-        working = 0 if config.attention == "splash" else 10 * scores
+            saved = everything - (at_work - at_rest) * projections
+            return saved + gathered + kept * (4 + e), 0.15 * everything
+        gathered *= max(1, 128 / config.head_dim)  # it comes along heads
+        working = 0 if kernel else 10 * scores
         if config.remat == "dots":
-            return e * (3 * D + padding * (heads + 2 * keys) + 2 * F), hidden + gathered + working
+            # Without the kernel all but the products' results is there again, beside the scores.
+            working += hidden if kernel else everything - e * D
+            return e * (3 * D + at_rest * (heads + 2 * keys) + 2 * F), working + gathered
         return e * D, max(everything + gathered, working)
 
     def _in_chunks(self, sequence: int) -> bool:

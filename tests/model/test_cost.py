@@ -143,6 +143,46 @@ def test_blocks_hold_no_scores_but_those_of_one():
     assert temporary("blocks", 512) < 1.1 * temporary("blocks", 256)
 
 
+@pytest.mark.parametrize(
+    ("attention", "head_dim", "sizes", "times"),
+    [
+        ("xla", 32, {}, 1),
+        ("xla", 32, {"sequence": 4}, 4),
+        ("xla", 64, {"sequence": 4}, 2),
+        ("splash", 64, {}, 2),
+    ],
+)
+def test_heads_that_a_block_keeps_fill_tiles_with_tokens_or_heads(attention, head_dim, sizes, times):
+    def temporary(num_layers):
+        config = TransformerConfig(
+            attention=attention, head_dim=head_dim, num_layers=num_layers, remat="dots", dtype="bfloat16"
+        )
+        return StepCost(config=config, batch_size=8, seq_len=128).temporary_bytes(sizes, 0)
+
+    products = 2 * (3 * 128 + times * 3 * 4 * head_dim + 2 * 344)
+    assert temporary(5) - temporary(4) == pytest.approx(8 * 128 / sizes.get("sequence", 1) * products)
+
+
+def test_heads_at_work_fill_tiles_with_the_tokens_of_a_row():
+    config = TransformerConfig(remat="full", dtype="bfloat16")
+    cost = StepCost(config=config, batch_size=8, seq_len=128)
+    added = cost.temporary_bytes({"sequence": 4}, 0) - cost.temporary_bytes({"data": 4}, 0)
+    heads = 2 * 6 * 128  # of queries, keys and values
+    gathered = 4 * 2 * 2 * 128  # keys and values of all tokens, in tiles of one head
+    assert added == pytest.approx(8 * 128 / 4 * (heads * (4 - 1) + gathered * 4))
+
+
+def test_what_is_no_product_is_there_again_beside_scores():
+    def temporary(attention):
+        config = TransformerConfig(
+            attention=attention, head_dim=128, num_heads=1, num_kv_heads=1, remat="dots"
+        )
+        return StepCost(config=config, batch_size=8, seq_len=128).temporary_bytes({}, 0)
+
+    norms, heads, scores = 2 * 128 * 8, 4 * 6 * 128, 10 * 128
+    assert temporary("xla") - temporary("splash") == pytest.approx(8 * 128 * (norms + heads + scores))
+
+
 def test_gradients_take_what_parameters_take():
     cost = StepCost(config=TransformerConfig(), batch_size=8, seq_len=64)
     again = dataclasses.replace(cost, microbatches=2)
