@@ -69,15 +69,20 @@ def test_pmap_and_six_meshes_are_compiled_and_fit(small):
     assert all(row["fits"] and row["error"] == "" for row in rows)
 
 
-def test_the_analytic_memory_is_within_15_percent_of_the_compilers(small):
-    for row in small["rows"]:
+@pytest.fixture(scope="module")
+def tiny(folder):
+    return planned(folder, "tiny", "--compile", "4", "--remat", "dots")
+
+
+def test_the_analytic_memory_is_within_15_percent_of_the_compilers(small, tiny):
+    """Of 1.2 GiB and more, and of 0.1 GiB, where shards of parameters fill half of their tiles and less."""
+    for row in small["rows"] + tiny[0]["rows"]:
         if row["source"] == "compiled":
             assert row["estimated_peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.15), row["layout"]
 
 
-def test_the_printed_command_runs_on_simulated_devices(folder):
-    _, printed = planned(folder, "tiny", "--compile", "2")
-    command = next(line for line in printed.splitlines() if line.startswith("python scripts/train.py"))
+def test_the_printed_command_runs_on_simulated_devices(folder, tiny):
+    command = next(line for line in tiny[1].splitlines() if line.startswith("python scripts/train.py"))
     text = folder / "text.txt"
     text.write_text("To be, or not to be: that is the question.\n" * 200)
     flags = [*shlex.split(command)[2:], "--steps", "1", "--dataset", str(text), "--output-dir", "run"]
