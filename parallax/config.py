@@ -63,6 +63,9 @@ class TransformerConfig:
     attention: Literal["auto", "xla", "blocks", "splash"] = "auto"
     """How training computes attention: all scores by XLA, or skipping what is masked: blocks by XLA, splash by a kernel
     for TPU. A script decides on auto by the devices; the model itself takes it for xla."""
+    layer_loop: Literal["auto", "scan", "unroll"] = "auto"
+    """How training goes through the layers: scan compiles one block, whatever the depth, and stacks what the way back
+    needs; unroll compiles each, and stacks nothing. A script decides on auto by the devices; the model itself scans."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -89,6 +92,10 @@ class TransformerConfig:
         _require(
             self.attention not in ("blocks", "splash") or not self.dropout_rate,
             f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
+        )
+        _require(
+            self.layer_loop != "unroll" or self.remat == "none",
+            f"layer_loop=unroll keeps what remat={self.remat} would compute again; try scan",
         )
         _require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")

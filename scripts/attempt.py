@@ -44,17 +44,22 @@ class Attempt:
     Args:
       job: what to train.
       began: when this process began, in seconds since 1970.
+
+    Raises:
+      ValueError: another process writes the run folder.
     """
 
     def __init__(self, job: Job, began: float):
         self._job, self._began = job, began
+        self._workspace = Workspace(job.folder)
+        if job.strategy.is_writer:
+            self._workspace.hold()  # before the checkpoints, of which the writer removes what is half-written
         self._checkpoints = Checkpointer(
             job.folder / "checkpoints",
             keep=job.flags.train.keep,
             is_writer=job.strategy.is_writer,
             notify=say,
         )
-        self._workspace = Workspace(job.folder)
         self._stopwatch = Stopwatch()
         self._start = self._step = 0
 

@@ -25,7 +25,7 @@ from parallax.training.step import train_step
 from parallelism.hardware import generation_of
 from parallelism.hosts import agree
 from parallelism.strategy import Layout, Strategy, get_strategy
-from scripts.attention import choose_attention
+from scripts.execution import choose_attention, choose_layer_loop
 from scripts.new_run import choose_folder, require_corpus
 from scripts.train_flags import Flags, model_name
 
@@ -116,6 +116,7 @@ def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
     strategy = get_strategy(_layout(flags), init_state, state_axes(flags.model, init_state))
     kind = strategy.devices[0].device_kind
     model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, generation_of(kind))
+    model = choose_layer_loop(model, strategy.devices[0].platform)
     split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(strategy.abstract().params))
     if flags.train.reduction == "exact" and flags.learning.optimizer == "muon" and split:
         raise ValueError(

@@ -45,8 +45,8 @@ from parallelism.planner import (
 )
 from parallelism.rules import Rules, load_rules, split_by
 from parallelism.strategy import Layout
-from scripts.attention import choose_attention
 from scripts.command_line import errors_in_one_line, parse
+from scripts.execution import choose_attention
 from scripts.plan_flags import DESCRIPTION, Flags
 from scripts.plan_report import plan_table, plan_to_json, run_command
 from scripts.train_flags import flag_value

@@ -33,6 +33,7 @@ FREE = (
     *LAYOUT,
     "steps",
     "attention",
+    "layer_loop",
     "data_dir",
     "log_interval",
     "check_interval",

@@ -1,13 +1,15 @@
 """Where a process writes the files of its run, checkpoints aside: the run folder itself, or one that stands for it.
 
-Invariant: a local run folder is written in place. The files of one on gs:// are written to a temporary folder and sent
-as they are when the run begins, just before and after each checkpoint is saved, and at the end. So a run that goes on
-from a checkpoint finds every row up to it; a kill loses the rows since then, whose steps are trained again.
+Invariant: a local run folder is written in place, by one process at a time. The files of one on gs:// are written to a
+temporary folder and sent as they are when the run begins, just before and after each checkpoint is saved, and at the
+end. So a run that goes on from a checkpoint finds every row up to it; a kill loses the rows since then, whose steps are
+trained again.
 """
 
 import atexit
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -38,14 +40,38 @@ class Workspace:
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
             self.path = Path(temporary, folder.name)
         self._sent: dict[Path, tuple[int, int]] = {}
+        self._is_held = False
+
+    def hold(self) -> None:
+        """Keeps a local folder, where there is one yet, from other processes that would hold it, until this one ends.
+
+        Raises:
+          ValueError: another process holds it.
+        """
+        if self._is_remote or self._is_held or not self.path.is_dir():
+            return
+        self._is_held = True
+        descriptor = os.open(
+            self.path, os.O_RDONLY
+        )  # never closed: the lock goes with the process, however it ends
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--output-dir {self._folder} is being written by another process; stop that one, or choose another"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def fetch(self) -> None:
-        """Makes `path`, and brings what an earlier attempt wrote.
+        """Makes `path`, holds it, and brings what an earlier attempt wrote.
 
         Raises:
           OSError: it cannot be made, or a file cannot be read.
+          ValueError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.hold()
         for name in CONTINUED if self._is_remote else ():
             source, copy = self._folder / name, self.path / name
             with _errors_of(source):

@@ -54,6 +54,7 @@ BROKEN = [
     (TransformerConfig, {"sliding_window": -1}, "sliding_window"),
     (TransformerConfig, {"logit_softcap": -1.0}, "logit_softcap"),
     (TransformerConfig, {"logit_softcap": float("inf")}, "logit_softcap"),
+    (TransformerConfig, {"layer_loop": "unroll", "remat": "full"}, "layer_loop"),
     (TransformerConfig, {"remat": "some"}, "remat"),
     (TransformerConfig, {"dtype": "float16"}, "dtype"),
     (OptimizerConfig, {"optimizer": "sgd"}, "optimizer"),

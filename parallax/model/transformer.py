@@ -25,7 +25,7 @@ Params = dict[str, Any]
 Layers = tuple[nnx.State, ...]
 """The weights of N blocks, one by one."""
 UNSTACKED = 12
-"""Layers that a loop over tokens takes one by one; more are scanned."""
+"""Layers that a CPU takes one by one; more are scanned, since a longer program takes longer to compile."""
 
 REMAT_POLICIES = {
     # All but gathered parameters: a device that kept them for the way back would hold the whole model (ZeRO-3).
@@ -36,7 +36,7 @@ REMAT_POLICIES = {
 
 
 class TransformerLM(nnx.Module):
-    """Embedding, N blocks stacked along a leading dim and scanned, final norm, output embedding."""
+    """Embedding, N blocks stacked along a leading dim, final norm, output embedding."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -122,6 +122,7 @@ class TransformerLM(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """All N of them: scanned, or one by one where their weights and cache are given so."""
         graph, stacked = nnx.split(self.blocks)
+        unroll = cache is None and self.config.layer_loop == "unroll"
 
         def block(carry, layer):
             x_BTD, cache = carry
@@ -134,7 +135,7 @@ class TransformerLM(nnx.Module):
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         if layers is None or cache is None:
             stacks = (stacked, jnp.arange(self.config.num_layers), None if keys is None else keys[:-1])
-            return jax.lax.scan(block, (x_BTD, cache), stacks)[0]
+            return jax.lax.scan(block, (x_BTD, cache), stacks, unroll=unroll)[0]
         block, caches = jax.jit(block), []  # traced once
         for weights, keys_BGSK, values_BGSK in zip(layers, cache.keys, cache.values, strict=True):
             own = KVCache(keys=keys_BGSK, values=values_BGSK)

@@ -123,6 +123,16 @@ def test_program_does_not_grow_with_depth(remat):
     assert size(12) < 1.01 * size(2)  # numbers in shapes get a digit longer
 
 
+def test_unrolled_layers_compute_what_scanned_ones_do():
+    params, key = weights(configured()), jax.random.key(6)
+    scanned, unrolled = (
+        loss_and_gradients(configured(layer_loop=loop, dropout_rate=0.2), params, TOKENS, key)
+        for loop in ("scan", "unroll")
+    )
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # fused in another way
+    jax.tree.map(compare, unrolled, scanned)
+
+
 def test_rematerialisation_changes_memory_and_nothing_else():
     """Values saved for the backward pass shrink from none over dots to full; loss and gradients stay."""
     results, memory, key = {}, {}, jax.random.key(5)

@@ -10,11 +10,9 @@ import pytest
 
 from parallax.config import PRESETS, OptimizerConfig, RopeScaling
 from parallelism.compiler import Report
-from parallelism.hardware import generation_of
 from parallelism.planner import Choice
 from parallelism.strategy import Layout
 from scripts import plan
-from scripts.attention import choose_attention
 from scripts.plan_flags import Flags
 from scripts.plan_report import run_command
 from scripts.train_flags import read_flags
@@ -95,41 +93,3 @@ def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimize
     assert read.learning == optimizer
     assert (read.strategy, read.mesh, read.config) == ("mesh", "data=2,fsdp=2x2", "nano")
     assert (read.train.batch_size, read.train.seq_len, read.train.accumulate) == (64, 32, 2)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "length", "parts", "expected"),
-    [
-        ("TPU v4", {}, 256, 1, "splash"),
-        ("TPU v6 lite", {}, 256, 1, "splash"),
-        ("TPU v3", {}, 256, 1, "xla"),
-        ("cpu", {}, 256, 1, "blocks"),
-        ("cpu", {}, 64, 1, "xla"),
-        ("cpu", {}, 2048, 1, "xla"),
-        ("cpu", {}, 256, 2, "xla"),
-        ("cpu", {"dropout_rate": 0.1}, 256, 1, "xla"),
-        ("TPU v4", {}, 200, 1, "xla"),
-        ("TPU v4", {"dropout_rate": 0.1}, 256, 1, "xla"),
-        ("TPU v4", {}, 256, 8, "xla"),
-        ("TPU v4", {"attention": "xla"}, 256, 1, "xla"),
-        ("cpu", {"attention": "splash"}, 256, 1, "splash"),
-    ],
-)
-def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(
-    kind, changes, length, parts, expected
-):
-    model = PRESETS["tiny"].replace(**changes)
-    assert choose_attention(model, length, parts, generation_of(kind)).attention == expected
-
-
-@pytest.mark.parametrize(
-    ("attention", "length", "parts", "words"),
-    [
-        ("splash", 100, 1, "try 128"),
-        ("splash", 128, 2, "2 devices share each"),
-        ("blocks", 128, 2, "2 devices share each"),
-    ],
-)
-def test_what_skips_blocks_is_refused_where_it_cannot_run(attention, length, parts, words):
-    with pytest.raises(ValueError, match=words):
-        choose_attention(PRESETS["tiny"].replace(attention=attention), length, parts, None)

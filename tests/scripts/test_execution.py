@@ -1,0 +1,63 @@
+"""train.py decides how a run computes by the devices, unless it is asked."""
+
+import pytest
+
+from parallax.config import PRESETS
+from parallax.model.transformer import UNSTACKED
+from parallelism.hardware import generation_of
+from scripts.execution import choose_attention, choose_layer_loop
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "length", "parts", "expected"),
+    [
+        ("TPU v4", {}, 256, 1, "splash"),
+        ("TPU v6 lite", {}, 256, 1, "splash"),
+        ("TPU v3", {}, 256, 1, "xla"),
+        ("cpu", {}, 256, 1, "blocks"),
+        ("cpu", {}, 64, 1, "xla"),
+        ("cpu", {}, 2048, 1, "xla"),
+        ("cpu", {}, 256, 2, "xla"),
+        ("cpu", {"dropout_rate": 0.1}, 256, 1, "xla"),
+        ("TPU v4", {}, 200, 1, "xla"),
+        ("TPU v4", {"dropout_rate": 0.1}, 256, 1, "xla"),
+        ("TPU v4", {}, 256, 8, "xla"),
+        ("TPU v4", {"attention": "xla"}, 256, 1, "xla"),
+        ("cpu", {"attention": "splash"}, 256, 1, "splash"),
+    ],
+)
+def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(
+    kind, changes, length, parts, expected
+):
+    model = PRESETS["tiny"].replace(**changes)
+    assert choose_attention(model, length, parts, generation_of(kind)).attention == expected
+
+
+@pytest.mark.parametrize(
+    ("attention", "length", "parts", "words"),
+    [
+        ("splash", 100, 1, "try 128"),
+        ("splash", 128, 2, "2 devices share each"),
+        ("blocks", 128, 2, "2 devices share each"),
+    ],
+)
+def test_what_skips_blocks_is_refused_where_it_cannot_run(attention, length, parts, words):
+    with pytest.raises(ValueError, match=words):
+        choose_attention(PRESETS["tiny"].replace(attention=attention), length, parts, None)
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "expected"),
+    [
+        ("cpu", {}, "unroll"),
+        ("cpu", {"num_layers": UNSTACKED}, "unroll"),
+        ("cpu", {"num_layers": UNSTACKED + 1}, "scan"),
+        ("cpu", {"remat": "dots"}, "scan"),
+        ("cpu", {"layer_loop": "scan"}, "scan"),
+        ("tpu", {}, "scan"),
+        ("tpu", {"layer_loop": "unroll"}, "unroll"),
+    ],
+)
+def test_few_layers_are_unrolled_on_a_cpu_unless_asked(platform, changes, expected):
+    model = PRESETS["tiny"].replace(**changes)
+    assert choose_layer_loop(model, platform).layer_loop == expected
