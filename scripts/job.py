@@ -116,7 +116,7 @@ def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
     strategy = get_strategy(_layout(flags), init_state, state_axes(flags.model, init_state))
     kind = strategy.devices[0].device_kind
     model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, generation_of(kind))
-    model = choose_layer_loop(model, strategy.devices[0].platform)
+    model = choose_layer_loop(model, strategy.devices[0].platform, flags.train.reduction)
     split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(strategy.abstract().params))
     if flags.train.reduction == "exact" and flags.learning.optimizer == "muon" and split:
         raise ValueError(

@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from scripts.summary import SUMMARY_FILE
 
 CONTINUED = (METRICS_FILE, SUMMARY_FILE)
 """Files that an attempt goes on with; the others it writes anew, or under another name."""
+
+
+PATIENCE = 5.0
+"""Seconds that a process which was just killed has to let go of its folder."""
 
 
 class Workspace:
@@ -54,14 +59,13 @@ class Workspace:
         descriptor = os.open(
             self.path, os.O_RDONLY
         )  # never closed: the lock goes with the process, however it ends
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"--output-dir {self._folder} is being written by another process; stop that one, or choose another"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
+        limit = time.monotonic() + PATIENCE
+        while not _locked(descriptor):
+            if time.monotonic() > limit:
+                raise ValueError(
+                    f"--output-dir {self._folder} is being written by another process; stop that one, or choose another"
+                )
+            time.sleep(0.1)
 
     def fetch(self) -> None:
         """Makes `path`, holds it, and brings what an earlier attempt wrote.
@@ -95,6 +99,17 @@ class Workspace:
                 with _errors_of(target):
                     target.write_bytes(file.read_bytes())
                 self._sent[file] = version
+
+
+def _locked(descriptor: int) -> bool:
+    """False while another process has the lock; True too where the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _version(file: Path) -> tuple[int, int]:

@@ -47,17 +47,23 @@ def test_what_skips_blocks_is_refused_where_it_cannot_run(attention, length, par
 
 
 @pytest.mark.parametrize(
-    ("platform", "changes", "expected"),
+    ("platform", "changes", "reduction", "expected"),
     [
-        ("cpu", {}, "unroll"),
-        ("cpu", {"num_layers": UNSTACKED}, "unroll"),
-        ("cpu", {"num_layers": UNSTACKED + 1}, "scan"),
-        ("cpu", {"remat": "dots"}, "scan"),
-        ("cpu", {"layer_loop": "scan"}, "scan"),
-        ("tpu", {}, "scan"),
-        ("tpu", {"layer_loop": "unroll"}, "unroll"),
+        ("cpu", {}, "mean", "unroll"),
+        ("cpu", {"num_layers": UNSTACKED}, "mean", "unroll"),
+        ("cpu", {"num_layers": UNSTACKED + 1}, "mean", "scan"),
+        ("cpu", {"remat": "dots"}, "mean", "scan"),
+        ("cpu", {}, "exact", "scan"),
+        ("cpu", {"layer_loop": "scan"}, "mean", "scan"),
+        ("tpu", {}, "mean", "scan"),
+        ("tpu", {"layer_loop": "unroll"}, "mean", "unroll"),
     ],
 )
-def test_few_layers_are_unrolled_on_a_cpu_unless_asked(platform, changes, expected):
+def test_few_layers_are_unrolled_on_a_cpu_unless_asked(platform, changes, reduction, expected):
     model = PRESETS["tiny"].replace(**changes)
-    assert choose_layer_loop(model, platform).layer_loop == expected
+    assert choose_layer_loop(model, platform, reduction).layer_loop == expected
+
+
+def test_unrolled_layers_are_never_called_exact():
+    with pytest.raises(ValueError, match=r"try --model\.layer-loop scan"):
+        choose_layer_loop(PRESETS["tiny"].replace(layer_loop="unroll"), "cpu", "exact")

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from parallax.training.remote import open_folder
+from scripts import workspace as workspace_module
 from scripts.workspace import Workspace
 
 
@@ -22,7 +23,8 @@ def test_a_local_folder_is_written_in_place(tmp_path):
     assert [str(path) for path in (tmp_path / "runs" / "x").iterdir()] == [str(folder / "loss.png")]
 
 
-def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace_module, "PATIENCE", 0.2)
     folder = open_folder(tmp_path / "x")
     Workspace(folder).hold()  # there is nothing to hold
     workspace = Workspace(folder)
