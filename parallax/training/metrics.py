@@ -42,7 +42,8 @@ class MetricsWriter:
         draft.write_text("".join(map(_line, kept)), encoding="utf-8")
         draft.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self._events = _Events(folder, first)
+        self._folder, self._first = folder, first
+        self._events: _Events | None = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends {"step": step, **values} and flushes it.
@@ -54,12 +55,17 @@ class MetricsWriter:
         self._file.write(_line({"step": int(step), **numbers}))
         self._file.flush()
         finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
+        if (
+            self._events is None
+        ):  # not before: tensorboardX is slow to import, and the first step need not wait for it
+            self._events = _Events(self._folder, self._first)
         self._events.write(int(step), finite)
 
     def close(self) -> None:
         """Flushes and closes both files."""
         self._file.close()
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 class _Events:
