@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
+from parallelism.first_state import make_state
 from parallelism.hosts import StopRequest
 from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
@@ -172,7 +173,7 @@ class MeshStrategy:
         return self._blocks.rows(batch_size)
 
     def init(self) -> State:
-        return jax.jit(self._init_state, out_shardings=self._shardings)()
+        return make_state(self._init_state, self._shardings)
 
     def _bind(self, function: Callable) -> Callable:
         def bound(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
+from parallelism.first_state import make_state
 from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
 from parallelism.strategy import Layout, State
@@ -62,7 +63,7 @@ class Pmap:
         return self._blocks.rows(batch_size)
 
     def init(self) -> State:
-        return self._spread(jax.jit(self._init_state, out_shardings=self._local_whole)())
+        return self._spread(make_state(self._init_state, self._local_whole))
 
     def compile(self, step: Callable) -> jax.stages.Wrapped:
         def on_one_device(state, batch):

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from parallelism import reduction
+from parallelism.first_state import make_state
 from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, check_dealing
 from parallelism.strategy import Layout, State
@@ -46,7 +47,7 @@ class Single:
         return np.arange(batch_size)
 
     def init(self) -> State:
-        return jax.jit(self._init_state, out_shardings=self._device)()
+        return make_state(self._init_state, self._device)
 
     def compile(self, step: Callable) -> jax.stages.Wrapped:
         return jax.jit(step, donate_argnums=0)
