@@ -135,6 +135,7 @@ class Attempt:
         with noted():
             self._write_summary(failures)
             self._workspace.send()
+        self._workspace.release()
         return self._end(state, failures)
 
     def _observers(self) -> list[Any]:

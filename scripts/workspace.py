@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,20 +46,20 @@ class Workspace:
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
             self.path = Path(temporary, folder.name)
         self._sent: dict[Path, tuple[int, int]] = {}
-        self._is_held = False
+        self._lock: weakref.finalize | None = None
 
     def hold(self) -> None:
-        """Keeps a local folder, where there is one yet, from other processes that would hold it, until this one ends.
+        """Keeps a local folder, where there is one yet, from others that would hold it, until it is released.
+
+        A process that ends, however it ends, releases it.
 
         Raises:
           ValueError: another process holds it.
         """
-        if self._is_remote or self._is_held or not self.path.is_dir():
+        if self._is_remote or self._lock is not None or not self.path.is_dir():
             return
-        self._is_held = True
-        descriptor = os.open(
-            self.path, os.O_RDONLY
-        )  # never closed: the lock goes with the process, however it ends
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self._lock = weakref.finalize(self, os.close, descriptor)
         limit = time.monotonic() + PATIENCE
         while not _locked(descriptor):
             if time.monotonic() > limit:
@@ -66,6 +67,11 @@ class Workspace:
                     f"--output-dir {self._folder} is being written by another process; stop that one, or choose another"
                 )
             time.sleep(0.1)
+
+    def release(self) -> None:
+        """Lets others write the folder."""
+        if self._lock is not None:
+            self._lock()
 
     def fetch(self) -> None:
         """Makes `path`, holds it, and brings what an earlier attempt wrote.

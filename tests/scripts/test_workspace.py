@@ -32,6 +32,8 @@ def test_a_folder_is_written_by_one_process_at_a_time(tmp_path, monkeypatch):
     workspace.hold()  # it holds it already
     with pytest.raises(ValueError, match=r"is being written by another process; stop that one"):
         Workspace(folder).hold()
+    workspace.release()
+    Workspace(folder).hold()
 
 
 def test_a_run_that_is_being_written_is_not_resumed(tmp_path):
