@@ -55,8 +55,8 @@ def choose_layer_loop(model: TransformerConfig, platform: str, reduction: str) -
     """
     if model.layer_loop == "unroll" and reduction == "exact":
         raise ValueError(
-            "reduction=exact needs layer_loop=unroll to be scan, since XLA fuses unrolled layers in other ways on "
-            "other layouts; try --model.layer-loop scan"
+            "reduction=exact does not hold with layer_loop=unroll, since XLA fuses unrolled layers by the layout; "
+            "try --model.layer-loop scan"
         )
     if model.layer_loop != "auto":
         return model

@@ -26,8 +26,6 @@ from scripts.summary import SUMMARY_FILE
 
 CONTINUED = (METRICS_FILE, SUMMARY_FILE)
 """Files that an attempt goes on with; the others it writes anew, or under another name."""
-
-
 PATIENCE = 5.0
 """Seconds that a process which was just killed has to let go of its folder."""
 

@@ -15,15 +15,11 @@ import time
 from pathlib import Path
 
 import httpx
-import jax
-import numpy as np
 import openai
 
-from data.tokenizer import CharTokenizer, Tokenizer, save_tokenizer
+from data.tokenizer import CharTokenizer, Tokenizer
 from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
-from parallax.model.transformer import init_params
-from parallax.training.checkpoint import Checkpointer
+from tests.scripts.untrained import one_layer, write_untrained
 
 SERVE = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"
 LETTERS = CharTokenizer("\n !?" + string.ascii_uppercase + string.ascii_lowercase + "é☃", has_eos=True)
@@ -32,22 +28,11 @@ SMALL = ("--port", "0", "--slots", "4", "--capacity", "96")
 
 def write_run(folder: Path, tokenizer: Tokenizer = LETTERS, config: TransformerConfig | None = None) -> Path:
     """An untrained model, by default a tiny one, with a short history of losses, as a run folder."""
-    config = config or TransformerConfig(
-        vocab_size=tokenizer.vocab_size, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
-        mlp_dim=24, tie_embeddings=False, max_seq_len=256,
-    )  # fmt: skip
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.4, leaf.shape).astype(leaf.dtype), shapes)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": config_to_dict(config), "train": {"steps": 9}}))
+    write_untrained(folder, tokenizer, config or one_layer(tokenizer.vocab_size), step=9)
     rows = [{"step": step, "loss": 4 / step} for step in range(1, 10)] + [{"step": 9, "eval_loss": 0.5}]
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "lo'
     )
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
-    checkpoints = Checkpointer(folder / "checkpoints", keep=1)
-    checkpoints.save(9, {"params": params}, {"progress": {}}, 0.5)
-    checkpoints.close()
     return folder
 
 

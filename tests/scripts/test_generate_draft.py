@@ -1,20 +1,14 @@
 """generate.py with a draft: the same text, what it says of the draft, and drafts that cannot be meant."""
 
 import functools
-import json
 import sys
 
-import jax
-import numpy as np
 import pytest
 
-from data.tokenizer import CharTokenizer, save_tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from data.tokenizer import CharTokenizer
 from parallax.inference.generate import Generator
-from parallax.model.transformer import init_params
-from parallax.training.checkpoint import Checkpointer
 from scripts import continuation, generate
+from tests.scripts.untrained import one_layer, write_untrained
 
 LETTERS = "\n !?abcdefé☃"
 generator = functools.cache(Generator)  # compiles once for all tests
@@ -22,18 +16,9 @@ generator = functools.cache(Generator)  # compiles once for all tests
 
 def write_run(folder, letters, embed_dim):
     tokenizer = CharTokenizer(letters)
-    config = TransformerConfig(
-        vocab_size=tokenizer.vocab_size, embed_dim=embed_dim, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8,
-        mlp_dim=24, tie_embeddings=False, max_seq_len=256,
-    )  # fmt: skip
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: rng.normal(0.5, 0.5, leaf.shape).astype(leaf.dtype), shapes)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model": config_to_dict(config), "train": {"steps": 1}}))
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
-    checkpoints = Checkpointer(folder / "checkpoints", keep=1)
-    checkpoints.save(1, {"params": params}, {"progress": {}}, 1.0)
-    checkpoints.close()
+    write_untrained(
+        folder, tokenizer, one_layer(tokenizer.vocab_size, embed_dim), step=1, mean=0.5, deviation=0.5
+    )
 
 
 @pytest.fixture(scope="module")
