@@ -16,15 +16,18 @@ from scripts.command_line import parse
 LOSS = 1.88
 """Of nanoGPT's small run on a CPU, in nats a character on the held-out tenth of Tiny Shakespeare."""
 SECONDS = 100.0
-SHAPE = ["--config", "nano", "--dataset", "tiny_shakespeare", "--seq-len", "64"]
+SHAPE = [
+    *("--config", "nano", "--dataset", "tiny_shakespeare", "--seq-len", "64"),
+    *("--batch-size", "24", "--optimizer", "muon"),
+]
 RUNS = {
     "loss": [
-        *(*SHAPE, "--batch-size", "12", "--learning-rate", "4e-3", "--steps", "1000"),
-        *("--eval-interval", "100", "--checkpoint-interval", "1000"),
+        *(*SHAPE, "--learning-rate", "1.2e-2", "--steps", "225"),
+        *("--eval-interval", "225", "--checkpoint-interval", "225"),
     ],
     "time": [
-        *(*SHAPE, "--batch-size", "32", "--learning-rate", "3e-3", "--steps", "2000"),
-        *("--eval-interval", "200", "--checkpoint-interval", "2000"),
+        *(*SHAPE, "--learning-rate", "1e-2", "--steps", "850"),
+        *("--eval-interval", "425", "--checkpoint-interval", "850"),
     ],
 }
 """Flags of train.py for each question: how long to LOSS, and how good after SECONDS."""

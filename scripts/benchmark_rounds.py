@@ -22,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SCRIPTS = Path(__file__).resolve().parent
 
 ENVIRONMENT = {
-    # The allocator of train.py, for everyone: freed memory is kept, in one arena, on huge pages.
-    "MALLOC_ARENA_MAX": "1",
+    # The allocator of train.py, for everyone: freed memory is kept; and huge pages, which it does not ask for.
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",

@@ -4,12 +4,14 @@ Invariant: each line is complete standard JSON and steps never go back, so the r
 resumed equals that of one which never stopped, the fields that time it excepted.
 """
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,8 +77,9 @@ class _Events:
     """
 
     def __init__(self, folder: pathlib.Path, first: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        with _hidden("torch"):  # tensorboardX imports it where it is, which takes seconds
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto import event_pb2, summary_pb2
 
         # Generated modules: their classes are made at import, where no type checker sees them.
         self._event: Any = event_pb2
@@ -97,6 +100,19 @@ class _Events:
     def _append(self, step: int, **content: Any) -> None:
         self._writer.write_event(self._event.Event(wall_time=time.time(), step=step, **content))
         self._writer.flush()
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Until it closes, importing that module fails, unless it was imported before."""
+    hide = module not in sys.modules
+    if hide:
+        sys.modules[module] = None  # pyright: ignore[reportArgumentType]: importlib's word for "not to be had"
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[module]
 
 
 def read_metrics(path: str | os.PathLike) -> list[Row]:

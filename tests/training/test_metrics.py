@@ -2,14 +2,18 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from parallax.training.metrics import TIMING_FIELDS, MetricsWriter, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def values(step: int, seconds: float = 1.0) -> dict[str, float]:
@@ -148,6 +152,7 @@ def test_tensorboard_reads_the_events_without_tensorflow(tmp_path):
         assert read[name] == {step: pytest.approx(values(step)[name], rel=1e-6) for step in range(1, 9)}
     script = """
 import sys
+from pathlib import Path
 from parallax.training.metrics import MetricsWriter
 writer = MetricsWriter(sys.argv[1], resume_step=8)
 writer.write(9, {"loss": 1.0})
@@ -156,3 +161,18 @@ assert not {"tensorflow", "jax"} & sys.modules.keys()  # tensorboardX takes torc
 """
     subprocess.run([sys.executable, "-W", "error", "-c", script, str(tmp_path)], check=True)
     assert events(tmp_path)["loss"][9] == 1.0
+
+
+def test_a_record_is_opened_without_importing_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    program = (
+        "import sys; from parallax.training.metrics import MetricsWriter\n"
+        "writer = MetricsWriter(sys.argv[1], resume_step=None); writer.write(1, {'loss': 1.0}); writer.close()\n"
+        "import torch"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path / "run"], env=environment, capture_output=True, text=True
+    )
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+    assert done.stderr == "torch was imported\n"  # by the last line, where it can be had again
