@@ -63,14 +63,15 @@ def prefill(
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None, :], (B, P))
     model = TransformerLM.from_params(config, params)
-    _, cache = model.hidden(tokens_BP, positions_BP, cache=KVCache.create(config, B, capacity))
+    layers, cache = model.unstack(KVCache.create(config, B, P))
+    _, cache = model.hidden(tokens_BP, positions_BP, cache=cache, layers=layers)
     # Padding marks a token beyond the vocabulary, which is dropped.
     ids_BP = jnp.where(positions_BP < lengths_B[:, None], tokens_BP, config.vocab_size)
     seen_BV = (
         jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
     )
     return Generation(
-        cache=cast(KVCache, cache),
+        cache=cast(KVCache, cache).stack().grow(capacity),
         tokens=jnp.pad(tokens_BP, ((0, 0), (0, capacity - P))),
         lengths=lengths_B,
         prompt_lengths=lengths_B,
