@@ -139,23 +139,24 @@ def _beginning(logits_BV: jax.Array, weights_BV: jax.Array, bound_B1: jax.Array)
     return (rank_BV > least_B1) | (equal_BV & (before_BV < bound_B1))
 
 
-def _scaled(
-    logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Penalised logits over temperature [B, V], and which rows take the likeliest token, bool [B]."""
-    penalised_BV = penalise(logits_BV, settings.repetition_penalty, seen_BV)
-    greedy_B = settings.temperature < jnp.finfo(jnp.float32).tiny  # a subnormal divides like 0
+def is_greedy(settings: SamplingSettings) -> jax.Array:
+    """Which rows take the likeliest token, bool [B]: a temperature that is subnormal divides like 0."""
+    return settings.temperature < jnp.finfo(jnp.float32).tiny
+
+
+def _scaled(penalised_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
+    """Penalised logits over temperature [B, V], with the best of a row at 0; over 1 for the greedy."""
     # The best logit becomes 0 first: a temperature near 0 then sends the others to -inf, and none to inf.
     shifted_BV = penalised_BV - jnp.max(penalised_BV, axis=1, keepdims=True)
-    return shifted_BV / jnp.where(greedy_B, 1.0, settings.temperature)[:, None], greedy_B
+    return shifted_BV / jnp.where(is_greedy(settings), 1.0, settings.temperature)[:, None]
 
 
 def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array) -> jax.Array:
     """What `sample` draws from the same arguments, as a distribution [B, V]: one token has it all at temperature 0."""
-    scaled_BV, greedy_B = _scaled(logits_BV, settings, seen_BV)
+    scaled_BV = _scaled(penalise(logits_BV, settings.repetition_penalty, seen_BV), settings)
     best_B1 = jnp.argmax(scaled_BV, axis=1, keepdims=True)
     ids_BV = jax.lax.broadcasted_iota(best_B1.dtype, scaled_BV.shape, 1)
-    kept_BV = keep(scaled_BV, settings) & (~greedy_B[:, None] | (ids_BV == best_B1))
+    kept_BV = keep(scaled_BV, settings) & (~is_greedy(settings)[:, None] | (ids_BV == best_B1))
     return jax.nn.softmax(jnp.where(kept_BV, scaled_BV, -jnp.inf), axis=1)
 
 
@@ -173,13 +174,14 @@ def sample(
       seen_BV: bool [B, V], which tokens the row holds so far, its prompt included.
       keys_B: one typed random key a row.
     """
-    scaled_BV, greedy_B = _scaled(logits_BV, settings, seen_BV)
+    penalised_BV, greedy_B = penalise(logits_BV, settings.repetition_penalty, seen_BV), is_greedy(settings)
 
     def draw() -> jax.Array:
+        scaled_BV = _scaled(penalised_BV, settings)
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:], scaled_BV.dtype))(keys_B)
         noisy_BV = jnp.where(keep(scaled_BV, settings), scaled_BV + noise_BV, -jnp.inf)
         return jnp.argmax(jnp.where(greedy_B[:, None], scaled_BV, noisy_BV), axis=1)
 
     # Where all are greedy, which only the host could know before, there is no noise to pay for.
-    token_B = jax.lax.cond(jnp.all(greedy_B), lambda: jnp.argmax(scaled_BV, axis=1), draw)
+    token_B = jax.lax.cond(jnp.all(greedy_B), lambda: jnp.argmax(penalised_BV, axis=1), draw)
     return token_B.astype(jnp.int32)
