@@ -7,7 +7,7 @@ import dataclasses
 
 from parallax.config import TransformerConfig
 from parallax.layers.attend_blocks import SMALLEST
-from parallax.layers.attention import BY_BLOCKS, CHUNK
+from parallax.layers.attention import BY_BLOCKS
 from parallax.layers.splash import LANES, check_length
 from parallax.model.transformer import UNSTACKED
 from parallelism.hardware import Generation
@@ -18,7 +18,7 @@ def choose_attention(
 ) -> TransformerConfig:
     """The model with splash where the devices run that kernel, with blocks on what is no TPU, or with xla.
 
-    Blocks were measured on CPUs alone. Long sequences are left to xla, which takes them in chunks by a loop.
+    Blocks were measured on CPUs alone.
 
     Args:
       length_parts: how many devices share a sequence.
@@ -38,7 +38,7 @@ def choose_attention(
         return model
     chosen = "xla"
     if length_parts == 1 and not model.dropout_rate:
-        if generation is None and SMALLEST < seq_len <= 2 * CHUNK:
+        if generation is None and seq_len > SMALLEST:
             chosen = "blocks"
         elif generation is not None and generation.splash and seq_len % LANES == 0:
             chosen = "splash"

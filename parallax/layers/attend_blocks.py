@@ -5,8 +5,9 @@ block; the way back computes them again from what little it keeps (Dao et al. 20
 """
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ SMALLEST = 64
 """Queries of a block; a shorter sequence is one block, in which nothing is skipped."""
 MOST = 8
 """Blocks: each is a part of the program, and a longer program takes longer to compile."""
+LARGEST = 128
+"""Queries at a time: a loop goes over the parts of a larger block, so that memory stays linear in the length."""
 
 
 def attend_by_blocks(
@@ -42,13 +45,18 @@ def _forward(
 ) -> tuple[jax.Array, tuple]:
     outs, log_normalisers = [], []
     for queries, keys in blocks(q.shape[3], window):
-        scores = _scores(q, k, segments, queries, keys, window)
-        maximum = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - maximum)
-        normaliser = jnp.sum(weights, axis=-1, keepdims=True)
-        weighted = _einsum("BGRTS,BGSK->BGRTK", weights.astype(v.dtype), v[:, :, keys])
-        outs.append((weighted / normaliser).astype(v.dtype))
-        log_normalisers.append(maximum + jnp.log(normaliser))
+
+        def attend(nothing: None, part: _Queries, keys: slice = keys):
+            scores = _scores(part, k, segments, keys, window)
+            maximum = jnp.max(scores, axis=-1, keepdims=True)
+            weights = jnp.exp(scores - maximum)
+            normaliser = jnp.sum(weights, axis=-1, keepdims=True)
+            weighted = _einsum("BGRTS,BGSK->BGRTK", weights.astype(v.dtype), v[:, :, keys])
+            return nothing, ((weighted / normaliser).astype(v.dtype), maximum + jnp.log(normaliser))
+
+        _, (out, log_normaliser) = _in_parts(attend, None, _Queries.of(queries, q, segments))
+        outs.append(out)
+        log_normalisers.append(log_normaliser)
     out, log_normaliser = (jnp.concatenate(parts, axis=3) for parts in (outs, log_normalisers))
     return out, (q, k, v, segments, out, log_normaliser)
 
@@ -59,21 +67,29 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     of_out = jax.lax.optimization_barrier(of_out)
     wide = log_normaliser.dtype
     shared = jnp.sum(of_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
-    of_q, of_k, of_v = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+    of_q, of_keys = [], (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
     for queries, keys in blocks(q.shape[3], window):
-        scores = _scores(q, k, segments, queries, keys, window)
-        weights = jnp.exp(scores - log_normaliser[:, :, :, queries])
-        of_block = of_out[:, :, :, queries]
-        of_weights = _einsum("BGRTK,BGSK->BGRTS", of_block, v[:, :, keys])
-        of_scores = weights * (of_weights - shared[:, :, :, queries])
-        weights, of_scores = jax.lax.optimization_barrier(
-            (weights.astype(v.dtype), of_scores.astype(q.dtype))
-        )
-        of_q.append(_einsum("BGRTS,BGSK->BGRTK", of_scores, k[:, :, keys]).astype(q.dtype))
-        of_k = of_k.at[:, :, keys].add(
-            _einsum("BGRTS,BGRTK->BGSK", of_scores, q[:, :, :, queries]), unique_indices=True
-        )
-        of_v = of_v.at[:, :, keys].add(_einsum("BGRTS,BGRTK->BGSK", weights, of_block), unique_indices=True)
+
+        def attend_back(of_keys: tuple[jax.Array, jax.Array], part: _Queries, keys: slice = keys):
+            log_normaliser, of_out, shared = part.beside
+            scores = _scores(part, k, segments, keys, window)
+            weights = jnp.exp(scores - log_normaliser)
+            of_weights = _einsum("BGRTK,BGSK->BGRTS", of_out, v[:, :, keys])
+            of_scores = weights * (of_weights - shared)
+            weights, of_scores = jax.lax.optimization_barrier(
+                (weights.astype(v.dtype), of_scores.astype(q.dtype))
+            )
+            of_q = _einsum("BGRTS,BGSK->BGRTK", of_scores, k[:, :, keys]).astype(q.dtype)
+            of_k, of_v = (
+                so_far.at[:, :, keys].add(_einsum("BGRTS,BGRTK->BGSK", left, right), unique_indices=True)
+                for so_far, left, right in zip(of_keys, (of_scores, weights), (part.q, of_out), strict=True)
+            )
+            return (of_k, of_v), of_q
+
+        beside = tuple(x[:, :, :, queries] for x in (log_normaliser, of_out, shared))
+        of_keys, of_block = _in_parts(attend_back, of_keys, _Queries.of(queries, q, segments, beside))
+        of_q.append(of_block)
+    of_k, of_v = of_keys
     return jnp.concatenate(of_q, axis=3), of_k.astype(k.dtype), of_v.astype(v.dtype), None
 
 
@@ -83,18 +99,64 @@ _attend.defvjp(_forward, _backward)
 def blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
     """The queries of each block, and the keys that any of them may see."""
     size = max(SMALLEST, -(-length // MOST))
-    for start in range(0, length, size):
-        stop = min(start + size, length)
+    if size > LARGEST:
+        size += -size % LARGEST
+    starts = [*range(0, length, size), length]
+    if size > LARGEST and length % LARGEST:
+        starts.insert(-1, length - length % LARGEST)  # whose parts would not be equal
+    for start, stop in itertools.pairwise(sorted(set(starts))):
         yield slice(start, stop), slice(max(0, start - window + 1) if window else 0, stop)
 
 
-def _scores(
-    q: jax.Array, k: jax.Array, segments: jax.Array | None, queries: slice, keys: slice, window: int
-) -> jax.Array:
-    """Masked scores of a block, [B, G, R, t, s], at least float32."""
-    positions = jnp.arange(queries.start, queries.stop)[None], jnp.arange(keys.start, keys.stop)[None]
-    within = None if segments is None else (segments[:, queries], segments[:, keys])
-    scores = _einsum("BGRTK,BGSK->BGRTS", q[:, :, :, queries], k[:, :, keys])
+class _Queries(NamedTuple):
+    """Those of a block, or of a part of one."""
+
+    q: jax.Array  # [B, G, R, t, K]
+    positions: jax.Array  # [t]
+    segments: jax.Array | None  # [B, t]
+    beside: tuple[jax.Array, ...]  # each [B, G, R, t, ...]
+
+    @classmethod
+    def of(cls, queries: slice, q: jax.Array, segments: jax.Array | None, beside: tuple = ()) -> "_Queries":
+        positions = jnp.arange(queries.start, queries.stop)
+        return cls(q[:, :, :, queries], positions, None if segments is None else segments[:, queries], beside)
+
+
+def _in_parts(function: Callable, carry: Any, queries: _Queries) -> tuple[Any, Any]:
+    """`function` of (carry, queries), which gives (carry, arrays [B, G, R, t, ...]), over at most LARGEST at a time."""
+    length = queries.positions.shape[0]
+    if length <= LARGEST:
+        return function(carry, queries)
+
+    def cut(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, LARGEST, *x.shape[axis + 1 :]), axis, 0)
+
+    def joined(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], length, *x.shape[5:])
+
+    parts = _Queries(
+        q=cut(queries.q, 3),
+        positions=cut(queries.positions, 0),
+        segments=None if queries.segments is None else cut(queries.segments, 1),
+        beside=tuple(cut(x, 3) for x in queries.beside),
+    )
+
+    def one(carry: Any, part: _Queries) -> tuple[Any, Any]:
+        # Positions alone would tell the masks of all parts, which would be made and kept before the first.
+        return function(carry, jax.lax.optimization_barrier(part))
+
+    carry, results = jax.lax.scan(one, carry, parts)
+    return carry, jax.tree.map(joined, results)
+
+
+def _scores(part: _Queries, k: jax.Array, segments: jax.Array | None, keys: slice, window: int) -> jax.Array:
+    """Masked scores, [B, G, R, t, s], at least float32."""
+    positions = part.positions[None], jnp.arange(keys.start, keys.stop)[None]
+    within = None
+    if part.segments is not None and segments is not None:
+        within = part.segments, segments[:, keys]
+    scores = _einsum("BGRTK,BGSK->BGRTS", part.q, k[:, :, keys])
     seen = visible(positions, within, window)[:, None, None]
     return jnp.where(seen, scores, jnp.asarray(MASKED, scores.dtype))
 

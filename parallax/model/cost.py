@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from parallax.config import TransformerConfig
-from parallax.layers.attend_blocks import blocks
+from parallax.layers.attend_blocks import LARGEST, blocks
 
 PACKING = 4 * 2**20
 """Bytes that libtpu reports beyond the arrays named below: gaps between them, and what loops carry, it counts twice.
@@ -163,7 +163,7 @@ class StepCost:
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
         at_once = 512 if self._in_chunks(sequence) else self.seq_len
         if config.attention == "blocks":
-            at_once = next(iter(blocks(self.seq_len, config.sliding_window)))[0].stop
+            at_once = min(LARGEST, next(iter(blocks(self.seq_len, config.sliding_window)))[0].stop)
         scores = config.num_heads * at_once / tensor
         # Those of a block or chunk are computed again.
         again = config.attention in ("blocks", "splash") or at_once < self.seq_len

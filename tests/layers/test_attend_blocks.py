@@ -7,6 +7,7 @@ import pytest
 
 from parallax.layers.attend import attend
 from parallax.layers.attend_blocks import attend_by_blocks
+from parallax.model.transformer import REMAT_POLICIES
 
 
 def arrays(T, H=4, G=4, K=8, B=2, dtype=jnp.float32):
@@ -32,8 +33,24 @@ def results(function, q, k, v, w, segments, window):
 
 @pytest.mark.parametrize(
     ("T", "G", "window", "documents"),
-    [(64, 4, 0, False), (128, 4, 0, True), (200, 2, 50, False), (256, 1, 64, True), (530, 4, 0, False)],
-    ids=["one block", "two blocks, documents", "ragged, window", "grouped, both", "nine ragged"],
+    [
+        (64, 4, 0, False),
+        (128, 4, 0, True),
+        (200, 2, 50, False),
+        (256, 1, 64, True),
+        (530, 4, 0, False),
+        (1024 + 512, 4, 0, False),
+        (1500, 2, 300, True),
+    ],
+    ids=[
+        "one block",
+        "two blocks, documents",
+        "ragged, window",
+        "grouped, both",
+        "nine ragged",
+        "two parts",
+        "parts, ragged, all",
+    ],
 )
 def test_blocks_give_what_all_scores_give(T, G, window, documents):
     q, k, v, w = arrays(T, G=G)
@@ -41,7 +58,7 @@ def test_blocks_give_what_all_scores_give(T, G, window, documents):
     found = results(attend_by_blocks, q, k, v, w, segments, window)
     expected = results(at_once, q, k, v, w, segments, window)
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)  # sums of up to 530 terms of size 1
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)  # sums of up to 1,500 terms of size 1
 
 
 def test_in_bfloat16_they_agree_to_its_rounding():
@@ -58,3 +75,20 @@ def test_no_token_sees_the_future():
     gradient = jax.grad(lambda v: jnp.sum(attend_by_blocks(q, k, v, None, 0)[:, 70]))(v)
     assert not np.any(gradient[:, 71:])
     assert np.all(np.any(gradient[:, :71], axis=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_memory_is_linear_in_a_length_of_many_parts(remat):
+    """Under rematerialisation too, which would keep the masks of all parts where they follow from no argument."""
+
+    def memory(T):
+        q, k, v, w = arrays(T, H=2, G=2, B=1)
+        value = jax.checkpoint(
+            lambda q, k, v: jnp.sum(attend_by_blocks(q, k, v, None, 0) * w),
+            policy=REMAT_POLICIES[remat],
+        )
+        analysis = jax.jit(jax.grad(value, (0, 1, 2))).lower(q, k, v).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    assert memory(8192) <= 2.2 * memory(4096)

@@ -16,7 +16,7 @@ from scripts.execution import choose_attention, choose_layer_loop
         ("TPU v3", {}, 256, 1, "xla"),
         ("cpu", {}, 256, 1, "blocks"),
         ("cpu", {}, 64, 1, "xla"),
-        ("cpu", {}, 2048, 1, "xla"),
+        ("cpu", {}, 8192, 1, "blocks"),
         ("cpu", {}, 256, 2, "xla"),
         ("cpu", {"dropout_rate": 0.1}, 256, 1, "xla"),
         ("TPU v4", {}, 200, 1, "xla"),
