@@ -101,10 +101,10 @@ def blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
     size = max(SMALLEST, -(-length // MOST))
     if size > LARGEST:
         size += -size % LARGEST
-    starts = [*range(0, length, size), length]
-    if size > LARGEST and length % LARGEST:
-        starts.insert(-1, length - length % LARGEST)  # whose parts would not be equal
-    for start, stop in itertools.pairwise(sorted(set(starts))):
+    cuts = {*range(0, length, size), length}
+    if size > LARGEST:
+        cuts.add(length - length % LARGEST)  # behind it is no whole part
+    for start, stop in itertools.pairwise(sorted(cuts)):
         yield slice(start, stop), slice(max(0, start - window + 1) if window else 0, stop)
 
 
