@@ -139,7 +139,7 @@ def _beginning(logits_BV: jax.Array, weights_BV: jax.Array, bound_B1: jax.Array)
     return (rank_BV > least_B1) | (equal_BV & (before_BV < bound_B1))
 
 
-def is_greedy(settings: SamplingSettings) -> jax.Array:
+def _is_greedy(settings: SamplingSettings) -> jax.Array:
     """Which rows take the likeliest token, bool [B]: a temperature that is subnormal divides like 0."""
     return settings.temperature < jnp.finfo(jnp.float32).tiny
 
@@ -148,7 +148,7 @@ def _scaled(penalised_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
     """Penalised logits over temperature [B, V], with the best of a row at 0; over 1 for the greedy."""
     # The best logit becomes 0 first: a temperature near 0 then sends the others to -inf, and none to inf.
     shifted_BV = penalised_BV - jnp.max(penalised_BV, axis=1, keepdims=True)
-    return shifted_BV / jnp.where(is_greedy(settings), 1.0, settings.temperature)[:, None]
+    return shifted_BV / jnp.where(_is_greedy(settings), 1.0, settings.temperature)[:, None]
 
 
 def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array) -> jax.Array:
@@ -156,7 +156,7 @@ def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax
     scaled_BV = _scaled(penalise(logits_BV, settings.repetition_penalty, seen_BV), settings)
     best_B1 = jnp.argmax(scaled_BV, axis=1, keepdims=True)
     ids_BV = jax.lax.broadcasted_iota(best_B1.dtype, scaled_BV.shape, 1)
-    kept_BV = keep(scaled_BV, settings) & (~is_greedy(settings)[:, None] | (ids_BV == best_B1))
+    kept_BV = keep(scaled_BV, settings) & (~_is_greedy(settings)[:, None] | (ids_BV == best_B1))
     return jax.nn.softmax(jnp.where(kept_BV, scaled_BV, -jnp.inf), axis=1)
 
 
@@ -174,7 +174,7 @@ def sample(
       seen_BV: bool [B, V], which tokens the row holds so far, its prompt included.
       keys_B: one typed random key a row.
     """
-    penalised_BV, greedy_B = penalise(logits_BV, settings.repetition_penalty, seen_BV), is_greedy(settings)
+    penalised_BV, greedy_B = penalise(logits_BV, settings.repetition_penalty, seen_BV), _is_greedy(settings)
 
     def draw() -> jax.Array:
         scaled_BV = _scaled(penalised_BV, settings)
