@@ -44,7 +44,7 @@ class KVCache:
         return KVCache(keys=jnp.stack(self.keys), values=jnp.stack(self.values))
 
     def grow(self, capacity: int) -> "KVCache":
-        """The same with room for `capacity` tokens, of which there is room for fewer now."""
+        """The same with room for `capacity` tokens, no fewer than now."""
         more = [(0, 0), (0, capacity - self.capacity), (0, 0)]
         return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + more), self)
 

@@ -152,12 +152,11 @@ def test_tensorboard_reads_the_events_without_tensorflow(tmp_path):
         assert read[name] == {step: pytest.approx(values(step)[name], rel=1e-6) for step in range(1, 9)}
     script = """
 import sys
-from pathlib import Path
 from parallax.training.metrics import MetricsWriter
 writer = MetricsWriter(sys.argv[1], resume_step=8)
 writer.write(9, {"loss": 1.0})
 writer.close()
-assert not {"tensorflow", "jax"} & sys.modules.keys()  # tensorboardX takes torch where it is there
+assert not {"tensorflow", "jax"} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-W", "error", "-c", script, str(tmp_path)], check=True)
     assert events(tmp_path)["loss"][9] == 1.0
