@@ -3,6 +3,7 @@
 Invariant: `attend_in_chunks` computes what `attend` computes, with memory linear in the number of tokens.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -91,13 +92,13 @@ def attend_in_chunks(
         (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
     )
 
-    @jax.checkpoint
-    def one_query_chunk(query):
+    def one_query_chunk(query, keys, key):
         q, q_position, q_segment, i = query
+        k_chunks, v_chunks, k_at, k_in = keys
 
         @jax.checkpoint
-        def one_key_chunk(running: _Running, keys):
-            k, v, k_position, k_segment, j = keys
+        def one_key_chunk(running: _Running, numbered):
+            k, v, k_position, k_segment, j = numbered
             pair = None if q_segment is None else (q_segment, k_segment)
             scores = _scores(q, k, visible((q_position, k_position), pair, window))
             maximum = jnp.maximum(running.maximum, jnp.max(scores, axis=-1))
@@ -120,9 +121,24 @@ def attend_in_chunks(
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)
         return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(v_BSGK.dtype)
 
-    out = jax.lax.map(one_query_chunk, (q_chunks, q_at, q_in, jnp.arange(q_chunks.shape[0])))
+    one_query_chunk = _recomputed(one_query_chunk)
+    queries, keys = (q_chunks, q_at, q_in, jnp.arange(q_chunks.shape[0])), (k_chunks, v_chunks, k_at, k_in)
+    out = jax.lax.map(lambda query: one_query_chunk(query, keys, key), queries)
     out = jnp.moveaxis(out, 0, 1).reshape(q_BTHK.shape[0], -1, *q_BTHK.shape[2:])
     return out[:, :T]
+
+
+def _recomputed(function: Callable) -> Callable:
+    """The function, computed again on the way back from its arguments, whatever of it a policy around it would keep.
+
+    `jax.checkpoint` does not hold inside another one: what the outer policy lets be saved is saved.
+    """
+    found = jax.custom_vjp(function)
+    found.defvjp(
+        lambda *arguments: (function(*arguments), arguments),
+        lambda arguments, cotangent: jax.vjp(function, *arguments)[1](cotangent),
+    )
+    return found
 
 
 def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:

@@ -151,6 +151,17 @@ def test_rematerialisation_changes_memory_and_nothing_else():
         )
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scores_in_chunks_take_memory_linear_in_the_tokens_whatever_is_rematerialised(remat):
+    def memory(length):
+        config = configured(remat=remat, attention="xla", num_layers=1)
+        params, tokens = weights(config), np.zeros((1, length), np.int32)
+        compiled = loss_and_gradients.lower(config, params, tokens).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(4096) < 2.2 * memory(2048)
+
+
 def test_bfloat16_gives_float32_logits_close_to_those_of_float32():
     config = configured(tie_embeddings=False)
     params = weights(config)
