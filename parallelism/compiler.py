@@ -21,8 +21,8 @@ from parallelism.collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.flops import read_flops
 from parallelism.hardware import Accelerator
 
-READERS = 1
-"""To be raised when hlo.py, collectives.py or flops.py count otherwise, so that no older report is found."""
+READERS = 2
+"""To be raised when a report comes to say something else of the same program, so that no older one is found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Report:
     state_bytes: int = 0
     """Parameters, optimizer and batch: the arguments of the step."""
     temporary_bytes: int = 0
-    """All that lives beside them at once, by the compiler's schedule."""
+    """The most of its main memory that is in use beside them, by the compiler's schedule."""
     flops: int = 0
     """Of matrix products outside kernels, loops and recomputation counted."""
     traffic: tuple[Traffic, ...] = ()
@@ -123,10 +123,20 @@ def _compile(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int]) -> Repo
         raise RuntimeError("the compiler says neither what memory a program takes nor what it does")
     return Report(
         state_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        temporary_bytes=_temporary(memory),
         flops=read_flops(text),
         traffic=_traffic(text, mesh_shape),
     )
+
+
+def _temporary(memory: Any) -> int:
+    """Of two numbers that are never too small, the lesser.
+
+    The peak is what a step is refused by, but counts the memory on a chip, where that holds more than the main memory
+    does. What is laid out in main memory alone counts gaps between arrays: a third of it and more, for steps that fit.
+    """
+    laid_out = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return min(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, laid_out)
 
 
 def _traffic(hlo_text: str, mesh_shape: Mapping[str, int]) -> tuple[Traffic, ...]:

@@ -8,11 +8,10 @@ import math
 import re
 
 GIB = 2**30
-ON_CHIP = 96 * 2**20
+ON_CHIP = 104 * 2**20
 """Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries: a middle, chosen
-by 14 steps of SMALL that were compiled for these and for v5p. They take 60 to 125 MiB less than there; 40 where they
-have only 50, and 145 to 270 where whole gradients are summed and blocks recomputed. v5p, with 64 MiB a core, and v2 and
-v3, with 16, keep none that last: a scan and its gradient take as much on each."""
+by 60 steps of SMALL and BASE that were compiled for them. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to
+none that last."""
 
 
 @dataclasses.dataclass(frozen=True)

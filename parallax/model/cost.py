@@ -10,11 +10,6 @@ from collections.abc import Mapping
 from parallax.config import TransformerConfig
 from parallax.layers.attend_blocks import LARGEST, blocks
 
-PACKING = 4 * 2**20
-"""Bytes that libtpu reports beyond the arrays named below: gaps between them, and what loops carry, it counts twice.
-They were 2.5 to 8 MiB of most steps of 7 to 50 MiB; the terms for larger ones, and what a chip keeps on itself, were
-fitted with them inside."""
-
 
 def forward_flops(config: TransformerConfig, seq_len: int) -> float:
     """Floating-point operations a token of one forward pass at this sequence length, in context of its own length.
@@ -122,27 +117,37 @@ class StepCost:
 
         Args:
           parameter_bytes: of a device's float32 parameters as they lie in its memory; its gradients take as much.
-          on_chip: bytes of its memory on the chip, which take some of what blocks need and, after the blocks, as much
-            of the sums of gradients.
+          on_chip: bytes of its memory on the chip, which take as much of it.
         """
         config, e = self.config, self.item
-        tensor = sizes.get("tensor", 1)
-        rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
+        rows = sizes.get("data", 1) * fsdp
         tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
         saved, working = self._block_bytes(tensor, sizes.get("sequence", 1))
         gradients = parameter_bytes * (1 + (self.microbatches > 1))
-        if sizes.get("fsdp", 1) == 1:
-            # Cast; the sum of gradients comes beside its parts.
-            weights, sums = parameter_bytes * (e < 4) / 2, parameter_bytes * (rows > 1)
+        if fsdp == 1:
+            weights, gathered, sums = parameter_bytes * (e < 4) / 2, 0.0, parameter_bytes * (rows > 1)
         else:
-            # Gathered blocks, the next while one is computed.
-            weights, sums = 3 * e * _weights(config) / tensor, 0.0
+            # Two blocks, the next is gathered while one is computed, and the gradients of one.
+            weights, gathered, sums = self._cast_bytes(sizes), 3 * e * _weights(config) / tensor, 0.0
         table, logits = self._head_bytes(tokens, sizes)
         # The logits are gone before the blocks are computed again; the gradient of the table is not.
-        fullest = max(tokens * working + table, 2 * table + logits)
+        fullest = max(tokens * working + gathered + table, 2 * table + logits)
         of_blocks = tokens * config.num_layers * saved + weights + fullest
-        beside = gradients + (0.0 if on_chip else PACKING)
-        return beside + max(0.0, of_blocks - on_chip) + max(0.0, sums - on_chip)
+        # When the blocks are done the sum of gradients over rows comes beside its parts.
+        return gradients + max(0.0, max(of_blocks, sums) - on_chip)
+
+    def _cast_bytes(self, sizes: Mapping[str, int]) -> float:
+        """A device's shard of all blocks in the compute dtype, its heads in tiles of 4 × 128.
+
+        Made once for all microbatches where the compiler gathers by itself, beside tensor or sequence.
+        """
+        config, tensor, fsdp = self.config, sizes.get("tensor", 1), sizes.get("fsdp", 1)
+        if self.microbatches == 1 or self.item == 4 or tensor * sizes.get("sequence", 1) == 1:
+            return 0.0
+        heads = sum(max(4, count / tensor) for count in (config.num_heads, config.num_kv_heads))
+        a_row = 2 * heads * max(128, config.head_dim) + 3 * config.mlp_dim / tensor
+        return self.item * config.num_layers * config.embed_dim / fsdp * a_row
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
         """A token's bytes that one block keeps for the way back, and that are there while a block is computed."""
@@ -159,38 +164,33 @@ class StepCost:
         norms = 2 * D * (8 + (e if e < 4 else 0))
         # Before and after the rotation, and what attention gives.
         projections = e * (3 * heads + 3 * keys)
-        hidden = 6 * e * F
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
         at_once = 512 if self._in_chunks(sequence) else self.seq_len
         if config.attention == "blocks":
             at_once = min(LARGEST, next(iter(blocks(self.seq_len, config.sliding_window)))[0].stop)
-        scores = config.num_heads * at_once / tensor
-        # Those of a block or chunk are computed again.
-        again = config.attention in ("blocks", "splash") or at_once < self.seq_len
-        kept = 0 if again else scores
-        everything = norms + e * D + at_work * projections + hidden
+        scores = 0.0 if kernel else config.num_heads * at_once / tensor
         if config.remat == "none":
-            saved = everything - (at_work - at_rest) * projections
-            return saved + gathered + kept * (4 + e), 0.15 * everything
-        gathered *= max(1, 128 / config.head_dim)  # it comes along heads
-        working = 0 if kernel else 10 * scores
+            # Scores of a block or chunk are computed again.
+            kept = 0.0 if config.attention == "blocks" or at_once < self.seq_len else scores * (4 + e)
+            return norms + e * D + at_rest * projections + 6 * e * F + gathered + kept, 0.0
+        # Of one block at a time; gathered keys and values come along heads.
+        gathered *= max(1, 128 / config.head_dim)
         if config.remat == "dots":
-            # Without the kernel all but the products' results is there again, beside the scores.
-            working += hidden if kernel else everything - e * D
-            return e * (3 * D + at_rest * (heads + 2 * keys) + 2 * F), working + gathered
-        return e * D, max(everything + gathered, working)
+            working = 4 * D + (6 * e * F if kernel else 3 * e * scores) + gathered
+            return e * (3 * D + at_rest * (heads + 2 * keys) + 2 * F), working
+        return e * D, 8 * D + at_work * projections + 2 * e * (F + scores) + gathered / 4
 
     def _in_chunks(self, sequence: int) -> bool:
         """Whether a device has so many queries that their scores are taken in chunks."""
         return self.config.attention == "xla" and self.seq_len / sequence > 1024
 
     def _head_bytes(self, tokens: float, sizes: Mapping[str, int]) -> tuple[float, float]:
-        """A whole table where it is gathered, and a chunk of logits with their gradient."""
+        """A whole table where it is gathered, and a chunk of float32 logits."""
         config, e = self.config, self.item
         rows = config.table_rows / sizes.get("tensor", 1)
         table = rows * config.embed_dim * e if sizes.get("fsdp", 1) > 1 else 0
         chunks = min(8, max(1, self.seq_len * config.vocab_size / 2**22))
-        return table, tokens / chunks * rows * (4 + e)
+        return table, tokens / chunks * rows * 4
 
     def sent(self, sizes: Mapping[str, int]) -> list[Sent]:
         """What a device sends in a step, by the algorithms that send the least, to and from shards of the rules."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from parallax.config import TrainConfig, TransformerConfig
-from parallax.model.cost import PACKING, StepCost, forward_flops, step_flops
+from parallax.model.cost import StepCost, forward_flops, step_flops
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.training.loss import make_loss
 from parallelism.flops import read_flops
@@ -120,18 +120,23 @@ def test_a_device_holds_less_where_more_share():
     assert temporary(data=2, tensor=2) < temporary(data=2)
 
 
-def test_memory_on_the_chip_takes_what_blocks_need_and_after_them_as_much_of_the_sums():
+def test_memory_on_the_chip_takes_as_much_of_what_is_no_gradient():
     cost = StepCost(config=TransformerConfig(), batch_size=64, seq_len=256)
     gradients = 4 * cost.config.num_params()
-
-    def taken(on_chip, **sizes):
-        return temporary_bytes(cost, sizes) - PACKING - temporary_bytes(cost, sizes, on_chip)
-
-    assert taken(1e5, data=8) == pytest.approx(2e5)
-    assert taken(1e5, fsdp=8) == pytest.approx(1e5)  # gradients are added up on their way into shards
-    assert taken(1e5) == pytest.approx(1e5)
+    for sizes in ({"data": 8}, {"fsdp": 8}, {}):
+        taken = temporary_bytes(cost, sizes) - temporary_bytes(cost, sizes, 1e5)
+        assert taken == pytest.approx(1e5)
     assert temporary_bytes(cost, {"data": 8}, 1e12) == pytest.approx(gradients)
     assert temporary_bytes(cost, {"fsdp": 8}, 1e12) == pytest.approx(gradients / 8)
+
+
+def test_gradients_are_summed_when_the_blocks_are_done():
+    few, many = (StepCost(config=TransformerConfig(), batch_size=size, seq_len=8) for size in (8, 8000))
+    assert (
+        few.temporary_bytes({"data": 8}, 1e8) == 2e8
+    )  # parts beside the sum, which is more than blocks need
+    assert few.temporary_bytes({}, 1e8) < 1.1e8
+    assert many.temporary_bytes({"data": 8}, 1e5) == pytest.approx(many.temporary_bytes({"data": 8}, 0) + 1e5)
 
 
 def test_blocks_hold_no_scores_but_those_of_one():
@@ -169,18 +174,43 @@ def test_heads_at_work_fill_tiles_with_the_tokens_of_a_row():
     added = cost.temporary_bytes({"sequence": 4}, 0) - cost.temporary_bytes({"data": 4}, 0)
     heads = 2 * 6 * 128  # of queries, keys and values
     gathered = 4 * 2 * 2 * 128  # keys and values of all tokens, in tiles of one head
-    assert added == pytest.approx(8 * 128 / 4 * (heads * (4 - 1) + gathered * 4))
+    assert added == pytest.approx(8 * 128 / 4 * (heads * (4 - 1) + gathered * 4 / 4))
 
 
-def test_what_is_no_product_is_there_again_beside_scores():
-    def temporary(attention):
+@pytest.mark.parametrize(("attention", "again"), [("xla", 3 * 4 * 128), ("splash", 6 * 4 * 344)])
+def test_what_is_no_product_of_one_block_is_there_again(attention, again):
+    """A norm beside scores, or beside what the kernel's neighbours need."""
+
+    def temporary(remat):
         config = TransformerConfig(
-            attention=attention, head_dim=128, num_heads=1, num_kv_heads=1, remat="dots"
+            attention=attention, head_dim=128, num_heads=1, num_kv_heads=1, remat=remat, num_layers=1
         )
         return StepCost(config=config, batch_size=8, seq_len=128).temporary_bytes({}, 0)
 
-    norms, heads, scores = 2 * 128 * 8, 4 * 6 * 128, 10 * 128
-    assert temporary("xla") - temporary("splash") == pytest.approx(8 * 128 * (norms + heads + scores))
+    kept_by_dots, kept_by_full = 4 * (3 * 128 + 3 * 128 + 2 * 344), 4 * 128
+    full = 8 * 128 + 4 * 6 * 128 + 2 * 4 * (344 + (128 if attention == "xla" else 0))
+    assert temporary("dots") - temporary("full") == pytest.approx(
+        8 * 128 * (kept_by_dots + 4 * 128 + again - kept_by_full - full)
+    )
+
+
+def test_shards_are_cast_once_for_all_microbatches_where_the_compiler_gathers():
+    config = TransformerConfig(remat="full", dtype="bfloat16", num_heads=4, num_kv_heads=4)
+
+    def of_four_more_layers(dtype="bfloat16", microbatches=2, **sizes):
+        cost = StepCost(config.replace(dtype=dtype), batch_size=8, seq_len=128, microbatches=microbatches)
+        doubled = dataclasses.replace(cost, config=cost.config.replace(num_layers=2 * config.num_layers))
+        return doubled.temporary_bytes(sizes, 0) - cost.temporary_bytes(sizes, 0)
+
+    def kept(microbatches, item, shares):
+        """What blocks as such keep: their input."""
+        return config.num_layers * 8 * 128 / microbatches / shares * item * 128
+
+    shard = 2 * config.num_layers * 128 / 2 * (2 * 2 * 4 * 128 + 3 * 344 / 2)
+    assert of_four_more_layers(fsdp=2, tensor=2) == pytest.approx(shard + kept(2, 2, 2))
+    assert of_four_more_layers(fsdp=2) == pytest.approx(kept(2, 2, 2))
+    assert of_four_more_layers(fsdp=2, tensor=2, microbatches=1) == pytest.approx(kept(1, 2, 2))
+    assert of_four_more_layers(fsdp=2, tensor=2, dtype="float32") == pytest.approx(kept(2, 4, 2))
 
 
 def test_gradients_take_what_parameters_take():

@@ -158,6 +158,29 @@ def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "microbatches", "remat"),
+    [
+        ("fsdp=2,tensor=4", 8, "none"),
+        ("fsdp=2,tensor=4", 8, "full"),
+        ("data=2,tensor=4", 1, "dots"),
+        ("fsdp=4,sequence=2", 1, "full"),
+    ],
+)
+def test_the_memory_of_few_mebibytes_is_estimated_with_what_the_compiler_keeps_for_itself(
+    mesh, microbatches, remat, tmp_path
+):
+    """Layouts of TINY that err most: casts of shards for all microbatches, heads that fill a quarter of their tiles."""
+    flags, sliced = Flags(topology="v3-8", batch_size=64, model=PRESETS["tiny"]), accelerator("v3-8")
+    sizes = {axis: int(size) for axis, _, size in (part.partition("=") for part in mesh.split(","))}
+    layout = Layout(strategy="mesh", mesh=mesh, accumulate=microbatches, batch_size=64, seq_len=flags.seq_len)
+    choice = Choice(layout, sizes, remat, flags.dtype)
+    build = make_build(flags, remat, microbatches, "xla")
+    report = compile_choice(choice, build, sliced, topology_devices(sliced), tmp_path)
+    row = estimate(choice, build, sliced, report)
+    assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.15)
+
+
 def test_pmap_spans_every_host_of_a_slice():
     flags = Flags(topology="v5e-16", batch_size=32, model=PRESETS["tiny"])
     build, strategy, lowered = lower(flags, choice_of(flags, "", {"data": 16}))
