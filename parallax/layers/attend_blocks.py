@@ -67,7 +67,8 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     of_out = jax.lax.optimization_barrier(of_out)
     wide = log_normaliser.dtype
     shared = jnp.sum(of_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
-    of_q, of_keys = [], (jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide))
+    # Of keys and values with their length last, so that no scores are turned over for a product.
+    of_q, of_keys = [], tuple(jnp.zeros((*x.shape[:2], x.shape[3], x.shape[2]), wide) for x in (k, v))
     for queries, keys in blocks(q.shape[3], window):
 
         def attend_back(of_keys: tuple[jax.Array, jax.Array], part: _Queries, keys: slice = keys):
@@ -81,16 +82,16 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
             )
             of_q = _einsum("BGRTS,BGSK->BGRTK", of_scores, k[:, :, keys]).astype(q.dtype)
             of_k, of_v = (
-                so_far.at[:, :, keys].add(_einsum("BGRTS,BGRTK->BGSK", left, right), unique_indices=True)
-                for so_far, left, right in zip(of_keys, (of_scores, weights), (part.q, of_out), strict=True)
+                so_far.at[..., keys].add(_einsum("BGRTK,BGRTS->BGKS", left, right), unique_indices=True)
+                for so_far, left, right in zip(of_keys, (part.q, of_out), (of_scores, weights), strict=True)
             )
             return (of_k, of_v), of_q
 
         beside = tuple(x[:, :, :, queries] for x in (log_normaliser, of_out, shared))
         of_keys, of_block = _in_parts(attend_back, of_keys, _Queries.of(queries, q, segments, beside))
         of_q.append(of_block)
-    of_k, of_v = of_keys
-    return jnp.concatenate(of_q, axis=3), of_k.astype(k.dtype), of_v.astype(v.dtype), None
+    of_k, of_v = (jnp.swapaxes(of_x, 2, 3).astype(x.dtype) for of_x, x in zip(of_keys, (k, v), strict=True))
+    return jnp.concatenate(of_q, axis=3), of_k, of_v, None
 
 
 _attend.defvjp(_forward, _backward)
