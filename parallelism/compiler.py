@@ -21,7 +21,7 @@ from parallelism.collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.flops import read_flops
 from parallelism.hardware import Accelerator
 
-READERS = 2
+REPORT_VERSION = 2
 """To be raised when a report comes to say something else of the same program, so that no older one is found."""
 
 
@@ -44,7 +44,7 @@ class Report:
     state_bytes: int = 0
     """Parameters, optimizer and batch: the arguments of the step."""
     temporary_bytes: int = 0
-    """The most of its main memory that is in use beside them, by the compiler's schedule."""
+    """The most of a device's memory that is in use beside them, see `_temporary`."""
     flops: int = 0
     """Of matrix products outside kernels, loops and recomputation counted."""
     traffic: tuple[Traffic, ...] = ()
@@ -95,7 +95,7 @@ def compile_step(
       cache: a folder for reports, by a hash of program, target and compiler; without one that can be written,
         nothing is kept.
     """
-    versions = (READERS, importlib.metadata.version("libtpu"), jax.__version__)
+    versions = (REPORT_VERSION, importlib.metadata.version("libtpu"), jax.__version__)
     identity = f"{versions}\n{topology}\n{tuple(mesh_shape.items())}\n{lowered.as_text()}"
     file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged
@@ -130,10 +130,10 @@ def _compile(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int]) -> Repo
 
 
 def _temporary(memory: Any) -> int:
-    """Of two numbers that are never too small, the lesser.
+    """The lesser of two numbers.
 
-    The peak is what a step is refused by, but counts the memory on a chip, where that holds more than the main memory
-    does. What is laid out in main memory alone counts gaps between arrays: a third of it and more, for steps that fit.
+    The peak is what steps for v2 were refused by, within a hundredth of it, but it counts the memory on a chip too.
+    What is laid out counts main memory alone, but gaps between arrays as well: a third and more, for steps that fit.
     """
     laid_out = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return min(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, laid_out)

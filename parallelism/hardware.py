@@ -10,7 +10,7 @@ import re
 GIB = 2**30
 ON_CHIP = 104 * 2**20
 """Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries: a middle, chosen
-by 60 steps of SMALL and BASE that were compiled for them. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to
+by 45 steps of SMALL and BASE for v4 and v5e. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to
 none that last."""
 
 
@@ -42,7 +42,7 @@ class Generation:
     splash: bool = True
     """Whether the compiler takes the splash attention kernel in bfloat16."""
     on_chip: int = 0
-    """Bytes of a device's temporaries that its compiler keeps out of its main memory, in one phase of a step."""
+    """Bytes of a device's temporaries that its compiler keeps out of its main memory, at once."""
 
 
 GENERATIONS = {

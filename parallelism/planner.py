@@ -22,7 +22,7 @@ from parallelism.tiles import tiled_size
 
 ROOM = 1.2
 """An estimate beyond this share of a device's memory is not worth compiling. Of 400 steps none was estimated at more
-than 1.19 times what the compiler reports, but for those of less than 0.1 GiB of which a chip keeps most on itself."""
+than 1.15 times what the compiler reports, but for those of less than 0.1 GiB on v5e and v5p."""
 LINKS = 2
 """Of one dim of a torus, on each chip: a ring sends both ways."""
 
@@ -154,7 +154,8 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         temporary = report.temporary_bytes
     flops += cost.kernel_flops() / devices
     wire = _by_axis(sent)
-    # State is read and written once; in each microbatch what lives in between is, and parameters are read three times.
+    # State is read and written once; in each microbatch what is in use at its fullest is, and parameters are read
+    # three times.
     moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
     rate = LINKS * generation.link_rate / generation.devices_per_chip
     return Row(

@@ -92,9 +92,10 @@ def attend_in_chunks(
         (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
     )
 
-    def one_query_chunk(query, keys, key):
+    @_recomputed
+    def one_query_chunk(query, all_keys, dropout_key):
         q, q_position, q_segment, i = query
-        k_chunks, v_chunks, k_at, k_in = keys
+        k_chunks, v_chunks, k_at, k_in = all_keys
 
         @jax.checkpoint
         def one_key_chunk(running: _Running, numbered):
@@ -105,7 +106,9 @@ def attend_in_chunks(
             weights = jnp.exp(scores - maximum[..., None])
             shrink = jnp.exp(running.maximum - maximum)
             normaliser = running.normaliser * shrink + jnp.sum(weights, axis=-1)
-            block_key = None if key is None else jax.random.fold_in(jax.random.fold_in(key, i), j)
+            block_key = None
+            if dropout_key is not None:
+                block_key = jax.random.fold_in(jax.random.fold_in(dropout_key, i), j)
             dropped = drop(weights.astype(v.dtype), rate, block_key)
             update = jnp.einsum("BGRTS,BSGK->BGRTK", dropped, v, preferred_element_type=scores.dtype)
             return _Running(maximum, normaliser, running.weighted * shrink[..., None] + update), None
@@ -119,11 +122,11 @@ def attend_in_chunks(
         )
         numbered = (k_chunks, v_chunks, k_at, k_in, jnp.arange(k_chunks.shape[0]))
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)
-        return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(v_BSGK.dtype)
+        return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(v_chunks.dtype)
 
-    one_query_chunk = _recomputed(one_query_chunk)
-    queries, keys = (q_chunks, q_at, q_in, jnp.arange(q_chunks.shape[0])), (k_chunks, v_chunks, k_at, k_in)
-    out = jax.lax.map(lambda query: one_query_chunk(query, keys, key), queries)
+    queries = q_chunks, q_at, q_in, jnp.arange(q_chunks.shape[0])
+    all_keys = k_chunks, v_chunks, k_at, k_in
+    out = jax.lax.map(lambda query: one_query_chunk(query, all_keys, key), queries)
     out = jnp.moveaxis(out, 0, 1).reshape(q_BTHK.shape[0], -1, *q_BTHK.shape[2:])
     return out[:, :T]
 
@@ -131,7 +134,8 @@ def attend_in_chunks(
 def _recomputed(function: Callable) -> Callable:
     """The function, computed again on the way back from its arguments, whatever of it a policy around it would keep.
 
-    `jax.checkpoint` does not hold inside another one: what the outer policy lets be saved is saved.
+    `jax.checkpoint` does not hold inside another one: what the outer policy lets be saved is saved. There is no forward
+    mode through this.
     """
     found = jax.custom_vjp(function)
     found.defvjp(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from parallax.config import TransformerConfig
 from parallax.layers.attend_blocks import LARGEST, blocks
+from parallax.layers.attention import CHUNK
 
 
 def forward_flops(config: TransformerConfig, seq_len: int) -> float:
@@ -58,8 +59,9 @@ class Sent:
 class StepCost:
     """One training step of a config, as this implementation runs it on a device of a mesh.
 
-    The byte counts of activations were fitted to what libtpu reports, by array: each term says which arrays it stands
-    for. `sizes` maps mesh axes (data, fsdp, sequence, tensor) to devices; axes that are missing have one.
+    The byte counts of activations were fitted to what libtpu reports: a term says which arrays it stands for, its
+    factor how many of them are there at once. `sizes` maps mesh axes (data, fsdp, sequence, tensor) to devices; axes
+    that are missing have one.
     """
 
     config: TransformerConfig
@@ -117,7 +119,7 @@ class StepCost:
 
         Args:
           parameter_bytes: of a device's float32 parameters as they lie in its memory; its gradients take as much.
-          on_chip: bytes of its memory on the chip, which take as much of it.
+          on_chip: bytes of its memory on the chip, which take as much of what is no gradient.
         """
         config, e = self.config, self.item
         tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
@@ -145,12 +147,12 @@ class StepCost:
         config, tensor, fsdp = self.config, sizes.get("tensor", 1), sizes.get("fsdp", 1)
         if self.microbatches == 1 or self.item == 4 or tensor * sizes.get("sequence", 1) == 1:
             return 0.0
-        heads = sum(max(4, count / tensor) for count in (config.num_heads, config.num_kv_heads))
-        a_row = 2 * heads * max(128, config.head_dim) + 3 * config.mlp_dim / tensor
+        tiled_heads = sum(max(4, count / tensor) for count in (config.num_heads, config.num_kv_heads))
+        a_row = 2 * tiled_heads * max(128, config.head_dim) + 3 * config.mlp_dim / tensor
         return self.item * config.num_layers * config.embed_dim / fsdp * a_row
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
-        """A token's bytes that one block keeps for the way back, and that are there while a block is computed."""
+        """A token's bytes that one block keeps for the way back, and of what one block at a time computes again."""
         config, e = self.config, self.item
         D, F = config.embed_dim, config.mlp_dim / tensor
         heads = config.num_heads * config.head_dim / tensor
@@ -160,29 +162,34 @@ class StepCost:
         # What is kept lies as wastes less.
         length = config.head_dim if kernel else self.seq_len / sequence
         at_work, at_rest = (max(1, 128 / size) for size in (length, max(length, config.head_dim)))
-        # In float32, and in the compute dtype where that is another.
-        norms = 2 * D * (8 + (e if e < 4 else 0))
         # Before and after the rotation, and what attention gives.
         projections = e * (3 * heads + 3 * keys)
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
-        at_once = 512 if self._in_chunks(sequence) else self.seq_len
-        if config.attention == "blocks":
-            at_once = min(LARGEST, next(iter(blocks(self.seq_len, config.sliding_window)))[0].stop)
-        scores = 0.0 if kernel else config.num_heads * at_once / tensor
+        scores = 0.0 if kernel else config.num_heads * self._keys_at_once(sequence) / tensor
         if config.remat == "none":
-            # Scores of a block or chunk are computed again.
-            kept = 0.0 if config.attention == "blocks" or at_once < self.seq_len else scores * (4 + e)
+            # In float32, and in the compute dtype where that is another.
+            norms = 2 * D * (8 + (e if e < 4 else 0))
+            kept = 0.0 if config.attention == "blocks" or self._in_chunks(sequence) else scores * (4 + e)
             return norms + e * D + at_rest * projections + 6 * e * F + gathered + kept, 0.0
-        # Of one block at a time; gathered keys and values come along heads.
-        gathered *= max(1, 128 / config.head_dim)
+        gathered *= max(1, 128 / config.head_dim)  # it comes along heads
         if config.remat == "dots":
+            # A norm in float32, and scores with their gradients, or hidden units with theirs beside the kernel.
             working = 4 * D + (6 * e * F if kernel else 3 * e * scores) + gathered
             return e * (3 * D + at_rest * (heads + 2 * keys) + 2 * F), working
+        # Two norms in float32, all heads, two of the hidden units, scores and their gradients.
         return e * D, 8 * D + at_work * projections + 2 * e * (F + scores) + gathered / 4
+
+    def _keys_at_once(self, sequence: int) -> float:
+        """Keys of which scores are there at once, for each token of a device."""
+        if self._in_chunks(sequence):
+            return CHUNK * CHUNK * sequence / self.seq_len
+        if self.config.attention == "blocks":
+            return min(LARGEST, next(iter(blocks(self.seq_len, self.config.sliding_window)))[0].stop)
+        return self.seq_len
 
     def _in_chunks(self, sequence: int) -> bool:
         """Whether a device has so many queries that their scores are taken in chunks."""
-        return self.config.attention == "xla" and self.seq_len / sequence > 1024
+        return self.config.attention == "xla" and self.seq_len / sequence > 2 * CHUNK
 
     def _head_bytes(self, tokens: float, sizes: Mapping[str, int]) -> tuple[float, float]:
         """A whole table where it is gathered, and a chunk of float32 logits."""

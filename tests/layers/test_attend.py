@@ -173,6 +173,14 @@ def test_chunks_drop_different_entries():
     assert 0.4 < kept.mean() < 0.6
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["alone", "inside a checkpoint"])
+def test_what_is_dropped_in_chunks_has_the_gradient_of_finite_differences(wrap, x64):
+    """The way back draws the same numbers again."""
+    arrays, how = example(3, window=4, segmented=True)
+    dropped = functools.partial(attend_in_chunks, dropout=(0.3, jax.random.key(2)), chunk=3, **how)
+    check_grads(jax.jit(wrap(dropped)), arrays, order=1, modes=["rev"], eps=1e-5, atol=1e-7, rtol=1e-7)
+
+
 def memory(function, T, **how):
     """Temporary bytes of the compiled forward and backward pass."""
     shapes = [jax.ShapeDtypeStruct((1, T, heads, 16), jnp.float32) for heads in (2, 1, 1)]

@@ -132,9 +132,8 @@ def test_memory_on_the_chip_takes_as_much_of_what_is_no_gradient():
 
 def test_gradients_are_summed_when_the_blocks_are_done():
     few, many = (StepCost(config=TransformerConfig(), batch_size=size, seq_len=8) for size in (8, 8000))
-    assert (
-        few.temporary_bytes({"data": 8}, 1e8) == 2e8
-    )  # parts beside the sum, which is more than blocks need
+    # Parts beside the sum, which is more than blocks need.
+    assert few.temporary_bytes({"data": 8}, 1e8) == 2e8
     assert few.temporary_bytes({}, 1e8) < 1.1e8
     assert many.temporary_bytes({"data": 8}, 1e5) == pytest.approx(many.temporary_bytes({"data": 8}, 0) + 1e5)
 
@@ -146,6 +145,18 @@ def test_blocks_hold_no_scores_but_those_of_one():
 
     assert temporary("xla", 512) - temporary("blocks", 512) > 8192 * 512 * TransformerConfig().num_heads * 4
     assert temporary("blocks", 512) < 1.1 * temporary("blocks", 256)
+
+
+def test_keys_of_a_chunk_are_those_that_scores_are_there_for_at_once():
+    def temporary(seq_len):
+        config = TransformerConfig(attention="xla", remat="dots", num_layers=1)
+        return StepCost(config=config, batch_size=8192 // seq_len, seq_len=seq_len).temporary_bytes({}, 0)
+
+    a_score = 3 * 4 * TransformerConfig().num_heads
+    assert temporary(2048) - temporary(4096) == pytest.approx(
+        8192 * 512 * (512 / 2048 - 512 / 4096) * a_score
+    )
+    assert temporary(1024) - temporary(2048) == pytest.approx(8192 * (1024 - 512 * 512 / 2048) * a_score)
 
 
 @pytest.mark.parametrize(
@@ -173,13 +184,13 @@ def test_heads_at_work_fill_tiles_with_the_tokens_of_a_row():
     cost = StepCost(config=config, batch_size=8, seq_len=128)
     added = cost.temporary_bytes({"sequence": 4}, 0) - cost.temporary_bytes({"data": 4}, 0)
     heads = 2 * 6 * 128  # of queries, keys and values
-    gathered = 4 * 2 * 2 * 128  # keys and values of all tokens, in tiles of one head
-    assert added == pytest.approx(8 * 128 / 4 * (heads * (4 - 1) + gathered * 4 / 4))
+    gathered = 4 * 2 * 2 * 128 * 4  # keys and values of all tokens, in tiles of one head
+    assert added == pytest.approx(8 * 128 / 4 * (heads * (4 - 1) + gathered / 4))
 
 
 @pytest.mark.parametrize(("attention", "again"), [("xla", 3 * 4 * 128), ("splash", 6 * 4 * 344)])
 def test_what_is_no_product_of_one_block_is_there_again(attention, again):
-    """A norm beside scores, or beside what the kernel's neighbours need."""
+    """A norm beside scores, or beside hidden units where a kernel has the scores."""
 
     def temporary(remat):
         config = TransformerConfig(

@@ -182,9 +182,9 @@ All of it is a device's share: of a v2 or v3 chip, which shows as two devices, h
 products, loops and recomputation counted; the kernel's, which the compiler does not see into, are added by the
 estimate. Bytes are sent by the algorithms that send the least, (n-1)/n of an array for a gather or scatter among n.
 
-HBM is arguments and the most that is in use beside them at once, by the compiler's schedule: `peak_memory_in_bytes`, by
-which it refuses what does not fit, or what it lays out in main memory alone where that is less. What it keeps in the
-memory on a chip, CMEM of v4 and VMEM of v5e and v6e, is in neither number.
+HBM is arguments and the most that is in use beside them at once, by the compiler's schedule: `peak_memory_in_bytes`,
+which counts the memory on a chip too (CMEM of v4, VMEM of v5e and v6e), or what is laid out in main memory alone where
+that is less.
 
 ## From 8 to 512 chips
 
