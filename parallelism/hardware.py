@@ -10,8 +10,7 @@ import re
 GIB = 2**30
 ON_CHIP = 104 * 2**20
 """Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries: a middle, chosen
-by 45 steps of SMALL and BASE for v4 and v5e. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to
-none that last."""
+by 45 steps of SMALL and BASE for v4 and v5e. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to none."""
 
 
 @dataclasses.dataclass(frozen=True)

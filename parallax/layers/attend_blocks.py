@@ -68,7 +68,7 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     wide = log_normaliser.dtype
     shared = jnp.sum(of_out.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
     # Of keys and values with their length last, so that no scores are turned over for a product.
-    of_q, of_keys = [], tuple(jnp.zeros((*x.shape[:2], x.shape[3], x.shape[2]), wide) for x in (k, v))
+    of_q, of_keys = [], tuple(jnp.zeros_like(jnp.swapaxes(x, 2, 3), dtype=wide) for x in (k, v))
     for queries, keys in blocks(q.shape[3], window):
 
         def attend_back(of_keys: tuple[jax.Array, jax.Array], part: _Queries, keys: slice = keys):

@@ -114,11 +114,23 @@ def lower(flags, choice, remat="none", attention="xla"):
     return build, strategy, strategy.lower(build.make_step(strategy.gradients), build.batch)
 
 
-def choice_of(flags, mesh, sizes, remat="none"):
+def choice_of(flags, mesh, sizes, remat="none", microbatches=1):
     layout = Layout(
-        strategy="mesh" if mesh else "pmap", mesh=mesh, batch_size=flags.batch_size, seq_len=flags.seq_len
+        strategy="mesh" if mesh else "pmap",
+        mesh=mesh,
+        accumulate=microbatches,
+        batch_size=flags.batch_size,
+        seq_len=flags.seq_len,
     )
     return Choice(layout, sizes, remat, flags.dtype)
+
+
+def compiled_row(flags, choice, attention, cache):
+    """The estimate with the compiler's report."""
+    sliced = accelerator(flags.topology)
+    build = make_build(flags, choice.remat, choice.layout.accumulate, attention)
+    report = compile_choice(choice, build, sliced, topology_devices(sliced), cache)
+    return estimate(choice, build, sliced, report)
 
 
 def test_operations_agree_with_the_compilers_own_count_of_two_layers_without_a_loop():
@@ -152,10 +164,7 @@ def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
 ):
     """By the same model where a chip keeps a third of it and more, and on v5p, which keeps none."""
     flags = Flags(topology=topology, batch_size=2048, model=PRESETS["small"])
-    choice, sliced = choice_of(flags, mesh, sizes, remat), accelerator(topology)
-    build = make_build(flags, remat, 1, "splash")
-    report = compile_choice(choice, build, sliced, topology_devices(sliced), tmp_path)
-    row = estimate(choice, build, sliced, report)
+    row = compiled_row(flags, choice_of(flags, mesh, sizes, remat), "splash", tmp_path)
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.15)
 
 
@@ -170,13 +179,10 @@ def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
 )
 def test_the_memory_of_few_mebibytes_is_estimated_too(mesh, microbatches, remat, tmp_path):
     """Layouts of TINY that err most: casts of shards for all microbatches, heads that fill a quarter of their tiles."""
-    flags, sliced = Flags(topology="v3-8", batch_size=64, model=PRESETS["tiny"]), accelerator("v3-8")
-    sizes = parse_mesh(mesh, 8)
-    layout = Layout(strategy="mesh", mesh=mesh, accumulate=microbatches, batch_size=64, seq_len=flags.seq_len)
-    choice = Choice(layout, sizes, remat, flags.dtype)
-    build = make_build(flags, remat, microbatches, "xla")
-    report = compile_choice(choice, build, sliced, topology_devices(sliced), tmp_path)
-    row = estimate(choice, build, sliced, report)
+    flags = Flags(topology="v3-8", batch_size=64, model=PRESETS["tiny"])
+    row = compiled_row(
+        flags, choice_of(flags, mesh, parse_mesh(mesh, 8), remat, microbatches), "xla", tmp_path
+    )
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.15)
 
 
