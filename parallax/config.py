@@ -176,8 +176,9 @@ class TrainConfig:
     """T: tokens a sequence."""
     seed: int = 0
     """From which initial weights, batches and dropout all follow."""
-    accumulate: int = 1
-    """Microbatches a step; the gradient is the same, the memory smaller."""
+    accumulate: int = 0
+    """Microbatches a step; the gradient is the same, the memory smaller. A script decides on 0 by the devices: one, but
+    on CPUs so many that their caches hold what is computed for a microbatch."""
     reduction: Literal["mean", "exact"] = "mean"
     """How gradients are added up. exact: in one order on every layout, so that parameters have the same bits."""
     label_smoothing: float = 0.0
@@ -200,7 +201,7 @@ class TrainConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            counts = field.type is int and field.name != "seed"
+            counts = field.type is int and field.name not in ("seed", "accumulate")
             _require(
                 not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}"
             )
@@ -208,11 +209,13 @@ class TrainConfig:
         _require(
             self.reduction in ("mean", "exact"), f"reduction={self.reduction!r} is not one of mean, exact"
         )
-        _require(
-            self.batch_size % self.accumulate == 0,
-            f"accumulate={self.accumulate} must divide batch_size={self.batch_size}; "
-            f"try {_largest_divisor(self.batch_size, self.accumulate)}",
-        )
+        _require(self.accumulate >= 0, f"accumulate={self.accumulate} must not be negative; try 0")
+        if self.accumulate:
+            _require(
+                self.batch_size % self.accumulate == 0,
+                f"accumulate={self.accumulate} must divide batch_size={self.batch_size}; "
+                f"try {_largest_divisor(self.batch_size, self.accumulate)}",
+            )
         _require(
             0 <= self.label_smoothing < 1,
             f"label_smoothing={self.label_smoothing} must lie in [0, 1); try 0.1",

@@ -25,7 +25,7 @@ from parallax.training.step import train_step
 from parallelism.hardware import generation_of
 from parallelism.hosts import agree
 from parallelism.strategy import Layout, Strategy, get_strategy
-from scripts.execution import choose_attention, choose_layer_loop
+from scripts.execution import choose_accumulate, choose_attention, choose_layer_loop
 from scripts.new_run import choose_folder, require_corpus
 from scripts.train_flags import Flags, model_name
 
@@ -135,12 +135,14 @@ def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
 
 
 def _layout(flags: Flags) -> Layout:
+    strategy = flags.strategy or "single"
+    devices = 1 if strategy == "single" else jax.device_count()
     return Layout(
-        strategy=flags.strategy or "single",
+        strategy=strategy,
         mesh=flags.mesh,
         rules=flags.rules,
         reduction=flags.train.reduction,
-        accumulate=flags.train.accumulate,
+        accumulate=choose_accumulate(flags.train, flags.model, jax.default_backend(), devices),
         batch_size=flags.train.batch_size,
         seq_len=flags.train.seq_len,
     )

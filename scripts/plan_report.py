@@ -137,8 +137,8 @@ def run_command(choice: Choice, asked: Flags) -> str:
     if asked.rules != "default" and layout.mesh:
         words += ["--rules", asked.rules]
     words += ["--batch-size", str(asked.batch_size), "--seq-len", str(asked.seq_len)]
-    if layout.accumulate > 1:
-        words += ["--accumulate", str(layout.accumulate)]
+    # Said always: by itself a rehearsal on CPUs would take as many as suit them.
+    words += ["--accumulate", str(layout.accumulate)]
     words += ["--dtype", choice.dtype, "--remat", choice.remat]
     words += _changes(asked.optimizer, OptimizerConfig(), "")
     preset = PRESETS[asked.config]

@@ -68,13 +68,14 @@ BROKEN = [
     *[
         (TrainConfig, {name: 0}, name)
         for name in (
-            *("steps", "batch_size", "seq_len", "accumulate", "log_interval"),
+            *("steps", "batch_size", "seq_len", "log_interval"),
             *("eval_interval", "checkpoint_interval", "check_interval", "keep", "max_bad_steps"),
         )
     ],
     (TrainConfig, {"reduction": "sum"}, "reduction"),
     (TrainConfig, {"seed": -1}, "seed"),
     (TrainConfig, {"seed": 2**31}, "seed"),
+    (TrainConfig, {"accumulate": -1}, "accumulate"),
     (TrainConfig, {"accumulate": 5}, "accumulate"),
     (TrainConfig, {"batch_size": 6, "accumulate": 4}, "accumulate"),
     (TrainConfig, {"label_smoothing": 1.0}, "label_smoothing"),

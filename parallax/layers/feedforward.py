@@ -11,6 +11,31 @@ from parallax.axes import constrain, param, read
 from parallax.config import TransformerConfig
 
 
+@jax.custom_vjp
+def _project(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
+    """x W, [B, T, F].
+
+    JAX's own gradient of W is gᵀ x. For it XLA on CPUs turns g over, which is wide and takes the derivative of the gate
+    to compute; xᵀ g turns x over instead. NANO trains 1.1 to 1.2 times as fast.
+    """
+    return jnp.einsum("BTD,DF->BTF", x_BTD, w_DF)
+
+
+def _project_forward(x_BTD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # Not `_project` again, inside which a policy of what to keep would not see the product.
+    return jnp.einsum("BTD,DF->BTF", x_BTD, w_DF), (x_BTD, w_DF)
+
+
+def _project_backward(
+    inputs: tuple[jax.Array, jax.Array], g_BTF: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x_BTD, w_DF = inputs
+    return jnp.einsum("BTF,DF->BTD", g_BTF, w_DF), jnp.einsum("BTD,BTF->DF", x_BTD, g_BTF)
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 class SwiGLU(nnx.Module):
     """y = (silu(x W_gate) ⊙ x W_up) W_down (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
@@ -27,7 +52,7 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         dtype = x_BTD.dtype
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(self.gate, dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, read(self.up, dtype))
+        gate_BTF = _project(x_BTD, read(self.gate, dtype))
+        up_BTF = _project(x_BTD, read(self.up, dtype))
         hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "act_mlp")
         return jnp.einsum("BTF,FD->BTD", hidden_BTF, read(self.down, dtype))

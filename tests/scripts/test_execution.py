@@ -2,10 +2,10 @@
 
 import pytest
 
-from parallax.config import PRESETS
+from parallax.config import PRESETS, TrainConfig
 from parallax.model.transformer import UNSTACKED
 from parallelism.hardware import generation_of
-from scripts.execution import choose_attention, choose_layer_loop
+from scripts.execution import choose_accumulate, choose_attention, choose_layer_loop
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from scripts.execution import choose_attention, choose_layer_loop
         ("TPU v6 lite", {}, 256, 1, "splash"),
         ("TPU v3", {}, 256, 1, "xla"),
         ("cpu", {}, 256, 1, "blocks"),
-        ("cpu", {}, 64, 1, "xla"),
+        ("cpu", {}, 64, 1, "blocks"),
         ("cpu", {}, 8192, 1, "blocks"),
         ("cpu", {}, 256, 2, "xla"),
         ("cpu", {"dropout_rate": 0.1}, 256, 1, "xla"),
@@ -67,3 +67,28 @@ def test_few_layers_are_unrolled_on_a_cpu_unless_asked(platform, changes, reduct
 def test_unrolled_layers_are_never_called_exact():
     with pytest.raises(ValueError, match=r"try --model\.layer-loop scan"):
         choose_layer_loop(PRESETS["tiny"].replace(layer_loop="unroll"), "cpu", "exact")
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "changes", "rows", "length", "expected"),
+    [
+        ("cpu", 1, {}, 12, 64, 1),
+        ("cpu", 1, {}, 32, 256, 4),
+        ("cpu", 1, {}, 33, 256, 11),  # the fewest that divide the rows and leave at most eight
+        ("cpu", 4, {}, 32, 256, 1),
+        ("cpu", 1, {}, 4, 8192, 4),
+        ("cpu", 8, {}, 4, 8192, 1),  # fewer rows than devices
+        ("cpu", 1, {"dropout_rate": 0.1}, 32, 256, 1),
+        ("cpu", 1, {"reduction": "exact"}, 32, 256, 1),
+        ("cpu", 1, {"accumulate": 2}, 32, 256, 2),
+        ("tpu", 1, {}, 32, 256, 1),
+        ("tpu", 1, {"accumulate": 2}, 32, 256, 2),
+    ],
+)
+def test_a_cpu_takes_as_many_tokens_at_a_time_as_its_caches_hold_unless_asked(
+    platform, devices, changes, rows, length, expected
+):
+    model = PRESETS["tiny"].replace(dropout_rate=changes.get("dropout_rate", 0.0))
+    asked = {name: value for name, value in changes.items() if name != "dropout_rate"}
+    train = TrainConfig(batch_size=rows, seq_len=length, **asked)
+    assert choose_accumulate(train, model, platform, devices) == expected
