@@ -26,9 +26,7 @@ def _project_forward(x_BTD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tupl
     return jnp.einsum("BTD,DF->BTF", x_BTD, w_DF), (x_BTD, w_DF)
 
 
-def _project_backward(
-    inputs: tuple[jax.Array, jax.Array], g_BTF: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _project_backward(inputs: tuple[jax.Array, jax.Array], g_BTF: jax.Array) -> tuple[jax.Array, jax.Array]:
     x_BTD, w_DF = inputs
     return jnp.einsum("BTF,DF->BTD", g_BTF, w_DF), jnp.einsum("BTD,BTF->DF", x_BTD, g_BTF)
 
