@@ -61,8 +61,9 @@ def test_blocks_give_what_all_scores_give(T, G, window, documents):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)  # sums of up to 1,500 terms of size 1
 
 
-def test_in_bfloat16_they_agree_to_its_rounding():
-    q, k, v, w = arrays(192, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("T", [10, 64, 192])
+def test_in_bfloat16_they_agree_to_its_rounding(T):
+    q, k, v, w = arrays(T, dtype=jnp.bfloat16)
     found, expected = (results(f, q, k, v, w, None, 0) for f in (attend_by_blocks, at_once))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == jnp.bfloat16
