@@ -33,11 +33,15 @@ class Layout:
     reduction: str = "mean"
     """mean, or exact for the same bits on every layout."""
     accumulate: int = 1
-    """Microbatches a step."""
+    """Microbatches a step, at least one."""
     batch_size: int
     """Rows of a global batch."""
     seq_len: int
     """Tokens of a row."""
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate} must be at least 1; try 1")
 
 
 class Strategy(Protocol):

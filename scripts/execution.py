@@ -5,14 +5,15 @@ Invariant: train.py and plan.py decide alike, and what cannot run is refused bef
 
 import dataclasses
 
-from parallax.config import TrainConfig, TransformerConfig
+from parallax.config import TransformerConfig
 from parallax.layers.attention import BY_BLOCKS
 from parallax.layers.splash import LANES, check_length
 from parallax.model.transformer import UNSTACKED
 from parallelism.hardware import Generation
+from scripts.train_flags import Flags
 
-MICROBATCH = 2048
-"""Tokens that a CPU's device takes at a time: a NANO layer's arrays of them are 1 to 3 MB each."""
+MICROBATCH = 1536
+"""Tokens of a microbatch on each device of a CPU, at the least; a NANO layer's arrays of them are 1 to 2 MB."""
 
 
 def choose_attention(
@@ -42,7 +43,7 @@ def choose_attention(
     if length_parts == 1 and not model.dropout_rate:
         if generation is None:
             chosen = "blocks"
-        elif generation is not None and generation.splash and seq_len % LANES == 0:
+        elif generation.splash and seq_len % LANES == 0:
             chosen = "splash"
     return dataclasses.replace(model, attention=chosen)
 
@@ -67,16 +68,21 @@ def choose_layer_loop(model: TransformerConfig, platform: str, reduction: str) -
     return dataclasses.replace(model, layer_loop="unroll" if unroll else "scan")
 
 
-def choose_accumulate(train: TrainConfig, model: TransformerConfig, platform: str, devices: int) -> int:
-    """Microbatches of a step: as many as asked for, or on CPUs of at most about MICROBATCH tokens on each device.
+def choose_accumulate(flags: Flags, platform: str, devices: int) -> int:
+    """Microbatches of a step: as many as asked for, or on CPUs so many that each keeps MICROBATCH tokens.
 
-    There NANO at 32 × 256 takes 0.84 of the time that it takes at once, and SMALL with 4,096 tokens 0.95. Not where it
-    would change the curve: dropout draws anew for each microbatch. Under exact reduction it has no say.
+    On one device NANO at 32 × 256 takes 0.84 of the time that it takes at once. Not where layers speak with other
+    devices, which they would do for each microbatch, nor with dropout, which would draw anew for each. Exact reduction
+    cuts the batch itself.
     """
+    train = flags.train
     if train.accumulate:
         return train.accumulate
-    rows, rest = divmod(train.batch_size, devices)
-    if platform != "cpu" or rest or model.dropout_rate or train.reduction == "exact":
+    alone = flags.strategy != "mesh" or (
+        flags.mesh.partition("=")[0] in ("", "data") and "," not in flags.mesh
+    )
+    rows, rest = divmod(train.batch_size, 1 if flags.strategy in (None, "single") else devices)
+    if platform != "cpu" or not alone or rest or flags.model.dropout_rate or train.reduction == "exact":
         return 1
-    fitting = max(1, MICROBATCH // train.seq_len)
-    return next(parts for parts in range(1, rows + 1) if rows % parts == 0 and rows // parts <= fitting)
+    most = max(1, rows * train.seq_len // MICROBATCH)
+    return max(parts for parts in range(1, min(rows, most) + 1) if rows % parts == 0)

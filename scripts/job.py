@@ -60,7 +60,9 @@ class Job:
         for note in self.notes:
             say(note)
         say(f"tokens    {self.tokenizer.name}, vocabulary of {self.tokenizer.vocab_size}")
-        say(f"steps     {settings.steps} × {settings.batch_size} sequences × {settings.seq_len} tokens")
+        parts = _microbatches(self.flags)
+        said = f", in {parts} microbatches" if parts > 1 and settings.reduction == "mean" else ""
+        say(f"steps     {settings.steps} × {settings.batch_size} sequences × {settings.seq_len} tokens{said}")
         say(f"strategy  {self.strategy.describe()}")
 
 
@@ -135,17 +137,19 @@ def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
 
 
 def _layout(flags: Flags) -> Layout:
-    strategy = flags.strategy or "single"
-    devices = 1 if strategy == "single" else jax.device_count()
     return Layout(
-        strategy=strategy,
+        strategy=flags.strategy or "single",
         mesh=flags.mesh,
         rules=flags.rules,
         reduction=flags.train.reduction,
-        accumulate=choose_accumulate(flags.train, flags.model, jax.default_backend(), devices),
+        accumulate=_microbatches(flags),
         batch_size=flags.train.batch_size,
         seq_len=flags.train.seq_len,
     )
+
+
+def _microbatches(flags: Flags) -> int:
+    return choose_accumulate(flags, jax.default_backend(), jax.device_count())
 
 
 def _corpus_sha256(corpus: Corpus) -> str:

@@ -34,6 +34,8 @@ def results(function, q, k, v, w, segments, window):
 @pytest.mark.parametrize(
     ("T", "G", "window", "documents"),
     [
+        (1, 4, 0, False),
+        (40, 2, 16, True),
         (64, 4, 0, False),
         (128, 4, 0, True),
         (200, 2, 50, False),
@@ -43,6 +45,8 @@ def results(function, q, k, v, w, segments, window):
         (1500, 2, 300, True),
     ],
     ids=[
+        "one token",
+        "short, all",
         "one block",
         "two blocks, documents",
         "ragged, window",

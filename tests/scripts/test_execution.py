@@ -5,7 +5,8 @@ import pytest
 from parallax.config import PRESETS, TrainConfig
 from parallax.model.transformer import UNSTACKED
 from parallelism.hardware import generation_of
-from scripts.execution import choose_accumulate, choose_attention, choose_layer_loop
+from scripts.execution import MICROBATCH, choose_accumulate, choose_attention, choose_layer_loop
+from scripts.train_flags import Flags
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,7 @@ from scripts.execution import choose_accumulate, choose_attention, choose_layer_
         ("TPU v6 lite", {}, 256, 1, "splash"),
         ("TPU v3", {}, 256, 1, "xla"),
         ("cpu", {}, 256, 1, "blocks"),
-        ("cpu", {}, 64, 1, "blocks"),
+        ("cpu", {}, 1, 1, "blocks"),
         ("cpu", {}, 8192, 1, "blocks"),
         ("cpu", {}, 256, 2, "xla"),
         ("cpu", {"dropout_rate": 0.1}, 256, 1, "xla"),
@@ -69,26 +70,44 @@ def test_unrolled_layers_are_never_called_exact():
         choose_layer_loop(PRESETS["tiny"].replace(layer_loop="unroll"), "cpu", "exact")
 
 
+def flags_of(rows, length, strategy="single", mesh="", dropout=0.0, **train):
+    model = PRESETS["tiny"].replace(dropout_rate=dropout)
+    train = TrainConfig(batch_size=rows, seq_len=length, **train)
+    return Flags(strategy=strategy, mesh=mesh, model=model, train=train)
+
+
 @pytest.mark.parametrize(
-    ("platform", "devices", "changes", "rows", "length", "expected"),
+    ("platform", "devices", "rows", "length", "changes", "expected"),
     [
-        ("cpu", 1, {}, 12, 64, 1),
-        ("cpu", 1, {}, 32, 256, 4),
-        ("cpu", 1, {}, 33, 256, 11),  # the fewest that divide the rows and leave at most eight
-        ("cpu", 4, {}, 32, 256, 1),
-        ("cpu", 1, {}, 4, 8192, 4),
-        ("cpu", 8, {}, 4, 8192, 1),  # fewer rows than devices
-        ("cpu", 1, {"dropout_rate": 0.1}, 32, 256, 1),
-        ("cpu", 1, {"reduction": "exact"}, 32, 256, 1),
-        ("cpu", 1, {"accumulate": 2}, 32, 256, 2),
-        ("tpu", 1, {}, 32, 256, 1),
-        ("tpu", 1, {"accumulate": 2}, 32, 256, 2),
+        ("cpu", 1, 12, 64, {}, 1),
+        ("cpu", 1, 32, 256, {}, 4),
+        ("cpu", 1, 33, 256, {}, 3),
+        ("cpu", 1, 31, 128, {}, 1),  # a prime number of rows
+        ("cpu", 1, 4, 8192, {}, 4),
+        ("cpu", 4, 32, 256, {}, 4),  # of which one is used
+        ("cpu", 4, 64, 128, {"strategy": "pmap"}, 1),
+        ("cpu", 2, 64, 128, {"strategy": "pmap"}, 2),
+        ("cpu", 2, 64, 128, {"strategy": "mesh"}, 2),
+        ("cpu", 2, 64, 128, {"strategy": "mesh", "mesh": "data=2"}, 2),
+        ("cpu", 2, 64, 128, {"strategy": "mesh", "mesh": "fsdp=2"}, 1),
+        ("cpu", 4, 64, 128, {"strategy": "mesh", "mesh": "data=2,tensor=2"}, 1),
+        ("cpu", 8, 4, 8192, {"strategy": "mesh"}, 1),  # fewer rows than devices, which is refused elsewhere
+        ("cpu", 1, 32, 256, {"dropout": 0.1}, 1),
+        ("cpu", 1, 32, 256, {"reduction": "exact"}, 1),
+        ("cpu", 1, 32, 256, {"accumulate": 2}, 2),
+        ("tpu", 1, 32, 256, {}, 1),
+        ("tpu", 1, 32, 256, {"accumulate": 2}, 2),
     ],
 )
-def test_a_cpu_takes_as_many_tokens_at_a_time_as_its_caches_hold_unless_asked(
-    platform, devices, changes, rows, length, expected
+def test_a_cpu_takes_few_thousand_tokens_at_a_time_where_that_costs_nothing_unless_asked(
+    platform, devices, rows, length, changes, expected
 ):
-    model = PRESETS["tiny"].replace(dropout_rate=changes.get("dropout_rate", 0.0))
-    asked = {name: value for name, value in changes.items() if name != "dropout_rate"}
-    train = TrainConfig(batch_size=rows, seq_len=length, **asked)
-    assert choose_accumulate(train, model, platform, devices) == expected
+    assert choose_accumulate(flags_of(rows, length, **changes), platform, devices) == expected
+
+
+def test_microbatches_divide_the_rows_of_a_device_and_are_not_small():
+    for rows in range(2, 97, 2):
+        for length in (32, 100, 512, 4096):
+            parts = choose_accumulate(flags_of(rows, length, strategy="pmap"), "cpu", 2)
+            assert rows % (2 * parts) == 0
+            assert parts == 1 or rows // 2 // parts * length >= MICROBATCH

@@ -82,8 +82,11 @@ def test_an_exhaustive_plan_compiles_every_choice(compiler, monkeypatch, tmp_pat
     assert {micro for name, _, micro in tried if name == "data=8"} == {1, 2}
 
 
-def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimizer():
-    layout = Layout(strategy="mesh", mesh="data=2,fsdp=2x2", accumulate=2, batch_size=64, seq_len=32)
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimizer(microbatches):
+    layout = Layout(
+        strategy="mesh", mesh="data=2,fsdp=2x2", accumulate=microbatches, batch_size=64, seq_len=32
+    )
     changes = {"num_kv_heads": 2, "qk_norm": True, "rope_scaling": RopeScaling(kind="linear", factor=2.0)}
     config, optimizer = PRESETS["nano"].replace(**changes), OptimizerConfig(optimizer="muon", beta2=0.9)
     flags = Flags(config="nano", batch_size=64, seq_len=32, model=config, optimizer=optimizer)
@@ -92,4 +95,4 @@ def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimize
     assert read.model == config.replace(remat="full", dtype="bfloat16")
     assert read.learning == optimizer
     assert (read.strategy, read.mesh, read.config) == ("mesh", "data=2,fsdp=2x2", "nano")
-    assert (read.train.batch_size, read.train.seq_len, read.train.accumulate) == (64, 32, 2)
+    assert (read.train.batch_size, read.train.seq_len, read.train.accumulate) == (64, 32, microbatches)

@@ -56,6 +56,18 @@ def test_a_run_explains_itself(call, text, template, layout):
     assert "\ntime      " in err
 
 
+def test_microbatches_that_are_chosen_are_named_and_leave_the_curve_as_it_is(call, text):
+    found = {}
+    for asked in ("0", "1"):
+        run = ("--batch-size", "16", "--seq-len", "256", "--steps", "4", "--accumulate", asked)
+        status, _, err = call(*run, "--output-dir", str(text / asked))
+        assert status == 0
+        assert ("in 2 microbatches" in err) == (asked == "0")
+        found[asked] = losses(text / asked)
+    assert found["0"] == pytest.approx(found["1"], rel=1e-5)  # sums in another order
+    assert json.loads((text / "0" / "config.json").read_text())["train"]["accumulate"] == 0
+
+
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
