@@ -18,7 +18,7 @@ def _project(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
     JAX's own gradient of W is gᵀ x. For it XLA on CPUs turns g over, which is wide and takes the derivative of the gate
     to compute; xᵀ g turns x over instead. NANO trains 1.1 to 1.2 times as fast.
     """
-    return jnp.einsum("BTD,DF->BTF", x_BTD, w_DF)
+    return _project_forward(x_BTD, w_DF)[0]
 
 
 def _project_forward(x_BTD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
