@@ -121,8 +121,7 @@ def _active(generation: Generation, limit: jax.Array) -> jax.Array:
 def _append(generation: Generation, logits_BV: jax.Array, active_B: jax.Array) -> Generation:
     """Draws the next token of each active row."""
     rows, S, V = jnp.arange(len(active_B)), generation.tokens.shape[1], logits_BV.shape[1]
-    keys_B = jax.vmap(jax.random.fold_in)(generation.keys, generation.lengths)
-    token_B = sample(logits_BV, generation.settings, generation.seen, keys_B)
+    token_B = sample(logits_BV, generation.settings, generation.seen, generation.keys, generation.lengths)
     # A row at rest writes beyond the end, which is dropped.
     slot_B, mark_B = jnp.where(active_B, generation.lengths, S), jnp.where(active_B, token_B, V)
     tokens = generation.tokens.at[rows, slot_B].set(token_B, mode="drop")
@@ -140,8 +139,8 @@ def _append(generation: Generation, logits_BV: jax.Array, active_B: jax.Array) -
 class Generator:
     """The compiled functions of one model shape.
 
-    One compilation serves all requests with as many rows whose longest prompt, and that plus max_tokens,
-    round up to the same powers of two. Tokens come back as drawn: a row ends with its eos or stop.
+    One compilation serves all requests with as many rows whose longest prompt, and that plus max_tokens, `Request`
+    rounds up to the same sizes. Tokens come back as drawn: a row ends with its eos or stop.
     """
 
     def __init__(self, config: TransformerConfig):

@@ -1,10 +1,11 @@
 """What is asked of a generation, checked and padded.
 
-Invariant: whatever leaves `arrays` the compiled functions can run, and its shapes are few: sizes are rounded
-up to powers of two, so that a new prompt or length seldom needs a compilation.
+Invariant: whatever leaves `arrays` the compiled functions can run, and its shapes are few: the length of prompts is
+rounded up to a power of two and that of the whole to an eighth of one, so that a new one seldom needs a compilation.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -42,7 +43,10 @@ class Request:
         """
         self._check(config)
         longest = max(len(prompt) for prompt in self.prompts)
-        buckets = (max(SMALLEST_BUCKET, round_up(size)) for size in (longest, longest + self.max_tokens))
+        whole = longest + self.max_tokens
+        # Each token costs all of the cache: a power of two would be up to twice of what is needed.
+        part = max(SMALLEST_BUCKET, round_up(whole) // 8)
+        buckets = max(SMALLEST_BUCKET, round_up(longest)), part * math.ceil(whole / part)
         width, capacity = (min(bucket, config.max_seq_len) for bucket in buckets)
         tokens = np.zeros((len(self.prompts), width), np.int32)
         for row, prompt in enumerate(self.prompts):

@@ -169,8 +169,7 @@ def _draw(
     seeds_B: jax.Array,
     positions_B: jax.Array,
 ) -> jax.Array:
-    keys_B = jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds_B, positions_B)
-    return sample(logits_BV, settings, seen_BV, keys_B)
+    return sample(logits_BV, settings, seen_BV, jax.vmap(jax.random.key)(seeds_B), positions_B)
 
 
 def num_top(vocab_size: int) -> int:

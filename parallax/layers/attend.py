@@ -56,7 +56,9 @@ def attend(
     """All scores at once; queries are scaled already. Returns [B, T, H, K] in the dtype of the values."""
     scores = _scores(_grouped(q_BTHK, k_BSGK), k_BSGK, visible(positions, segments, window))
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype), *dropout)
-    return jnp.einsum("BGRTS,BSGK->BTGRK", weights, v_BSGK).reshape(q_BTHK.shape)
+    # In this order of dims XLA on CPUs reads the values of a cache as they lie; with T in its place it turns them over.
+    heads_BGRTK = jnp.einsum("BGRTS,BSGK->BGRTK", weights, v_BSGK)
+    return jnp.moveaxis(heads_BGRTK, 3, 1).reshape(q_BTHK.shape)
 
 
 class _Running(NamedTuple):

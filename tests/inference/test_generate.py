@@ -195,7 +195,7 @@ def test_a_stream_gives_the_first_tokens_before_it_computes_the_rest():
 def test_two_hundred_tokens_after_the_first_call_compile_nothing(caplog):
     _, params, _ = model()
     generator = Generator(model()[0])
-    small = request(max_tokens=150)
+    small = request(max_tokens=215)
     whole = Request(
         prompts=prompts((30, 4, 8, 1, 22, 6, 32, 13), seed=5),
         settings=SamplingSettings.create(8, temperature=0.9, top_k=[0, 1, 2, 3, 4, 5, 6, 7], min_p=0.01),

@@ -30,11 +30,13 @@ def test_prompts_are_padded_on_the_right():
     assert stops[0].tolist() == [-1] * 14 + [4, 5]
 
 
-def test_sizes_are_rounded_up_to_powers_of_two_within_the_model():
+def test_sizes_are_rounded_up_to_few_within_the_model():
     stops = [np.arange(3)] * 4
     assert shapes(request(max_tokens=1)) == shapes(request((8, 2), eos_id=3, stops=stops))
-    assert shapes(request((33, 1), max_tokens=32)) == shapes(request((64, 9), max_tokens=64, stops=stops))
+    assert shapes(request((33, 1), max_tokens=32)) == shapes(request((64, 9), max_tokens=32, stops=stops))
     assert shapes(request((33, 1), max_tokens=32))[0] == (2, 64)
+    capacities = [shapes(request((8,), max_tokens=size - 8))[-1] for size in range(9, 300)]
+    assert sorted(set(capacities)) == [32, 64, 96, 128, 160, 192, 224, 256, 300]
     assert shapes(request((200, 1), max_tokens=100))[0] == (2, 256)
     assert shapes(request((200, 1), max_tokens=100))[-1] == 300
     assert shapes(request((299, 1), max_tokens=1))[0] == (2, 300)

@@ -9,7 +9,6 @@ from parallax.inference.sampling import SamplingSettings, keep, penalise, probab
 
 VOCAB = 12
 DRAWS = 8192
-draw = jax.jit(sample)
 SETTINGS = [
     {},
     {"temperature": 0.7},
@@ -24,6 +23,11 @@ SETTINGS = [
     {"repetition_penalty": 0.6},
     {"temperature": 1.3, "top_k": 7, "top_p": 0.85, "min_p": 0.1, "repetition_penalty": 1.3},
 ]
+
+
+@jax.jit
+def draw(logits_BV, settings, seen_BV, keys_B):
+    return sample(logits_BV, settings, seen_BV, keys_B, jnp.zeros(len(keys_B), jnp.int32))
 
 
 def allowed_probabilities(
@@ -133,6 +137,27 @@ def test_equal_logits_give_the_lowest_id_when_greedy_and_exactly_k_tokens_otherw
     assert set(np.asarray(drawn).tolist()) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_token_of_logits_that_are_not_numbers_is_still_one_of_the_vocabulary(temperature):
+    logits_BV = jnp.array([[jnp.nan] * VOCAB, [0.0] * (VOCAB - 1) + [jnp.nan], [-jnp.inf] * VOCAB])
+    settings = SamplingSettings.create(3, temperature=temperature)
+    tokens = draw(logits_BV, settings, jnp.zeros((3, VOCAB), bool), jax.random.split(jax.random.key(13), 3))
+    assert tokens.dtype == jnp.int32
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+
+
+def test_each_position_of_a_row_has_noise_of_its_own():
+    rows = 64
+    settings, seen_BV = SamplingSettings.create(rows), jnp.zeros((rows, VOCAB), bool)
+    keys_B = jnp.repeat(jax.random.split(jax.random.key(14), 1), rows)
+    logits_BV, positions_B = jnp.zeros((rows, VOCAB)), jnp.arange(rows)
+    tokens = sample(logits_BV, settings, seen_BV, keys_B, positions_B)
+    noise_BV = jnp.stack(
+        [jax.random.gumbel(jax.random.fold_in(keys_B[0], at), (VOCAB,)) for at in range(rows)]
+    )
+    assert (tokens == jnp.argmax(noise_BV, axis=1)).all()
+
+
 def test_a_row_ignores_its_neighbours_and_settings_need_no_compilation():
     rows = len(SETTINGS)
     logits_BV, keys_B = random_logits(10, rows), jax.random.split(jax.random.key(11), rows)
@@ -140,7 +165,7 @@ def test_a_row_ignores_its_neighbours_and_settings_need_no_compilation():
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     mixed = {name: [setting.get(name, value) for setting in SETTINGS] for name, value in defaults.items()}
     together = draw(logits_BV, SamplingSettings.create(rows, **mixed), seen_BV, keys_B)
-    alone = jax.jit(lambda *args: sample(*args))  # its own cache
+    alone = jax.jit(lambda *args: draw(*args))  # its own cache
     for row, setting in enumerate(SETTINGS):
         at = slice(row, row + 1)
         token = alone(logits_BV[at], SamplingSettings.create(1, **setting), seen_BV[at], keys_B[at])

@@ -150,6 +150,21 @@ def test_cache_has_the_compute_dtype_and_one_slot_a_token():
         assert not leaf.any()
 
 
+@pytest.mark.parametrize("rows", [1, B])
+def test_a_layers_own_arrays_are_written_like_its_part_of_the_stack(rows):
+    config = TransformerConfig(**SIZES)
+    stack = jax.tree.map(lambda leaf: leaf + 7.0, KVCache.create(config, rows, SLOTS))
+    own = LayerCache(keys=stack.keys[1], values=stack.values[1])
+    part = LayerCache(keys=stack.keys, values=stack.values, layer=jnp.int32(1))
+    k, v = np.random.default_rng(4).normal(size=(2, rows, 2, 4, 4)).astype(np.float32)
+    at = np.stack([np.array([2, SLOTS]) + row for row in range(rows)]).astype(
+        np.int32
+    )  # the second in no slot
+    for mine, shared in zip(own.write(k, v, at).read(), part.write(k, v, at).read(), strict=True):
+        np.testing.assert_array_equal(mine, shared)
+        assert (np.asarray(mine != 7.0).any((2, 3)).sum(axis=1) == 1).all()
+
+
 def test_layer_writes_and_reads_its_own_part():
     config = TransformerConfig(**SIZES)
     cache = KVCache.create(config, B, SLOTS)
