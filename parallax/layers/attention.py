@@ -71,7 +71,10 @@ class Attention(nnx.Module):
         by_blocks = self.config.attention in BY_BLOCKS and positions_BT is None and cache is None
         if positions_BT is None:
             positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
-        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT)
+        # A CPU, which takes layers one by one, joins the weights before its loop over tokens and generates 1.08 times
+        # as fast (SMALL-1365); it would train at 0.92 of the speed (NANO).
+        merged = cache is not None and cache.layer is None
+        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT, merged)
         key_positions = positions_BT
         if cache is not None:
             cache = cache.write(k_BSGK, v_BSGK, positions_BT)
@@ -136,12 +139,20 @@ class Attention(nnx.Module):
             q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, dropout_key
         )
 
-    def _project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, K], scaled by 1/√K, keys and values [B, T, G, K]; queries and keys rotated."""
-        dtype = x_BTD.dtype
-        q_BTHK = jnp.einsum("BTD,DHK->BTHK", x_BTD, read(self.query, dtype))
-        k_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, read(self.key, dtype))
-        v_BTGK = jnp.einsum("BTD,DGK->BTGK", x_BTD, read(self.value, dtype))
+    def _project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, merged: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, K], scaled by 1/√K, keys and values [B, T, G, K]; queries and keys rotated.
+
+        Merged, they come from one product with the three weights side by side.
+        """
+        dtype, H, G = x_BTD.dtype, self.config.num_heads, self.config.num_kv_heads
+        weights = [read(weight, dtype) for weight in (self.query, self.key, self.value)]
+        if merged:
+            heads = jnp.einsum("BTD,DHK->BTHK", x_BTD, jnp.concatenate(weights, axis=1))
+            q_BTHK, k_BTGK, v_BTGK = jnp.split(heads, [H, H + G], axis=2)
+        else:
+            q_BTHK, k_BTGK, v_BTGK = (jnp.einsum("BTD,DHK->BTHK", x_BTD, weight) for weight in weights)
         if self.config.attention_bias:
             q_BTHK += read(self.query_bias, dtype)[None, None]
             k_BTGK += read(self.key_bias, dtype)[None, None]
