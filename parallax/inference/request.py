@@ -1,7 +1,8 @@
 """What is asked of a generation, checked and padded.
 
 Invariant: whatever leaves `arrays` the compiled functions can run, and its shapes are few: the length of prompts is
-rounded up to a power of two and that of the whole to an eighth of one, so that a new one seldom needs a compilation.
+rounded up to a power of two and that of the whole to an eighth of one, no less than the former, so that a new one
+seldom needs a compilation.
 """
 
 import dataclasses
@@ -43,11 +44,11 @@ class Request:
         """
         self._check(config)
         longest = max(len(prompt) for prompt in self.prompts)
-        whole = longest + self.max_tokens
+        width, whole = max(SMALLEST_BUCKET, round_up(longest)), longest + self.max_tokens
         # Each token costs all of the cache: a power of two would be up to twice of what is needed.
         part = max(SMALLEST_BUCKET, round_up(whole) // 8)
-        buckets = max(SMALLEST_BUCKET, round_up(longest)), part * math.ceil(whole / part)
-        width, capacity = (min(bucket, config.max_seq_len) for bucket in buckets)
+        sizes = width, max(width, part * math.ceil(whole / part))
+        width, capacity = (min(size, config.max_seq_len) for size in sizes)
         tokens = np.zeros((len(self.prompts), width), np.int32)
         for row, prompt in enumerate(self.prompts):
             tokens[row, : len(prompt)] = prompt

@@ -1,7 +1,7 @@
 """Draw one token a row from logits, each row by its own settings and its own key.
 
 Invariant: settings are arrays, operands of the compiled function, so all settings share one compilation; and
-a row's token is a function of that row's logits, settings, seen tokens and key, never of its neighbours.
+a row's token is a function of that row's logits, settings, seen tokens, key and position, never of its neighbours.
 """
 
 from collections.abc import Sequence
@@ -152,7 +152,7 @@ def _scaled(penalised_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
 
 
 def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array) -> jax.Array:
-    """What `sample` draws from the same arguments, as a distribution [B, V]: one token has it all at temperature 0."""
+    """What `sample` draws from, as a distribution [B, V]: one token has it all at temperature 0."""
     scaled_BV = _scaled(penalise(logits_BV, settings.repetition_penalty, seen_BV), settings)
     best_B1 = jnp.argmax(scaled_BV, axis=1, keepdims=True)
     ids_BV = jax.lax.broadcasted_iota(best_B1.dtype, scaled_BV.shape, 1)
@@ -161,7 +161,9 @@ def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax
 
 
 def _likeliest(logits_BV: jax.Array) -> jax.Array:
-    """The first of a row's greatest, int32 [B]; XLA's argmax takes several times as long on a CPU."""
+    """The first of a row's greatest, int32 [B]. XLA's own argmax takes several times as long on a CPU."""
+    if jax.default_backend() != "cpu":
+        return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
     best_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
     ids_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)[None]
     # Where nothing equals the greatest, which then is NaN, the last id is still one of the vocabulary.
@@ -194,7 +196,7 @@ def sample(
         own_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:], scaled_BV.dtype))(own_B)
         noisy_BV = jnp.where(keep(scaled_BV, settings), scaled_BV + noise_BV, -jnp.inf)
-        return _likeliest(jnp.where(greedy_B[:, None], scaled_BV, noisy_BV))
+        return _likeliest(jnp.where(greedy_B[:, None], penalised_BV, noisy_BV))
 
     # Where all are greedy, which only the host could know before, there is no noise to pay for.
     return jax.lax.cond(jnp.all(greedy_B), lambda: _likeliest(penalised_BV), draw)

@@ -48,9 +48,9 @@ class Embedding(nnx.Module):
         Those from V on are MASKED. The cap is Gemma 2's (arXiv:2408.00118, section 2).
         """
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        if x_BTD.shape[0] > x_BTD.shape[1] == 1:
-            # One token each of several rows: XLA on CPUs copies the second operand, and takes 1.4 times as long if that
-            # is the table. Without the barrier it would change them back.
+        if jax.default_backend() == "cpu" and x_BTD.shape[0] > x_BTD.shape[1] == 1:
+            # One token each of several rows: XLA copies the second operand, and takes 1.4 times as long if that is the
+            # table. Without the barrier it would change them back.
             logits_WBT = jnp.einsum("WD,BTD->WBT", table_WD, x_BTD, preferred_element_type=wide)
             logits_BTW = jnp.moveaxis(jax.lax.optimization_barrier(logits_WBT), 0, -1)
         else:

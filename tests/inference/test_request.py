@@ -42,6 +42,15 @@ def test_sizes_are_rounded_up_to_few_within_the_model():
     assert shapes(request((299, 1), max_tokens=1))[0] == (2, 300)
 
 
+def test_there_is_room_for_the_padded_prompts_and_for_the_whole():
+    for longest in range(1, 300):
+        for max_tokens in {1, 2, 30, 60, 100, 300 - longest}:
+            if longest + max_tokens <= 300:
+                (_, width), *_, capacity = shapes(request((longest,), max_tokens=max_tokens))
+                assert longest <= width <= capacity <= 300
+                assert longest + max_tokens <= capacity
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -137,6 +137,16 @@ def test_equal_logits_give_the_lowest_id_when_greedy_and_exactly_k_tokens_otherw
     assert set(np.asarray(drawn).tolist()) == {0, 1, 2}
 
 
+def test_a_greedy_row_of_logits_without_bounds_ignores_its_neighbours():
+    logits_BV = jnp.array([[-jnp.inf] * VOCAB, [0.0, 1.0, jnp.inf] + [0.0] * (VOCAB - 3), [jnp.nan] * VOCAB])
+    seen_BV, keys_B = jnp.zeros((4, VOCAB), bool), jax.random.split(jax.random.key(15), 4)
+    alone = draw(logits_BV, SamplingSettings.create(3, temperature=0.0), seen_BV[:3], keys_B[:3])
+    mixed = SamplingSettings.create(4, temperature=[0.0, 0.0, 0.0, 1.0])
+    together = draw(jnp.concatenate([logits_BV, jnp.zeros((1, VOCAB))]), mixed, seen_BV, keys_B)
+    assert together[:3].tolist() == alone.tolist()
+    assert alone[:2].tolist() == [0, 2]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_token_of_logits_that_are_not_numbers_is_still_one_of_the_vocabulary(temperature):
     logits_BV = jnp.array([[jnp.nan] * VOCAB, [0.0] * (VOCAB - 1) + [jnp.nan], [-jnp.inf] * VOCAB])

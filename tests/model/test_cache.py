@@ -157,9 +157,7 @@ def test_a_layers_own_arrays_are_written_like_its_part_of_the_stack(rows):
     own = LayerCache(keys=stack.keys[1], values=stack.values[1])
     part = LayerCache(keys=stack.keys, values=stack.values, layer=jnp.int32(1))
     k, v = np.random.default_rng(4).normal(size=(2, rows, 2, 4, 4)).astype(np.float32)
-    at = np.stack([np.array([2, SLOTS]) + row for row in range(rows)]).astype(
-        np.int32
-    )  # the second in no slot
+    at = np.arange(rows, dtype=np.int32)[:, None] + np.array([[2, SLOTS]], np.int32)  # the second in no slot
     for mine, shared in zip(own.write(k, v, at).read(), part.write(k, v, at).read(), strict=True):
         np.testing.assert_array_equal(mine, shared)
         assert (np.asarray(mine != 7.0).any((2, 3)).sum(axis=1) == 1).all()
