@@ -195,12 +195,7 @@ def test_a_stream_gives_the_first_tokens_before_it_computes_the_rest():
 @pytest.mark.parametrize(("longest", "max_tokens"), [(65, 1), (65, 20), (129, 40)])
 def test_a_prompt_that_is_padded_to_more_than_it_becomes(longest, max_tokens):
     config, params, _ = model()
-    asked = Request(
-        prompts=prompts((longest,)),
-        settings=SamplingSettings.create(1, temperature=0.0),
-        seeds=[0],
-        max_tokens=max_tokens,
-    )
+    asked = request(1, max_tokens, prompts=prompts((longest,)))
     (tokens,) = Generator(config).generate(params, asked)
     assert [token for _, token in Generator(config).stream(params, asked)] == tokens.tolist()
     assert len(tokens) == max_tokens
