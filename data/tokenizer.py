@@ -85,19 +85,22 @@ class CharTokenizer(Tokenizer):
         return len(self.alphabet) if self.has_eos else None
 
     @cached_property
-    def _codes(self) -> np.ndarray:
-        return _code_points(self.alphabet)
+    def _ids(self) -> np.ndarray:
+        """By code point, up to the first beyond the alphabet; -1 where there is none."""
+        codes = _code_points(self.alphabet)
+        ids = np.full(int(codes.max(initial=0)) + 2, -1, np.int32)
+        ids[codes] = np.arange(len(codes))
+        return ids
 
     def encode(self, text: str) -> np.ndarray:
-        codes = _code_points(text)
-        ids = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        unknown = np.flatnonzero(self._codes[ids] != codes)
+        ids = self._ids[np.minimum(_code_points(text), len(self._ids) - 1)]
+        unknown = np.flatnonzero(ids < 0)
         if unknown.size:
             position = int(unknown[0])
             found = f"character {text[position]!r} at position {position}"
             rule = f"{found} is not among the {len(self.alphabet)} that this tokenizer was made from"
             raise ValueError(f"{rule}; leave it out, or train with --tokenizer byte")
-        return ids.astype(np.int32)
+        return ids
 
     def token_bytes(self, token_id: int) -> bytes:
         check_id(token_id, self.vocab_size)

@@ -4,6 +4,7 @@ Invariant: what comes back is the gradient of (sum of losses) / (global number o
 and devices the batch was cut into. Accumulation and exact reduction live here and nowhere else.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
         sums, tokens = loss_fn(params, batch, key)
         return sums["loss"], (sums, tokens)
 
+    @functools.partial(jax.jit, inline=True)  # traced once, for the shapes of the totals and for the loop
     def whole(params, batch, key):
         (_, (sums, tokens)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
         return sums, tokens, grads

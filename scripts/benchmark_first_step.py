@@ -15,8 +15,11 @@ from pathlib import Path
 INTERPRETER = time.time()
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
+from scripts import train  # first, as train.py itself is what Python comes to first
+
+# isort: split
 from parallax.training.loop import Row
-from scripts import attempt, train
+from scripts import attempt
 
 IMPORTED = time.time()
 

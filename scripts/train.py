@@ -4,11 +4,13 @@ Invariant: nothing is written before all input is known to be good, in every pro
 """
 
 # ruff: noqa: E402 (the clock starts before the other imports, which take seconds)
+import gc
 import sys
 import time
 from pathlib import Path
 
 BEGAN = time.time()
+gc.disable()  # until main, since what imports make is no garbage
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
 import jax
@@ -28,6 +30,8 @@ from scripts.train_flags import read_flags
 def main() -> int:
     """Exit status: 0 finished, or stopped as asked; 1 failed, and would again; 2 bad input; 3 failed from
     outside; 4 lost a peer."""
+    gc.freeze()  # nor looked through again while the step is traced: with the line above a tenth of a warm start
+    gc.enable()
     keep_large_buffers()
     keep_compiled_programs()
     with errors_in_one_line():
