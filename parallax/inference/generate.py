@@ -18,13 +18,14 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings, sample
 from parallax.inference.stopping import ends_with_stop
 from parallax.model.cache import KVCache
-from parallax.model.transformer import Params, TransformerLM
+from parallax.model.transformer import Layers, Params, TransformerLM
 
 
 @chex.dataclass(frozen=True)
 class Generation:
     """B rows under way. The cache holds a row's tokens before its last, which is fed to draw the next."""
 
+    layers: Layers | None  # with the cache, as `TransformerLM.unstack` gives them
     cache: KVCache
     tokens: jax.Array  # int32 [B, S]: the prompt, then what was generated
     lengths: jax.Array  # int32 [B]: tokens so far
@@ -71,7 +72,8 @@ def prefill(
         jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
     )
     return Generation(
-        cache=cast(KVCache, cache).stack().grow(capacity),
+        layers=layers,
+        cache=cast(KVCache, cache).grow(capacity),
         tokens=jnp.pad(tokens_BP, ((0, 0), (0, capacity - P))),
         lengths=lengths_B,
         prompt_lengths=lengths_B,
@@ -96,7 +98,7 @@ def extend(config: TransformerConfig, params: Params, generation: Generation, li
     def unfinished(generation: Generation) -> jax.Array:
         return jnp.any(_active(generation, limit))
 
-    layers, cache = TransformerLM.from_params(config, params).unstack(generation.cache)
+    layers = generation.layers
 
     def step(generation: Generation) -> Generation:
         # A last token that was fed before, by the prefill or in a row at rest, writes the same keys and values.
@@ -108,8 +110,8 @@ def extend(config: TransformerConfig, params: Params, generation: Generation, li
             dataclasses.replace(generation, cache=cache), logits_B1V[:, 0], _active(generation, limit)
         )
 
-    generation = jax.lax.while_loop(unfinished, step, dataclasses.replace(generation, cache=cache))
-    return dataclasses.replace(generation, cache=generation.cache.stack())
+    generation = jax.lax.while_loop(unfinished, step, dataclasses.replace(generation, layers=None))
+    return dataclasses.replace(generation, layers=layers)
 
 
 def _active(generation: Generation, limit: jax.Array) -> jax.Array:

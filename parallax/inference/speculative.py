@@ -23,7 +23,7 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import probabilities
 from parallax.inference.stopping import ends_with_stop
 from parallax.model.cache import KVCache
-from parallax.model.transformer import Params, TransformerLM
+from parallax.model.transformer import Layers, Params, TransformerLM
 
 PROPOSE, ACCEPT, REPLACE = range(3)
 """What the key of a position is folded with for each of its draws."""
@@ -48,6 +48,7 @@ class Speculation:
     """B rows under way. Both caches hold a row's tokens before its last, and have room for proposals beyond its end."""
 
     text: Generation
+    draft_layers: Layers | None
     draft_cache: KVCache
     rooms: jax.Array  # int32 [B]: how long each row may become
     proposed: jax.Array  # int32 [B]: tokens that the small model proposed
@@ -72,6 +73,7 @@ def start(
     none = jnp.zeros_like(text.lengths)
     speculation = Speculation(
         text=text,
+        draft_layers=draft.layers,
         draft_cache=draft.cache,
         rooms=text.prompt_lengths + max_tokens,
         proposed=none,
@@ -123,7 +125,7 @@ def _propose(config: TransformerConfig, params: Params, state: Speculation, coun
         # Two tokens are fed each time: where all proposals passed, the last but one has not been fed before.
         cache, pair_B2, lengths_B, seen_BV = carry
         positions_B2 = jnp.maximum(lengths_B[:, None] + jnp.array([[-2, -1]]), 0)
-        logits_B2V, cache = model(pair_B2, positions_B2, cache=cache)
+        logits_B2V, cache = model(pair_B2, positions_B2, cache=cache, layers=state.draft_layers)
         probs_BV = probabilities(logits_B2V[:, 1], text.settings, seen_BV)
         token_B = draw(probs_BV, keys_B)
         pair_B2 = jnp.stack([pair_B2[:, 1], token_B], axis=1)
@@ -148,7 +150,7 @@ def _check(
     fed_BT = jnp.concatenate([last_B1, proposal.tokens_RB.T], axis=1)
     positions_BT = text.lengths[:, None] - 1 + jnp.arange(count + 1)[None]
     model = TransformerLM.from_params(config, params)
-    logits_BTV, cache = model(fed_BT, positions_BT, cache=text.cache)
+    logits_BTV, cache = model(fed_BT, positions_BT, cache=text.cache, layers=text.layers)
     p_TBV = jax.vmap(probabilities, (1, None, 0))(logits_BTV, text.settings, proposal.seen_TBV)
     passed_B, own_B = check_proposals(
         proposal.tokens_RB,
