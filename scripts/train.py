@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 BEGAN = time.time()
-gc.disable()  # until main, since what imports make is no garbage
+gc.disable()  # what imports make stays: not to look through it, now and while a step is traced, saves 0.2 s
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
 import jax
@@ -26,12 +26,13 @@ from scripts.compilation_cache import keep_compiled_programs
 from scripts.job import Job, prepare_job
 from scripts.train_flags import read_flags
 
+gc.freeze()
+gc.enable()
+
 
 def main() -> int:
     """Exit status: 0 finished, or stopped as asked; 1 failed, and would again; 2 bad input; 3 failed from
     outside; 4 lost a peer."""
-    gc.freeze()  # nor looked through again while the step is traced: with the line above a tenth of a warm start
-    gc.enable()
     keep_large_buffers()
     keep_compiled_programs()
     with errors_in_one_line():

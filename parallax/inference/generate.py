@@ -5,6 +5,7 @@ drawn with fold_in(key(seed), p), so neighbours, padding and where a stream paus
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -93,25 +94,25 @@ def start(config: TransformerConfig, params: Params, *request_and_limit: Any, ca
 
 
 def extend(config: TransformerConfig, params: Params, generation: Generation, limit: jax.Array) -> Generation:
-    """Goes on until each row is done or has `limit` generated tokens, those of earlier calls included."""
+    """Goes on until each row is done or has `limit` generated tokens, those of earlier calls included.
+
+    `params` are those of its prefill, of which it may hold the layers.
+    """
 
     def unfinished(generation: Generation) -> jax.Array:
         return jnp.any(_active(generation, limit))
-
-    layers = generation.layers
 
     def step(generation: Generation) -> Generation:
         # A last token that was fed before, by the prefill or in a row at rest, writes the same keys and values.
         model = TransformerLM.from_params(config, params)
         positions_B1 = generation.lengths[:, None] - 1
         last_B1 = jnp.take_along_axis(generation.tokens, positions_B1, axis=1)
-        logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache, layers=layers)
+        logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache, layers=generation.layers)
         return _append(
             dataclasses.replace(generation, cache=cache), logits_B1V[:, 0], _active(generation, limit)
         )
 
-    generation = jax.lax.while_loop(unfinished, step, dataclasses.replace(generation, layers=None))
-    return dataclasses.replace(generation, layers=layers)
+    return jax.lax.while_loop(unfinished, step, generation)
 
 
 def _active(generation: Generation, limit: jax.Array) -> jax.Array:
@@ -146,10 +147,13 @@ class Generator:
     """
 
     def __init__(self, config: TransformerConfig):
+        def whole(*args: Any, capacity: int) -> tuple[jax.Array, jax.Array]:
+            generation = start(config, *args, capacity=capacity)
+            return generation.tokens, generation.lengths
+
         self.config = config
-        self.start = jax.jit(
-            lambda *args, capacity: start(config, *args, capacity=capacity), static_argnames="capacity"
-        )
+        self._whole = jax.jit(whole, static_argnames="capacity")
+        self.start = jax.jit(functools.partial(start, config), static_argnames="capacity")
         self.extend = jax.jit(lambda *args: extend(config, *args), donate_argnums=1)
 
     def generate(self, params: Params, request: Request) -> list[np.ndarray]:
@@ -159,8 +163,8 @@ class Generator:
           ValueError: from `Request.arrays`.
         """
         arrays, capacity = request.arrays(self.config)
-        generation = self.start(params, *arrays, np.int32(request.max_tokens), capacity=capacity)
-        tokens, lengths = np.array(generation.tokens), np.array(generation.lengths)
+        found = self._whole(params, *arrays, np.int32(request.max_tokens), capacity=capacity)
+        tokens, lengths = (np.array(x) for x in found)
         return [tokens[row, len(prompt) : lengths[row]] for row, prompt in enumerate(request.prompts)]
 
     def stream(self, params: Params, request: Request, chunk: int = 8) -> Iterator[tuple[int, int]]:
