@@ -16,7 +16,7 @@ from parallax.inference.completion import Completion, Running, Token
 from parallax.inference.request import SMALLEST_BUCKET, check_ids, check_seed
 from parallax.inference.slots import TOP, Slots, decode, insert, prefill, read_report
 from parallax.inference.stopping import round_up
-from parallax.model.transformer import Params
+from parallax.model.transformer import Params, TransformerLM
 
 __all__ = ["TOP", "Batcher", "Completion", "Token"]
 
@@ -66,12 +66,17 @@ class Batcher:
             with bound(whole):
                 return insert(slots, slot, filled), drawn, prompt_scores
 
-        def step(params, slots, window):
+        def step(params, layers, slots, window):
             with bound(whole):
-                return decode(config, params, slots, steps=tokens_per_step, window=window)
+                return decode(config, params, layers, slots, steps=tokens_per_step, window=window)
+
+        def unstack(params):
+            return TransformerLM.from_params(config, params).unstack()
 
         self._fill = jax.jit(fill, donate_argnums=1)
-        self._step = jax.jit(step, donate_argnums=1, static_argnums=2)
+        self._step = jax.jit(step, donate_argnums=2, static_argnums=3)
+        # On a mesh a layer's own cache would be gathered to be written.
+        self._layers = jax.jit(unstack)(params) if placement is None else None
         self._slots = jax.jit(create)()
 
     @property
@@ -159,7 +164,7 @@ class Batcher:
             return []
         longest = max(running.length for running in busy)
         self._slots, reports = self._step(
-            self.params, self._slots, self._bucket(longest + self.tokens_per_step)
+            self.params, self._layers, self._slots, self._bucket(longest + self.tokens_per_step)
         )
         return [
             self._take(slot, running, words)
@@ -185,7 +190,7 @@ class Batcher:
         length = min(SMALLEST_BUCKET, self.capacity)
         while True:
             self._prefill(0, Completion(prompt=np.zeros(length, np.int32), max_tokens=0))
-            self._slots, _ = self._step(self.params, self._slots, length)
+            self._slots, _ = self._step(self.params, self._layers, self._slots, length)
             if length == self.capacity:
                 return
             length = min(2 * length, self.capacity)

@@ -26,7 +26,7 @@ from parallax.model.transformer import Layers, Params, TransformerLM
 class Generation:
     """B rows under way. The cache holds a row's tokens before its last, which is fed to draw the next."""
 
-    layers: Layers | None  # with the cache, as `TransformerLM.unstack` gives them
+    layers: Layers | None  # from `TransformerLM.unstack`; where they are, the cache is unstacked too
     cache: KVCache
     tokens: jax.Array  # int32 [B, S]: the prompt, then what was generated
     lengths: jax.Array  # int32 [B]: tokens so far
@@ -65,7 +65,8 @@ def prefill(
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None, :], (B, P))
     model = TransformerLM.from_params(config, params)
-    layers, cache = model.unstack(KVCache.create(config, B, P))
+    layers, cache = model.unstack(), KVCache.create(config, B, P)
+    cache = cache if layers is None else cache.unstack()
     _, cache = model.hidden(tokens_BP, positions_BP, cache=cache, layers=layers)
     # Padding marks a token beyond the vocabulary, which is dropped.
     ids_BP = jnp.where(positions_BP < lengths_B[:, None], tokens_BP, config.vocab_size)

@@ -18,7 +18,7 @@ from parallax.axes import constrain
 from parallax.config import TransformerConfig
 from parallax.inference.sampling import SamplingSettings, sample
 from parallax.model.cache import KVCache
-from parallax.model.transformer import Params, TransformerLM
+from parallax.model.transformer import Layers, Params, TransformerLM
 
 TOP = 10
 """How many of the most probable tokens are reported with each token."""
@@ -58,7 +58,7 @@ def _placed(slots: Slots) -> Slots:
     keys_values, rows = (None, "batch", "act_kv_heads", None, None), dataclasses.replace(slots, cache=None)
     return dataclasses.replace(
         jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), rows),
-        cache=jax.tree.map(lambda x: constrain(x, *keys_values), slots.cache),
+        cache=jax.tree.map(lambda x: constrain(x, *keys_values[-x.ndim :]), slots.cache),
     )
 
 
@@ -124,21 +124,24 @@ def insert(slots: Slots, slot: jax.Array, row: Slots) -> Slots:
 
 
 def decode(
-    config: TransformerConfig, params: Params, slots: Slots, *, steps: int, window: int
+    config: TransformerConfig, params: Params, layers: Layers | None, slots: Slots, *, steps: int, window: int
 ) -> tuple[Slots, jax.Array]:
     """`steps` tokens more for every slot: the slots, and the reports of these tokens [steps, B, R].
 
     It ends early for nothing: where a row is over, the host knows, and looks at no more of it. Only the first `window`
     tokens of the cache are read and written, which rows in use must not outgrow: a step costs what is held, not what
-    could be.
+    could be. `layers` is what `TransformerLM.unstack` gave for these parameters.
     """
     capacity = slots.cache.capacity
     whole = slots.cache
-    slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x[:, :, :, :window], whole))
+    cache = jax.tree.map(lambda x: x[:, :, :, :window], whole)
+    slots = dataclasses.replace(slots, cache=cache if layers is None else cache.unstack())
 
     def step(slots: Slots, _) -> tuple[Slots, jax.Array]:
         model = TransformerLM.from_params(config, params)
-        logits_B1V, cache = model(slots.last[:, None], slots.lengths[:, None] - 1, cache=slots.cache)
+        logits_B1V, cache = model(
+            slots.last[:, None], slots.lengths[:, None] - 1, cache=slots.cache, layers=layers
+        )
         logits_BV = constrain(logits_B1V[:, 0], "batch", None)
         token_B = _draw(logits_BV, slots.settings, slots.seen, slots.seeds, slots.lengths)
         slots = dataclasses.replace(
@@ -152,7 +155,9 @@ def decode(
         return _placed(slots), report(logits_BV, token_B)
 
     slots, reports_KBR = jax.lax.scan(step, slots, None, length=steps)
-    cache = jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, slots.cache)
+    cache = jax.tree.map(
+        lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, slots.cache.stack()
+    )
     return _placed(dataclasses.replace(slots, cache=cache)), constrain(reports_KBR, None, None, None)
 
 

@@ -75,7 +75,7 @@ class TransformerLM(nnx.Module):
           segments: [B, T]; tokens attend within their own segment.
           cache: earlier tokens; a token is written to the slot of its position.
           dropout_key: without one nothing is dropped.
-          layers: what `unstack` gave, with its cache.
+          layers: what `unstack` gave, with an unstacked cache.
 
         Raises:
           ValueError: a cache without positions, or with segments.
@@ -143,17 +143,16 @@ class TransformerLM(nnx.Module):
             caches.append(own)
         return x_BTD, KVCache(keys=tuple(x.keys for x in caches), values=tuple(x.values for x in caches))
 
-    def unstack(self, cache: KVCache) -> tuple[Layers | None, KVCache]:
-        """Weights and cache layer by layer, for a loop over tokens; or None and the cache as it is.
+    def unstack(self) -> Layers | None:
+        """Weights layer by layer, for many calls with an unstacked cache; or None, where the stack is better.
 
         A CPU copies a layer out of the stack before it multiplies with it, at every token anew. Other devices read it
         where it lies and have no memory for a copy, and a deep model would take long to compile.
         """
         if jax.default_backend() != "cpu" or self.config.num_layers > UNSTACKED:
-            return None, cache
+            return None
         _, stacked = nnx.split(self.blocks)
-        layers = (jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(self.config.num_layers))
-        return tuple(layers), cache.unstack()
+        return tuple(jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(self.config.num_layers))
 
     @property
     def head(self) -> Embedding:

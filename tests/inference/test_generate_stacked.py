@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 
+from parallax.inference.batching import Batcher, Completion
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
@@ -64,3 +65,16 @@ def test_speculative_generator():
     with stacked():
         streamed = rows(own.stream(BothParams(params, draw_params(CONFIG, 1)), GREEDY, chunk=7))
     assert streamed == expected
+
+
+def test_batcher():
+    params = draw_params(CONFIG)
+    expected = [tokens.tolist() for tokens in generator(CONFIG).generate(params, GREEDY)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "UNSTACKED", 0)
+        batcher = Batcher(CONFIG, params, slots=3, capacity=64)
+        asked = [Completion(prompt=given, temperature=0.0, max_tokens=30) for given in GREEDY.prompts]
+        tokens = [token for ticket, each in enumerate(asked) for token in batcher.admit(ticket, each)]
+        while batcher.free < 3:
+            tokens += batcher.step()
+    assert rows((token.ticket, token.token_id) for token in tokens) == expected
