@@ -5,6 +5,7 @@ with the same seed, whatever shares the batch, whoever came first and whoever wa
 compiled. (Matrices of other shapes may be multiplied with other last bits: a tie to the last bit can fall apart.)
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -16,7 +17,7 @@ from parallax.inference.completion import Completion, Running, Token
 from parallax.inference.request import SMALLEST_BUCKET, check_ids, check_seed
 from parallax.inference.slots import TOP, Slots, decode, insert, prefill, read_report
 from parallax.inference.stopping import round_up
-from parallax.model.transformer import Params, TransformerLM
+from parallax.model.transformer import Params, unstack
 
 __all__ = ["TOP", "Batcher", "Completion", "Token"]
 
@@ -56,13 +57,13 @@ class Batcher:
         whole, row = (placement, None) if placement is None else (placement, _OneRow(placement))
 
         # Fresh closures, since JAX knows nothing of what is bound.
-        def create():
+        def create(layers):
             with bound(whole):
-                return Slots.create(config, slots, self.capacity)
+                return Slots.create(config, layers, slots, self.capacity)
 
-        def fill(params, slots, slot, *prompt):
+        def fill(params, layers, slots, slot, *prompt):
             with bound(row):
-                filled, drawn, prompt_scores = prefill(config, params, *prompt)
+                filled, drawn, prompt_scores = prefill(config, params, layers, *prompt)
             with bound(whole):
                 return insert(slots, slot, filled), drawn, prompt_scores
 
@@ -70,14 +71,11 @@ class Batcher:
             with bound(whole):
                 return decode(config, params, layers, slots, steps=tokens_per_step, window=window)
 
-        def unstack(params):
-            return TransformerLM.from_params(config, params).unstack()
-
-        self._fill = jax.jit(fill, donate_argnums=1)
+        self._fill = jax.jit(fill, donate_argnums=2)
         self._step = jax.jit(step, donate_argnums=2, static_argnums=3)
-        # On a mesh a layer's own cache would be gathered to be written.
-        self._layers = jax.jit(unstack)(params) if placement is None else None
-        self._slots = jax.jit(create)()
+        # A second copy of the blocks' weights, for CPUs. On a mesh a layer's own cache would be gathered to be written.
+        self._layers = jax.jit(functools.partial(unstack, config))(params) if placement is None else None
+        self._slots = jax.jit(create)(self._layers)
 
     @property
     def free(self) -> int:
@@ -139,6 +137,7 @@ class Batcher:
         tokens[:length] = completion.prompt
         self._slots, drawn, prompt_scores = self._fill(
             self.params,
+            self._layers,
             self._slots,
             np.int32(slot),
             tokens,

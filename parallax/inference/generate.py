@@ -19,15 +19,14 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings, sample
 from parallax.inference.stopping import ends_with_stop
 from parallax.model.cache import KVCache
-from parallax.model.transformer import Layers, Params, TransformerLM
+from parallax.model.transformer import Layers, Params, TransformerLM, unstack
 
 
 @chex.dataclass(frozen=True)
 class Generation:
     """B rows under way. The cache holds a row's tokens before its last, which is fed to draw the next."""
 
-    layers: Layers | None  # from `TransformerLM.unstack`; where they are, the cache is unstacked too
-    cache: KVCache
+    cache: KVCache  # unstacked where `unstack` gives layers
     tokens: jax.Array  # int32 [B, S]: the prompt, then what was generated
     lengths: jax.Array  # int32 [B]: tokens so far
     prompt_lengths: jax.Array  # int32 [B]
@@ -42,6 +41,7 @@ class Generation:
 def prefill(
     config: TransformerConfig,
     params: Params,
+    layers: Layers | None,
     tokens_BP: jax.Array,
     lengths_B: jax.Array,
     settings: SamplingSettings,
@@ -57,6 +57,7 @@ def prefill(
     and the next tokens overwrite them before anything sees them.
 
     Args:
+      layers: what `unstack` makes of the parameters.
       tokens_BP: int32 [B, P].
       lengths_B: int32 [B], each from 1 to P.
       seeds_B: uint32 [B].
@@ -65,7 +66,7 @@ def prefill(
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None, :], (B, P))
     model = TransformerLM.from_params(config, params)
-    layers, cache = model.unstack(), KVCache.create(config, B, P)
+    cache = KVCache.create(config, B, P)
     cache = cache if layers is None else cache.unstack()
     _, cache = model.hidden(tokens_BP, positions_BP, cache=cache, layers=layers)
     # Padding marks a token beyond the vocabulary, which is dropped.
@@ -74,7 +75,6 @@ def prefill(
         jnp.zeros((B, config.vocab_size), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop")
     )
     return Generation(
-        layers=layers,
         cache=cast(KVCache, cache).grow(capacity),
         tokens=jnp.pad(tokens_BP, ((0, 0), (0, capacity - P))),
         lengths=lengths_B,
@@ -91,14 +91,18 @@ def prefill(
 def start(config: TransformerConfig, params: Params, *request_and_limit: Any, capacity: int) -> Generation:
     """`prefill`, given the arrays of a request, then `extend` to a limit, int32 []."""
     *request, limit = request_and_limit
-    return extend(config, params, prefill(config, params, *request, capacity=capacity), limit)
+    layers = unstack(config, params)
+    return extend(config, params, layers, prefill(config, params, layers, *request, capacity=capacity), limit)
 
 
-def extend(config: TransformerConfig, params: Params, generation: Generation, limit: jax.Array) -> Generation:
-    """Goes on until each row is done or has `limit` generated tokens, those of earlier calls included.
-
-    `params` are those of its prefill, of which it may hold the layers.
-    """
+def extend(
+    config: TransformerConfig,
+    params: Params,
+    layers: Layers | None,
+    generation: Generation,
+    limit: jax.Array,
+) -> Generation:
+    """Goes on until each row is done or has `limit` generated tokens, those of earlier calls included."""
 
     def unfinished(generation: Generation) -> jax.Array:
         return jnp.any(_active(generation, limit))
@@ -108,7 +112,7 @@ def extend(config: TransformerConfig, params: Params, generation: Generation, li
         model = TransformerLM.from_params(config, params)
         positions_B1 = generation.lengths[:, None] - 1
         last_B1 = jnp.take_along_axis(generation.tokens, positions_B1, axis=1)
-        logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache, layers=generation.layers)
+        logits_B1V, cache = model(last_B1, positions_B1, cache=generation.cache, layers=layers)
         return _append(
             dataclasses.replace(generation, cache=cache), logits_B1V[:, 0], _active(generation, limit)
         )
@@ -155,7 +159,8 @@ class Generator:
         self.config = config
         self._whole = jax.jit(whole, static_argnames="capacity")
         self.start = jax.jit(functools.partial(start, config), static_argnames="capacity")
-        self.extend = jax.jit(lambda *args: extend(config, *args), donate_argnums=1)
+        self._unstack = jax.jit(functools.partial(unstack, config))
+        self._extend = jax.jit(functools.partial(extend, config), donate_argnums=2)
 
     def generate(self, params: Params, request: Request) -> list[np.ndarray]:
         """The tokens that follow each prompt, int32, in one call of the device.
@@ -173,7 +178,7 @@ class Generator:
         return self._stream(params, request, *request.arrays(self.config), chunk)
 
     def _stream(self, params: Params, request: Request, arrays: tuple, capacity: int, chunk: int):
-        limit, given = 1, [len(prompt) for prompt in request.prompts]
+        limit, given, layers = 1, [len(prompt) for prompt in request.prompts], None
         generation = self.start(params, *arrays, np.int32(limit), capacity=capacity)
         while True:
             # Copies: the next call reuses the buffers.
@@ -184,5 +189,7 @@ class Generator:
                 yield from ((row, int(token)) for token in token_ids[given[row] : lengths[row]])
             if done.all() or limit >= request.max_tokens:
                 return
+            if limit == 1:  # the first token has not waited for it
+                layers = self._unstack(params)
             given, limit = lengths, min(limit + chunk, request.max_tokens)
-            generation = self.extend(params, generation, np.int32(limit))
+            generation = self._extend(params, layers, generation, np.int32(limit))

@@ -28,7 +28,10 @@ CHUNK = 32
 
 @chex.dataclass(frozen=True)
 class Slots:
-    """B rows. The cache holds a row's tokens before its last, which is fed to draw the next."""
+    """B rows. The cache holds a row's tokens before its last, which is fed to draw the next.
+
+    It is unstacked where the functions below are given `layers`, which `unstack` makes of the parameters.
+    """
 
     cache: KVCache
     last: jax.Array  # int32 [B]: the last token of each row
@@ -38,12 +41,14 @@ class Slots:
     settings: SamplingSettings
 
     @classmethod
-    def create(cls, config: TransformerConfig, num_slots: int, capacity: int) -> "Slots":
+    def create(
+        cls, config: TransformerConfig, layers: Layers | None, num_slots: int, capacity: int
+    ) -> "Slots":
         """Unused slots, which hold one token each: what a slot computes before `prefill` is never looked at."""
         settings = SamplingSettings.create(num_slots)
         return _placed(
             cls(
-                cache=KVCache.create(config, num_slots, capacity),
+                cache=_empty(config, layers, num_slots, capacity),
                 last=jnp.zeros(num_slots, jnp.int32),
                 lengths=jnp.ones(num_slots, jnp.int32),
                 seen=jnp.zeros((num_slots, config.vocab_size), bool),
@@ -51,6 +56,11 @@ class Slots:
                 settings=jax.tree.map(jnp.asarray, settings),
             )
         )
+
+
+def _empty(config: TransformerConfig, layers: Layers | None, rows: int, capacity: int) -> KVCache:
+    cache = KVCache.create(config, rows, capacity)
+    return cache if layers is None else cache.unstack()
 
 
 def _placed(slots: Slots) -> Slots:
@@ -65,6 +75,7 @@ def _placed(slots: Slots) -> Slots:
 def prefill(
     config: TransformerConfig,
     params: Params,
+    layers: Layers | None,
     tokens_P: jax.Array,
     length: jax.Array,
     seed: jax.Array,
@@ -80,7 +91,8 @@ def prefill(
     P = tokens_P.shape[0]
     model, positions_1P = TransformerLM.from_params(config, params), jnp.arange(P, dtype=jnp.int32)[None]
     # Padding needs no mask: its keys lie later than any query, and are overwritten before anything sees them.
-    x_1PD, cache = model.hidden(tokens_P[None], positions_1P, cache=KVCache.create(config, 1, P))
+    cache = _empty(config, layers, 1, P)
+    x_1PD, cache = model.hidden(tokens_P[None], positions_1P, cache=cache, layers=layers)
     ids_1P = jnp.where(positions_1P < length, tokens_P[None], config.vocab_size)  # padding is dropped
     seen_1V = jnp.zeros((1, config.vocab_size), bool).at[0, ids_1P[0]].set(True, mode="drop")
 
@@ -119,7 +131,7 @@ def insert(slots: Slots, slot: jax.Array, row: Slots) -> Slots:
 
     few, own = (dataclasses.replace(each, cache=None) for each in (slots, row))
     replaced = jax.tree.map(lambda whole, part: put(whole, part, 0), few, own)
-    cache = jax.tree.map(lambda whole, part: put(whole, part, 1), slots.cache, row.cache)
+    cache = jax.tree.map(lambda whole, part: put(whole, part, whole.ndim - 4), slots.cache, row.cache)
     return _placed(dataclasses.replace(replaced, cache=cache))
 
 
@@ -130,12 +142,11 @@ def decode(
 
     It ends early for nothing: where a row is over, the host knows, and looks at no more of it. Only the first `window`
     tokens of the cache are read and written, which rows in use must not outgrow: a step costs what is held, not what
-    could be. `layers` is what `TransformerLM.unstack` gave for these parameters.
+    could be.
     """
     capacity = slots.cache.capacity
     whole = slots.cache
-    cache = jax.tree.map(lambda x: x[:, :, :, :window], whole)
-    slots = dataclasses.replace(slots, cache=cache if layers is None else cache.unstack())
+    slots = dataclasses.replace(slots, cache=jax.tree.map(lambda x: x[..., :window, :], whole))
 
     def step(slots: Slots, _) -> tuple[Slots, jax.Array]:
         model = TransformerLM.from_params(config, params)
@@ -156,7 +167,7 @@ def decode(
 
     slots, reports_KBR = jax.lax.scan(step, slots, None, length=steps)
     cache = jax.tree.map(
-        lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * 5), whole, slots.cache.stack()
+        lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * x.ndim), whole, slots.cache
     )
     return _placed(dataclasses.replace(slots, cache=cache)), constrain(reports_KBR, None, None, None)
 

@@ -8,7 +8,7 @@ nothing that was kept depended on them.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, cast
 
 import chex
@@ -23,7 +23,7 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import probabilities
 from parallax.inference.stopping import ends_with_stop
 from parallax.model.cache import KVCache
-from parallax.model.transformer import Layers, Params, TransformerLM
+from parallax.model.transformer import Params, TransformerLM, unstack
 
 PROPOSE, ACCEPT, REPLACE = range(3)
 """What the key of a position is folded with for each of its draws."""
@@ -48,7 +48,6 @@ class Speculation:
     """B rows under way. Both caches hold a row's tokens before its last, and have room for proposals beyond its end."""
 
     text: Generation
-    draft_layers: Layers | None
     draft_cache: KVCache
     rooms: jax.Array  # int32 [B]: how long each row may become
     proposed: jax.Array  # int32 [B]: tokens that the small model proposed
@@ -67,13 +66,12 @@ def start(
 ) -> Speculation:
     """Reads the prompts of `Request.arrays` into both caches, then `extend`s."""
     text, draft = (
-        prefill(config, weights, *arrays, capacity=capacity + draft_tokens)
+        prefill(config, weights, unstack(config, weights), *arrays, capacity=capacity + draft_tokens)
         for config, weights in zip(configs, params, strict=True)
     )
     none = jnp.zeros_like(text.lengths)
     speculation = Speculation(
         text=text,
-        draft_layers=draft.layers,
         draft_cache=draft.cache,
         rooms=text.prompt_lengths + max_tokens,
         proposed=none,
@@ -86,14 +84,18 @@ def extend(
     configs: Configs, params: BothParams, speculation: Speculation, limit: jax.Array, *, draft_tokens: int
 ) -> Speculation:
     """Goes on until each row is done, full or has `limit` generated tokens; it may have up to `draft_tokens` more."""
+    target, draft = (
+        functools.partial(TransformerLM.from_params(config, weights), layers=unstack(config, weights))
+        for config, weights in zip(configs, params, strict=True)
+    )
 
     def active(state: Speculation) -> jax.Array:
         text = state.text
         return ~text.done & (text.lengths < jnp.minimum(text.prompt_lengths + limit, state.rooms))
 
     def step(state: Speculation) -> Speculation:
-        proposal = _propose(configs.draft, params.draft, state, draft_tokens)
-        return _check(configs.target, params.target, state, proposal, active(state))
+        proposal = _propose(draft, state, draft_tokens)
+        return _check(target, state, proposal, active(state))
 
     return jax.lax.while_loop(lambda state: jnp.any(active(state)), step, speculation)
 
@@ -116,16 +118,15 @@ def _keys(text: Generation, count: int, purpose: int) -> jax.Array:
     return jax.vmap(jax.vmap(key), (None, 0))(text.keys, text.lengths[None] + jnp.arange(count)[:, None])
 
 
-def _propose(config: TransformerConfig, params: Params, state: Speculation, count: int) -> _Proposal:
+def _propose(model: Callable, state: Speculation, count: int) -> _Proposal:
     """Draws `count` tokens a row, one after another, by the small model."""
-    text, model = state.text, TransformerLM.from_params(config, params)
-    rows = jnp.arange(len(text.lengths))
+    text, rows = state.text, jnp.arange(len(state.text.lengths))
 
     def step(carry: tuple, keys_B: jax.Array) -> tuple[tuple, tuple]:
         # Two tokens are fed each time: where all proposals passed, the last but one has not been fed before.
         cache, pair_B2, lengths_B, seen_BV = carry
         positions_B2 = jnp.maximum(lengths_B[:, None] + jnp.array([[-2, -1]]), 0)
-        logits_B2V, cache = model(pair_B2, positions_B2, cache=cache, layers=state.draft_layers)
+        logits_B2V, cache = model(pair_B2, positions_B2, cache=cache)
         probs_BV = probabilities(logits_B2V[:, 1], text.settings, seen_BV)
         token_B = draw(probs_BV, keys_B)
         pair_B2 = jnp.stack([pair_B2[:, 1], token_B], axis=1)
@@ -141,16 +142,13 @@ def _propose(config: TransformerConfig, params: Params, state: Speculation, coun
     return _Proposal(tokens_RB, probs_RBV, jnp.concatenate([seen_RBV, seen_BV[None]]), cache)
 
 
-def _check(
-    config: TransformerConfig, params: Params, state: Speculation, proposal: _Proposal, active_B: jax.Array
-) -> Speculation:
+def _check(model: Callable, state: Speculation, proposal: _Proposal, active_B: jax.Array) -> Speculation:
     """Adds to each active row the proposals that pass and one token by the large model."""
     text, count = state.text, len(proposal.tokens_RB)
     last_B1 = jnp.take_along_axis(text.tokens, text.lengths[:, None] - 1, axis=1)
     fed_BT = jnp.concatenate([last_B1, proposal.tokens_RB.T], axis=1)
     positions_BT = text.lengths[:, None] - 1 + jnp.arange(count + 1)[None]
-    model = TransformerLM.from_params(config, params)
-    logits_BTV, cache = model(fed_BT, positions_BT, cache=text.cache, layers=text.layers)
+    logits_BTV, cache = model(fed_BT, positions_BT, cache=text.cache)
     p_TBV = jax.vmap(probabilities, (1, None, 0))(logits_BTV, text.settings, proposal.seen_TBV)
     passed_B, own_B = check_proposals(
         proposal.tokens_RB,

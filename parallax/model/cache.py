@@ -37,12 +37,6 @@ class KVCache:
         """The same with an array a layer."""
         return KVCache(keys=tuple(self.keys), values=tuple(self.values))
 
-    def stack(self) -> "KVCache":
-        """The same in one array, as it may be already."""
-        if isinstance(self.keys, jax.Array):
-            return self
-        return KVCache(keys=jnp.stack(self.keys), values=jnp.stack(self.values))
-
     def grow(self, capacity: int) -> "KVCache":
         """The same with room for `capacity` tokens, no fewer than now."""
         more = [(0, 0), (0, capacity - self.capacity), (0, 0)]

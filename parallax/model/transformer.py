@@ -143,17 +143,6 @@ class TransformerLM(nnx.Module):
             caches.append(own)
         return x_BTD, KVCache(keys=tuple(x.keys for x in caches), values=tuple(x.values for x in caches))
 
-    def unstack(self) -> Layers | None:
-        """Weights layer by layer, for many calls with an unstacked cache; or None, where the stack is better.
-
-        A CPU copies a layer out of the stack before it multiplies with it, at every token anew. Other devices read it
-        where it lies and have no memory for a copy, and a deep model would take long to compile.
-        """
-        if jax.default_backend() != "cpu" or self.config.num_layers > UNSTACKED:
-            return None
-        _, stacked = nnx.split(self.blocks)
-        return tuple(jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(self.config.num_layers))
-
     @property
     def head(self) -> Embedding:
         """The output embedding, which may be the input embedding."""
@@ -167,6 +156,18 @@ class TransformerLM(nnx.Module):
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
     """Fresh parameters, a nested dict of float32 arrays; layers share a leading dim N."""
     return nnx.to_pure_dict(nnx.state(TransformerLM(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+def unstack(config: TransformerConfig, params: Params) -> Layers | None:
+    """Weights layer by layer, for many calls with an unstacked cache; or None, where the stack is better.
+
+    A CPU copies a layer out of the stack before it multiplies with it, at every token anew. Other devices read it where
+    it lies and have no memory for a copy, and a deep model would take long to compile.
+    """
+    if jax.default_backend() != "cpu" or config.num_layers > UNSTACKED:
+        return None
+    _, stacked = nnx.split(TransformerLM.from_params(config, params).blocks)
+    return tuple(jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(config.num_layers))
 
 
 def param_axes(config: TransformerConfig) -> Params:

@@ -69,10 +69,12 @@ def test_speculative_generator():
 
 def test_batcher():
     params = draw_params(CONFIG)
+    assert Batcher(CONFIG, params, slots=1)._layers is not None
     expected = [tokens.tolist() for tokens in generator(CONFIG).generate(params, GREEDY)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "UNSTACKED", 0)
         batcher = Batcher(CONFIG, params, slots=3, capacity=64)
+        assert batcher._layers is None
         asked = [Completion(prompt=given, temperature=0.0, max_tokens=30) for given in GREEDY.prompts]
         tokens = [token for ticket, each in enumerate(asked) for token in batcher.admit(ticket, each)]
         while batcher.free < 3:
