@@ -66,8 +66,7 @@ def prefill(
     B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None, :], (B, P))
     model = TransformerLM.from_params(config, params)
-    cache = KVCache.create(config, B, P)
-    cache = cache if layers is None else cache.unstack()
+    cache = KVCache.create(config, B, P, unstacked=layers is not None)
     _, cache = model.hidden(tokens_BP, positions_BP, cache=cache, layers=layers)
     # Padding marks a token beyond the vocabulary, which is dropped.
     ids_BP = jnp.where(positions_BP < lengths_B[:, None], tokens_BP, config.vocab_size)

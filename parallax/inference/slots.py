@@ -48,7 +48,7 @@ class Slots:
         settings = SamplingSettings.create(num_slots)
         return _placed(
             cls(
-                cache=_empty(config, layers, num_slots, capacity),
+                cache=KVCache.create(config, num_slots, capacity, unstacked=layers is not None),
                 last=jnp.zeros(num_slots, jnp.int32),
                 lengths=jnp.ones(num_slots, jnp.int32),
                 seen=jnp.zeros((num_slots, config.vocab_size), bool),
@@ -56,11 +56,6 @@ class Slots:
                 settings=jax.tree.map(jnp.asarray, settings),
             )
         )
-
-
-def _empty(config: TransformerConfig, layers: Layers | None, rows: int, capacity: int) -> KVCache:
-    cache = KVCache.create(config, rows, capacity)
-    return cache if layers is None else cache.unstack()
 
 
 def _placed(slots: Slots) -> Slots:
@@ -91,7 +86,7 @@ def prefill(
     P = tokens_P.shape[0]
     model, positions_1P = TransformerLM.from_params(config, params), jnp.arange(P, dtype=jnp.int32)[None]
     # Padding needs no mask: its keys lie later than any query, and are overwritten before anything sees them.
-    cache = _empty(config, layers, 1, P)
+    cache = KVCache.create(config, 1, P, unstacked=layers is not None)
     x_1PD, cache = model.hidden(tokens_P[None], positions_1P, cache=cache, layers=layers)
     ids_1P = jnp.where(positions_1P < length, tokens_P[None], config.vocab_size)  # padding is dropped
     seen_1V = jnp.zeros((1, config.vocab_size), bool).at[0, ids_1P[0]].set(True, mode="drop")

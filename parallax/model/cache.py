@@ -23,10 +23,13 @@ class KVCache:
     values: jax.Array | tuple[jax.Array, ...]
 
     @classmethod
-    def create(cls, config: TransformerConfig, batch_size: int, max_len: int) -> "KVCache":
+    def create(
+        cls, config: TransformerConfig, batch_size: int, max_len: int, *, unstacked: bool = False
+    ) -> "KVCache":
         """An empty cache for sequences of up to `max_len` tokens."""
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_len, config.head_dim)
-        return cls(keys=jnp.zeros(shape, config.dtype), values=jnp.zeros(shape, config.dtype))
+        cache = cls(keys=jnp.zeros(shape, config.dtype), values=jnp.zeros(shape, config.dtype))
+        return cache.unstack() if unstacked else cache
 
     @property
     def capacity(self) -> int:
