@@ -77,8 +77,13 @@ def export_model(
     Raises:
       ValueError: `run` is no run, no such architecture computes what it does, or `target` exists.
     """
+
+    def place(config: TransformerConfig) -> Any:
+        config_to_hf(config)  # refuses before parameters are read
+        return _abstract(config, mesh)
+
     with _made(target) as draft:
-        loaded = load_run(run, step, place=lambda config: _abstract(config, mesh))
+        loaded = load_run(run, step, place)
         values = config_to_hf(loaded.config) | {"dtype": dtype, **_special_ids(loaded.tokenizer)}
         write_params(loaded.params, loaded.config, draft, dtype, max_file_bytes)
         _write_tokenizer(loaded.tokenizer, draft)

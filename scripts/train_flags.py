@@ -28,7 +28,7 @@ DESCRIPTION = (
 )
 
 LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
-"""What a resumed run may change without changing what it computes."""
+"""What a resumed run may change without changing what it computes, but that `accumulate` draws dropout's masks anew."""
 FREE = (
     *LAYOUT,
     "steps",

@@ -80,6 +80,18 @@ def test_in_and_out_again(call, tmp_path):
     assert status == 0, err
 
 
+def test_what_no_architecture_computes_is_refused_before_parameters_are_read(call, tmp_path):
+    assert call(convert, "import", "hf", "run")[0] == 0
+    settings = json.loads((tmp_path / "run/config.json").read_text())
+    settings["model"]["logit_softcap"] = 30.0
+    (tmp_path / "run/config.json").write_text(json.dumps(settings))
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    status, _, err = call(convert, "export", "run", "back")
+    assert (status, len(err)) == (2, 1), err
+    assert "logit_softcap=30.0 has no place" in err[0]
+    assert not (tmp_path / "back").exists()
+
+
 def test_a_mesh_reads_and_writes_the_same(call, tmp_path):
     assert call(convert, "import", "hf", "run", "--mesh", "fsdp=2,tensor=4")[0] == 0
     assert call(convert, "export", "run", "back", "--mesh", "fsdp=8", "--max-file-gb", "4e-5")[0] == 0

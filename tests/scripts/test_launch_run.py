@@ -73,6 +73,7 @@ def test_a_lost_tpu_is_deleted_made_again_and_the_run_goes_on(loss, queued, clou
     [
         ("kill", "was killed by SIGKILL"),
         ("exit 3", "exited with status 3"),
+        ("exit 4", "exited with status 4"),
         ("crash", "ended without a word"),
     ],
 )
