@@ -85,16 +85,24 @@ class Api:
         return app
 
     async def _read_body(self, request: Request) -> bytes:
-        """The body, of the right type and no larger than allowed; raises Refusal."""
+        """The body, of the right type, no larger and no slower than allowed; raises Refusal."""
         kind = request.headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "application/json":
             raise Refusal(415, f"Content-Type={kind!r} must be application/json; send JSON with that header")
         limit, body = self.limits.max_body_bytes, b""
         announced = request.headers.get("content-length", "0")
-        async for part in request.stream():
-            body += part
-            if len(body) > limit or int(announced) > limit:
-                raise Refusal(413, f"body must not exceed {limit} bytes; send less, or several requests")
+        seconds = self.limits.body_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > limit or int(announced) > limit:
+                        raise Refusal(
+                            413, f"body must not exceed {limit} bytes; send less, or several requests"
+                        )
+        except TimeoutError:
+            message = f"body must arrive within {seconds} s, and {len(body)} bytes did; send it faster"
+            raise Refusal(408, message, headers={"Connection": "close"}) from None
         return body
 
     async def _complete(self, request: Request, ask: Ask) -> Response:

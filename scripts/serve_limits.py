@@ -18,6 +18,8 @@ class Limits:
     """How many answers may wait for a slot; a request beyond that is refused with status 429."""
     max_body_bytes: int = 1 << 20
     """The largest body of a request, in bytes."""
+    body_seconds: int = 30
+    """How long a body may take to arrive, in seconds; a request that is slower is refused with status 408."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -12,6 +12,7 @@ COMMON = {"401": "No key, or the wrong one.", "403": "A foreign Host or Origin."
 ERRORS_OF_COMPLETIONS = {
     "400": "The body breaks a rule, which the message names.",
     "404": "Another model than the one served.",
+    "408": "The body takes too long to arrive.",
     "413": "The body is too large.",
     "415": "The body is not application/json.",
     "429": "The queue is full; Retry-After says when to try again.",

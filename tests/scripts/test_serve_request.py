@@ -1,6 +1,7 @@
 """Requests that cannot be served: each gets a status 4xx, OpenAI's error shape and a message that names the rule."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -101,6 +102,22 @@ def test_a_body_too_large(small_run, announced):
             "/v1/completions", content=content, headers={"Content-Type": "application/json"}
         )
         assert "2000" in assert_refused(response, 413)["message"]
+        assert server.post(prompt="a", max_tokens=1).status_code == 200
+
+
+def test_a_body_too_slow(small_run):
+    """One that stops on its way: the connection is closed, and others are served meanwhile and afterwards."""
+    with serving(small_run, "--body-seconds", "1") as server:
+        host, port = server.address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as client:
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+            )
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n[1, 2".encode())
+            assert server.post(prompt="a", max_tokens=1).status_code == 200
+            answer = b"".join(iter(lambda: client.recv(4096), b""))  # up to the end of the connection
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"body must arrive within 1 s, and 5 bytes did; send it faster" in answer
         assert server.post(prompt="a", max_tokens=1).status_code == 200
 
 
