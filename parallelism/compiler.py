@@ -44,7 +44,7 @@ class Report:
     state_bytes: int = 0
     """Parameters, optimizer and batch: the arguments of the step."""
     temporary_bytes: int = 0
-    """The most of a device's memory that is in use beside them, see `temporary_bytes`."""
+    """The most of a device's memory that is in use beside them, see `_temporary`."""
     flops: int = 0
     """Of matrix products outside kernels, loops and recomputation counted."""
     traffic: tuple[Traffic, ...] = ()
@@ -123,14 +123,14 @@ def _compile(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int]) -> Repo
         raise RuntimeError("the compiler says neither what memory a program takes nor what it does")
     return Report(
         state_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=temporary_bytes(memory),
+        temporary_bytes=_temporary(memory),
         flops=read_flops(text),
         traffic=_traffic(text, mesh_shape),
     )
 
 
-def temporary_bytes(memory: Any) -> int:
-    """Of a device's memory in use beside the arguments, by a program's `memory_analysis`: the lesser of two numbers.
+def _temporary(memory: Any) -> int:
+    """The lesser of two numbers.
 
     The peak is what steps for v2 were refused by, within a hundredth of it, but it counts the memory on a chip too.
     What is laid out counts main memory alone, but gaps between arrays as well: a third and more, for steps that fit.

@@ -18,7 +18,6 @@ import jax
 from data.pipeline import training_batches
 from parallax.model.cost import step_flops
 from parallax.model.overview import parameter_overview
-from parallelism.compiler import temporary_bytes
 from parallelism.hosts import Cluster, fix_cpu_rounding, join, run_process
 from scripts.allocator import keep_large_buffers
 from scripts.attempt import Attempt
@@ -72,7 +71,7 @@ def show_costs(job: Job) -> int:
     if memory is not None:  # a backend may not say
         print(
             f"A device holds {memory.argument_size_in_bytes:,} bytes of state and batch, "
-            f"and needs {temporary_bytes(memory):,} bytes beside them while it computes."
+            f"and needs {memory.temp_size_in_bytes:,} bytes beside them while it computes."
         )
     return 0
 

@@ -19,17 +19,17 @@ LENGTHS = (5, 1, 33, 60)
 
 
 def asked(**changes):
-    """Four ragged prompts, two of them greedy."""
+    """Four ragged prompts, one of them greedy."""
     request = Request(
         prompts=[prompt(length) for length in LENGTHS],
-        settings=SamplingSettings.create(4, temperature=[0.0, 1.0, 0.7, 0.0]),
+        settings=SamplingSettings.create(4, temperature=[0.0, 1.0, 0.7, 1.0]),
         seeds=range(4),
         max_tokens=80,
     )
     return dataclasses.replace(request, **changes)
 
 
-def texts(request, in_halves, monkeypatch):
+def texts(request, in_halves, monkeypatch, config=LONG):
     """What each row becomes, and the sizes to which the cache grew."""
     sizes, grow = [], KVCache.grow
 
@@ -40,30 +40,40 @@ def texts(request, in_halves, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(generate, "IN_HALVES", in_halves)
         patch.setattr(KVCache, "grow", noted)
-        found = Generator(LONG).generate(draw_params(LONG), request)
+        found = Generator(config).generate(draw_params(config), request)
     return [tokens.tolist() for tokens in found], sizes
 
 
-@pytest.mark.parametrize("layers", ["one by one", "stacked"])
-def test_halves_give_the_texts_of_the_whole(layers, monkeypatch):
-    if layers == "stacked":
-        monkeypatch.setattr(transformer, "UNSTACKED", 0)
-    whole, sizes = texts(asked(), 10**9, monkeypatch)
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 20}, {"dtype": "bfloat16"}], ids=str)
+def test_halves_give_the_texts_of_the_whole_and_of_a_stream(changes, monkeypatch):
+    config = dataclasses.replace(LONG, **changes)
+    whole, sizes = texts(asked(), 4 * 96 + 1, monkeypatch, config)
     assert sizes == [160]
-    assert texts(asked(), 4 * 160, monkeypatch) == (whole, [112, 160])
+    assert texts(asked(), 4 * 96, monkeypatch, config) == (whole, [112, 160])
     assert [len(tokens) for tokens in whole] == [80] * 4
+    streamed = [[] for _ in LENGTHS]
+    for row, token in Generator(config).stream(draw_params(config), asked()):
+        streamed[row].append(token)
+    assert streamed == whole
+
+
+def test_a_stack_is_never_there_twice(monkeypatch):
+    monkeypatch.setattr(transformer, "UNSTACKED", 0)
+    assert texts(asked(), 0, monkeypatch)[1] == [160]
 
 
 def test_a_row_that_ended_in_the_first_half_stays_as_it_was(monkeypatch):
     free, _ = texts(asked(), 10**9, monkeypatch)
-    stops = [np.array(free[0][20:24]), np.array(free[3][60:64])]
+    stops = [np.array(free[0][20:24]), np.array(free[3][50:53])]
     ended, sizes = texts(asked(stops=stops), 0, monkeypatch)
     assert sizes == [112, 160]
     assert ended == texts(asked(stops=stops), 10**9, monkeypatch)[0]
     assert len(ended[0]) <= 24
-    assert 52 < len(ended[3]) <= 64
+    assert len(ended[3]) == 53  # rests beyond the first cache while others go on
 
 
 def test_an_answer_of_the_first_half_alone(monkeypatch):
     few = asked(prompts=[prompt(3)] * 4, max_tokens=40)
-    assert texts(few, 0, monkeypatch)[0] == texts(few, 10**9, monkeypatch)[0]
+    found, sizes = texts(few, 0, monkeypatch)
+    assert sizes == [48, 64]
+    assert found == texts(few, 10**9, monkeypatch)[0]
