@@ -25,8 +25,8 @@ launch.py local --processes 4 --devices 2 -- --mode distributed --steps 100
 Their output is shown line by line behind the number of the process. The first process that fails ends the others. The
 first SIGTERM or Ctrl-C lets all of them save and stop, the second kills them.
 
-Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, and may be
-started again; 128 + n if a process was killed by signal n."""
+Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, 4 lost a
+process of the run, and either may be started again; 128 + n if a process was killed by signal n."""
 
 OWN_FLAGS = ("--coordinator", "--num-processes", "--process-id")
 """Flags of train.py that are not the user's to give."""

@@ -34,8 +34,8 @@ The commit that is checked out runs on every host, with its output in gs://BUCKE
 gs://BUCKET/runs/RUN. After a preemption, or a death from outside, it goes on from its last checkpoint. The first Ctrl-C
 lets it save and stop, the second does not wait for that.
 
-Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, and may be
-started again; 128 + n if a process, or this program, was ended by signal n."""
+Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, 4 lost a
+process of the run, and either may be started again; 128 + n if a process, or this program, was ended by signal n."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Request:
         self._check(config)
         longest = max(len(prompt) for prompt in self.prompts)
         width, whole = max(SMALLEST_BUCKET, round_up(longest)), longest + self.max_tokens
-        # Each token costs all of the cache: a power of two would be up to twice of what is needed.
+        # Each token costs what the cache has room for: a power of two would be up to twice of what is needed.
         part = max(SMALLEST_BUCKET, round_up(whole) // 8)
         sizes = width, max(width, part * math.ceil(whole / part))
         width, capacity = (min(size, config.max_seq_len) for size in sizes)
