@@ -17,7 +17,8 @@ from parallelism.compiler import Report, compile_step
 from parallelism.hardware import Accelerator
 from parallelism.mesh_shape import show_mesh
 from parallelism.rules import MESH_AXES, Rules, load_rules, parts_of, split_by
-from parallelism.strategy import Layout, get_strategy
+from parallelism.strategies import get_strategy
+from parallelism.strategy import Layout
 from parallelism.tiles import tiled_size
 
 ROOM = 1.2

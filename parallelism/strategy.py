@@ -1,11 +1,11 @@
-"""What a strategy is, and how one is had by name.
+"""What a strategy is.
 
 Invariant: whoever holds a Strategy needs to know nothing of devices. State and batch go in and come out of it; outside
 it there are only canonical arrays: global, with no device dim.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeAlias
 
 import jax
@@ -14,18 +14,16 @@ import numpy as np
 from parallelism.hosts import StopRequest
 from parallelism.rows import Batch
 
-STRATEGIES = ("single", "pmap", "mesh")
-
 State: TypeAlias = Any
 """A dataclass of arrays, with the parameters in its field `params`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a run is to lie over the devices, in the user's words, and the size of its batches."""
+    """How a run is placed over the devices, in the user's words, and the size of its batches."""
 
     strategy: str = "single"
-    """One of STRATEGIES."""
+    """single, pmap or mesh."""
     mesh: str = ""
     """For mesh: axis sizes like "data=2,fsdp=4", empty for every device along data, or "auto"."""
     rules: str = "default"
@@ -63,7 +61,7 @@ class Strategy(Protocol):
 
     @property
     def mesh_shape(self) -> Mapping[str, int]:
-        """Sizes of the axes over which `devices` lie, outermost first."""
+        """Sizes of the axes over which `devices` are arranged, outermost first."""
         ...
 
     def describe(self) -> str:
@@ -105,38 +103,3 @@ class Strategy(Protocol):
     def adopt(self, canonical: State) -> State:
         """A canonical state, placed for the step; the canonical one must not be used again."""
         ...
-
-
-def get_strategy(
-    layout: Layout, init_state: Callable[[], State], axes: State, devices: Sequence[Any] | None = None
-) -> Strategy:
-    """The strategy that a layout names.
-
-    Args:
-      layout: what the user asked for.
-      init_state: makes the first state; traced, so that the state is born sharded.
-      axes: the tree of a state with a PartitionSpec of logical names for each array.
-      devices: those of the run; by default all that are visible. Of a topology that is not here they can be lowered
-        for, and nothing can run.
-
-    Raises:
-      ValueError: the layout is not known, contradicts itself, or does not fit the devices, the batch or the model.
-    """
-    name = layout.strategy
-    if name not in STRATEGIES:
-        raise ValueError(f"strategy={name!r} is not one of {', '.join(STRATEGIES)}; try mesh")
-    if name != "mesh" and layout.mesh:
-        raise ValueError(f"mesh={layout.mesh!r} needs strategy mesh, not {name}; add --strategy mesh")
-    if name != "mesh" and layout.rules != "default":
-        raise ValueError(f"rules={layout.rules!r} needs strategy mesh, not {name}; add --strategy mesh")
-    if name == "single":
-        from parallelism.single import Single
-
-        return Single(init_state, layout, (devices or jax.local_devices())[0])
-    if name == "pmap":
-        from parallelism.pmap import Pmap
-
-        return Pmap(init_state, layout, devices)
-    from parallelism.mesh import MeshStrategy
-
-    return MeshStrategy(init_state, axes, layout, devices or jax.devices())

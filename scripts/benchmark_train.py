@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from parallax.model.cost import step_flops
-from parallelism.strategy import STRATEGIES
+from parallelism.strategies import STRATEGIES
 from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, require_positive, spread
 from scripts.benchmark_settings import Setting, read_setting

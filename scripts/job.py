@@ -24,7 +24,8 @@ from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
 from parallelism.hardware import generation_of
 from parallelism.hosts import agree
-from parallelism.strategy import Layout, Strategy, get_strategy
+from parallelism.strategies import get_strategy
+from parallelism.strategy import Layout, Strategy
 from scripts.execution import choose_accumulate, choose_attention, choose_layer_loop
 from scripts.new_run import choose_folder, require_corpus
 from scripts.train_flags import Flags, model_name

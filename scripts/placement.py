@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from parallax.config import TransformerConfig
 from parallax.model.transformer import init_params
 from parallax.training.state import TrainState, state_axes
-from parallelism.strategy import Layout, Strategy, get_strategy
+from parallelism.strategies import get_strategy
+from parallelism.strategy import Layout, Strategy
 
 
 def place_model(config: TransformerConfig, mesh: str = "", *, batch_size: int, seq_len: int) -> Strategy:

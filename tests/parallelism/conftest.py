@@ -17,7 +17,8 @@ from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import TrainState, state_axes
 from parallax.training.step import train_step
-from parallelism.strategy import Layout, get_strategy
+from parallelism.strategies import get_strategy
+from parallelism.strategy import Layout
 
 
 class Tiny:

@@ -16,7 +16,8 @@ from parallax.training.optimizer import make_optimizer
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
 from parallelism.collectives import crossed_axes, read_collectives, wire_bytes
-from parallelism.strategy import Layout, get_strategy
+from parallelism.strategies import get_strategy
+from parallelism.strategy import Layout
 
 B, T, D, H, K, F, V, N = 16, 24, 32, 8, 4, 48, 64, 3
 FLOAT = 4  # bytes

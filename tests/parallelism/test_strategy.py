@@ -13,7 +13,8 @@ from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
-from parallelism.strategy import STRATEGIES, Layout, get_strategy
+from parallelism.strategies import STRATEGIES, get_strategy
+from parallelism.strategy import Layout
 
 LAYOUTS = [("single", ""), ("pmap", ""), ("mesh", "data=8"), ("mesh", "fsdp=8"), ("mesh", "data=2,fsdp=4")]
 STEPS, ROWS, LENGTH = 100, 32, 16

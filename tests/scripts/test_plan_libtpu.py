@@ -19,7 +19,8 @@ from parallelism.hardware import accelerator
 from parallelism.mesh_shape import parse_mesh
 from parallelism.planner import Choice, compile_choice, estimate, held_bytes
 from parallelism.rules import load_rules
-from parallelism.strategy import Layout, get_strategy
+from parallelism.strategies import get_strategy
+from parallelism.strategy import Layout
 from parallelism.tiles import tiled_size
 from scripts.plan import make_build
 from scripts.plan_flags import Flags
