@@ -11,7 +11,8 @@ import numpy as np
 from data.corpus import Corpus
 from data.packing import pack
 from data.samples import Batch, PackedDocuments, Samples, Windows
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.registry import load_tokenizer, train_tokenizer
 
 Rows = np.ndarray | slice
 PREFETCHED_BATCHES = 2

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from data.atomic import replacing
+from parallax.storage import replacing
 
 READ_AT_ONCE = 1024
 

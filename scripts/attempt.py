@@ -14,20 +14,19 @@ from typing import Any
 import jax
 
 from data.pipeline import evaluation_batches, training_batches
-from data.tokenizer import save_tokenizer
 from parallax.model.cost import step_flops
+from parallax.storage import open_folder, reason_of, write_json
+from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.fingerprint import params_sha256
 from parallax.training.loop import Diverged, Observer, Stopwatch, train
 from parallax.training.profile import Profiler
-from parallax.training.remote import open_folder, reason_of
 from parallax.training.state import TrainState
 from parallelism import sentinel
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from parallelism.hardware import peak_flops
 from parallelism.hosts import fetch
 from scripts.job import Job, say
-from scripts.new_run import write_json
 from scripts.observers import Files, Terminal
 from scripts.overfit import report_overfit
 from scripts.summary import Summary, describe_time

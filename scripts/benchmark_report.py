@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from parallax.storage import write_json
 from scripts.benchmark_settings import cores
-from scripts.new_run import write_json
 
 FOLDER = "benchmarks"
 QUIET = 0.2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from data.cache import cache_folder
+from parallax.storage import cache_folder
 
 KEPT_BYTES = 2**31
 """Those that were read last stay. JAX's own limit is not used: a process killed at the wrong moment breaks it."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.tokenizer import StreamDecoder, Tokenizer
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.inference.speculative import BothParams, SpeculativeGenerator
 from parallax.inference.stopping import StopFilter
+from parallax.tokenizers.base import StreamDecoder, Tokenizer
 from scripts.run_folder import Run
 
 if TYPE_CHECKING:

@@ -14,18 +14,18 @@ from typing import Any
 
 import jax
 
-from data.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
-from data.tokenizer import Tokenizer, save_tokenizer
 from parallax.config import TransformerConfig
 from parallax.config_dict import config_to_dict
 from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf, config_to_hf
 from parallax.interop.reading import read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
+from parallax.storage import is_remote, write_json
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
+from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.remote import is_remote
 from scripts.continuation import tell
-from scripts.new_run import write_json
 from scripts.placement import place_model
 from scripts.run_folder import load_run
 

@@ -55,9 +55,9 @@ def main() -> int:
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1; leave it out")
         # Late, since these load JAX: help and bad flags answer at once.
+        from parallax.storage import write_json
         from scripts.compilation_cache import keep_compiled_programs
         from scripts.evaluation import evaluate
-        from scripts.new_run import write_json
 
         keep_compiled_programs()
         result = evaluate(flags)

@@ -16,10 +16,11 @@ from etils import epath
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
 from data.samples import Samples
-from data.tokenizer import Tokenizer, load_tokenizer
+from parallax.storage import open_folder
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
-from parallax.training.remote import open_folder
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
 from parallelism.hardware import generation_of

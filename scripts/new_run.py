@@ -6,13 +6,10 @@ to be good.
 
 import json
 import os
-from pathlib import Path
-from typing import Any
 
 from etils import epath
 
-from data.atomic import write_atomically
-from parallax.training.remote import is_remote, open_folder
+from parallax.storage import is_remote, open_folder
 
 
 def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: bool) -> epath.Path:
@@ -43,11 +40,6 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
             f"--output-dir {folder} cannot be made in {parent}, which is not writable; choose another"
         )
     return folder
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def require_corpus(folder: epath.Path, sha256: str, edition: str) -> None:

@@ -20,10 +20,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from data.cache import cache_folder
 from parallax.config import PRESETS, TrainConfig
 from parallax.layers.attention import BY_BLOCKS
 from parallax.model.cost import StepCost
+from parallax.storage import cache_folder
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import make_init, state_axes

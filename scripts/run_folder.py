@@ -12,12 +12,13 @@ from typing import Any
 import jax
 from etils import epath
 
-from data.tokenizer import Tokenizer, load_tokenizer
 from parallax.config import TransformerConfig
 from parallax.config_dict import config_from_dict
 from parallax.model.transformer import Params, init_params
+from parallax.storage import open_folder, reason_of
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.remote import open_folder, reason_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from data.tokenizer import Tokenizer
+from parallax.tokenizers.base import Tokenizer
 from scripts.serve_engine import Job
 from scripts.serve_errors import Refusal, to_json
 from scripts.serve_metrics import Counts

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizer import Tokenizer
 from parallax.inference.batching import Completion
+from parallax.tokenizers.base import Tokenizer
 from scripts.serve_errors import Refusal
 from scripts.serve_schema import Schema, find_violation
 

@@ -7,8 +7,9 @@ elsewhere: prompt and answer fit a slot together, and the tokenizer can spell th
 import reprlib
 from typing import Any, NamedTuple
 
-from data.tokenizer import CharTokenizer, Tokenizer
 from parallax.inference.batching import TOP
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.plain import CharTokenizer
 from scripts.serve_limits import Limits
 
 Schema = dict[str, Any]

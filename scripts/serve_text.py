@@ -8,9 +8,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from data.tokenizer import StreamDecoder, Tokenizer
 from parallax.inference.batching import Token
 from parallax.inference.stopping import StopFilter
+from parallax.tokenizers.base import StreamDecoder, Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 LEAST_LOGPROB = -9999.0

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from parallax.storage import write_json
 from parallax.training.loop import Stopwatch
 from parallax.training.metrics import METRICS_FILE
-from scripts.new_run import write_json
 
 SUMMARY_FILE = "summary.json"
 

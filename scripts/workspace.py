@@ -20,8 +20,8 @@ from pathlib import Path
 
 from etils import epath
 
+from parallax.storage import is_remote, reason_of
 from parallax.training.metrics import METRICS_FILE
-from parallax.training.remote import is_remote, reason_of
 from scripts.summary import SUMMARY_FILE
 
 CONTINUED = (METRICS_FILE, SUMMARY_FILE)

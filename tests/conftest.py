@@ -3,6 +3,7 @@
 Invariant: nothing here depends on which tests run, so any test can be run alone.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -26,3 +27,19 @@ def bucket():
 
     with serving() as address:
         yield address
+
+
+@pytest.fixture
+def refused():
+    """Expects a ValueError whose single line holds all of the given parts."""
+
+    @contextlib.contextmanager
+    def expect(*parts: str):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (the parts are the match)
+            yield
+        message = str(caught.value)
+        assert "\n" not in message
+        for part in parts:
+            assert part in message
+
+    return expect

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {
     "parallax": (),
     "parallelism": ("parallax.axes",),
-    "data": (),
+    "data": ("parallax.storage", "parallax.tokenizers"),
     "scripts": ("parallax", "parallelism", "data"),
 }
 # tests/FOLDER stands for parallax/FOLDER unless FOLDER is a package itself; these tests look at the whole tree.

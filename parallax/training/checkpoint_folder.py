@@ -10,8 +10,8 @@ from typing import Any
 
 from etils import epath
 
+from parallax.storage import is_remote, make_folder, open_folder
 from parallax.training.manifest import MANIFEST, DamageError, read_manifest, verify, write_manifest
-from parallax.training.remote import is_remote, make_folder, open_folder
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _COMMITTED = "commit_success.txt"

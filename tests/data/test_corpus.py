@@ -5,7 +5,8 @@ import pytest
 
 from data.corpus import load_corpus, overfit_corpus
 from data.records import write_token_records
-from data.tokenizer import ByteTokenizer, save_tokenizer
+from parallax.tokenizers.plain import ByteTokenizer
+from parallax.tokenizers.registry import save_tokenizer
 
 
 def ignore(line):

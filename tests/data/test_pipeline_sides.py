@@ -6,7 +6,8 @@ import pytest
 from data.corpus import Corpus, load_corpus
 from data.pipeline import count_target_bytes, evaluation_batches, prepare, tokenizer_for
 from data.records import write_token_records
-from data.tokenizer import ByteTokenizer, save_tokenizer, train_tokenizer
+from parallax.tokenizers.plain import ByteTokenizer
+from parallax.tokenizers.registry import save_tokenizer, train_tokenizer
 
 SEQ_LEN = 16
 

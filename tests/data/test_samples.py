@@ -8,7 +8,7 @@ import pytest
 
 from data.corpus import Corpus
 from data.pipeline import evaluation_batches, prepare, tokenizer_for, training_batches
-from data.tokenizer import train_tokenizer
+from parallax.tokenizers.registry import train_tokenizer
 
 SEQ_LEN = 16
 

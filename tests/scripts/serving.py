@@ -17,8 +17,9 @@ from pathlib import Path
 import httpx
 import openai
 
-from data.tokenizer import CharTokenizer, Tokenizer
 from parallax.config import TransformerConfig
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.plain import CharTokenizer
 from tests.scripts.untrained import one_layer, write_untrained
 
 SERVE = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data.tokenizer import CharTokenizer
 from parallax.config import PRESETS
+from parallax.tokenizers.plain import CharTokenizer
 from tests.scripts.serving import LETTERS, Served, serving, write_run
 
 ENDLESS = CharTokenizer(LETTERS.alphabet)

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from data.tokenizer import ByteTokenizer, save_tokenizer
 from parallax.config import TransformerConfig
 from parallax.config_dict import config_to_dict
 from parallax.model.transformer import TransformerLM, init_params
+from parallax.tokenizers.plain import ByteTokenizer
+from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 from scripts import convert, evaluate
 from tests.interop.folders import write_folder

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from data.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
 from parallax.config import TransformerConfig
 from parallax.config_dict import config_to_dict
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.model.transformer import init_params
+from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 from scripts import continuation, generate
 from scripts.continuation import Writer, decode

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from data.tokenizer import CharTokenizer
 from parallax.inference.generate import Generator
+from parallax.tokenizers.plain import CharTokenizer
 from scripts import continuation, generate
 from tests.scripts.untrained import one_layer, write_untrained
 

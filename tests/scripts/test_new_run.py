@@ -2,7 +2,8 @@
 
 import pytest
 
-from scripts.new_run import choose_folder, write_json
+from parallax.storage import write_json
+from scripts.new_run import choose_folder
 
 
 def test_the_next_free_folder_is_taken(tmp_path, monkeypatch):

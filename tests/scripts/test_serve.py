@@ -7,8 +7,8 @@ import numpy as np
 import openai
 import pytest
 
-from data.hugging_face import HuggingFaceTokenizer
-from data.tokenizer import ByteTokenizer
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
+from parallax.tokenizers.plain import ByteTokenizer
 from tests.interop.tokenizers import byte_level
 from tests.scripts.serving import LETTERS, serving, write_run
 

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from data.hugging_face import HuggingFaceTokenizer
-from data.tokenizer import ByteTokenizer
 from parallax.inference.batching import Token
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
+from parallax.tokenizers.plain import ByteTokenizer
 from scripts.serve_text import END_OF_TEXT, AnswerText, logprobs_json, spell
 from tests.interop.tokenizers import sentencepiece
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.training.remote import open_folder
+from parallax.storage import open_folder
 from scripts.run_folder import load_run
 from tests.google_storage import BUCKET
 from tests.scripts.kill_and_resume import write_text

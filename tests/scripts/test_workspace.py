@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from parallax.training.remote import open_folder
+from parallax.storage import open_folder
 from scripts import workspace as workspace_module
 from scripts.workspace import Workspace
 

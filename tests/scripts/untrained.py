@@ -6,10 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from data.tokenizer import Tokenizer, save_tokenizer
 from parallax.config import TransformerConfig
 from parallax.config_dict import config_to_dict
 from parallax.model.transformer import init_params
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 
 

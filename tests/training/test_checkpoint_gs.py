@@ -6,9 +6,9 @@ The emulator (tests/google_storage.py) is not Google: what these tests show, the
 import jax
 import pytest
 
+from parallax.storage import open_folder
 from parallax.training import checkpoint_arrays
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.remote import open_folder
 from tests.training.checkpoints import (
     ABSTRACT,
     DOCUMENTS,

@@ -5,15 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    StreamDecoder,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_from_json,
-    train_tokenizer,
-)
+from parallax.tokenizers.base import StreamDecoder
+from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from parallax.tokenizers.registry import load_tokenizer, save_tokenizer, tokenizer_from_json, train_tokenizer
 
 TEXT = "To be, or not to be: that is the question — 'ça va?', αβγ 🙂🙂\r\n" * 20
 SPECS = ["char", "byte", "bpe:300"]

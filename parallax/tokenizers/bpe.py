@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.tokenizer import Tokenizer, check_id, to_utf8
+from parallax.tokenizers.base import Tokenizer, check_id, to_utf8
 
 SMALLEST_SIZE = 257  # all bytes and the end of text
 

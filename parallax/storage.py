@@ -1,12 +1,19 @@
-"""Folders on gs://, where they differ from local ones: the one module that knows how.
+"""Files and folders, local or on gs://: how they are opened, written and told apart, and where fetched ones are kept.
 
-Invariant: what is read is what stands there now, a write appears whole or not at all, and no bucket is ever made.
+Invariant: what is read is what stands there now; a write appears whole or not at all, however the writer ends, and of
+writers racing for one path one leaves a whole file; no bucket is ever made.
 """
 
+import contextlib
 import errno
 import importlib.util
+import json
 import logging
 import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -57,16 +64,45 @@ def make_folder(folder: epath.Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; what is written there takes the place of `path` on success.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` to `path` so that a reader finds all of it or nothing new."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes whole or not at all."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
 def write_whole(file: epath.Path, text: str) -> None:
-    """Writes a file at once. An object appears when it is complete; a local file is renamed into place.
+    """Writes a file, local or on gs://, so that a reader finds all of it or nothing new.
 
     Raises:
       OSError: it cannot be written.
     """
-    draft = file if is_remote(file) else file.with_name(f"{file.name}.draft")
-    draft.write_text(text)
-    if draft != file:
-        draft.replace(file)
+    if is_remote(file):
+        file.write_text(text)  # an object appears when it is complete
+    else:
+        write_atomically(Path(file), text.encode())
 
 
 def reason_of(error: BaseException) -> str:
@@ -76,3 +112,8 @@ def reason_of(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):  # gcsfs gives no more than the path of its request
         return os.strerror(errno.ENOENT)
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def cache_folder() -> Path:
+    """Where this user's fetched and derived files are kept, none of them the only copy; it may not be there yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallax"

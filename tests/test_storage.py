@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from parallax.training.remote import is_remote, open_folder, write_whole
+from parallax.storage import is_remote, open_folder, replacing, write_atomically, write_whole
 
 
 def test_local_paths_stay_as_they_are(tmp_path):
@@ -40,3 +40,26 @@ def test_a_file_is_replaced_at_once(tmp_path):
         write_whole(file, text)
         assert file.read_text() == text
         assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_content_replaces_what_was_there_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / "new" / "file"
+    for content in (b"first", b"second"):
+        write_atomically(path, content)
+        assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_failure_half_way_changes_nothing(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def fail_half_way():
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"hal")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fail_half_way()
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]

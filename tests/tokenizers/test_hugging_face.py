@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from data.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
-from data.tokenizer import (
-    ByteTokenizer,
-    CharTokenizer,
-    StreamDecoder,
-    load_tokenizer,
-    save_tokenizer,
-    train_tokenizer,
-)
+from parallax.tokenizers.base import StreamDecoder
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
+from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from parallax.tokenizers.registry import load_tokenizer, save_tokenizer, train_tokenizer
 from tests.interop.tokenizers import TEXT, byte_level, sentencepiece
 
 KINDS = {"byte level": byte_level, "sentencepiece": sentencepiece}

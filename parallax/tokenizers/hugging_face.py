@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data.bpe import byte_of_character
-from data.tokenizer import Tokenizer, check_id, to_utf8
+from parallax.tokenizers.base import Tokenizer, check_id, to_utf8
+from parallax.tokenizers.bpe import byte_of_character
 
 SPACE = "▁"
 """How SentencePiece spells a space."""
