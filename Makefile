@@ -44,7 +44,7 @@ test: ## run every test that needs only the packages of requirements-dev.lock
 # The next three add a lock to the environment of the tests.
 test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 	@$(DEV) true
-	@$(GCS) python -m pytest -m external tests/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py
+	@$(GCS) python -m pytest -m external tests/parallax/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py
 
 test-plan: ## test plan.py with libtpu, the compiler for TPUs; none is needed
 	@$(DEV) true
@@ -61,7 +61,7 @@ test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" 
 
 test-parity: ## compare imported models to transformers on torch, which it installs the first time
 	@$(DEV) python -c "import importlib.util as u; exit(not (u.find_spec('torch') and u.find_spec('transformers')))" || $(DEV) .ci/add-extra parity
-	@$(DEV) python -m pytest -m external $(TEST_FLAGS) tests/interop/test_llama_parity.py
+	@$(DEV) python -m pytest -m external $(TEST_FLAGS) tests/parallax/interop/test_llama_parity.py
 
 test-terraform: ## test terraform/ (needs terraform, and registry.terraform.io for its providers)
 	@command -v terraform >/dev/null || { echo "error: nothing in terraform/ was checked: terraform is not here; install 1.9 or later from developer.hashicorp.com/terraform/install" >&2; exit 2; }
@@ -71,7 +71,7 @@ lint: ## check style, format, security (ruff), types (pyright), shell (shellchec
 	@$(DEV) python -m ruff check .
 	@$(DEV) python -m ruff format --check .
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(DEV) python -m pyright
-	@$(DEV) shellcheck .ci/* $(wildcard scripts/*.sh)
+	@$(DEV) shellcheck .ci/* scripts/launching/host.sh
 	@$(DEV) zizmor --offline --strict-collection --quiet .github/workflows
 
 clean: ## remove environments and caches; runs/ stays

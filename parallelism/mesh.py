@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from parallax import axes
 from parallelism import reduction
 from parallelism.first_state import make_state
+from parallelism.gathers import ShardPlacement
 from parallelism.hosts import StopRequest
 from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
@@ -29,7 +30,6 @@ from parallelism.rules import (
     partition_spec,
     split_by,
 )
-from parallelism.shards import ShardPlacement
 from parallelism.strategy import Layout, State
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-from scripts.command_line import dispatch
+from scripts.common.command_line import dispatch
 
 HELP = """usage: benchmark.py COMMAND ...
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import progress, spread
 from scripts.benchmark_runs import Run, run_train
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 RUN = ["--config", "nano", "--seq-len", "64", "--batch-size", "12", "--eval-interval", "1000000"]
 WITH = ["--checkpoint-interval", "100", "--log-interval", "10"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, require_positive, spread
 from scripts.benchmark_settings import read_setting
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, require_positive, spread
 from scripts.benchmark_settings import MODELS
 from scripts.benchmark_torch import need
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 CONTENDERS = {"parallax": "decode-parallax", "transformers": "decode-transformers"}
 MEMORY = "bandwidth"

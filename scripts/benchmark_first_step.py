@@ -19,7 +19,7 @@ from scripts import train  # first, as train.py itself is what Python comes to f
 
 # isort: split
 from parallax.training.loop import Row
-from scripts import attempt
+from scripts.training import attempt
 
 IMPORTED = time.time()
 

@@ -21,7 +21,7 @@ from scripts import (
 )
 from scripts.benchmark_plot import plot_decode, plot_quality, plot_scaling, plot_train
 from scripts.benchmark_report import FOLDER, QUIET, read_report
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 Lines = list[str]
 

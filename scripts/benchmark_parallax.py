@@ -16,7 +16,6 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.model.transformer import Params, init_params
 from parallax.training.loop import Row, Stopwatch, train
-from scripts.allocator import keep_large_buffers
 from scripts.benchmark_settings import (
     CHECKED_STEPS,
     MODELS,
@@ -27,7 +26,8 @@ from scripts.benchmark_settings import (
     training_flags,
 )
 from scripts.benchmark_worker import Measure
-from scripts.job import build
+from scripts.common.jax_process import keep_large_buffers
+from scripts.training.job import build
 
 
 class Losses:

@@ -11,7 +11,7 @@ from typing import Any
 from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import progress, spread
 from scripts.benchmark_runs import run_train
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 LOSS = 1.88
 """Of nanoGPT's small run on a CPU, in nats a character on the held-out tenth of Tiny Shakespeare."""

@@ -14,7 +14,7 @@ from typing import Any
 from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, progress, ratio, require_positive, spread
 from scripts.benchmark_settings import Setting
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 DEVICES = (1, 2, 4, 8)
 DEPTHS = (2, 4, 8, 12, 24, 48)

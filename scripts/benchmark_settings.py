@@ -18,7 +18,7 @@ from parallax.config import (
     TrainConfig,
     TransformerConfig,
 )
-from scripts.train_flags import Flags
+from scripts.training.flags import Flags
 
 SEED = 0
 TOKENS = 2**20

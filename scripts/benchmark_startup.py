@@ -19,7 +19,7 @@ import tyro
 from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import SCRIPTS, progress, spread
 from scripts.benchmark_runs import environment
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 STAGES = {
     "interpreter": "Python itself",

@@ -17,7 +17,7 @@ from scripts.benchmark_report import expect_quiet, show, write_report
 from scripts.benchmark_rounds import Worker, calibrate, interleave, ratio, require_positive, spread
 from scripts.benchmark_settings import Setting, read_setting
 from scripts.benchmark_torch import MODELS, need
-from scripts.command_line import parse
+from scripts.common.command_line import parse
 
 TOLERANCE = 1e-4
 """Relative difference of losses in float32; frameworks add in different orders, and steps amplify it."""

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 import tyro
 
-from scripts.command_line import dispatch, parse
+from scripts.common.command_line import dispatch, parse, tell
 
 HELP = """usage: convert.py COMMAND ...
 
@@ -60,9 +60,11 @@ def main() -> int:
 
 def _import(args: Sequence[str]) -> int:
     flags = parse(ImportFlags, description="Make a run folder of a Hugging Face folder.", args=args)
-    from scripts.convert_folders import import_model  # late, since it loads JAX: help answers at once
+    # Late, since these load JAX: help answers at once.
+    from parallax.interop.folders import import_model
+    from scripts.common.placement import place_params
 
-    import_model(Path(flags.source), flags.run, flags.mesh)
+    tell(import_model(Path(flags.source), flags.run, place_params(flags.mesh)))
     return 0
 
 
@@ -70,16 +72,18 @@ def _export(args: Sequence[str]) -> int:
     flags = parse(ExportFlags, description="Make a Hugging Face folder of a run.", args=args)
     if not flags.max_file_gb > 0:
         raise ValueError(f"--max-file-gb {flags.max_file_gb} must be positive; try 5")
-    from scripts.convert_folders import export_model
+    from parallax.interop.folders import export_model
+    from scripts.common.placement import place_params
 
-    export_model(
+    line = export_model(
         flags.run,
         flags.target,
         step=flags.step,
         dtype=flags.dtype,
         max_file_bytes=int(flags.max_file_gb * 10**9),
-        mesh=flags.mesh,
+        place=place_params(flags.mesh),
     )
+    tell(line)
     return 0
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-from scripts.command_line import dispatch
+from scripts.common.command_line import dispatch
 
 HELP = """usage: launch.py COMMAND ...
 
@@ -32,20 +32,20 @@ def main() -> int:
 
 
 def _local(args: Sequence[str]) -> int:
-    from scripts.launch_local import local
+    from scripts.launching.local import local
 
     return local(args)
 
 
 def _run(args: Sequence[str]) -> int:
-    from scripts.launch_run import run
+    from scripts.launching.run import run
 
     return run(args)
 
 
 def _tpu(name: str) -> Callable[[Sequence[str]], int]:
     def command(args: Sequence[str]) -> int:
-        from scripts import launch_tpu
+        from scripts.launching import tpu as launch_tpu
 
         return getattr(launch_tpu, name)(args)
 

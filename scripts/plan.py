@@ -1,58 +1,17 @@
-"""Plans a run on TPUs that are not here: `python scripts/plan.py --help`.
-
-Invariant: the step that is compiled is the one that train.py runs, and nothing of it is computed.
-"""
+"""Plans a run on TPUs that are not here: `python scripts/plan.py --help`."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-import dataclasses
-import functools
-import json
-import math
-from collections.abc import Mapping
-from typing import Any
-
 import jax
-import numpy as np
-from rich.console import Console
-from rich.progress import track
 
-from parallax.config import PRESETS, TrainConfig
-from parallax.layers.attention import BY_BLOCKS
-from parallax.model.cost import StepCost
-from parallax.storage import cache_folder
-from parallax.training.loss import make_loss
-from parallax.training.optimizer import make_learning_rate, make_optimizer
-from parallax.training.state import make_init, state_axes
-from parallax.training.step import train_step
-from parallelism.compiler import topology_devices
-from parallelism.hardware import accelerator
-from parallelism.mesh_shape import is_legal
-from parallelism.planner import (
-    Build,
-    Choice,
-    Row,
-    choose_to_compile,
-    compile_choice,
-    estimate,
-    legal_meshes,
-    mesh_text,
-    name_of,
-    rank,
-)
-from parallelism.rules import Rules, load_rules, split_by
-from parallelism.strategy import Layout
-from scripts.command_line import errors_in_one_line, parse
-from scripts.execution import choose_attention
-from scripts.plan_flags import DESCRIPTION, Flags
-from scripts.plan_report import plan_table, plan_to_json, run_command
-from scripts.train_flags import flag_value
-
-REMATS = ("none", "dots", "full")
-MICROBATCHES = (1, 2, 4, 8)
+from parallax.config import PRESETS
+from scripts.common.command_line import errors_in_one_line, parse
+from scripts.planning.flags import DESCRIPTION, Flags
+from scripts.planning.plan import Plan
+from scripts.training.flags import flag_value
 
 
 def main() -> int:
@@ -63,161 +22,6 @@ def main() -> int:
         flags = parse(Flags, default=Flags(model=preset), description=DESCRIPTION)
         plan = Plan(flags)
         return plan.run()
-
-
-class Plan:
-    """The choices that there are, and what is known of each."""
-
-    def __init__(self, flags: Flags):
-        self._flags = flags
-        self._slice = accelerator(flags.topology)
-        self._builds: dict[tuple[str, int, str], Build] = {}
-        TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)  # checks both
-
-    def run(self) -> int:
-        console, flags, sliced = Console(stderr=True), self._flags, self._slice
-        devices = topology_devices(sliced)
-        # What is compiled for devices that are not here cannot be read back.
-        jax.config.update("jax_enable_compilation_cache", False)
-        choices = self._choices()
-        memory = sliced.device_memory
-        rows = rank([self._row(choice) for choice in choices], memory)
-        if not rows:
-            raise ValueError(
-                f"batch_size={flags.batch_size} can be shared by no layout of {sliced.devices} devices; "
-                f"try --batch-size {sliced.devices * math.ceil(flags.batch_size / sliced.devices)}"
-            )
-        count = len(rows) if flags.exhaustive else flags.compile
-        chosen = choose_to_compile(rows, memory, count)
-        compiled: list[Row] = []
-        for rows_of_layout in track(chosen, f"compiling for {flags.topology}", console=console):
-            compiled += self._compile(rows_of_layout, devices)
-        names = {name_of(row.choice) for row in compiled}
-        left: dict[str, Row] = {}
-        for row in rows:
-            if name_of(row.choice) not in names:
-                left.setdefault(name_of(row.choice), row)
-        shown = rank(compiled, memory) + list(left.values())
-        return self._show(console, shown, len(rows))
-
-    def _compile(self, rows: list[Row], devices: list[Any]) -> list[Row]:
-        """Of one layout the first that fits, after those that did not; all of them with --exhaustive."""
-        found: list[Row] = []
-        for row in rows:
-            if found and not self._flags.exhaustive and row.estimated_bytes >= found[-1].estimated_bytes:
-                continue
-            choice, build = row.choice, self._build(row.choice)
-            found.append(self._row(choice, compile_choice(choice, build, self._slice, devices, plan_cache())))
-            if found[-1].source == "compiled" and not self._flags.exhaustive:
-                break
-        return found
-
-    def _choices(self) -> list[Choice]:
-        flags, devices = self._flags, self._slice.devices
-        rules = load_rules(flags.rules)
-        found = []
-        for microbatches in MICROBATCHES:
-            build = self._build_of("none", microbatches, "xla")
-            shapes = jax.eval_shape(build.init_state)
-            layout = Layout(
-                strategy="mesh",
-                rules=flags.rules,
-                accumulate=microbatches,
-                batch_size=flags.batch_size,
-                seq_len=flags.seq_len,
-            )
-            fits = functools.partial(
-                is_legal, rules=rules, shapes=shapes, state_axes=build.axes, layout=layout
-            )
-            laid = [
-                (dataclasses.replace(layout, mesh=mesh_text(sizes, self._slice)), sizes)
-                for sizes in legal_meshes(devices, fits)
-                if flags.model.attention not in BY_BLOCKS or length_parts(sizes, rules) == 1
-            ]
-            if flags.batch_size % (devices * microbatches) == 0:
-                pmap = dataclasses.replace(layout, strategy="pmap", rules="default")
-                laid.insert(0, (pmap, {"data": devices}))
-            remats = REMATS if flags.remat == "any" else (flags.remat,)
-            found += [Choice(each, sizes, remat, flags.dtype) for each, sizes in laid for remat in remats]
-        return found
-
-    def _build(self, choice: Choice) -> Build:
-        flags = self._flags
-        parts = length_parts(choice.sizes, load_rules(choice.layout.rules))
-        model = choose_attention(flags.model, flags.seq_len, parts, self._slice.generation)
-        return self._build_of(choice.remat, choice.layout.accumulate, model.attention)
-
-    def _build_of(self, remat: str, microbatches: int, attention: str) -> Build:
-        key = remat, microbatches, attention
-        if key not in self._builds:
-            self._builds[key] = make_build(self._flags, remat, microbatches, attention)
-        return self._builds[key]
-
-    def _row(self, choice: Choice, report: Any = None) -> Row:
-        return estimate(choice, self._build(choice), self._slice, report)
-
-    def _show(self, console: Console, rows: list[Row], ranked: int) -> int:
-        flags, sliced = self._flags, self._slice
-        fitting = [row for row in rows if row.report and row.report.fits]
-        Console(width=None if sys.stdout.isatty() else 200).print(plan_table(rows, sliced, flags, ranked))
-        name = f"{flags.topology}-{flags.config}-{flags.batch_size}x{flags.seq_len}.json"
-        path = Path(flags.output or Path("plans") / name)
-        commands = {name_of(row.choice): self.command(row) for row in rows}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(plan_to_json(rows, sliced, flags, commands), indent=1) + "\n")
-        except OSError as error:
-            raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
-        console.print(f"The plan is also in {path}.", highlight=False)
-        vocabulary = (
-            f"Planned for a vocabulary of {flags.model.vocab_size:,}; train.py takes its tokenizer's."
-        )
-        console.print(vocabulary, highlight=False)
-        if not fitting:
-            print("No layout that was compiled fits; try a smaller --batch-size, or a larger slice.")
-            return 1
-        print("The best that fits, on the slice, and rehearsed here without computing anything:")
-        print(self.command(fitting[0]))
-        print(f"JAX_NUM_CPU_DEVICES={sliced.devices} {self.command(fitting[0])} --lower-only")
-        return 0
-
-    def command(self, row: Row) -> str:
-        return run_command(row.choice, self._flags)
-
-
-def length_parts(sizes: Mapping[str, int], rules: Rules) -> int:
-    """How many devices share a sequence."""
-    return math.prod(split_by("length", rules, sizes).values())
-
-
-def plan_cache() -> Path:
-    """Where reports of compiled programs are kept."""
-    return cache_folder() / "plans"
-
-
-def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> Build:
-    """The step of train.py, with everything bound but a strategy's gradient function."""
-    config = dataclasses.replace(flags.model, remat=remat, dtype=flags.dtype, attention=attention)
-    train = TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)
-    optimizer = make_optimizer(flags.optimizer)
-    init_state = make_init(config, optimizer, train.seed)
-    cost = StepCost(
-        config=config, batch_size=flags.batch_size, seq_len=flags.seq_len, microbatches=microbatches
-    )
-
-    def make_step(gradients: Any) -> Any:
-        return functools.partial(
-            train_step,
-            loss_fn=make_loss(config, train),
-            optimizer=optimizer,
-            learning_rate=make_learning_rate(flags.optimizer, train.steps),
-            gradients=gradients,
-            seed=train.seed,
-        )
-
-    tokens = jax.ShapeDtypeStruct((flags.batch_size, flags.seq_len), np.int32)
-    batch = {"inputs": tokens, "targets": tokens}
-    return Build(init_state, state_axes(config, init_state), make_step, batch, cost, attention)
 
 
 if __name__ == "__main__":

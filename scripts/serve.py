@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 import tyro
 
-from scripts.command_line import errors_in_one_line, parse
-from scripts.serve_limits import Limits
-from scripts.serve_listen import listen
+from parallax.serving.limits import Limits
+from parallax.serving.listen import listen
+from scripts.common.command_line import errors_in_one_line, parse, tell
 
 DESCRIPTION = (
     "Serve a trained model: an OpenAI-compatible completions API under /v1, and a page to talk to it at /. "
@@ -52,9 +52,21 @@ def main() -> int:
         check(flags, key)
         listener = listen(flags.host, flags.port, key)
         # Late, since it loads JAX: help and bad flags answer at once.
-        from scripts.serve_process import serve
+        from parallax.serving.process import serve
+        from scripts.common.jax_process import keep_compiled_programs
 
-        return serve(flags, key, listener)
+        keep_compiled_programs()
+        return serve(
+            flags.checkpoint,
+            listener,
+            step=flags.step,
+            slots=flags.slots,
+            capacity=flags.capacity,
+            limits=flags.limits,
+            host=flags.host,
+            key=key,
+            notify=tell,
+        )
 
 
 def check(flags: Flags, key: str) -> None:

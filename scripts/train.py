@@ -19,12 +19,11 @@ from data.pipeline import training_batches
 from parallax.model.cost import step_flops
 from parallax.model.overview import parameter_overview
 from parallelism.hosts import Cluster, fix_cpu_rounding, join, run_process
-from scripts.allocator import keep_large_buffers
-from scripts.attempt import Attempt
-from scripts.command_line import errors_in_one_line
-from scripts.compilation_cache import keep_compiled_programs
-from scripts.job import Job, prepare_job
-from scripts.train_flags import read_flags
+from scripts.common.command_line import errors_in_one_line
+from scripts.common.jax_process import keep_compiled_programs, keep_large_buffers
+from scripts.training.attempt import Attempt
+from scripts.training.flags import read_flags
+from scripts.training.job import Job, prepare_job
 
 gc.freeze()
 gc.enable()

@@ -18,7 +18,7 @@ ARROWS = {
     "data": ("parallax.storage", "parallax.tokenizers"),
     "scripts": ("parallax", "parallelism", "data"),
 }
-# tests/FOLDER stands for parallax/FOLDER unless FOLDER is a package itself; these tests look at the whole tree.
+# These tests look at the whole tree.
 WHOLE_TREE = {"test_architecture.py", "test_packaging.py", "test_environment.py", "test_terraform.py"}
 MAX_LINES = 260
 
@@ -107,9 +107,9 @@ def test_nothing_is_skipped(path):
 
 @pytest.mark.parametrize("path", [path for path in TESTS if path.name.startswith("test_")], ids=named)
 def test_tests_mirror_modules(path):
-    """tests/model/test_cache.py tests parallax/model/cache.py; test_cache_ASPECT.py may share the work."""
+    """tests/parallax/model/test_cache.py tests parallax/model/cache.py; test_cache_ASPECT.py may share the work."""
     folder, name = path.relative_to(ROOT / "tests").parent, path.stem.removeprefix("test_")
-    home = ROOT / folder if folder.parts and folder.parts[0] in ARROWS else ROOT / "parallax" / folder
+    home = ROOT / folder
     stems = {module.stem for module in home.glob("*.py")}
     assert path.name in WHOLE_TREE or any(name == stem or name.startswith(stem + "_") for stem in stems)
 

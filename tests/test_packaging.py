@@ -151,6 +151,9 @@ def test_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
     shipped = {name for name in names if ".dist-info/" not in name}
     packages = ("parallax", "parallelism")
     assert shipped == {
-        str(path.relative_to(ROOT)) for package in packages for path in (ROOT / package).rglob("*.py")
+        str(path.relative_to(ROOT))
+        for package in packages
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     }
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)

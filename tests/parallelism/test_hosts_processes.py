@@ -55,7 +55,7 @@ ALONE = """
 """
 FAILING = """
     import jax, numpy as np
-    from scripts.command_line import errors_in_one_line
+    from scripts.common.command_line import errors_in_one_line
     from jax.experimental import multihost_utils
 
     def main():

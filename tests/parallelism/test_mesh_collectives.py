@@ -15,7 +15,7 @@ from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import make_init, state_axes
 from parallax.training.step import train_step
-from parallelism.collectives import crossed_axes, read_collectives, wire_bytes
+from parallelism.planning.hlo_collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
 

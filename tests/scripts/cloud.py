@@ -12,7 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import launch, launch_run
+from scripts import launch
+from scripts.launching import run as launch_run
 
 ROOT = Path(__file__).parents[2]
 FAKES = Path(__file__).parent
@@ -73,8 +74,8 @@ class Cloud:
             program(self.world / folder / "gcloud", FAKES / "fake_gcloud.py")
         for name in ("sudo", "systemd-run", "systemctl", "curl", "lsof", "python3", "sleep"):
             program(self.world / "host-bin" / name, FAKES / "fake_host.py", name)
-        (self.checkout / "scripts").mkdir(parents=True)
-        shutil.copy(ROOT / "scripts" / "tpu_host.sh", self.checkout / "scripts")
+        (self.checkout / "scripts/launching").mkdir(parents=True)
+        shutil.copy(ROOT / "scripts/launching/host.sh", self.checkout / "scripts/launching")
         (self.checkout / "scripts" / "train.py").write_text(TRAIN)
         (self.checkout / "requirements.lock").touch()
         self.git("init", "--quiet")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from parallax.run_folder import load_run
 from scripts import convert, generate, train
-from scripts.run_folder import load_run
-from tests.interop.folders import SMALL, random_tensors, write_folder
-from tests.interop.tokenizers import TEXT
+from tests.parallax.interop.folders import SMALL, random_tensors, write_folder
+from tests.parallax.interop.tokenizers import TEXT
 
 TRAIN = [
     *("--dataset", "text.txt", "--init-from", "run", "--batch-size", "16", "--seq-len", "16"),

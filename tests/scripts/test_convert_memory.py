@@ -14,7 +14,7 @@ def test_memory_stays_below_the_parameters_and_one_and_a_half_of_the_largest_ten
 
     def run(command):
         return subprocess.run(
-            [sys.executable, "-m", "tests.interop.measure_memory", command, str(tmp_path)],
+            [sys.executable, "-m", "tests.parallax.interop.measure_memory", command, str(tmp_path)],
             cwd=ROOT,
             check=True,
             capture_output=True,

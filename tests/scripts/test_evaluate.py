@@ -15,7 +15,7 @@ from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 from scripts import convert, evaluate
-from tests.interop.folders import write_folder
+from tests.parallax.interop.folders import write_folder
 
 CONFIG = TransformerConfig(
     vocab_size=257, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8, mlp_dim=16, max_seq_len=64

@@ -21,8 +21,9 @@ from parallax.model.transformer import init_params
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from scripts import continuation, generate
-from scripts.continuation import Writer, decode
+from scripts import generate
+from scripts.generation import writer
+from scripts.generation.writer import Writer, decode
 
 TOKENIZER = CharTokenizer("\n !?abcdefé☃")
 CONFIG = TransformerConfig(
@@ -61,7 +62,7 @@ def folder(tmp_path_factory):
 def call(folder, monkeypatch, capsysbinary):
     """Runs generate.py in this process; gives exit status, standard output and the lines of standard error."""
 
-    monkeypatch.setattr(continuation, "Generator", generator)
+    monkeypatch.setattr(writer, "Generator", generator)
 
     def run(*args, stdin="", checkpoint=folder):
         monkeypatch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(checkpoint), *args])

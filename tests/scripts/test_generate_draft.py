@@ -7,7 +7,8 @@ import pytest
 
 from parallax.inference.generate import Generator
 from parallax.tokenizers.plain import CharTokenizer
-from scripts import continuation, generate
+from scripts import generate
+from scripts.generation import writer
 from tests.scripts.untrained import one_layer, write_untrained
 
 LETTERS = "\n !?abcdefé☃"
@@ -34,7 +35,7 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def call(runs, monkeypatch, capsysbinary):
     """Runs generate.py on the model; gives exit status, standard output and the lines of standard error."""
-    monkeypatch.setattr(continuation, "Generator", generator)
+    monkeypatch.setattr(writer, "Generator", generator)
 
     def run(*args):
         command = ["generate.py", "--checkpoint", str(runs / "model"), "--max-tokens", "30", *args]

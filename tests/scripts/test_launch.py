@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scripts import launch
-from scripts import launch_local as local
+from scripts.launching import local
 
 ROOT = Path(__file__).parents[2]
 # What the last process does in each attempt, from the file that counts them; the others wait for their end.
@@ -47,12 +47,12 @@ def launch_local(tmp_path):
     workplace.mkdir()
     for name in (
         "scripts/launch.py",
-        "scripts/command_line.py",
-        "parallelism/supervisor.py",
-        "scripts/launch_local.py",
-        "parallelism/child.py",
+        "scripts/common/command_line.py",
+        "scripts/launching/supervisor.py",
+        "scripts/launching/local.py",
+        "scripts/launching/child.py",
         "parallelism/exit_status.py",
-        "parallelism/restarts.py",
+        "scripts/launching/restarts.py",
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from parallelism import gcloud
-from scripts.launch_watch import HostCommands
-from tests.parallelism.supervision import is_alive, wait_until
+from scripts.launching import gcloud
+from scripts.launching.watch import HostCommands
 from tests.scripts.cloud import FAST, ROOT, clouds, launches
+from tests.scripts.launching.supervision import is_alive, wait_until
 
 cloud = pytest.fixture(clouds)
 launch = pytest.fixture(launches)
@@ -31,7 +31,7 @@ def shellcheck(script):
 
 
 def test_shellcheck_reads_the_script_of_the_hosts():
-    assert shellcheck((ROOT / "scripts" / "tpu_host.sh").read_text()) == ""
+    assert shellcheck((ROOT / "scripts/launching/host.sh").read_text()) == ""
 
 
 @pytest.mark.parametrize("command", ["prepare", "start", "report", "stop"])

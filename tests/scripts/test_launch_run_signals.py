@@ -7,14 +7,15 @@ import sys
 
 import pytest
 
-from tests.parallelism.supervision import wait_until
 from tests.scripts.cloud import FAST, ROOT, clouds
+from tests.scripts.launching.supervision import wait_until
 
 cloud = pytest.fixture(clouds)
 DRIVER = """
 import sys
 from pathlib import Path
-from scripts import launch, launch_run
+from scripts import launch
+from scripts.launching import run as launch_run
 launch_run.CHECKOUT = Path(sys.argv[1])
 sys.argv = ["launch.py", *sys.argv[2:]]
 raise SystemExit(launch.main())
@@ -110,7 +111,7 @@ def test_the_second_does_not_wait(cloud, start):
     process = start("--autodelete")
     training(cloud, 1)
     process.send_signal(signal.SIGINT)
-    wait_until(lambda: any("tpu_host.sh stop" in " ".join(call) for call in cloud.calls()))
+    wait_until(lambda: any("host.sh stop" in " ".join(call) for call in cloud.calls()))
     process.send_signal(signal.SIGINT)
     status, err = end(process)
     assert status == 128 + signal.SIGINT

@@ -1,6 +1,6 @@
 """Faults on changing layouts, real processes and all, cost a run nothing but time."""
 
-from tests.scripts.soak import soak
+from tests.claims.soak import soak
 
 
 def test_five_faults(tmp_path):

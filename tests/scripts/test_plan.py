@@ -9,13 +9,13 @@ import jax
 import pytest
 
 from parallax.config import PRESETS, OptimizerConfig, RopeScaling
-from parallelism.compiler import Report
-from parallelism.planner import Choice
+from parallelism.planning.compiler import Report
+from parallelism.planning.planner import Choice
 from parallelism.strategy import Layout
 from scripts import plan
-from scripts.plan_flags import Flags
-from scripts.plan_report import run_command
-from scripts.train_flags import read_flags
+from scripts.planning.flags import Flags
+from scripts.planning.report import run_command
+from scripts.training.flags import read_flags
 
 CASES = {
     "no such slice": (["--topology", "v3-16"], ["topology='v3-16'", "try v3-8"]),

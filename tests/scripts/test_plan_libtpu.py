@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from parallax.config import PRESETS
-from parallelism.collectives import read_collectives
-from parallelism.compiler import topology_devices
-from parallelism.flops import read_flops
-from parallelism.hardware import accelerator
 from parallelism.mesh_shape import parse_mesh
-from parallelism.planner import Choice, compile_choice, estimate, held_bytes
+from parallelism.planning.compiler import topology_devices
+from parallelism.planning.hardware import accelerator
+from parallelism.planning.hlo_collectives import read_collectives
+from parallelism.planning.hlo_flops import read_flops
+from parallelism.planning.planner import Choice, compile_choice, estimate, held_bytes
+from parallelism.planning.tiles import tiled_size
 from parallelism.rules import load_rules
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
-from parallelism.tiles import tiled_size
-from scripts.plan import make_build
-from scripts.plan_flags import Flags
+from scripts.planning.flags import Flags
+from scripts.planning.plan import make_build
 
 pytestmark = pytest.mark.external
 

@@ -14,10 +14,10 @@ import jax
 import numpy as np
 import pytest
 
+from parallax.run_folder import load_run
 from parallax.storage import open_folder
-from scripts.run_folder import load_run
+from tests.claims.kill_and_resume import write_text
 from tests.google_storage import BUCKET
-from tests.scripts.kill_and_resume import write_text
 from tests.scripts.runs import SCRIPTS, Training, checkpoints, pmap, rows, single
 
 pytestmark = [

@@ -1,6 +1,6 @@
 """A run that is killed and resumed equals one that was left alone, to the bit."""
 
-from tests.scripts.kill_and_resume import kill_and_compare
+from tests.claims.kill_and_resume import kill_and_compare
 
 
 def test_three_kills(tmp_path):

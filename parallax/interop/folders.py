@@ -1,0 +1,178 @@
+"""A Hugging Face folder becomes a run folder, and a run folder a Hugging Face folder.
+
+Invariant: the work is done in a hidden folder, beside the target or above it, which is renamed at the end.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from parallax.config import TransformerConfig
+from parallax.config_dict import config_to_dict
+from parallax.interop.files import TensorFiles
+from parallax.interop.hf_config import config_from_hf, config_to_hf
+from parallax.interop.reading import read_params
+from parallax.interop.writing import MAX_FILE_BYTES, write_params
+from parallax.model.transformer import Params
+from parallax.run_folder import abstract_params, load_run
+from parallax.storage import is_remote, write_json
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
+from parallax.tokenizers.registry import save_tokenizer
+from parallax.training.checkpoint import Checkpointer
+
+Place = Callable[[TransformerConfig], Params]
+"""Gives the tree of `init_params` as ShapeDtypeStructs with shardings."""
+
+
+def import_model(source: Path, run: str | Path, place: Place = abstract_params) -> str:
+    """Makes the run folder `run`: config.json, tokenizer.json and checkpoint 0, which holds parameters alone.
+
+    Returns:
+      a line for the person who watches.
+
+    Raises:
+      ValueError: `source` is no folder of a model that can be run here, or `run` exists.
+    """
+    if not source.is_dir():
+        raise ValueError(
+            f"{source} must be a Hugging Face folder and is none; download one, and give its path"
+        )
+    with _made(run) as draft:
+        values = _read_json(source / "config.json")
+        config = config_from_hf(values)
+        tokenizer = _read_tokenizer(source, values, config)
+        files = TensorFiles(source)
+        params = read_params(files, config, place(config))
+        settings = {
+            "model": config_to_dict(config),
+            "imported": {"folder": source.resolve().name, "model_type": values["model_type"]},
+        }
+        write_json(draft / "config.json", settings)
+        save_tokenizer(tokenizer, draft / "tokenizer.json")
+        checkpoints = Checkpointer(draft / "checkpoints", keep=1)
+        try:
+            documents = {"config": settings, "tokenizer": tokenizer.to_json()}
+            checkpoints.save(0, {"params": params}, documents)
+        finally:
+            checkpoints.close()
+    return (
+        f"imported  {source}: {config.num_params():,} parameters, {tokenizer.name} tokens; run folder: {run}"
+    )
+
+
+def export_model(
+    run: str,
+    target: str | Path,
+    *,
+    step: int | None = None,
+    dtype: str = "float32",
+    max_file_bytes: int = MAX_FILE_BYTES,
+    place: Place = abstract_params,
+) -> str:
+    """Makes the Hugging Face folder `target` of the best checkpoint, or of `step`.
+
+    Returns:
+      a line for the person who watches.
+
+    Raises:
+      ValueError: `run` is no run, no such architecture computes what it does, or `target` exists.
+    """
+
+    def checked(config: TransformerConfig) -> Params:
+        config_to_hf(config)  # refuses before parameters are read
+        return place(config)
+
+    with _made(target) as draft:
+        loaded = load_run(run, step, checked)
+        values = config_to_hf(loaded.config) | {"dtype": dtype, **_special_ids(loaded.tokenizer)}
+        write_params(loaded.params, loaded.config, draft, dtype, max_file_bytes)
+        _write_tokenizer(loaded.tokenizer, draft)
+        write_json(draft / "config.json", values)
+    return f"exported  {run}, step {loaded.step}: {values['model_type']}, {dtype}; folder: {target}"
+
+
+@contextlib.contextmanager
+def _made(folder: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `folder`; nothing stays where it fails."""
+    target = Path(folder)
+    if is_remote(folder):
+        raise ValueError(
+            f"folder {folder} must be local, since it is renamed when it is whole; copy it afterwards"
+        )
+    if target.exists():
+        raise ValueError(f"folder {target} exists already; choose another")
+    target = target.expanduser().absolute()
+    above = next(folder for folder in target.parents if folder.exists())
+    draft = above / f".{target.name}.{uuid.uuid4().hex}"
+    try:
+        draft.mkdir()
+        yield draft
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(draft, target)
+    except OSError as error:
+        raise ValueError(
+            f"folder {target} cannot be written ({error.strerror or error}); choose another"
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} must be a JSON file ({reason}); restore the model's files") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold an object; restore the model's files")
+    return values
+
+
+def _read_tokenizer(source: Path, values: dict[str, Any], config: TransformerConfig) -> Tokenizer:
+    path = source / "tokenizer.json"
+    if not path.exists():
+        raise ValueError(
+            f"{source} holds no tokenizer.json; load its tokenizer with transformers' AutoTokenizer and save it there"
+        )
+    definition, more = _read_json(path), source / "generation_config.json"
+    ends: list[int] = []
+    for holder in (values, _read_json(more) if more.exists() else {}):
+        given = holder.get("eos_token_id")
+        ends += [] if given is None else given if isinstance(given, list) else [given]
+    if not all(type(token) is int for token in ends):
+        raise ValueError(
+            f"eos_token_id={ends!r} of {source} must be one id or several; restore the model's files"
+        )
+    try:
+        return HuggingFaceTokenizer(definition, config.vocab_size, tuple(dict.fromkeys(ends)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What generation begins and ends with, in config.json; null where there is none, else 1 and 2 are meant."""
+    ends = list(tokenizer.end_ids)
+    begin = tokenizer.begin_ids if isinstance(tokenizer, HuggingFaceTokenizer) else ()
+    return {
+        "bos_token_id": next(iter(begin), None),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": None,
+    }
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    definition = tokenizer_to_hf(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), "utf-8")
+    spelled = {token["id"]: token["content"] for token in definition.get("added_tokens") or ()}
+    special = _special_ids(tokenizer)
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    for name, token in (("bos_token", special["bos_token_id"]), ("eos_token", tokenizer.eos_id)):
+        if token in spelled:
+            values[name] = spelled[token]
+    write_json(folder / "tokenizer_config.json", values)

@@ -1,0 +1,88 @@
+"""A run folder as a model to use: config, tokenizer and the parameters of a checkpoint.
+
+Invariant: only reads, and needs nothing but the folder.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+
+from parallax.config import TransformerConfig
+from parallax.config_dict import config_from_dict
+from parallax.model.transformer import Params, init_params
+from parallax.storage import open_folder, reason_of
+from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.registry import load_tokenizer
+from parallax.training.checkpoint import Checkpointer
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a training run left, ready to use."""
+
+    folder: epath.Path
+    config: TransformerConfig
+    tokenizer: Tokenizer
+    params: Params
+    step: int
+    """The checkpoint that `params` came from."""
+    settings: dict[str, Any]
+    """All of config.json: how the run was trained, and on what."""
+
+
+def abstract_params(config: TransformerConfig) -> Params:
+    """The tree of `init_params` as ShapeDtypeStructs, all on the first device."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def load_run(
+    folder: str | os.PathLike,
+    step: int | None = None,
+    place: Callable[[TransformerConfig], Params] = abstract_params,
+) -> Run:
+    """Reads a run with the parameters of `step`, by default those of its best checkpoint.
+
+    Args:
+      place: gives the tree of `init_params` as ShapeDtypeStructs with shardings; by default all on the first device.
+
+    Raises:
+      ValueError: the folder is no run, its files contradict each other, or no such checkpoint is intact.
+    """
+    folder = open_folder(folder)
+    settings = read_settings(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    config = config_from_dict(settings["model"])
+    if config.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} in {folder / 'config.json'} must equal the {tokenizer.vocab_size} of "
+            "tokenizer.json; restore the files that training wrote"
+        )
+    abstract_params = place(config)
+    checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False)
+    try:
+        found, params, _ = checkpoints.restore_params(abstract_params, step)
+    finally:
+        checkpoints.close()
+    return Run(folder, config, tokenizer, params, found, settings)
+
+
+def read_settings(folder: epath.Path) -> dict[str, Any]:
+    """All of config.json. Raises ValueError where there is none, or none of a model."""
+    path = folder / "config.json"
+    remedy = "give the folder that train.py or convert.py wrote"
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"run folder {folder} has no readable config.json ({reason_of(error)}); {remedy}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} must be JSON ({error}); {remedy}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
+        raise ValueError(f"{path} must hold an object with a model config; {remedy}")
+    return settings

@@ -1,0 +1,196 @@
+"""The thread that owns the Batcher, and what the server's event loop sees of it.
+
+Invariant: the Batcher is touched by that one thread alone; orders go in by a queue, tokens come out by the event loop's
+own. An answer that nobody waits for holds no slot longer than the step under way. If the thread dies, every answer
+under way ends with an error, and `on_failure` is called: nothing waits for ever.
+"""
+
+import asyncio
+import collections
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from parallax.inference.batching import Batcher, Completion, Token
+from parallax.serving.errors import Refusal
+
+ENDING = "the server is shutting down; send the request again in a while"
+FAILED = "the server's engine failed and the server ends; its standard error says why"
+
+
+class Engine:
+    """Answers completions. All methods but `warm_up` belong to the event loop given to `attach`."""
+
+    def __init__(self, make_batcher: Callable[[], Batcher], max_waiting: int):
+        self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self.busy = 0
+        """Slots in use after the last turn of the thread."""
+        self._make_batcher, self._max_waiting = make_batcher, max_waiting
+        self._tickets = itertools.count()
+        self._jobs: dict[int, Job] = {}
+        self._waiting: set[int] = set()
+        self._closed: Refusal | None = None
+        self._orders: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
+        self._ready: Future[Batcher] = Future()
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+
+    def warm_up(self) -> None:
+        """Starts the thread and returns once everything is compiled; raises what the making of the Batcher raises."""
+        self._thread.start()
+        self._batcher = self._ready.result()
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    @property
+    def under_way(self) -> int:
+        """Answers that have not ended: those in slots and those that wait."""
+        return len(self._jobs)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    def check(self, completion: Completion) -> None:
+        """Raises ValueError for a completion that can never run here."""
+        self._batcher.check(completion)
+
+    def submit(self, completions: Sequence[Completion]) -> "Job":
+        """Puts completions into the queue, all or none.
+
+        Raises:
+          Refusal: the queue is full (429), or the server ends (503).
+        """
+        if self._closed:
+            raise self._closed
+        if self.waiting + len(completions) > self._max_waiting:
+            rule = f"at most {self._max_waiting} answers may wait, and {self.waiting} do"
+            message = f"{rule}; try again in a second, or ask for fewer than {len(completions)}"
+            raise Refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
+        tickets = [next(self._tickets) for _ in completions]
+        job = Job(self, tickets)
+        self._jobs |= dict.fromkeys(tickets, job)
+        self._waiting.update(tickets)
+        for ticket, completion in zip(tickets, completions, strict=True):
+            self._orders.put(("admit", ticket, completion))
+        return job
+
+    def drop(self, ticket: int) -> None:
+        """Frees what an answer holds; no token of it is delivered any more."""
+        if self._jobs.pop(ticket, None):
+            self._waiting.discard(ticket)
+            self._orders.put(("cancel", ticket, None))
+
+    def close(self, reason: Refusal) -> None:
+        """Ends every answer with `reason`, and takes no more."""
+        self._closed = self._closed or reason
+        for job in set(self._jobs.values()):
+            job.end(reason)
+        for ticket in list(self._jobs):
+            self.drop(ticket)
+
+    async def stop(self) -> None:
+        """Ends what is under way, and the thread after its present step."""
+        self.close(Refusal(503, ENDING, code="shutting_down"))
+        self._orders.put(("stop", 0, None))
+        await asyncio.to_thread(self._thread.join, 10)
+
+    def _live(self) -> None:
+        """The thread."""
+        try:
+            batcher = self._make_batcher()
+            batcher.warm_up()
+            self._ready.set_result(batcher)
+            slots = batcher.free
+            waiting: collections.OrderedDict[int, Completion] = collections.OrderedDict()
+            while self._obey(batcher, waiting, idle=batcher.free == slots):
+                tokens: list[Token] = []
+                while waiting and batcher.free:
+                    tokens += batcher.admit(*waiting.popitem(last=False))
+                tokens += batcher.step()
+                self.busy = slots - batcher.free
+                if tokens:
+                    self._loop.call_soon_threadsafe(self._deliver, tokens)
+        except BaseException as error:
+            if self._ready.done():
+                self._loop.call_soon_threadsafe(self._fail, error)
+            else:
+                self._ready.set_exception(error)
+
+    def _obey(
+        self, batcher: Batcher, waiting: collections.OrderedDict[int, Completion], *, idle: bool
+    ) -> bool:
+        """Takes the orders that are there, and if idle waits for one; whether to go on."""
+        wait = idle and not waiting
+        if wait:
+            self.busy = 0
+        while wait or not self._orders.empty():
+            order, ticket, completion = self._orders.get()
+            wait = False
+            if order == "stop":
+                return False
+            if order == "admit":
+                waiting[ticket] = completion
+            elif waiting.pop(ticket, None) is None:
+                batcher.cancel(ticket)
+        return True
+
+    def _deliver(self, tokens: list[Token]) -> None:
+        for token in tokens:
+            job = self._jobs.get(token.ticket)
+            self._waiting.discard(token.ticket)
+            if job:
+                job.take(token)
+                if token.finish:
+                    del self._jobs[token.ticket]
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.close(Refusal(500, FAILED, code="engine_failed"))
+        self.on_failure()
+
+
+class Job:
+    """The completions of one request under way."""
+
+    def __init__(self, engine: Engine, tickets: list[int]):
+        self._engine, self._tickets = engine, tickets
+        self._numbers = {ticket: number for number, ticket in enumerate(tickets)}
+        self._open = set(tickets)
+        self._inbox: asyncio.Queue[Token | Refusal] = asyncio.Queue()
+
+    def take(self, token: Token) -> None:
+        self._inbox.put_nowait(token)
+
+    def end(self, reason: Refusal) -> None:
+        self._inbox.put_nowait(reason)
+
+    async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
+        """(number of the completion, token) as they come, until each completion ended or was dropped.
+
+        Raises:
+          Refusal: the server ends.
+        """
+        while self._open:
+            token = await self._inbox.get()
+            if isinstance(token, Refusal):
+                raise token
+            if token.ticket in self._open:
+                if token.finish:
+                    self._open.discard(token.ticket)
+                yield self._numbers[token.ticket], token
+
+    def drop(self, number: int) -> None:
+        """Ends one completion early."""
+        self._open.discard(self._tickets[number])
+        self._engine.drop(self._tickets[number])
+
+    def close(self) -> None:
+        """Ends what is not ended."""
+        for ticket in self._open:
+            self._engine.drop(ticket)
+        self._open.clear()

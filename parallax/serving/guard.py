@@ -1,0 +1,92 @@
+"""Who may ask: the right name of this server, no foreign web page, and the key where there is one.
+
+Invariant: a request that is refused here reaches nothing behind. A web page elsewhere cannot use the server through its
+reader's browser: by a name that it points here (DNS rebinding) it fails on Host, by its own name on Origin.
+"""
+
+import dataclasses
+import hmac
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from parallax.serving.errors import Refusal
+from parallax.serving.listen import is_loopback
+
+SAFETY = {
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Middleware around the whole server.
+
+    Args:
+      names: what Host may say, beside the loopback's own addresses; None lets every name pass, which is safe only with
+        a key.
+      open_paths: what needs no key: the page, which asks for the key itself, and the question whether the server lives.
+      count: told the status of each answer.
+    """
+
+    app: ASGIApp
+    names: frozenset[str] | None
+    api_key: str
+    open_paths: frozenset[str]
+    count: Callable[[int], None]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(SAFETY)
+                self.count(message["status"])
+            await send(message)
+
+        headers = Headers(scope=scope)
+        try:
+            self._check_names(headers)
+            if scope["path"] not in self.open_paths:
+                self._check_key(headers)
+        except Refusal as refusal:
+            return await refusal.response()(scope, receive, send_safely)
+        return await self.app(scope, receive, send_safely)
+
+    def _check_names(self, headers: Headers) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = _name_of(host)
+        if self.names is not None and name not in self.names and not is_loopback(name):
+            raise Refusal(
+                403,
+                f"Host={host!r} must name this server, which listens on this machine alone; try localhost",
+                code="wrong_host",
+            )
+        if origin is not None and origin.lower() not in (f"http://{host}".lower(), f"https://{host}".lower()):
+            raise Refusal(
+                403,
+                f"Origin={origin!r} must be this server's own page; no other page may use it; open / instead",
+                code="wrong_origin",
+            )
+
+    def _check_key(self, headers: Headers) -> None:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode(), self.api_key.encode())
+        if self.api_key and not (right and scheme.lower() == "bearer"):
+            raise Refusal(
+                401,
+                "this server wants its key; send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, without the port and the brackets of IPv6, in small letters."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0].lower()
+    return host.partition(":")[0].lower().rstrip(".")

@@ -1,0 +1,128 @@
+"""The server as a process: a socket, an engine, an event loop, and how they end.
+
+Invariant: the process ends with status 0 after SIGTERM or Ctrl-C, within a few seconds, and with status 1 when the
+engine fails. It never stays without an engine.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+
+import uvicorn
+
+from parallax.inference.batching import Batcher
+from parallax.run_folder import load_run
+from parallax.serving.api import Api
+from parallax.serving.assets import asset_routes
+from parallax.serving.engine import Engine
+from parallax.serving.guard import Guard
+from parallax.serving.limits import Limits
+from parallax.serving.listen import address_of, is_loopback, start_listening
+from parallax.serving.metrics import Counts
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GRACE = 3
+"""Seconds that answers under way have to finish once the server is told to end."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which says its address when it answers and ends the engine when it ends."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, address: str):
+        super().__init__(config)
+        self._engine, self._address = engine, address
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._engine.attach(asyncio.get_running_loop())
+        self._engine.on_failure = self._end
+        await super().startup(sockets)
+        print(self._address, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_engine())
+        await super().shutdown(sockets)
+        await ending
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+    async def _end_engine(self) -> None:
+        for _ in range(GRACE * 20):
+            if not self._engine.under_way:
+                break
+            await asyncio.sleep(0.05)
+        await self._engine.stop()
+
+
+def serve(
+    checkpoint: str,
+    listener: socket.socket,
+    *,
+    step: int | None = None,
+    slots: int = 16,
+    capacity: int = 1024,
+    limits: Limits = Limits(),
+    host: str = "127.0.0.1",
+    key: str = "",
+    notify: Callable[[str], None] = lambda line: None,
+) -> int:
+    """Serves a run until a signal; the exit status.
+
+    Args:
+      listener: from `listen`, for `host`.
+      slots: how many answers are computed at once, each of at most `capacity` tokens with its prompt.
+      key: what clients must send; empty for none.
+      notify: takes a line for the person who watches.
+
+    Raises:
+      ValueError: the run or a size cannot be used.
+    """
+    with listener:
+        for number in SIGNALS:  # while it starts: nothing is under way yet
+            signal.signal(number, lambda *_: os._exit(0))
+        run = load_run(checkpoint, step)
+        capacity = min(capacity, run.config.max_seq_len)
+        engine = Engine(lambda: Batcher(run.config, run.params, slots=slots, capacity=capacity), limits.queue)
+        size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
+        notify(f"model     {run.folder}, step {run.step}: {size}, {kind}")
+        notify(f"slots     {slots} of {capacity} tokens; compiling …")
+        engine.warm_up()
+        for number in SIGNALS:  # uvicorn takes them over, and raises them again at its end
+            signal.signal(number, lambda *_: None)
+        counts = Counts(engine, slots)
+        api = Api(run, engine, counts, limits.within(capacity), capacity, with_key=bool(key))
+        guard = Guard(
+            api.application(),
+            frozenset({host.lower()}) if is_loopback(listener.getsockname()[0]) else None,
+            key,
+            frozenset({"/healthz", *(route.path for route in asset_routes())}),
+            lambda status: counts.requests.labels(str(status)).inc(),
+        )
+        start_listening(listener)
+        return _answer(guard, engine, listener)
+
+
+def _answer(guard: Guard, engine: Engine, listener: socket.socket) -> int:
+    config = uvicorn.Config(
+        guard,
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="off",
+        log_level=logging.WARNING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE + 2,
+    )
+    Server(config, engine, address_of(listener)).run([listener])
+    if engine.failure is None:
+        return 0
+    traceback.print_exception(engine.failure)
+    print("error: the engine failed, as said above, and the server ended", file=sys.stderr)
+    return 1

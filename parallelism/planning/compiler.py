@@ -1,0 +1,158 @@
+"""Programs for a TPU that is not here, by its real compiler, which runs on any Linux machine.
+
+Invariant: nothing is computed and no device is touched; what is reported is what the compiler says, loops counted.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from parallelism.planning.hardware import Accelerator
+from parallelism.planning.hlo_collectives import crossed_axes, read_collectives, wire_bytes
+from parallelism.planning.hlo_flops import read_flops
+
+REPORT_VERSION = 2
+"""To be raised when a report comes to say something else of the same program, so that no older one is found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind over the same axes of a mesh, in one step of one device."""
+
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    wire_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the compiler says of a step, a device's share. A step that does not fit has nothing but `error`."""
+
+    error: str = ""
+    """The compiler's own words where the program is too large."""
+    state_bytes: int = 0
+    """Parameters, optimizer and batch: the arguments of the step."""
+    temporary_bytes: int = 0
+    """The most of a device's memory that is in use beside them, see `_temporary`."""
+    flops: int = 0
+    """Of matrix products outside kernels, loops and recomputation counted."""
+    traffic: tuple[Traffic, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return not self.error
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.state_bytes + self.temporary_bytes
+
+
+def topology_devices(accelerator: Accelerator) -> list[Any]:
+    """The devices of a slice that is not here: good to lower and compile for.
+
+    Raises:
+      ValueError: libtpu is not installed, or does not know the slice.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError('libtpu, the compiler for TPUs, is not installed; try pip install -e ".[plan]"')
+    # Live beside other processes that use libtpu, and ask no metadata server for what is not here.
+    asked = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v3-8"}
+    for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **asked}.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore"} if accelerator.generation.name == "v4" else {}
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=accelerator.topology, **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"topology={accelerator.name} is unknown to libtpu ({_one_line(error)}); try v3-8"
+        ) from None
+    return list(described.devices)
+
+
+def compile_step(
+    lowered: jax.stages.Lowered, topology: str, mesh_shape: Mapping[str, int], cache: Path
+) -> Report:
+    """Compiles a step that was lowered for the devices of a topology, or finds the report of an equal program.
+
+    Args:
+      topology: what the program, which names no chip, was lowered for.
+      mesh_shape: sizes of the axes over which the program's devices lie, outermost first.
+      cache: a folder for reports, by a hash of program, target and compiler; without one that can be written,
+        nothing is kept.
+    """
+    versions = (REPORT_VERSION, importlib.metadata.version("libtpu"), jax.__version__)
+    identity = f"{versions}\n{topology}\n{tuple(mesh_shape.items())}\n{lowered.as_text()}"
+    file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged
+        values = json.loads(file.read_text())
+        traffic = tuple(Traffic(**each | {"axes": tuple(each["axes"])}) for each in values.pop("traffic"))
+        return Report(**values, traffic=traffic)
+    report = _compile(lowered, mesh_shape)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(dataclasses.asdict(report)))
+        partial.replace(file)
+    return report
+
+
+def _compile(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int]) -> Report:
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Report(error=_shortage(str(error)))
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise RuntimeError("the compiler says neither what memory a program takes nor what it does")
+    return Report(
+        state_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=_temporary(memory),
+        flops=read_flops(text),
+        traffic=_traffic(text, mesh_shape),
+    )
+
+
+def _temporary(memory: Any) -> int:
+    """The lesser of two numbers.
+
+    The peak is what steps for v2 were refused by, within a hundredth of it, but it counts the memory on a chip too.
+    What is laid out counts main memory alone, but gaps between arrays as well: a third and more, for steps that fit.
+    """
+    laid_out = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return min(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, laid_out)
+
+
+def _traffic(hlo_text: str, mesh_shape: Mapping[str, int]) -> tuple[Traffic, ...]:
+    sums: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
+    for each in read_collectives(hlo_text):
+        key = each.kind, crossed_axes(each, mesh_shape)
+        count, sent = sums.get(key, (0, 0.0))
+        sums[key] = count + each.count, sent + each.count * wire_bytes(each)
+    return tuple(Traffic(*key, *sums[key]) for key in sorted(sums))
+
+
+def _shortage(message: str) -> str:
+    """The sentence with the numbers, of a message of many lines."""
+    found = re.search(r"(Used [\d.]+\w? of [\d.]+\w? hbm\..*?by [\d.]+\w?)", message)
+    return found[1] if found else _one_line(message)[:200]
+
+
+def _one_line(error: Any) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,139 @@
+"""The collectives that one execution of a compiled program performs, read from its optimized HLO text.
+
+Invariant: a collective is counted exactly as often as it runs (`hlo.py`), and none is passed over: what is
+not known is refused.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from parallelism.planning.hlo import Op, Program, numbers
+
+_PASSES = {"all-gather": 1, "all-reduce": 2, "all-to-all": 1, "collective-permute": 1, "reduce-scatter": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One instruction, with all that it does in one execution of the program."""
+
+    kind: str
+    """all-gather, all-reduce, all-to-all, collective-permute or reduce-scatter, asynchronous or not."""
+    count: int
+    """How often it runs: the product of the trip counts of the loops around it."""
+    bytes: int
+    """What a device holds on the larger side each time, all arrays together, layout aside: the result of an
+    all-gather, the operand of a reduce-scatter, either side of the others."""
+    groups: tuple[tuple[int, ...], ...]
+    """Devices that exchange data, by position in `mesh.devices.flat`; of a permute, its (source, target) pairs."""
+    name: str
+    """JAX's path to the operation that asked for it, or "" where the compiler kept none."""
+
+
+def read_collectives(hlo_text: str) -> list[Collective]:
+    """The collectives in `compiled.as_text()`, one for each instruction that runs.
+
+    Raises:
+      ValueError: there is no entry computation, a loop with collectives has no fixed length, or a collective or its
+        groups are written in a way that is not known here.
+    """
+    program = Program(hlo_text)
+    found = program.walk(_Finder(program), wire_bytes)
+    return [dataclasses.replace(each, count=count) for each, count in found]
+
+
+def summarize(collectives: Sequence[Collective]) -> dict[str, tuple[int, int]]:
+    """Kind to how many run and the bytes of all of them, in one execution of the program."""
+    return {
+        kind: (sum(each.count for each in alike), sum(each.count * each.bytes for each in alike))
+        for kind in sorted({each.kind for each in collectives})
+        if (alike := [each for each in collectives if each.kind == kind])
+    }
+
+
+def wire_bytes(collective: Collective) -> float:
+    """Bytes that a device sends each time, by the algorithms that send the least; groups of one send nothing."""
+    size = max(map(len, collective.groups))
+    kept = 0 if collective.kind == "collective-permute" else collective.bytes / size
+    return _PASSES[collective.kind] * (collective.bytes - kept)
+
+
+def crossed_axes(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """The axes along which the devices of a group differ, in a program over a mesh with this `mesh.shape`."""
+    places = [np.unravel_index(group, tuple(mesh_shape.values())) for group in collective.groups]
+    return tuple(axis for i, axis in enumerate(mesh_shape) if any(np.ptp(place[i]) for place in places))
+
+
+class _Finder:
+    """Tells the collectives among the instructions of a program."""
+
+    def __init__(self, program: Program):
+        self._program = program
+
+    def __call__(self, op: Op, computation: str, path: str) -> Collective | None:
+        kind = op.opcode.removesuffix("-start")
+        if kind in _PASSES:
+            # A TPU's compiler may spread an asynchronous collective over fusions and repeat it in each; one starts it.
+            ops = self._program.computations[computation].values()
+            starts = any("AsyncCollectiveStart" in each.attributes for each in ops)
+            repeated = "chain_id=" in op.attributes and not starts
+            return None if repeated else self._collective(op, kind, computation, path)
+        named = re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes)
+        if named and not op.opcode.endswith(("-update", "-done")):
+            raise ValueError(f"{kind} is not counted; known collectives are {', '.join(_PASSES)}")
+        return None
+
+    def _collective(self, op: Op, kind: str, computation: str, path: str) -> Collective:
+        # The bits and the dims of each array: 16 and 4,8 of bf16[4,8]{1,0}; pred names no bits and takes 8.
+        arrays = re.findall(r"[a-z]+(\d*)\w*\[([^\]]*)\]", op.shape)
+        operands = len(op.arguments())
+        if op.opcode.endswith("-start") and len(arrays) > operands:
+            arrays = arrays[operands : 2 * operands]  # operands, results, what the device keeps to itself
+        size = sum(-(-math.prod(numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays)
+        groups = _groups(op.attributes, self._program.devices)
+        if kind == "reduce-scatter":
+            size *= len(groups[0])
+        elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # written as an all-reduce and a slice, fused, which a TPU runs as one
+        return Collective(kind, 1, size, groups, path)
+
+
+def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """From each of XLA's notations: lists, iota, mesh axes. No list means one group of all devices."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes):
+        listed = re.findall(r"\{([\d,]*)\}", found[1])
+        return tuple(tuple(numbers(group)) for group in listed) or (tuple(range(devices)),)
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        groups = _ids(found[2]).reshape(numbers(found[1]))
+    elif found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", attributes):
+        groups = _mesh_groups(found[1], found[2], found[3])
+    else:
+        raise ValueError(f"the groups of a collective are in no known notation: {attributes[:80]}")
+    return tuple(map(tuple, groups.tolist()))
+
+
+def _ids(text: str) -> np.ndarray:
+    """Device ids, flat: "3,0,1,2" as listed; "[2,4]T(1,0)" is 0 to 7 in two rows, transposed."""
+    if not text.startswith("["):
+        return np.array(numbers(text))
+    dims, _, order = text.partition("T")
+    ids = np.arange(math.prod(numbers(dims))).reshape(numbers(dims))
+    return ids.transpose(numbers(order) or range(ids.ndim)).ravel()
+
+
+def _mesh_groups(mesh: str, ids: str | None, axes: str) -> np.ndarray:
+    """As in "'a'=2,'b'=4", None, "'a','b':(2)2": along a, and along the inner half of b, the 2 after a first 2."""
+    sizes = {name: int(size) for name, size in re.findall(r"'?([^',=]+)'?=(\d+)", mesh)}
+    outer = dict(zip(sizes, np.indices(tuple(sizes.values())).reshape(len(sizes), -1), strict=True))
+    inner = []
+    for name, before, size in re.findall(r"'?([^',:]+)'?(?::\((\d+)\)(\d+))?(?:,|$)", axes):
+        count = int(size or sizes[name])
+        stride = sizes[name] // (int(before or 1) * count)
+        inner.append(outer[name] // stride % count)
+        outer[name] = outer[name] - inner[-1] * stride
+    order = np.lexsort([*outer.values(), *inner][::-1])  # its last key sorts first
+    groups = len(set(zip(*outer.values(), strict=True)))
+    return (_ids(ids) if ids else np.arange(len(order)))[order].reshape(groups, -1)

@@ -1,0 +1,80 @@
+"""The floating-point operations of the matrix products that one execution of a compiled program performs.
+
+Invariant: a product is counted as often as it runs, by the rule of XLA's own cost analysis: two operations for each
+element of the result and each pair that is summed for it, zeros of padding and dilation left out. Elementwise work,
+a few in a hundred of a Transformer's, is not counted, nor what is inside a Pallas kernel.
+"""
+
+import math
+import re
+
+import numpy as np
+
+from parallelism.planning.hlo import Op, Program, numbers
+
+
+def read_flops(hlo_text: str) -> int:
+    """Operations of `compiled.as_text()` on one device.
+
+    Raises:
+      ValueError: there is no entry computation, or a loop with products has no fixed length.
+    """
+    program = Program(hlo_text)
+
+    def find(op: Op, computation: str, path: str) -> int | None:
+        if op.opcode not in ("dot", "convolution"):
+            return None
+        ops = program.computations[computation]
+        shapes = [_dims(ops[name].shape) for name in op.arguments()]
+        return (_of_dot if op.opcode == "dot" else _of_convolution)(op, *shapes)
+
+    return sum(count * flops for flops, count in program.walk(find, float))
+
+
+def _dims(shape: str) -> list[int]:
+    """Of f32[2,3]{1,0}: 2 and 3."""
+    return numbers(re.findall(r"\[([\d,]*)\]", shape)[0])
+
+
+def _attribute(op: Op, name: str) -> str:
+    return (re.findall(rf"\b{name}=(\S+?)(?:,\s|$)", op.attributes) or [""])[0]
+
+
+def _of_dot(op: Op, left: list[int], right: list[int]) -> int:
+    summed = [left[dim] for dim in numbers(_attribute(op, "lhs_contracting_dims"))]
+    return 2 * math.prod(_dims(op.shape)) * math.prod(summed)
+
+
+def _of_convolution(op: Op, left: list[int], right: list[int]) -> int:
+    """A TPU writes a product as a convolution, with batch dims as dims of space."""
+    inputs, rest = _attribute(op, "dim_labels").split("_")
+    kernel, result = rest.split("->")
+    out = _dims(op.shape)
+    flops = 2 * out[result.index("b")] * out[result.index("f")] * right[kernel.index("i")]
+    window = (
+        dict(part.split("=") for part in re.findall(r"window=\{(.*?)\}", op.attributes)[0].split())
+        if ("window={" in op.attributes)
+        else {}
+    )
+    for place, label in enumerate(label for label in sorted(result) if label.isdigit()):
+
+        def part(name: str, default: str, place: int = place) -> str:
+            return window[name].split("x")[place] if name in window else default
+
+        flops *= _pairs(
+            size=left[inputs.index(label)],
+            taps=right[kernel.index(label)],
+            results=out[result.index(label)],
+            stride=int(part("stride", "1")),
+            low=int(part("pad", "0_0").split("_")[0]),
+            spread=int(part("lhs_dilate", "1")),
+            reach=int(part("rhs_dilate", "1")),
+        )
+    groups = numbers(_attribute(op, "batch_group_count") or "1")[0]
+    return flops // groups
+
+
+def _pairs(*, size: int, taps: int, results: int, stride: int, low: int, spread: int, reach: int) -> int:
+    """How many (result, tap) along one dim of space fall on an element and not on padding or into a gap."""
+    at = np.arange(results)[:, None] * stride + np.arange(taps)[None] * reach - low
+    return int(np.count_nonzero((at >= 0) & (at < (size - 1) * spread + 1) & (at % spread == 0)))

@@ -1,0 +1,244 @@
+"""Which layout a slice of TPUs should run: every legal one is estimated, the best are compiled by the real compiler.
+
+Invariant: a number says where it comes from. What the compiler reports replaces the estimate; a time is always an
+estimate, the largest of what arithmetic, memory and links need by their peaks.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from parallelism.mesh_shape import show_mesh
+from parallelism.planning.compiler import Report, compile_step
+from parallelism.planning.hardware import Accelerator
+from parallelism.planning.tiles import tiled_size
+from parallelism.rules import MESH_AXES, Rules, load_rules, parts_of, split_by
+from parallelism.strategies import get_strategy
+from parallelism.strategy import Layout
+
+ROOM = 1.2
+"""An estimate beyond this share of a device's memory is not worth compiling. Of 400 steps none was estimated at more
+than 1.16 times what the compiler reports, but for those of less than 0.1 GiB on v5e and v5p."""
+LINKS = 2
+"""Of one dim of a torus, on each chip: a ring sends both ways."""
+
+
+class Cost(Protocol):
+    """What the model costs a device; see `parallax/model/cost.py`."""
+
+    def product_flops(self, sizes: Mapping[str, int]) -> float: ...
+
+    def kernel_flops(self) -> float: ...
+
+    def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float) -> float: ...
+
+    def sent(self, sizes: Mapping[str, int]) -> Sequence[Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What the script makes of one choice of rematerialisation, microbatches and dtype."""
+
+    init_state: Callable[[], Any]
+    axes: Any
+    """The tree of a state with a PartitionSpec of logical names for each array."""
+    make_step: Callable[[Callable], Callable]
+    """From a strategy's gradient function to the step."""
+    batch: Any
+    """ShapeDtypeStructs of a global batch."""
+    cost: Cost
+    attention: str
+    """What computes attention, for a person to read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One way to run: a layout, and what of the model it changes."""
+
+    layout: Layout
+    sizes: Mapping[str, int]
+    """Mesh axes to devices."""
+    remat: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A choice with its numbers, a device's share."""
+
+    choice: Choice
+    attention: str
+    parameter_bytes: int
+    optimizer_bytes: int
+    estimated_bytes: float
+    """State, in whole tiles, and temporaries, by the analytic model."""
+    flops: float
+    """By the compiler where there is a report, kernels added by the analytic model."""
+    wire_bytes: Mapping[str, float]
+    """Along each mesh axis; a collective over several axes counts along each of them."""
+    sent_bytes: float
+    """In all."""
+    report: Report | None
+    compute_seconds: float
+    memory_seconds: float
+    link_seconds: float
+
+    @property
+    def source(self) -> str:
+        """Where memory, operations and traffic come from."""
+        return "compiled" if self.report and self.report.fits else "estimate"
+
+    @property
+    def peak_bytes(self) -> float:
+        return self.report.peak_bytes if self.report and self.report.fits else self.estimated_bytes
+
+    @property
+    def bound(self) -> str:
+        """Which of the three needs the most time."""
+        return max(("compute", "memory", "links"), key=lambda name: self._seconds[name])
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, an estimate: as if everything overlapped, at the peak of what binds."""
+        return max(self._seconds.values())
+
+    @property
+    def _seconds(self) -> dict[str, float]:
+        return {"compute": self.compute_seconds, "memory": self.memory_seconds, "links": self.link_seconds}
+
+
+def legal_meshes(devices: int, fits: Callable[[Mapping[str, int]], bool]) -> Iterator[dict[str, int]]:
+    """Every shape of powers of two over all devices that `fits` takes."""
+    powers = int(math.log2(devices))
+    for split in itertools.product(range(powers + 1), repeat=len(MESH_AXES)):
+        sizes: dict[str, int] = dict(zip(MESH_AXES, (2**power for power in split), strict=True))
+        if sum(split) == powers and fits(sizes):
+            yield sizes
+
+
+def along_torus(sizes: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
+    """The axes of a mesh; fsdp that spans several dims of the network in parts: 256 on 16×16 is fsdp=16x16.
+
+    Data takes the outer dims, so fsdp has the inner ones, of which the two devices of a chip are the innermost. Beside
+    tensor or sequence the compiler gathers as it likes, and fsdp stays whole.
+    """
+    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    left, parts = shape["fsdp"], []
+    for dim in (accelerator.generation.devices_per_chip, *reversed(accelerator.shape)):
+        piece = math.gcd(left, dim)
+        left //= piece
+        parts += [piece] if piece > 1 else []
+    if len(parts) < 2 or shape["tensor"] * shape["sequence"] > 1:
+        return shape
+    split = dict(zip(parts_of("fsdp", len(parts)), reversed(parts), strict=True))
+    return {"data": shape["data"], **split, "sequence": 1, "tensor": 1}
+
+
+def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Report | None = None) -> Row:
+    """A row, from the analytic model and, where there is one, the compiler's report."""
+    cost, generation = build.cost, accelerator.generation
+    devices = math.prod(choice.sizes.values())
+    state, rules = jax.eval_shape(build.init_state), load_rules(choice.layout.rules)
+    parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
+    optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
+    laid_out = held_bytes(state, build.axes, rules, choice.sizes, tiled_size)
+    own = held_bytes(state.params, build.axes.params, rules, choice.sizes, tiled_size)
+    temporary = estimated = cost.temporary_bytes(choice.sizes, own, generation.on_chip)
+    flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
+    if report is not None and report.fits:
+        flops, sent = report.flops, report.traffic
+        temporary = report.temporary_bytes
+    flops += cost.kernel_flops() / devices
+    wire = _by_axis(sent)
+    # State is read and written once; in each microbatch what is in use at its fullest is, and parameters are read
+    # three times.
+    moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
+    rate = LINKS * generation.link_rate / generation.devices_per_chip
+    return Row(
+        choice=choice,
+        attention=build.attention,
+        parameter_bytes=parameters,
+        optimizer_bytes=optimizer,
+        estimated_bytes=laid_out + estimated,
+        flops=flops,
+        wire_bytes=wire,
+        sent_bytes=sum(each.wire_bytes for each in sent),
+        report=report,
+        compute_seconds=flops / accelerator.device_flops,
+        memory_seconds=moved / accelerator.device_memory_rate,
+        link_seconds=max([0.0, *(sent / rate for sent in wire.values())]),
+    )
+
+
+def held_bytes(
+    arrays: Any,
+    axes: Any,
+    rules: Rules,
+    sizes: Mapping[str, int],
+    numbers: Callable[[Sequence[int]], int] = math.prod,
+) -> int:
+    """Bytes of a device's shards of arrays with these logical axes; `numbers` says how many a shape takes."""
+
+    def of(leaf: Any, names: Any) -> int:
+        parts = (math.prod(split_by(name or "", rules, sizes).values()) for name in names)
+        shard = [dim // part for dim, part in zip(leaf.shape, parts, strict=True)]
+        return numbers(shard) * leaf.dtype.itemsize
+
+    return sum(jax.tree.leaves(jax.tree.map(of, arrays, axes)))
+
+
+def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
+    """Bytes along each mesh axis, parts of one taken together; of a collective over several at once, all of them."""
+    sums: dict[str, float] = {}
+    for each in sent:
+        for axis in {axis.partition(".")[0]: None for axis in getattr(each, "axes", None) or (each.axis,)}:
+            sums[axis] = sums.get(axis, 0.0) + each.wire_bytes
+    return sums
+
+
+def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:
+    """What fits first, fastest first, of equals what moves less; what does not fit by how much it lacks."""
+
+    def key(row: Row) -> tuple[bool, float, float]:
+        fits = row.report.fits if row.report else row.peak_bytes <= memory_bytes
+        return not fits, row.seconds if fits else row.peak_bytes, row.memory_seconds + row.link_seconds
+
+    return sorted(rows, key=key)
+
+
+def choose_to_compile(rows: Sequence[Row], memory_bytes: float, count: int) -> list[list[Row]]:
+    """The rows of each layout that may fit, best first, layouts by their best row, pmap before all meshes."""
+    layouts: dict[str, list[Row]] = {}
+    for row in rank(rows, memory_bytes):
+        if row.estimated_bytes <= ROOM * memory_bytes:
+            layouts.setdefault(name_of(row.choice), []).append(row)
+    pmap = [layouts.pop("pmap")] if "pmap" in layouts else []
+    return [*pmap, *layouts.values()][:count]
+
+
+def name_of(choice: Choice) -> str:
+    """pmap, or the mesh as train.py takes it."""
+    return choice.layout.mesh or choice.layout.strategy
+
+
+def compile_choice(
+    choice: Choice, build: Build, accelerator: Accelerator, devices: Sequence[Any], cache: Path
+) -> Report:
+    """What the compiler says of a choice.
+
+    Raises:
+      ValueError: the layout does not fit the devices, the batch or the model.
+    """
+    strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
+    lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)
+    return compile_step(lowered, accelerator.topology, strategy.mesh_shape, cache)
+
+
+def mesh_text(sizes: Mapping[str, int], accelerator: Accelerator) -> str:
+    """The --mesh for these sizes on this slice."""
+    return show_mesh(along_torus(sizes, accelerator)) or "data=1"

@@ -1,0 +1,91 @@
+"""Command lines from dataclasses, and errors as one line.
+
+Invariant: bad input gives exactly one line on standard error, with rule, value and remedy, and exit status 2.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import tyro
+
+from parallelism.exit_status import is_of_runtime
+
+Flags = TypeVar("Flags")
+
+
+def parse(
+    flags: type[Flags], *, default: Flags | None = None, description: str, args: Sequence[str] | None = None
+) -> Flags:
+    """The command line as an instance of a dataclass, whose field docstrings are the help.
+
+    Raises:
+      ValueError: a flag is unknown, or its value breaks a rule.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    keywords = {} if default is None else {"default": default}
+    parser = functools.partial(tyro.cli, flags, args=arguments, description=description, **keywords)
+    if {"-h", "--help"} & set(arguments):
+        return parser()
+    box = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"  # no message is wrapped, so that its first line is all of it
+    try:
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
+            return parser()
+    except SystemExit:
+        raise ValueError(_first_message(box.getvalue())) from None
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _first_message(box: str) -> str:
+    """The sentence inside tyro's boxed error, between its title and its advice, with a remedy where it has none."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    title, *sections = re.split(r"^[ │]*[-─]{3,}[ │]*$", text, flags=re.MULTILINE)
+    message = " ".join((sections or [title])[0].replace("│", " ").split()).rstrip(".")
+    message = message.partition(". Got errors:")[0]
+    message = re.sub(r"^Error parsing [\w.-]*: (?=\w+=)", "", message)
+    return message if "; " in message else f"{message}; see --help"
+
+
+def tell(line: str) -> None:
+    """A line for the person who watches, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Around a script's main: bad input prints one line and exits 2; a closed pipe or Ctrl-C exits quietly."""
+    try:
+        yield
+    except ValueError as error:
+        if is_of_runtime(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be flushed
+        raise SystemExit(141) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def dispatch(script: str, help: str, commands: Mapping[str, Callable[[Sequence[str]], int]]) -> int:
+    """Runs the command that the first argument names, on the others; its exit status, or 2 for bad input."""
+    with errors_in_one_line():
+        name, *args = sys.argv[1:] or [""]
+        if name in ("-h", "--help"):
+            print(help)
+            return 0
+        if name not in commands:
+            raise ValueError(f"command {name!r} is not one of {', '.join(commands)}; see {script} --help")
+        sys.argv = [f"{script} {name}", *args]  # what help and reports call it
+        return commands[name](args)

@@ -1,0 +1,43 @@
+"""The flags of evaluate.py."""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+DESCRIPTION = (
+    "Perplexity and bits per byte of a text under a trained or imported model. A window slides over each document; a "
+    "token is scored in one window alone. The first token has nothing before it: it is not scored and its bytes are "
+    "not counted, unless the tokenizer begins a text with an id of its own, such as <s>. A document's end is scored "
+    "where the tokenizer has an id for it."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    checkpoint: str
+    """The run folder that train.py or convert.py wrote, local or on gs://."""
+    dataset: str
+    """tiny_shakespeare, or a path to a text file or a folder of text files."""
+    data_dir: str | None = None
+    """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
+    held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Score only what train.py holds out of this data set: its last tenth."""
+    window: int | None = None
+    """Tokens that the model sees at once; by default as in its training, or 1024 where that is not known."""
+    stride: int | None = None
+    """Tokens scored in a window, the last ones; by default half the window."""
+    batch_size: int = 8
+    """Windows at a time."""
+    step: int | None = None
+    """Which checkpoint; by default the best."""
+    mesh: str = ""
+    """Spread the model and the windows over a mesh such as data=8; by default one device."""
+    json: str | None = None
+    """Also write the result to this file."""
+
+    def __post_init__(self):
+        for name in ("window", "stride", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1; leave it out")

@@ -1,0 +1,114 @@
+"""A run and a text to perplexity and bits per byte.
+
+Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whatever the tokenizer.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.corpus import Corpus, load_corpus
+from data.pipeline import held_out
+from parallax.config import TransformerConfig
+from parallax.config_dict import config_from_dict
+from parallax.run_folder import load_run, read_settings
+from parallax.storage import open_folder
+from parallax.tokenizers.base import Tokenizer
+from parallax.training.loss import make_evaluation
+from parallelism.strategy import Strategy
+from scripts.common.command_line import tell
+from scripts.common.placement import place_model
+from scripts.evaluation.flags import Flags
+from scripts.evaluation.windows import batches, count_windows, windows
+
+USUAL_WINDOW = 1024
+
+
+def evaluate(flags: Flags) -> dict[str, Any]:
+    """What evaluate.py prints, and writes as JSON: nats, tokens and bytes scored, and the rates that follow.
+
+    Raises:
+      ValueError: the run, the text or the mesh cannot be used, or the window does not fit the model.
+    """
+    settings = read_settings(open_folder(flags.checkpoint))
+    config = config_from_dict(settings["model"])
+    window, stride = _sizes(flags, config, settings)
+    strategy = place_model(config, flags.mesh, batch_size=flags.batch_size, seq_len=window)
+    corpus = load_corpus(flags.dataset, flags.data_dir, notify=tell)
+    run = load_run(flags.checkpoint, flags.step, place=lambda _: strategy.abstract().params)
+    documents, size = _encode(corpus, run.tokenizer, only_held_out=flags.held_out)
+    total = -(-count_windows([len(tokens) for tokens in documents], window, stride) // flags.batch_size)
+    rows = windows(documents, window, stride)
+    nats, tokens = _score(strategy, config, run.params, batches(rows, flags.batch_size, window), total)
+    if not size:  # then there is no token either, but perhaps the ends of texts
+        raise ValueError(f"dataset {flags.dataset} has no token to score; give a longer text")
+    return {
+        "perplexity": math.exp(nats / tokens),
+        "bits_per_byte": nats / math.log(2) / size,
+        "nats": nats,
+        "tokens": tokens,
+        "bytes": size,
+        "window": window,
+        "stride": stride,
+        "held_out": flags.held_out,
+        "dataset": corpus.edition,
+        "checkpoint": str(run.folder),
+        "step": run.step,
+    }
+
+
+def _sizes(flags: Flags, config: TransformerConfig, settings: dict[str, Any]) -> tuple[int, int]:
+    trained = settings.get("train", {}).get("seq_len", USUAL_WINDOW)
+    window = min(trained, config.max_seq_len) if flags.window is None else flags.window
+    if window > config.max_seq_len:
+        raise ValueError(
+            f"--window {window} must not exceed max_seq_len={config.max_seq_len}; try --window {config.max_seq_len}"
+        )
+    stride = max(1, window // 2) if flags.stride is None else flags.stride
+    if stride > window:
+        raise ValueError(
+            f"--stride {stride} must not exceed the window of {window}; try --stride {window // 2}"
+        )
+    return window, stride
+
+
+def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tuple[list[np.ndarray], int]:
+    """The tokens of each document, and the bytes that their targets stand for."""
+    if corpus.records is not None:
+        raise ValueError(f"{corpus.edition} holds no text to count the bytes of; give text files")
+    documents, size = [], 0
+    several = len(corpus.documents) > 1
+    for text in held_out(corpus.documents) if only_held_out else corpus.documents:
+        if not text:
+            continue
+        tokens = tokenizer.encode(text)
+        if several and tokenizer.eos_id is not None:  # as train.py lays them out
+            tokens = np.append(tokens, np.int32(tokenizer.eos_id))
+        documents.append(tokens)
+        size += len(text.encode()) - sum(len(tokenizer.token_bytes(int(token))) for token in tokens[:1])
+    return documents, size
+
+
+def _score(
+    strategy: Strategy,
+    config: TransformerConfig,
+    params: Any,
+    given: Iterator[dict[str, np.ndarray]],
+    total: int,
+) -> tuple[float, int]:
+    """Summed nats and number of the targets, with a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    compiled = strategy.compile_evaluation(make_evaluation(config))
+    nats, tokens = 0.0, 0
+    console = Console(stderr=True)
+    for batch in track(
+        given, "windows", total, console=console, disable=not console.is_terminal, transient=True
+    ):
+        loss, count = jax.device_get(compiled(params, batch))
+        nats, tokens = nats + float(loss), tokens + int(count)
+    return nats, tokens

@@ -1,0 +1,64 @@
+"""The flags of generate.py.
+
+Invariant: flags that cannot be meant together are refused before a model is loaded.
+"""
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+DESCRIPTION = (
+    "Continue a prompt with a trained model. The text goes to standard output, all else to standard error."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    checkpoint: str
+    """The run folder that train.py wrote, local or on gs://."""
+    prompt: str = ""
+    """The text to continue."""
+    max_tokens: int = 200
+    """How many tokens to add at most."""
+    temperature: float = 0.8
+    """The lower, the rarer are unlikely tokens; 0 always takes the likeliest."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens; 0 is off."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens whose probability reaches p; 1 is off."""
+    min_p: float = 0.0
+    """Draw from tokens with at least this share of the likeliest one's probability; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that occurred before less likely; 1 is off."""
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    r"""End before this text, in which \n is a new line and \t a tab; several can be given."""
+    seed: int = 0
+    """What all draws follow from; sample i of several, from 0, is the only sample of seed + i."""
+    num_samples: int = 1
+    """How many continuations to write, one after another."""
+    draft: str = ""
+    """The run folder of a smaller model with the same tokenizer, which proposes tokens that the model then checks
+    several at a time: the same text at temperature 0, and the same distribution of texts at others."""
+    draft_tokens: int = 4
+    """How many tokens the draft proposes at a time."""
+    step: int | None = None
+    """Which checkpoint; by default the best."""
+    interactive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Read prompts from standard input, one a line."""
+
+
+def check(flags: Flags) -> None:
+    """Raises ValueError for flags that cannot be meant together."""
+    if flags.num_samples < 1:
+        raise ValueError(f"--num-samples {flags.num_samples} must be at least 1; try 1")
+    if not 1 <= flags.draft_tokens <= 64:
+        raise ValueError(f"--draft-tokens {flags.draft_tokens} must lie in [1, 64]; try 4")
+    if flags.interactive and flags.num_samples > 1:
+        raise ValueError(f"--num-samples {flags.num_samples} must be 1 with --interactive; leave it out")
+    if flags.interactive and flags.prompt:
+        raise ValueError("--prompt cannot go with --interactive, which reads prompts itself; leave one out")
+    if not flags.interactive and not flags.prompt:
+        raise ValueError(
+            "--prompt is empty and must hold text to continue; try --prompt ROMEO:, or --interactive"
+        )

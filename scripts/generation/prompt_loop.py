@@ -1,0 +1,80 @@
+"""The prompt loop of generate.py: a line is a prompt, a line that begins with / is a command.
+
+Invariant: no line ends the loop but /quit and the end of input; a bad one costs one line of complaint.
+"""
+
+import contextlib
+import dataclasses
+import sys
+
+from parallax.inference.sampling import RULES, SamplingSettings
+from scripts.common.command_line import tell
+from scripts.generation.flags import Flags
+from scripts.generation.writer import Writer
+
+SETTABLE = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed", "stop"
+)  # fmt: skip
+HELP = r"""A line is a prompt. These lines are commands:
+  /temperature 0.8   and in the same way /top-k /top-p /min-p /repetition-penalty /max-tokens /seed
+  /stop TEXT         end before TEXT, where \n is a new line; /stop alone clears it
+  /help              this, and the settings as they are
+  /quit              leave, as Ctrl-D does
+Ctrl-C ends a continuation. The seed grows by one with each prompt."""
+
+
+def converse(writer: Writer, flags: Flags) -> None:
+    """Reads lines from standard input until it ends."""
+    with contextlib.suppress(ImportError):  # absent on some systems
+        import readline  # noqa: F401 (gives input() editing and history)
+    tell("/help lists the commands, Ctrl-D leaves.")
+    while True:
+        try:
+            line = _read_line()
+            if line is None or line == "/quit":
+                return
+            flags = _obey(writer, flags, line)
+        except ValueError as error:
+            tell(f"error: {' '.join(str(error).split())}")
+        except KeyboardInterrupt:
+            tell("")
+
+
+def _obey(writer: Writer, flags: Flags, line: str) -> Flags:
+    if line == "/help":
+        tell(HELP)
+        tell("  ".join(f"{name.replace('_', '-')} {getattr(flags, name)!r}" for name in SETTABLE))
+    elif line.startswith("/"):
+        return _set(flags, *line[1:].partition(" ")[::2])
+    elif line:
+        writer.stream(dataclasses.replace(flags, prompt=line))
+        return dataclasses.replace(flags, seed=flags.seed + 1)
+    return flags
+
+
+def _set(flags: Flags, word: str, value: str) -> Flags:
+    name = word.replace("-", "_")
+    if name not in SETTABLE:
+        raise ValueError(f"/{word} is not a command; try /help")
+    if name == "stop":
+        return dataclasses.replace(flags, stop=(value,) if value else ())
+    try:
+        number = type(getattr(flags, name))(value)
+    except ValueError:
+        raise ValueError(f"/{word} {value!r} must be a number of its kind; try /help") from None
+    if name in RULES:
+        SamplingSettings.create(1, **{name: number})  # complains at once, not at the next prompt
+    return dataclasses.replace(flags, **{name: number})
+
+
+def _read_line() -> str | None:
+    """The next line without its end, or None at the end of input."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        try:
+            return input("> ")
+        except EOFError:
+            return None
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)  # standard output is for text alone
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None

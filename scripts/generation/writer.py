@@ -1,0 +1,162 @@
+"""Prompts continued on standard output.
+
+Invariant: what is shown is the same whether it is streamed or written at once.
+"""
+
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from parallax.inference.generate import Generator
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings
+from parallax.inference.speculative import BothParams, SpeculativeGenerator
+from parallax.inference.stopping import StopFilter
+from parallax.run_folder import Run
+from parallax.tokenizers.base import StreamDecoder, Tokenizer
+from scripts.common.command_line import tell
+from scripts.generation.flags import Flags
+
+
+class Writer:
+    """Writes continuations by one model, or by one and the draft that proposes to it.
+
+    Raises:
+      ValueError: the draft speaks other tokens.
+    """
+
+    def __init__(self, run: Run, draft: Run | None = None, draft_tokens: int = 4):
+        self._run, self._draft, self._warm = run, draft, False
+        self._params: Any = run.params
+        if draft is None:
+            self._generator = Generator(run.config)
+        else:
+            check_same_tokenizer(run, draft)
+            self._generator = SpeculativeGenerator(run.config, draft.config, draft_tokens)
+            self._params = BothParams(run.params, draft.params)
+
+    def stream(self, flags: Flags) -> None:
+        """One sample, as it is drawn.
+
+        Raises:
+          ValueError: from `make_request` and `Generator.stream`, before anything is shown.
+        """
+        request, began, drawn = make_request(flags, self._run.tokenizer), time.perf_counter(), []
+        pairs = self._generator.stream(self._params, request)
+        self._introduce()
+
+        def tokens() -> Iterator[int]:
+            for _, token in pairs:
+                drawn.append(token)
+                yield token
+
+        try:
+            show(flags.prompt)
+            for piece in decode(tokens(), self._run.tokenizer, stops_of(flags)):
+                show(piece)
+        finally:
+            if flags.interactive:
+                show("\n")
+            elif sys.stdout.isatty():
+                tell("")
+            self._tell_speed(len(drawn), began)
+
+    def write_samples(self, flags: Flags) -> None:
+        """All samples, drawn in one batch. A new line stands between two.
+
+        Raises:
+          ValueError: from `make_request` and `Generator.generate`, before anything is shown.
+        """
+        request, began = make_request(flags, self._run.tokenizer), time.perf_counter()
+        rows = self._generator.generate(self._params, request)
+        self._introduce()
+        self._tell_speed(sum(map(len, rows)), began)
+        for number, tokens in enumerate(rows):
+            show("\n" if number else "")
+            tell(f"--- sample {number} ---")
+            show(flags.prompt + "".join(decode(tokens, self._run.tokenizer, stops_of(flags))))
+        if sys.stdout.isatty():
+            tell("")
+
+    def _introduce(self) -> None:
+        """Says once which model writes; only after a request was found good, so that an error is one line."""
+        run = self._run
+        if not self._warm:
+            size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
+            tell(f"model     {run.folder}, step {run.step}: {size}, {kind}")
+            if self._draft:
+                size = f"{self._draft.config.num_params():,} parameters"
+                tell(f"draft     {self._draft.folder}, step {self._draft.step}: {size}")
+
+    def _tell_speed(self, num_tokens: int, began: float) -> None:
+        seconds = time.perf_counter() - began
+        remark = "" if self._warm else ", compilation included"
+        tell(f"speed     {num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} a second{remark}")
+        self._warm = True
+        if isinstance(self._generator, SpeculativeGenerator):
+            accepted, proposed = self._generator.accepted, self._generator.proposed
+            share = f": {accepted / proposed:.0%}" if proposed else ""
+            tell(f"draft     {accepted} of {proposed} proposed tokens accepted{share}")
+
+
+def check_same_tokenizer(run: Run, draft: Run) -> None:
+    """Raises ValueError where an id means another text to the draft."""
+    if run.tokenizer.to_json() != draft.tokenizer.to_json():
+        raise ValueError(
+            f"the tokenizer of draft {draft.folder} ({draft.tokenizer.name}, {draft.tokenizer.vocab_size} ids) must be "
+            f"that of {run.folder} ({run.tokenizer.name}, {run.tokenizer.vocab_size} ids); train both on the same text "
+            "with the same --tokenizer"
+        )
+
+
+def make_request(flags: Flags, tokenizer: Tokenizer) -> Request:
+    """The request that the flags describe.
+
+    Raises:
+      ValueError: the tokenizer cannot spell the prompt or a stop, or a setting is out of its range.
+    """
+    rows = flags.num_samples
+    other_ends = [np.array([token], np.int32) for token in tokenizer.end_ids if token != tokenizer.eos_id]
+    settings = SamplingSettings.create(
+        rows,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        min_p=flags.min_p,
+        repetition_penalty=flags.repetition_penalty,
+    )
+    return Request(
+        prompts=[tokenizer.encode(flags.prompt)] * rows,
+        settings=settings,
+        seeds=range(flags.seed, flags.seed + rows),
+        max_tokens=flags.max_tokens,
+        stops=[*(tokenizer.encode_part(stop) for stop in stops_of(flags)), *other_ends],
+        eos_id=tokenizer.eos_id,
+    )
+
+
+def stops_of(flags: Flags) -> list[str]:
+    r"""The stops, with \n, \t and \\ as a new line, a tab and one backslash: shells make those hard to type."""
+    meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
+    return [re.sub(r"\\[nt\\]", lambda match: meant[match[0]], stop) for stop in flags.stop]
+
+
+def decode(tokens: Iterable[int], tokenizer: Tokenizer, stops: list[str]) -> Iterator[str]:
+    """The text of tokens, in pieces as they come, up to the first stop."""
+    decoder, until_stop = StreamDecoder(tokenizer), StopFilter(stops)
+    for token in tokens:
+        yield until_stop.push(decoder.push(token))
+        if until_stop.stopped:
+            return
+    yield until_stop.push(decoder.flush())
+    yield until_stop.flush()
+
+
+def show(text: str) -> None:
+    """Text as it is, in UTF-8 whatever the locale."""
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()

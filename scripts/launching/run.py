@@ -1,0 +1,212 @@
+"""`launch.py run`: one training run on a TPU, started again after it was preempted, ended on time, paid for no longer.
+
+Invariant: however it ends, its last lines say whether anything bills, and with --autodelete nothing does.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
+from scripts.common.command_line import parse
+from scripts.launching.gcloud import GcloudError, copy, find_node
+from scripts.launching.gcloud import run as run_gcloud
+from scripts.launching.local import OWN_FLAGS, flag_name, split
+from scripts.launching.restarts import keep_running, signal_name
+from scripts.launching.signals import Interrupted, Signals
+from scripts.launching.tpu import ChangeFlags, Switch, say, show
+from scripts.launching.watch import HostCommands, Training
+
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
+
+DESCRIPTION = """Train on a TPU, which is created if it is not there, with the flags of train.py after --:
+
+launch.py run --bucket my-bucket --accelerator v3-32 --spot --autodelete --max-hours 6 -- --strategy mesh --steps 10000
+
+The commit that is checked out runs on every host, with its output in gs://BUCKET/runs/RUN.logs and its run folder in
+gs://BUCKET/runs/RUN. After a preemption, or a death from outside, it goes on from its last checkpoint. The first Ctrl-C
+lets it save and stop, the second does not wait for that.
+
+Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, 4 lost a
+process of the run, and either may be started again; 128 + n if a process, or this program, was ended by signal n."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFlags(ChangeFlags):
+    run_name: str | None = None
+    """Of the run folder; by default --name."""
+    restarts: int = 20
+    """How often to go on from the last checkpoint after a preemption or another death from outside."""
+    max_hours: float | None = None
+    """After this long it is stopped, wherever it is; waiting for a TPU counts."""
+    autodelete: Switch = False
+    """Delete the TPU at the end, whatever the end was."""
+    allow_dirty: Switch = False
+    """Ship the last commit though the checkout has changes, which stay here."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.restarts < 0:
+            raise ValueError(f"restarts={self.restarts} must be at least 0; try --restarts 20")
+        if self.max_hours is not None and not 0 < self.max_hours < 10_000:
+            raise ValueError(
+                f"max_hours={self.max_hours:g} must be over 0 and under 10000; try --max-hours 6"
+            )
+        if not re.fullmatch(r"[A-Za-z0-9][-\w.]*", self.folder_name()):
+            raise ValueError(
+                f"--run-name {self.run_name} must be letters, digits, dashes; try --run-name first"
+            )
+
+    def folder_name(self) -> str:
+        return self.run_name or self.name
+
+
+def run(args: Sequence[str]) -> int:
+    """Trains on a TPU; `args` are what follows the command's name.
+
+    Raises:
+      ValueError: a flag is wrong, the checkout has changes, or the TPU is another one than was asked for.
+    """
+    own, marker, train_flags = split(args)
+    flags = parse(RunFlags, description=DESCRIPTION, args=own)
+    if not marker:
+        raise ValueError(
+            "-- is missing before the flags of train.py; try launch.py run --bucket B -- --steps 100"
+        )
+    bucket = flags.required_bucket()
+    _check(train_flags)
+    commit = _commit(flags.allow_dirty)
+    folder, archive = f"gs://{bucket}/runs/{flags.folder_name()}", f"gs://{bucket}/commits/{commit}.tar.gz"
+    began = datetime.datetime.now(datetime.UTC)
+    logs = f"{folder}.logs/{began:%Y%m%dT%H%M%SZ}"
+    train_flags = [*train_flags, "--output-dir", folder]
+    commands = HostCommands(archive, commit)
+    if flags.dry_run:
+        return show(_plan(flags, commands, train_flags, f"{logs}/attempt-1"))
+    training = Training(flags.keeper(), commands, train_flags, logs)
+    signals = Signals()
+    with signals.noticed(flags.max_hours):
+        return _train(flags, commands, training, signals)
+
+
+def _train(flags: RunFlags, commands: HostCommands, training: Training, signals: Signals) -> int:
+    """From the first command to the last lines."""
+    status, refused, closed = FAILED, False, None
+    try:
+        try:
+            say(f"shipping commit {commands.commit[:12]} to {commands.archive}")
+            run_gcloud(copy("-", commands.archive), stdin=_git("archive", "--format=tar.gz", commands.commit))
+            status = keep_running(training.attempt, restarts=flags.restarts)
+            if status and training.started and not flags.autodelete:
+                training.stop()
+        except Interrupted as interrupt:
+            status = 128 + interrupt.number
+            status = _stop(flags, training, interrupt.number)
+        except GcloudError as error:
+            say(f"error: {error}")
+        except ValueError:  # the TPU of that name is not one to start on, nor to delete
+            refused = True
+            raise
+    except Interrupted:
+        say("not waiting any longer")
+    finally:
+        while not refused and closed is None:
+            with contextlib.suppress(Interrupted):
+                signals.closing = True
+                closed = _close(flags)
+    return status if closed else status or FAILED
+
+
+def _stop(flags: RunFlags, training: Training, number: int) -> int:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    cause = f"{flags.max_hours:g} hours are over" if number == signal.SIGALRM else signal_name(number)
+    if not training.started:
+        say(f"{cause}, before train.py was started")
+        return OUTSIDE_FAILURE if number == signal.SIGALRM else 128 + number
+    say(f"{cause}: waiting for train.py to save and stop; a signal ends the wait")
+    status = training.stop()
+    say("train.py has saved and stopped" if status == 0 else "whether train.py could save is not known")
+    return status
+
+
+def _close(flags: RunFlags) -> bool:
+    """Deletes the TPU if that was asked for, and says what bills; False if it should be gone and may not be."""
+    try:
+        if flags.autodelete:
+            deleted = flags.keeper().delete()
+            if not deleted:  # one whose creation was cut short may show late
+                time.sleep(flags.poll_seconds)
+                deleted = flags.keeper().delete()
+            say(f"deleted: {', '.join(deleted)}" if deleted else f"there was no TPU {flags.name} to delete")
+        node = find_node(flags.tpu())
+    except GcloudError as error:
+        say(f"error: {error}")
+        say(f"{flags.name} may still bill; to delete it: {flags.down_command()}")
+        return False
+    if node is None:
+        say(f"no TPU {flags.name} is left, and none bills; gs://{flags.bucket} does, for what it stores")
+    else:
+        say(f"{flags.name} is {node.state} and still bills; to delete it: {flags.down_command()}")
+    return True
+
+
+def _plan(flags: RunFlags, commands: HostCommands, train_flags: Sequence[str], logs: str) -> Iterator[str]:
+    """What a run without mishaps does, in this order."""
+    tpu = flags.tpu()
+    archive = shlex.join(["git", "-C", str(CHECKOUT), "archive", "--format=tar.gz", commands.commit])
+    yield f"{archive} | {shlex.join(copy('-', commands.archive))}"
+    hosts = [commands.prepare(), commands.start(logs, train_flags), commands.report()]
+    creation = [
+        tpu.describe(),
+        *([tpu.describe_queued()] if tpu.queued else []),
+        tpu.create(),
+        tpu.describe(),
+    ]
+    deletion = [tpu.describe_queued(), tpu.delete_queued(), tpu.describe(), tpu.delete()]
+    for argv in [*creation, *map(tpu.ssh, hosts), *(deletion if flags.autodelete else []), tpu.describe()]:
+        yield shlex.join(argv)
+
+
+def _check(train_flags: Sequence[str]) -> None:
+    """Finds here what train.py would refuse on the TPU. Raises ValueError."""
+    for arg in train_flags:
+        if flag_name(arg) in OWN_FLAGS:
+            raise ValueError(f"{flag_name(arg)} is what the hosts of a TPU know by themselves; leave it out")
+        if flag_name(arg) == "--output-dir":
+            raise ValueError(
+                "--output-dir is chosen by launch.py run; leave it out, and give --run-name before --"
+            )
+    if "--resume" not in train_flags:  # it takes its other flags from the run folder
+        from scripts.training.flags import read_flags
+
+        read_flags(list(train_flags))
+
+
+def _commit(allow_dirty: bool) -> str:
+    changes = _git("status", "--porcelain").decode()
+    if changes and not allow_dirty:
+        raise ValueError(
+            f"{len(changes.splitlines())} file(s) of the checkout are not committed and would not be shipped; commit "
+            "them, or add --allow-dirty to run the last commit"
+        )
+    return _git("rev-parse", "HEAD").decode().strip()
+
+
+def _git(*words: str) -> bytes:
+    try:
+        command = ["git", "-C", str(CHECKOUT), *words]  # no shell, and the user's own git
+        return subprocess.run(command, check=True, capture_output=True).stdout  # noqa: S603 - as above
+    except FileNotFoundError:
+        raise ValueError("git is not on PATH, and names the commit to ship; install it") from None
+    except subprocess.CalledProcessError as error:
+        said = " ".join(error.stderr.decode(errors="replace").split())
+        raise ValueError(
+            f"git {words[0]} failed in {CHECKOUT} ({said}); launch from a git checkout"
+        ) from None

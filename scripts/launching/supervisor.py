@@ -1,0 +1,194 @@
+"""Runs several processes as one: they end together, and start again when what ended them may pass.
+
+Invariant: no process outlives the attempt that started it, and nothing but a living process is waited for.
+"""
+
+import contextlib
+import dataclasses
+import os
+import selectors
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+
+from parallelism.exit_status import BAD_INPUT
+from scripts.launching.child import Child, Command, say
+from scripts.launching.restarts import (
+    CONSEQUENCES,
+    Death,
+    describe_status,
+    first_to_fail,
+    keep_running,
+    signal_name,
+)
+
+CAUSE_SECONDS = 1.0
+"""How long a process that seems to have lost a peer is not blamed, in case another turns out to have died."""
+
+
+def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, log_dir: Path) -> int:
+    """Runs processes until all have ended with status 0, or one has not.
+
+    The first that ends otherwise ends the others by SIGKILL. If it exited with OUTSIDE_FAILURE or LOST_PEER, or
+    was killed by a signal, all start again, up to `restarts` times. What process INDEX prints is shown line by line
+    behind "[INDEX] ", and kept in `log_dir`/attempt-K/process-INDEX.log, where K goes on from what is there; an
+    attempt that ends with BAD_INPUT leaves nothing there. The first SIGTERM or SIGINT is passed on as SIGTERM, and
+    nothing is restarted afterwards; the second kills.
+
+    Call it from the main thread: signals arrive there, and Linux takes the thread that starts a process for its parent.
+
+    Args:
+      commands: from the attempt, 1 at first, to a command for each process.
+
+    Returns:
+      An exit status: 0, that of the process that died first, or 128 + n if that was killed by signal n; also 128 + n
+      if n is the signal that came second.
+
+    Raises:
+      ValueError: the log folder cannot be made.
+    """
+    missing = [folder for folder in (log_dir, *log_dir.parents) if not folder.exists()]
+    interrupts = _Interrupts()
+
+    def attempt(number: int) -> Death | None:
+        folder = _make_attempt(log_dir)
+        death = _run(commands(number), folder, interrupts)
+        if death is not None and interrupts.count > 1:
+            say(f"{signal_name(interrupts.number)} came second; the processes were killed")
+            return Death(-interrupts.number, "")
+        if death is not None and death.status == BAD_INPUT:
+            _remove(folder, missing)
+            say(death.what)
+        elif death is not None:
+            say(f"{death.what}; its output: {death.log}")
+        return death
+
+    with interrupts.noticed():
+        return keep_running(attempt, restarts=restarts, stopping=lambda: interrupts.count > 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProcessDeath(Death):
+    log: Path
+
+
+class _Interrupts:
+    """Passes the first SIGTERM or SIGINT on to every process as SIGTERM, and kills them at the second."""
+
+    def __init__(self):
+        self.processes: list[Child] = []
+        self.count = self.number = 0
+        self.woken = -1
+        """A file with something to read once a signal has come, be it that a process has ended."""
+        self._reported = False
+
+    @contextlib.contextmanager
+    def noticed(self) -> Iterator[None]:
+        """Handles signals within."""
+        self.woken, waker = os.pipe()
+        os.set_blocking(self.woken, False)
+        os.set_blocking(waker, False)
+        before = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+        handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+            signal.set_wakeup_fd(before)
+            os.close(self.woken)
+            os.close(waker)
+
+    def pass_on(self, process: Child) -> None:
+        """Does what has been asked so far to a process, which may have started only now."""
+        if self.count == 1:
+            process.terminate()
+        elif self.count > 1:
+            process.kill()
+
+    def report(self) -> None:
+        """Takes what woke; says what was asked."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.woken, 65536)
+        if self.count and not self._reported:
+            self._reported = True
+            say(f"{signal_name(self.number)}: waiting for the processes to stop; a second one kills them")
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Acts here, since the loop may be held up by a terminal that takes no output, but leaves output to the loop.
+        self.count, self.number = self.count + 1, number
+        for process in self.processes:
+            self.pass_on(process)
+
+
+def _run(commands: Sequence[Command], folder: Path, interrupts: _Interrupts) -> _ProcessDeath | None:
+    """Runs one attempt to its end, and kills what is left of it; None when every process ended with status 0."""
+    processes = interrupts.processes = []
+    with selectors.DefaultSelector() as selector:
+        selector.register(interrupts.woken, selectors.EVENT_READ, interrupts.report)
+        try:
+            for index, command in enumerate(commands):
+                process = Child(index, command, folder / f"process-{index}.log", selector)
+                processes.append(process)
+                interrupts.pass_on(process)
+            return _watch(processes, selector)
+        finally:
+            for process in processes:
+                process.kill()
+            for process in processes:
+                process.finish()
+
+
+def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _ProcessDeath | None:
+    """Relays until one process has failed or all have ended."""
+    running = list(processes)
+    while running:
+        for key, _ in selector.select():
+            key.data()
+        statuses = {process: process.status() for process in running}
+        first = first_to_fail({process.index: status for process, status in statuses.items()})
+        until = time.monotonic() + CAUSE_SECONDS
+        while (
+            first is not None
+            and statuses[processes[first]] in CONSEQUENCES
+            and None in statuses.values()
+            and time.monotonic() < until
+        ):  # the peer that it lost is seen dead only when all of its memory is given back
+            time.sleep(0.05)
+            statuses = {process: process.status() for process in running}
+            first = first_to_fail({process.index: status for process, status in statuses.items()})
+        running = [process for process, status in statuses.items() if status is None]
+        if first is not None:
+            status = processes[first].status() or 0
+            others = f"; ending the other {len(running)}" if running else ""
+            what = f"process {first} {describe_status(status)}{others}"
+            return _ProcessDeath(status, what, processes[first].log)
+        for process, status in statuses.items():
+            if status is not None:
+                process.finish()
+    return None
+
+
+def _make_attempt(log_dir: Path) -> Path:
+    numbers = [path.name.removeprefix("attempt-") for path in log_dir.glob("attempt-*")]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    folder = log_dir / f"attempt-{last + 1}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"log folder {folder} cannot be made ({error.strerror}); try another --log-dir"
+        ) from None
+    return folder
+
+
+def _remove(attempt: Path, made: Sequence[Path]) -> None:
+    """Removes an attempt, and those of the folders made for it, innermost first, that are empty."""
+    shutil.rmtree(attempt, ignore_errors=True)
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -1,0 +1,193 @@
+"""`launch.py up`, `status`, `logs` and `down`: a TPU of Google Cloud, from its creation to its deletion.
+
+Invariant: a command that leaves something that bills says so, and how to delete it.
+"""
+
+import contextlib
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
+
+import tyro
+
+from parallelism.exit_status import FAILED
+from scripts.common.command_line import parse
+from scripts.launching.gcloud import GcloudError, Tpu, copy, find_node, find_queued, list_objects, run
+from scripts.launching.tpu_lifecycle import Keeper
+
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuFlags:
+    name: str = "parallax-dev-tpu"
+    """Of the TPU, and of its queued resource."""
+    zone: str = "us-central1-a"
+    """Where it is."""
+    accelerator: str = "v3-8"
+    """GENERATION-SIZE; the size counts cores for v2, v3, v4 and v5p, chips for v5litepod and v6e."""
+    runtime: str | None = None
+    """Software of its hosts; by default the one for its generation."""
+    spot: Switch = False
+    """Cheaper, and taken away when Google Cloud needs it."""
+    queued: Switch = False
+    """Ask through a queued resource, which waits in line."""
+    external_ips: Switch = False
+    """Give its hosts public addresses; by default they have none, and are reached by an IAP tunnel."""
+    project: str | None = None
+    """By default that of gcloud."""
+    service_account: str | None = None
+    """As whom its hosts act; by default as the project's compute account."""
+    network: str | None = None
+    """By default the network "default"."""
+    subnetwork: str | None = None
+    """By default the network's subnetwork in that region."""
+    bucket: str | None = None
+    """Without gs://; holds commits, runs and logs."""
+    poll_seconds: float = 30.0
+    """Between two looks at what is under way."""
+    retry_seconds: float = 30.0
+    """Before a request that failed is repeated; doubled every time, up to 15 minutes."""
+
+    def __post_init__(self):
+        for name in ("poll_seconds", "retry_seconds"):
+            if getattr(self, name) < 0:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(self, name):g} must not be negative; try {flag} 30")
+        if self.bucket is not None and not re.fullmatch(r"[a-z0-9][-a-z0-9._]+[a-z0-9]", self.bucket):
+            raise ValueError(f"--bucket {self.bucket} must be the name of a bucket; leave gs:// out")
+        self.tpu()
+
+    def tpu(self) -> Tpu:
+        """Raises ValueError if a value is not one of Google Cloud."""
+        return Tpu(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Tpu)})
+
+    def keeper(self) -> Keeper:
+        return Keeper(self.tpu(), say, poll=self.poll_seconds, pause=self.retry_seconds)
+
+    def required_bucket(self) -> str:
+        if self.bucket is None:
+            raise ValueError(
+                "--bucket is missing; give the bucket for runs and logs, as in --bucket my-bucket"
+            )
+        return self.bucket
+
+    def down_command(self) -> str:
+        """What deletes the TPU."""
+        project = [] if self.project is None else ["--project", self.project]
+        return shlex.join(
+            ["python", "scripts/launch.py", "down", "--name", self.name, "--zone", self.zone, *project]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ChangeFlags(TpuFlags):
+    dry_run: Switch = False
+    """Print the commands that would run, one a line, and run none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogsFlags(TpuFlags):
+    run_name: str | None = None
+    """The run; by default --name."""
+    worker: int = 0
+    """Which host."""
+
+
+def up(args: Sequence[str]) -> int:
+    """Creates the TPU and returns once it is ready. Raises ValueError if a flag is wrong."""
+    flags = parse(ChangeFlags, description="Create a TPU, and wait until it is READY.", args=args)
+    if flags.dry_run:
+        return show([flags.tpu().create(), flags.tpu().describe()])
+    with gcloud_errors(flags):
+        node = flags.keeper().ensure()
+    say(f"{flags.name} is READY: {node.accelerator}, {node.hosts} host(s)")
+    say(f"it bills until it is deleted: {flags.down_command()}")
+    return 0
+
+
+def status(args: Sequence[str]) -> int:
+    """Says what there is of the TPU. Raises ValueError if a flag is wrong."""
+    flags = parse(TpuFlags, description="Say what the TPU and its hosts do.", args=args)
+    with gcloud_errors(flags):
+        queued, node = find_queued(flags.tpu()), find_node(flags.tpu())
+        if queued is not None:
+            print(f"queued resource {flags.name} is {queued}")
+        if node is None:
+            print(f"there is no TPU {flags.name} in {flags.zone}, and none of that name bills")
+            return 0
+        print(
+            f"{flags.name} is {node.state}: {node.accelerator}, {node.hosts} host(s) {node.health}".rstrip()
+        )
+        if node.ready:
+            line = "[ ! -e parallax/current ] || bash parallax/current/scripts/launching/host.sh report"
+            try:
+                print(run(flags.tpu().ssh(line)), end="")
+            except GcloudError as error:
+                print(f"its hosts did not all answer: {error}")
+    print(f"it bills until it is deleted: {flags.down_command()}")
+    return 0
+
+
+def logs(args: Sequence[str]) -> int:
+    """Prints the newest log of one host, from the bucket. Raises ValueError if a flag is wrong or there is none."""
+    flags = parse(LogsFlags, description="Print what a host of the run printed last.", args=args)
+    folder = f"gs://{flags.required_bucket()}/runs/{flags.run_name or flags.name}.logs"
+    with gcloud_errors(flags):
+        try:
+            found = run(list_objects(f"{folder}/**/process-{flags.worker}.log")).split()
+        except GcloudError as error:
+            if "matched no objects" not in error.words:
+                raise
+            found = []
+        if not found:
+            raise ValueError(
+                f"{folder} has no log of worker {flags.worker} yet; it is copied there every minute of a run"
+            )
+        newest = max(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path.removeprefix(folder))])
+        print(run(copy(newest, "-")), end="")
+    return 0
+
+
+def down(args: Sequence[str]) -> int:
+    """Deletes the TPU and its queued resource. Raises ValueError if a flag is wrong."""
+    flags = parse(
+        ChangeFlags, description="Delete the TPU and its queued resource, if they exist.", args=args
+    )
+    tpu = flags.tpu()
+    if flags.dry_run:
+        return show([tpu.describe_queued(), tpu.delete_queued(), tpu.describe(), tpu.delete()])
+    with gcloud_errors(flags):
+        deleted = flags.keeper().delete()
+    say(f"deleted: {', '.join(deleted)}" if deleted else f"there was no TPU {flags.name} to delete")
+    say(f"{flags.name} does not bill any more")
+    return 0
+
+
+@contextlib.contextmanager
+def gcloud_errors(flags: TpuFlags) -> Iterator[None]:
+    """Ends the program with one line and status 1 where gcloud fails; an interruption says what may be left."""
+    try:
+        yield
+    except GcloudError as error:
+        say(f"error: {error}")
+        raise SystemExit(FAILED) from None
+    except KeyboardInterrupt:
+        say(f"interrupted; what was under way may go on and bill; to delete it: {flags.down_command()}")
+        raise
+
+
+def show(commands: Iterable[Sequence[str] | str]) -> int:
+    """Prints commands as a shell would take them, one a line."""
+    for command in commands:
+        print(command if isinstance(command, str) else shlex.join(command))
+    return 0
+
+
+def say(line: str) -> None:
+    """A line on standard error; a terminal that is gone must not keep a TPU from being deleted."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,159 @@
+"""A plan as a table, as JSON and as commands.
+
+Invariant: a number says whether the compiler or the analytic model gave it.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from parallax.config import PRESETS, OptimizerConfig
+from parallelism.planning.hardware import GIB, Accelerator
+from parallelism.planning.planner import Choice, Row, name_of
+from scripts.planning.flags import Flags
+
+PRICES = "https://cloud.google.com/tpu/pricing"
+SHOWN = 20
+"""Rows of the table; the JSON has all."""
+LACKING = 4
+"""Rows beside these of layouts that do not fit, of which those that lack the least."""
+
+
+def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: int) -> Table:
+    """The best rows first. Memory in GiB a device; times of a step in milliseconds."""
+    table = Table(
+        title=f"{asked.config}, {asked.batch_size} × {asked.seq_len} tokens a step, on {sliced.name}: "
+        f"{sliced.devices} devices of {sliced.device_memory / GIB:.0f} GiB",
+        caption=f"{ranked} choices were ranked. compiled: memory, operations and traffic are the compiler's. "
+        "estimate: the analytic model's. Times are estimates by peak rates, as if all overlapped; none of "
+        f"this has run on a TPU. Billing runs until a slice is deleted; prices: {PRICES}",
+    )
+    for name in ("layout", "remat", "micro", "attention", "source", "fits"):
+        table.add_column(name, no_wrap=True)
+    for name in (
+        "HBM",
+        "params",
+        "optimizer",
+        "temporary",
+        "TFLOP",
+        "GB sent",
+        "compute",
+        "memory",
+        "links",
+        "tokens/s",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    lacking = [row for row in rows[SHOWN:] if _verdict(row, sliced).startswith(("no", "lacks"))]
+    for row in [*rows[:SHOWN], *lacking[:LACKING]]:
+        table.add_row(*_cells(row, sliced, asked))
+    return table
+
+
+def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
+    choice, temporary = row.choice, row.peak_bytes - row.parameter_bytes - row.optimizer_bytes
+    times = {
+        "compute": row.compute_seconds,
+        "memory": row.memory_seconds,
+        "links": row.link_seconds,
+    }
+    return [
+        name_of(choice),
+        choice.remat,
+        str(choice.layout.accumulate),
+        row.attention,
+        row.source,
+        _verdict(row, sliced),
+        *(
+            f"{size / GIB:.2f}"
+            for size in (row.peak_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)
+        ),
+        f"{row.flops / 1e12:.2f}",
+        f"{row.sent_bytes / 1e9:.2f}",
+        *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
+        f"{asked.batch_size * asked.seq_len / row.seconds:,.0f}",
+    ]
+
+
+def _verdict(row: Row, sliced: Accelerator) -> str:
+    if row.report is None:
+        lack = row.peak_bytes - sliced.device_memory
+        return "may fit" if lack <= 0 else f"lacks {lack / GIB:.1f} GiB"
+    return "yes" if row.report.fits else f"no: {row.report.error}"
+
+
+def plan_to_json(
+    rows: Sequence[Row], sliced: Accelerator, asked: Flags, commands: Mapping[str, str]
+) -> dict[str, Any]:
+    """All rows, best first: sizes in bytes and times in seconds, a device's share."""
+    return {
+        "topology": sliced.name,
+        "devices": sliced.devices,
+        "device_memory_bytes": sliced.device_memory,
+        "config": asked.config,
+        "batch_size": asked.batch_size,
+        "seq_len": asked.seq_len,
+        "rows": [_row_to_json(row, asked) | {"command": commands[name_of(row.choice)]} for row in rows],
+    }
+
+
+def _row_to_json(row: Row, asked: Flags) -> dict[str, Any]:
+    choice = row.choice
+    return {
+        "layout": name_of(choice),
+        "axes": dict(choice.sizes),
+        "remat": choice.remat,
+        "dtype": choice.dtype,
+        "microbatches": choice.layout.accumulate,
+        "attention": row.attention,
+        "source": row.source,
+        "fits": row.report.fits if row.report else None,
+        "error": row.report.error if row.report else "",
+        "peak_bytes": row.peak_bytes,
+        "estimated_peak_bytes": row.estimated_bytes,
+        "parameter_bytes": row.parameter_bytes,
+        "optimizer_bytes": row.optimizer_bytes,
+        "flops": row.flops,
+        "sent_bytes": row.sent_bytes,
+        "sent_bytes_along": dict(row.wire_bytes),
+        "collectives": [dataclasses.asdict(each) for each in row.report.traffic] if row.report else [],
+        "compute_seconds": row.compute_seconds,
+        "memory_seconds": row.memory_seconds,
+        "link_seconds": row.link_seconds,
+        "bound": row.bound,
+        "estimated_step_seconds": row.seconds,
+        "estimated_tokens_per_second": asked.batch_size * asked.seq_len / row.seconds,
+    }
+
+
+def run_command(choice: Choice, asked: Flags) -> str:
+    """The train.py that runs a choice."""
+    layout = choice.layout
+    words = ["python", "scripts/train.py", "--config", asked.config, "--strategy", layout.strategy]
+    if layout.mesh:
+        words += ["--mesh", layout.mesh]
+    if asked.rules != "default" and layout.mesh:
+        words += ["--rules", asked.rules]
+    words += ["--batch-size", str(asked.batch_size), "--seq-len", str(asked.seq_len)]
+    # Said always: by itself a rehearsal on CPUs would take as many as suit them.
+    words += ["--accumulate", str(layout.accumulate)]
+    words += ["--dtype", choice.dtype, "--remat", choice.remat]
+    words += _changes(asked.optimizer, OptimizerConfig(), "")
+    preset = PRESETS[asked.config]
+    model = dataclasses.replace(asked.model, vocab_size=preset.vocab_size)  # the tokenizer's, in train.py
+    return shlex.join(words + _changes(model, preset, "model."))
+
+
+def _changes(config: Any, default: Any, prefix: str) -> list[str]:
+    """Flags for the fields that differ."""
+    words: list[str] = []
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), getattr(default, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            words += _changes(value, usual, f"{name}.")
+        elif value != usual:
+            words += [f"--{name}", str(value)]
+    return words

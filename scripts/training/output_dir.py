@@ -1,0 +1,176 @@
+"""The folder that a training run writes: which it is, who may write it, and how files reach it, checkpoints aside.
+
+Invariant: a folder that exists is resumed or refused, never overwritten, and nothing is made before all input is known
+to be good. A local run folder is written in place, by one process at a time. The files of one on gs:// are written to a
+temporary folder and sent as they are when the run begins, just before and after each checkpoint is saved, and at the
+end. So a run that goes on from a checkpoint finds every row up to it; a kill loses the rows since then, whose steps are
+trained again.
+"""
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+from etils import epath
+
+from parallax.storage import is_remote, open_folder, reason_of
+from parallax.training.metrics import METRICS_FILE
+from scripts.training.summary import SUMMARY_FILE
+
+CONTINUED = (METRICS_FILE, SUMMARY_FILE)
+"""Files that an attempt goes on with; the others it writes anew, or under another name."""
+PATIENCE = 5.0
+"""Seconds that a process which was just killed has to let go of its folder."""
+
+
+def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: bool) -> epath.Path:
+    """The folder to write: `output_dir`, or the next free runs/DATASET-CONFIG[-N]. Makes nothing.
+
+    Raises:
+      ValueError: it exists and is not to be resumed, is not a run, or is on gs:// and cannot be reached.
+    """
+    if output_dir is None:
+        base = epath.Path("runs") / f"{dataset}-{config}"
+        folder, number = base, 1
+        while folder.exists():
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+        return folder
+    folder = open_folder(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output-dir {folder} must be a folder and is a file; choose another")
+    if folder.exists() and not resume:
+        raise ValueError(f"--output-dir {folder} exists already; add --resume, or choose another")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise ValueError(f"--output-dir {folder} holds files but no config.json of a run; choose another")
+    if is_remote(folder):
+        return folder  # nothing says beforehand what may be written there
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(
+            f"--output-dir {folder} cannot be made in {parent}, which is not writable; choose another"
+        )
+    return folder
+
+
+def require_corpus(folder: epath.Path, sha256: str, edition: str) -> None:
+    """Raises ValueError when a run that is resumed learned from another text."""
+    path = folder / "config.json"
+    if path.exists():
+        corpus = json.loads(path.read_text())["corpus"]
+        if corpus["sha256"] != sha256:
+            raise ValueError(
+                f"dataset ({edition}) is not the text that {folder} was trained on ({corpus['edition']}, sha256 "
+                f"{corpus['sha256'][:12]}…); give that one back, or start a run in another --output-dir"
+            )
+
+
+class Workspace:
+    """The local folder `path`, and the run folder that it stands for.
+
+    Object stores cannot append, so a growing file is sent again as a whole: once a checkpoint, which is larger.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._is_remote, self.path = is_remote(folder), Path(folder)
+        if self._is_remote:
+            temporary = tempfile.mkdtemp(prefix="parallax-")
+            atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+            self.path = Path(temporary, folder.name)
+        self._sent: dict[Path, tuple[int, int]] = {}
+        self._lock: weakref.finalize | None = None
+
+    def hold(self) -> None:
+        """Keeps a local folder, where there is one yet, from others that would hold it, until it is released.
+
+        A process that ends, however it ends, releases it.
+
+        Raises:
+          ValueError: another process holds it.
+        """
+        if self._is_remote or self._lock is not None or not self.path.is_dir():
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        self._lock = weakref.finalize(self, os.close, descriptor)
+        limit = time.monotonic() + PATIENCE
+        while not _locked(descriptor):
+            if time.monotonic() > limit:
+                raise ValueError(
+                    f"--output-dir {self._folder} is being written by another process; stop that one, or choose another"
+                )
+            time.sleep(0.1)
+
+    def release(self) -> None:
+        """Lets others write the folder."""
+        if self._lock is not None:
+            self._lock()
+
+    def fetch(self) -> None:
+        """Makes `path`, holds it, and brings what an earlier attempt wrote.
+
+        Raises:
+          OSError: it cannot be made, or a file cannot be read.
+          ValueError: another process holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.hold()
+        for name in CONTINUED if self._is_remote else ():
+            source, copy = self._folder / name, self.path / name
+            with _errors_of(source):
+                if source.exists():
+                    copy.write_bytes(source.read_bytes())
+                    written = source.stat().mtime
+                    os.utime(
+                        copy, (written, written)
+                    )  # the summary tells from it when a killed attempt ended
+                    self._sent[copy] = _version(copy)
+
+    def send(self) -> None:
+        """Copies what was written since the last time to the run folder; nothing to do where that is local.
+
+        Raises:
+          OSError: a file cannot be written there.
+        """
+        for file in sorted(self.path.rglob("*")) if self._is_remote else ():
+            if file.is_file() and self._sent.get(file) != (version := _version(file)):
+                target = self._folder / file.relative_to(self.path).as_posix()
+                with _errors_of(target):
+                    target.write_bytes(file.read_bytes())
+                self._sent[file] = version
+
+
+def _locked(descriptor: int) -> bool:
+    """False while another process has the lock; True too where the file system knows no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """What changes whenever the file does."""
+    stat = file.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+@contextlib.contextmanager
+def _errors_of(address: epath.Path) -> Iterator[None]:
+    """Whatever gcsfs, aiohttp, google.auth or requests raise, as the OSError of a file."""
+    try:
+        yield
+    except Exception as error:
+        reason = "there is no such bucket" if isinstance(error, FileNotFoundError) else reason_of(error)
+        raise OSError(errno.EIO, reason, str(address)) from error

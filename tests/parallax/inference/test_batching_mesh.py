@@ -1,0 +1,95 @@
+"""A batch over eight devices: the tokens of one device, no compilation, and a cache that stays where it is."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from parallax.inference.batching import Batcher
+from parallax.model.transformer import param_axes
+from parallelism.mesh import MeshPlacement
+from parallelism.rules import RULE_SETS
+from tests.parallax.inference.models import CONFIG, by_generator, completion, draw_params
+
+SLOTS, CAPACITY = 4, 64
+MESHES = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+def make_batcher(sizes, **changes):
+    """A batcher whose parameters lie on a mesh as the default rules say."""
+    mesh = jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
+        devices=jax.devices()[: math.prod(sizes.values())],
+    )  # fmt: skip
+    placement = MeshPlacement(mesh, RULE_SETS["default"])
+    params = jax.tree.map(
+        lambda leaf, names: jax.device_put(leaf, placement.sharding(names, leaf.shape)),
+        draw_params(CONFIG),
+        param_axes(CONFIG),
+    )
+    sizes = {"slots": SLOTS, "capacity": CAPACITY, "tokens_per_step": 3, "placement": placement}
+    return Batcher(CONFIG, params, **sizes | changes)
+
+
+def run(batcher, completions):
+    tokens, waiting = [[] for _ in completions], list(enumerate(completions))
+    while waiting or batcher.free < SLOTS:
+        came = []
+        while waiting and batcher.free:
+            came += batcher.admit(*waiting.pop(0))
+        for token in [*came, *batcher.step()]:
+            tokens[token.ticket].append(token.token_id)
+    return tokens
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_mesh_gives_the_tokens_of_one_device_and_compiles_nothing_more(sizes, caplog):
+    batcher = make_batcher(sizes)
+    batcher.warm_up()
+    with jax.log_compiles(True):
+        # Greedy: devices that add up their shares of a product round in another order.
+        completions = [completion(number, temperature=0.0, prompt_logprobs=False) for number in range(9)]
+        tokens = run(batcher, completions)
+    assert not [record.message for record in caplog.records if "ompil" in record.message]
+    assert tokens == [by_generator(CONFIG, draw_params(CONFIG), each) for each in completions]
+
+
+def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
+    batcher = make_batcher({"data": 4, "tensor": 2})
+    cache = batcher._slots.cache
+    N, B, G, S, K = cache.keys.shape
+    share = (N, B // 4, G // 2, S, K)
+    for x in (cache.keys, cache.values):
+        assert {shard.data.shape for shard in x.addressable_shards} == {share}
+    program = batcher._step.lower(batcher.params, batcher._layers, batcher._slots, 32).compile().as_text()
+    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
+    assert max(sizes, default=0) < math.prod(share[1:]), "less than one layer of a device's share"
+    assert "all-reduce" in program
+
+
+def test_filling_a_slot_sends_no_more_than_the_prompt():
+    batcher = make_batcher({"data": 4, "tensor": 2})
+    each = completion(0)
+    arguments = (
+        np.int32(1),
+        np.zeros(32, np.int32),
+        np.int32(5),
+        np.uint32(0),
+        each.settings(),
+        np.bool_(False),
+    )
+    program = (
+        batcher._fill.lower(batcher.params, batcher._layers, batcher._slots, *arguments).compile().as_text()
+    )
+    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
+    sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
+    assert max(sizes, default=0) < math.prod(batcher._slots.cache.keys.shape) // SLOTS
+
+
+def test_slots_that_devices_cannot_share_are_refused():
+    with pytest.raises(ValueError, match=r"batch=6 must be divisible by data=4; try .*batch=8"):
+        make_batcher({"data": 4, "tensor": 2}, slots=6)

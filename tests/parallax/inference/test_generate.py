@@ -1,0 +1,260 @@
+"""Cached generation against full recomputation, and what a row may and may not depend on."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from parallax.config import TransformerConfig
+from parallax.inference.generate import Generator
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings
+from parallax.model.cache import KVCache
+from parallax.model.transformer import TransformerLM, init_params
+from tests.parallax.inference.models import SETTINGS
+
+VOCAB = 23
+SIZES = {
+    "tie_embeddings": False,
+    "vocab_size": VOCAB,
+    "embed_dim": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 4,
+    "head_dim": 8,
+    "mlp_dim": 48,
+}
+VARIANTS = {
+    "tied": {"tie_embeddings": True},
+    "grouped": {"num_kv_heads": 2},
+    "qk_norm": {"qk_norm": True, "attention_bias": True},
+    "window": {"sliding_window": 5, "num_kv_heads": 1},
+    "softcap": {"logit_softcap": 3.0, "remat": "full", "dropout_rate": 0.3},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+MIXED = {name: [setting.get(name, value) for setting in SETTINGS] for name, value in DEFAULTS.items()}
+
+
+@functools.cache
+def model(variant="grouped", max_seq_len=512):
+    """A config, parameters and a generator; untied logits spread over a few units."""
+    config = TransformerConfig(max_seq_len=max_seq_len, **SIZES | VARIANTS[variant])
+    rng = np.random.default_rng(0)  # compiling an initialisation takes longer than the tests
+
+    def weights(path, leaf):
+        return jnp.asarray(rng.normal("norm" in str(path), 0.2, leaf.shape), leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(
+        weights, jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    )
+    return config, params, Generator(config)
+
+
+def prompts(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).astype(np.int32) for length in lengths]
+
+
+def request(rows=8, max_tokens=24, **changes):
+    """Ragged prompts with mixed settings, one of each a row."""
+    lengths = (5, 1, 9, 3, 17, 2, 12, 7)[:rows]
+    settings = SamplingSettings.create(rows, **{name: values[:rows] for name, values in MIXED.items()})
+    request = {"prompts": prompts(lengths), "settings": settings, "seeds": range(100, 100 + rows)}
+    return Request(**request | {"max_tokens": max_tokens} | changes)
+
+
+def row_of(whole, row):
+    """A request for one of its rows alone."""
+    settings = SamplingSettings.create(1, **{name: values[row] for name, values in MIXED.items()})
+    return Request(
+        prompts=[whole.prompts[row]], settings=settings, seeds=[whole.seeds[row]], max_tokens=whole.max_tokens
+    )
+
+
+def draw(logits_V, seen, position, seed, setting):
+    """One token by the definitions, in numpy and in the order of the documentation."""
+    logits = np.array(logits_V, np.float64)
+    logits[seen] = (
+        np.where(logits[seen] > 0, 1 / setting["repetition_penalty"], setting["repetition_penalty"])
+        * logits[seen]
+    )
+    if setting["temperature"] == 0:
+        return int(np.argmax(logits))
+    logits /= setting["temperature"]
+    allowed = np.argsort(-logits, kind="stable")[: setting["top_k"] or None]
+    weights = np.exp(logits[allowed] - logits.max())
+    mass = np.cumsum(weights / weights.sum())
+    if setting["top_p"] < 1:
+        allowed = allowed[: int(np.argmax(mass >= setting["top_p"])) + 1]
+    allowed = [token for token in allowed if np.exp(logits[token] - logits.max()) >= setting["min_p"]]
+    noise = np.asarray(jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (VOCAB,)))
+    return int(max(allowed, key=lambda token: logits[token] + noise[token]))
+
+
+def by_full_recomputation(config, params, request):
+    """The tokens of a request, the whole text through the model again for each."""
+    full = jax.jit(lambda params, tokens_BT: TransformerLM.from_params(config, params)(tokens_BT)[0])
+    texts = [prompt.tolist() for prompt in request.prompts]
+    for _ in range(request.max_tokens):
+        padded = np.zeros((len(texts), 64), np.int32)
+        for row, text in enumerate(texts):
+            padded[row, : len(text)] = text
+        logits_BTV = np.asarray(full(params, padded))
+        for row, text in enumerate(texts):
+            setting = {name: values[row] for name, values in MIXED.items()}
+            last_V, seen = logits_BTV[row, len(text) - 1], sorted(set(text))
+            text.append(draw(last_V, seen, len(text), request.seeds[row], setting))
+    return [text[len(prompt) :] for text, prompt in zip(texts, request.prompts, strict=True)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cached_logits_equal_full_recomputation(variant):
+    config, params, _ = model(variant)
+    tokens_BT, lengths_B = np.stack(prompts((20, 20, 20), seed=1)), np.array([3, 11, 7], np.int32)
+
+    @jax.jit
+    def run(params, tokens_BT, positions_BT, cache):
+        return TransformerLM.from_params(config, params)(tokens_BT, positions_BT, cache=cache)
+
+    expected_BTV = jax.jit(lambda params, tokens: TransformerLM.from_params(config, params)(tokens)[0])(
+        params, tokens_BT
+    )
+    padded_BP = np.where(np.arange(12)[None] < lengths_B[:, None], tokens_BT[:, :12], 0)
+    positions_BP = np.broadcast_to(np.arange(12, dtype=np.int32), (3, 12))
+    logits_BTV, cache = run(params, padded_BP, positions_BP, KVCache.create(config, 3, 32))
+    # float32: sums in another order; bfloat16: the same, with 8 bits of mantissa, on logits of a few units
+    tolerance = 0.05 if config.dtype == "bfloat16" else 1e-5
+    for row, length in enumerate(lengths_B):
+        np.testing.assert_allclose(
+            logits_BTV[row, :length], expected_BTV[row, :length], rtol=0, atol=tolerance
+        )
+    for rows, at_B in ((np.arange(3), lengths_B + offset) for offset in range(9)):
+        logits_B1V, cache = run(params, tokens_BT[rows, at_B][:, None], at_B[:, None], cache)
+        np.testing.assert_allclose(logits_B1V[:, 0], expected_BTV[rows, at_B], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("variant", ["tied", "grouped", "window"])
+def test_tokens_equal_full_recomputation_under_every_setting(variant):
+    config, params, generator = model(variant)
+    expected = by_full_recomputation(config, params, request())
+    assert [tokens.tolist() for tokens in generator.generate(params, request())] == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(SETTINGS)
+
+
+def test_a_row_is_the_same_alone_and_in_a_ragged_batch():
+    _, params, generator = model()
+    together = generator.generate(params, request())
+    for row, tokens in enumerate(together):
+        (alone,) = generator.generate(params, row_of(request(), row))
+        assert alone.tolist() == tokens.tolist()
+
+
+def test_a_row_has_seen_its_own_tokens_and_no_padding():
+    config, params, generator = model()
+    arrays, capacity = request().arrays(config)
+    generation = generator.start(params, *arrays, np.int32(3), capacity=capacity)
+    for row, length in enumerate(np.asarray(generation.lengths)):
+        tokens = np.asarray(generation.tokens[row, :length])
+        assert length == arrays[1][row] + 3
+        assert np.flatnonzero(generation.seen[row]).tolist() == sorted(set(tokens.tolist()))
+
+
+def test_seeds_matter_and_repeat():
+    _, params, generator = model()
+    one, same, other = (
+        [tokens.tolist() for tokens in generator.generate(params, request(seeds=seeds))]
+        for seeds in (range(8), range(8), range(8, 16))
+    )
+    assert one == same
+    assert one[:2] == other[:2]  # temperature 0
+    assert all(a != b for a, b in zip(one[2:], other[2:], strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 8])
+def test_a_stream_is_the_whole(chunk):
+    _, params, generator = model()
+    eos_id = int(generator.generate(params, request())[2][9])  # some rows end early
+    whole = generator.generate(params, request(eos_id=eos_id))
+    streamed = [[] for _ in whole]
+    for row, token in generator.stream(params, request(eos_id=eos_id), chunk=chunk):
+        streamed[row].append(token)
+    assert streamed == [tokens.tolist() for tokens in whole]
+    assert len({len(tokens) for tokens in streamed}) > 1
+
+
+def test_a_stream_gives_the_first_tokens_before_it_computes_the_rest():
+    _, params, generator = model()
+    stream = generator.stream(params, request())
+    assert [next(stream)[0] for _ in range(8)] == list(range(8))
+    assert {next(stream)[0] for _ in range(8)} == {0}
+
+
+@pytest.mark.parametrize(("longest", "max_tokens"), [(65, 1), (65, 20), (129, 40)])
+def test_a_prompt_that_is_padded_to_more_than_it_becomes(longest, max_tokens):
+    config, params, _ = model()
+    asked = request(1, max_tokens, prompts=prompts((longest,)))
+    (tokens,) = Generator(config).generate(params, asked)
+    assert [token for _, token in Generator(config).stream(params, asked)] == tokens.tolist()
+    assert len(tokens) == max_tokens
+
+
+def test_two_hundred_tokens_after_the_first_call_compile_nothing(caplog):
+    _, params, _ = model()
+    generator = Generator(model()[0])
+    small = request(max_tokens=215)
+    whole = Request(
+        prompts=prompts((30, 4, 8, 1, 22, 6, 32, 13), seed=5),
+        settings=SamplingSettings.create(8, temperature=0.9, top_k=[0, 1, 2, 3, 4, 5, 6, 7], min_p=0.01),
+        seeds=[2**32 - 1, 0, 1, 2, 3, 4, 5, 6],
+        max_tokens=200,
+        stops=[np.array([1, 2, 3]), np.array([4] * 10)],
+        eos_id=7,
+    )
+    with jax.log_compiles(True):
+        generator.generate(params, small)
+        list(generator.stream(params, small))
+        assert [record for record in caplog.records if "Compiling" in record.message]
+        caplog.clear()
+        generated = generator.generate(params, whole)
+        streamed = list(generator.stream(params, whole))
+        assert not [record.message for record in caplog.records if "ompil" in record.message]
+    assert sum(map(len, generated)) == len(streamed)
+
+
+def test_eos_and_stops_end_a_row_where_they_first_occur():
+    _, params, generator = model()
+    free = [tokens.tolist() for tokens in generator.generate(params, request())]
+    stops = [free[3][6:8], free[5][4:5], free[6][10:14]]
+    eos_id = free[7][0]  # the token that prefill gives
+
+    def ended(tokens):
+        for end in range(1, len(tokens) + 1):
+            if tokens[end - 1] == eos_id or any(tokens[:end][-len(stop) :] == stop for stop in stops):
+                return tokens[:end]
+        return tokens
+
+    stopped = generator.generate(params, request(stops=[np.array(stop) for stop in stops], eos_id=eos_id))
+    assert [tokens.tolist() for tokens in stopped] == [ended(tokens) for tokens in free]
+    assert len(stopped[7]) == 1
+    assert len(set(map(len, stopped))) > 3
+
+
+def test_a_stop_in_the_prompt_does_not_count():
+    _, params, generator = model()
+    free = [tokens.tolist() for tokens in generator.generate(params, request())]
+    for row, prompt in enumerate(request().prompts):
+        straddling = [int(prompt[-1]), free[row][0]]
+        if straddling not in [free[row][at : at + 2] for at in range(23)]:
+            stopped = generator.generate(params, request(stops=[np.array(straddling)]))
+            assert stopped[row].tolist() == free[row]
+
+
+def test_a_row_may_fill_the_model_to_its_last_position():
+    config, params, generator = model(max_seq_len=41)
+    ends = request(max_tokens=24)
+    assert max(map(len, ends.prompts)) + 24 == config.max_seq_len
+    tokens = [tokens.tolist() for tokens in generator.generate(params, ends)]
+    assert tokens == by_full_recomputation(config, params, ends)

@@ -1,0 +1,183 @@
+"""What is proposed changes no text at temperature 0, and no distribution of texts at others.
+
+Ties: logits of several positions at once differ from those of one by up to 1e-5 here, so texts are compared up to the
+first token that wins by less than 1e-4.
+"""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings
+from parallax.inference.speculative import BothParams, SpeculativeGenerator
+from tests.parallax.inference.models import CONFIG, VOCAB, draw_params, generator, logprobs, prompt
+
+SMALL = CONFIG.replace(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1)
+LENGTHS = (5, 1, 9, 3, 17, 2, 88, 7)
+SEEDS = 6
+
+
+@functools.cache
+def speculator(draft=CONFIG, draft_tokens=4):
+    return SpeculativeGenerator(CONFIG, draft, draft_tokens)
+
+
+def near(params, noise, seed=7):
+    """Parameters of a draft that often agrees."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: leaf + noise * rng.normal(size=leaf.shape).astype(np.float32), params)
+
+
+def request(seed=0, max_tokens=40, temperature=0.0, **changes):
+    fields = {
+        "prompts": [prompt(length, seed) for length in LENGTHS],
+        "settings": SamplingSettings.create(len(LENGTHS), temperature=temperature),
+        "seeds": range(seed, seed + len(LENGTHS)),
+        "max_tokens": max_tokens,
+    }
+    return Request(**fields | changes)
+
+
+def texts(rows):
+    return [tokens.tolist() for tokens in rows]
+
+
+def until_tie(params, prompt, tokens):
+    """How many tokens come before one that wins narrowly."""
+    logprobs_TV = np.sort(logprobs(CONFIG, params, [*prompt, *tokens])[len(prompt) - 1 : -1], axis=1)
+    narrow = logprobs_TV[:, -1] - logprobs_TV[:, -2] < 1e-4
+    return int(np.argmax(narrow)) if narrow.any() else len(tokens)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.006, 0.02, None])
+def test_greedy_texts_are_those_of_the_large_model(noise):
+    compared, draft = 0, SMALL if noise is None else CONFIG
+    for seed in range(SEEDS):
+        params = draw_params(CONFIG, seed)
+        both = BothParams(params, draw_params(SMALL, seed) if noise is None else near(params, noise))
+        asked = request(seed)
+        got = texts(speculator(draft).generate(both, asked))
+        expected = texts(generator(CONFIG).generate(params, asked))
+        for given, tokens, own in zip(asked.prompts, got, expected, strict=True):
+            clear = until_tie(params, given, own)
+            assert tokens[:clear] == own[:clear]
+            compared += clear
+    assert compared > 0.9 * SEEDS * len(LENGTHS) * 40
+    share = speculator(draft).accepted / speculator(draft).proposed
+    low, high = {0.0: (0.99, 1), 0.006: (0.5, 0.9), 0.02: (0.1, 0.5), None: (0, 0.1)}[noise]
+    assert low <= share <= high, "each noise tests another mixture of proposals that pass and that do not"
+
+
+def test_penalties_see_the_tokens_that_are_proposed():
+    params = draw_params(CONFIG)
+    settings = SamplingSettings.create(8, temperature=0.0, repetition_penalty=[1.5, 3.0] * 4)
+    asked = request(settings=settings, max_tokens=20)
+    for noise in (0.0, 0.01):
+        got = texts(speculator().generate(BothParams(params, near(params, noise)), asked))
+        assert got == texts(generator(CONFIG).generate(params, asked))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_stops_and_eos_end_a_text_inside_a_run_of_proposals(noise):
+    params = draw_params(CONFIG, 1)
+    both = BothParams(params, near(params, noise))
+    free = texts(generator(CONFIG).generate(params, request()))
+    assert texts(speculator().generate(both, request())) == free
+    lengths = set()
+    for at in range(12):  # each place within a run, and between two
+        stops, eos_id = [free[0][at : at + 2], free[2][at + 1 : at + 2], [free[3][at]] * 20], free[4][at]
+        asked = request(stops=[np.array(stop) for stop in stops], eos_id=eos_id)
+        got = texts(speculator().generate(both, asked))
+        assert got == texts(generator(CONFIG).generate(params, asked))
+        lengths.update(map(len, got))
+    assert len(lengths) > 10
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 5, 40])
+def test_a_text_ends_at_its_last_token_be_it_the_last_of_the_cache(max_tokens):
+    params = draw_params(CONFIG, 2)
+    full = request(
+        max_tokens=max_tokens, prompts=[prompt(CONFIG.max_seq_len - max_tokens - n) for n in range(8)]
+    )
+    got = texts(speculator().generate(BothParams(params, params), full))
+    assert got == texts(generator(CONFIG).generate(params, full))
+    assert {len(tokens) for tokens in got} == {max_tokens}
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_a_stream_is_the_whole(chunk):
+    params = draw_params(CONFIG, 3)
+    both, asked = BothParams(params, near(params, 0.01)), request(temperature=1.0)
+    whole = texts(speculator().generate(both, asked))
+    counts = speculator().proposed, speculator().accepted
+    streamed = [[] for _ in whole]
+    for row, token in speculator().stream(both, asked, chunk=chunk):
+        streamed[row].append(token)
+    assert streamed == whole
+    assert (speculator().proposed, speculator().accepted) == counts
+
+
+def test_a_row_is_the_same_alone_and_in_a_ragged_batch():
+    params = draw_params(CONFIG, 4)
+    both = BothParams(params, near(params, 0.01))
+    together = texts(speculator().generate(both, request(temperature=0.9)))
+    for row in (1, 4):
+        alone = request(
+            prompts=[request().prompts[row]],
+            seeds=[request().seeds[row]],
+            settings=SamplingSettings.create(1, temperature=0.9),
+        )
+        assert texts(speculator().generate(both, alone)) == [together[row]]
+    assert texts(speculator().generate(both, request(temperature=0.9, seeds=range(50, 58)))) != together
+
+
+@pytest.mark.parametrize("setting", [{}, {"temperature": 0.6, "top_k": 2}], ids=str)
+def test_texts_are_distributed_as_by_the_large_model(setting):
+    rows, length, few = 8192, 4, 3
+    tiny = CONFIG.replace(
+        vocab_size=few, embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, max_seq_len=32
+    )
+    params = draw_params(tiny, 5, scale=0.6)
+    asked = Request(
+        prompts=[np.array([1, 0], np.int32)] * rows,
+        settings=SamplingSettings.create(rows, **setting),
+        seeds=range(rows),
+        max_tokens=length,
+    )
+    guesser = SpeculativeGenerator(tiny, tiny, 2)  # so that a text takes two rounds at least
+    got = guesser.generate(BothParams(params, near(params, 0.3)), asked)
+    assert 0.2 < guesser.accepted / guesser.proposed < 0.9
+    counts = np.bincount([int("".join(map(str, tokens)), few) for tokens in got], minlength=few**length)
+    for number, text in enumerate(itertools.product(range(few), repeat=length)):
+        logits_TV = logprobs(tiny, params, [1, 0, *text])[1:-1] / setting.get("temperature", 1)
+        weights_TV = np.exp(logits_TV) * (
+            logits_TV >= np.sort(logits_TV, axis=1)[:, [-setting.get("top_k", few)]]
+        )
+        chances = (weights_TV / weights_TV.sum(axis=1, keepdims=True))[np.arange(length), text]
+        chance = chances.prod()
+        # five standard deviations of a frequency, and a draw for the rarest
+        assert abs(counts[number] / rows - chance) <= 5 * (chance * (1 - chance) / rows) ** 0.5 + 1 / rows
+
+
+def test_other_settings_and_prompts_compile_nothing(caplog):
+    params = draw_params(CONFIG)
+    both = BothParams(params, near(params, 0.01))
+    speculator().generate(both, request())
+    with jax.log_compiles(True):
+        other = request(seed=9, temperature=[0.0, 0.5] * 4, eos_id=3, stops=[prompt(3)], max_tokens=37)
+        speculator().generate(both, other)
+        assert not [record.message for record in caplog.records if "ompil" in record.message]
+
+
+def test_drafts_that_cannot_propose_are_refused():
+    with pytest.raises(ValueError, match=f"draft's vocab_size=99 must equal the model's {VOCAB}; give"):
+        SpeculativeGenerator(CONFIG, CONFIG.replace(vocab_size=99))
+    with pytest.raises(ValueError, match="draft_tokens=0 must be at least 1; try 4"):
+        SpeculativeGenerator(CONFIG, CONFIG, 0)
+    short = SpeculativeGenerator(CONFIG, CONFIG.replace(max_seq_len=64))
+    with pytest.raises(ValueError, match="max_seq_len=64; try"):
+        short.generate(BothParams({}, {}), request())

@@ -1,0 +1,149 @@
+"""config.json in and out: what is read of it, what is written, and what no model here computes."""
+
+import dataclasses
+
+import pytest
+
+from parallax.config import PRESETS, TransformerConfig
+from parallax.interop.hf_config import config_from_hf, config_to_hf
+from parallax.rope_scaling import RopeScaling
+from tests.configs import random_config
+from tests.parallax.interop.folders import SMALL
+
+LLAMA_3_2_1B = {  # as it is published
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": 128001, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+}  # fmt: skip
+QWEN = {**SMALL, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+EXPORTED = ("dropout_rate", "attention", "remat", "dtype", "logit_softcap")
+
+
+def test_a_published_config_is_the_preset():
+    expected = dataclasses.replace(PRESETS["llama-1b"], max_seq_len=131072)
+    assert config_from_hf(LLAMA_3_2_1B) == expected
+
+
+def test_what_llama_2_leaves_out_has_its_defaults():
+    values = {name: SMALL[name] for name in SMALL if name not in ("head_dim", "num_key_value_heads")}
+    config = config_from_hf(values)
+    assert (config.head_dim, config.num_kv_heads, config.norm_eps, config.rope_theta) == (6, 8, 1e-6, 1e4)
+    assert not config.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "qwen2"}, {"attention_bias": True, "attention_out_bias": False, "qk_norm": False}),
+        ({"model_type": "qwen3"}, {"attention_bias": False, "attention_out_bias": False, "qk_norm": True}),
+        ({"attention_bias": True}, {"attention_bias": True, "attention_out_bias": True}),
+        ({"model_type": "qwen3", "head_dim": None}, {"head_dim": 128}),
+        ({"model_type": "mistral", "num_key_value_heads": None}, {"num_kv_heads": 8}),
+        ({"model_type": "qwen3", "num_key_value_heads": None}, {"num_kv_heads": 8}),
+        ({"model_type": "mistral"}, {"sliding_window": 4096}),
+        ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": 0}),
+        ({"model_type": "mistral", "sliding_window": 7}, {"sliding_window": 7}),
+        ({**QWEN, "max_window_layers": 0}, {"sliding_window": 9}),
+        ({**QWEN, "max_window_layers": 3}, {"sliding_window": 0}),
+        ({**QWEN, "use_sliding_window": False, "max_window_layers": 0}, {"sliding_window": 0}),
+        ({**QWEN, "max_window_layers": 9, "layer_types": ["sliding_attention"] * 3}, {"sliding_window": 9}),
+    ],
+)
+def test_what_an_architecture_means(changes, expected):
+    config = config_from_hf({**SMALL, **changes})
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_goes_out_comes_in_again(seed):
+    plain = {name: getattr(TransformerConfig(), name) for name in EXPORTED}
+    config = dataclasses.replace(random_config(seed), **plain)
+    odd = config.embed_dim % config.num_heads
+    if config.attention_out_bias != config.attention_bias or config.sliding_window or odd:
+        config = dataclasses.replace(config, attention_bias=False, attention_out_bias=False)
+    values = config_to_hf(config)
+    assert config_from_hf(values) == dataclasses.replace(
+        config, rope_scaling=_as_written(config.rope_scaling)
+    )
+
+
+def _as_written(scaling: RopeScaling) -> RopeScaling:
+    """What no scaling of its kind uses takes its default; yarn's factor is written out."""
+    read = {"none": (), "linear": ("factor",), "llama3": ("factor", "original_max_seq_len")}
+    if scaling.kind != "yarn":
+        return RopeScaling(kind=scaling.kind, **{name: getattr(scaling, name) for name in read[scaling.kind]})
+    from parallax.layers.rotary import magnitude
+
+    return dataclasses.replace(scaling, attention_factor=magnitude(scaling))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "gemma"},
+            "model_type='gemma' in config.json is not one of llama, mistral, qwen2, qwen3;",
+        ),
+        ({"model_type": None}, "model_type=None in config.json is not one of"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' in config.json must be silu"),
+        ({"mlp_bias": True}, "mlp_bias=true in config.json is not supported;"),
+        ({"quantization_config": {"bits": 4}}, "quantized weights are not read; take"),
+        ({"hidden_size": None}, "hidden_size=None in config.json must be a whole number;"),
+        ({"model_type": "qwen2", "num_key_value_heads": "8"}, "num_key_value_heads='8' in config.json must"),
+        ({"model_type": ["llama"]}, "model_type=['llama'] in config.json is not one of"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None in config.json must be a number;"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf in config.json must be a number;"),
+        ({**QWEN, "layer_types": 3}, "layer_types in config.json must be a list;"),
+        ({**QWEN, "sliding_window": "9"}, "sliding_window='9' in config.json must be a whole number;"),
+        ({"head_dim": None, "hidden_size": 50}, "hidden_size=50 in config.json must be divisible by"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=8"),
+        ({**QWEN, "max_window_layers": 1}, "sliding_window=9 in config.json holds for 2 of 3 layers"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused(changes, message):
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is compared below)
+        config_from_hf({**SMALL, **changes})
+    assert message in str(refused.value)
+    assert "; " in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_family_without_a_number_of_groups_has_one_of_its_own():
+    values = {name: SMALL[name] for name in SMALL if name != "num_key_value_heads"}
+    with pytest.raises(ValueError, match=r"num_key_value_heads=None in config\.json must be a whole number;"):
+        config_from_hf({**values, "model_type": "mistral"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"logit_softcap": 30.0}, "logit_softcap=30.0"),
+        ({"attention_out_bias": True}, "attention_out_bias=True"),
+        ({"attention_bias": True, "qk_norm": True}, "qk_norm=True"),
+        ({"attention_bias": True, "attention_out_bias": True, "sliding_window": 5}, "sliding_window=5"),
+    ],
+)
+def test_what_no_architecture_has_is_not_exported(changes, field):
+    with pytest.raises(ValueError, match=f"{field}.*; train with") as refused:
+        config_to_hf(TransformerConfig(**changes))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({}, "llama"),
+        ({"sliding_window": 5}, "mistral"),
+        ({"embed_dim": 130}, "mistral"),  # transformers wants whole heads of a llama's width
+        ({"attention_bias": True}, "qwen2"),
+        ({"attention_bias": True, "attention_out_bias": True}, "llama"),
+        ({"qk_norm": True}, "qwen3"),
+    ],
+)
+def test_the_plainest_architecture_is_chosen(changes, kind):
+    assert config_to_hf(TransformerConfig(**changes))["model_type"] == kind

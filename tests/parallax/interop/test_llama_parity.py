@@ -1,0 +1,115 @@
+"""Models of transformers compute the same here, and go back to it with the same bits."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from parallax.inference.generate import Generator
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings
+from parallax.interop.folders import export_model, import_model
+from parallax.model.transformer import TransformerLM
+from parallax.run_folder import load_run
+from tests.parallax.interop.models import FAMILIES, make_model, random_values, save
+
+pytestmark = pytest.mark.external
+LENGTH, NEW = 100, 64
+CASES = [(family, seed) for family in FAMILIES for seed in range(3)]
+
+
+@pytest.mark.parametrize(("family", "seed"), CASES)
+def test_logits_continuations_and_the_way_back(family, seed, tmp_path):
+    values = random_values(family, seed)
+    dtype = ("float32", "bfloat16", "float16")[seed]
+    theirs = make_model(family, values, seed, dtype)
+    save(theirs, tmp_path / "hf", dtype, max_shard_size="50GB" if seed else "40KB")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    run = load_run(tmp_path / "run")
+
+    ids = np.random.default_rng(seed).integers(0, values["vocab_size"], (2, LENGTH)).astype(np.int32)
+    expected = logits_of(theirs, ids)
+    ours = jax.jit(lambda params, ids: TransformerLM.from_params(run.config, params)(ids)[0])(run.params, ids)
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+    prompts = ids[:, :20]
+    np.testing.assert_array_equal(greedy(run, prompts), greedy_of(theirs, prompts))
+
+    export_model(str(tmp_path / "run"), tmp_path / "back", max_file_bytes=10**9 if seed else 40_000)
+    back = load(tmp_path / "back")
+    states = theirs.state_dict(), back.state_dict()
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        np.testing.assert_array_equal(states[1][name].numpy(), tensor.numpy(), err_msg=name)
+    # As llama, a mistral without a window computes the same in another class.
+    np.testing.assert_array_equal(logits_of(back, ids), expected)
+
+
+def test_bfloat16_rounds_to_nearest(tmp_path):
+    import torch
+
+    theirs = make_model("qwen3", random_values("qwen3", 5), 5)
+    save(theirs, tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export_model(str(tmp_path / "run"), tmp_path / "back", dtype="bfloat16")
+    back = load(tmp_path / "back", dtype=torch.bfloat16).state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(back[name], tensor.to(torch.bfloat16)), name
+
+
+def test_the_tokenizer_gives_the_ids_of_transformers(tmp_path):
+    theirs = make_model("llama", random_values("llama", 7), 7)
+    save(theirs, tmp_path / "hf")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    export_model(str(tmp_path / "run"), tmp_path / "back")
+    ours = load_run(tmp_path / "run").tokenizer
+    from transformers import AutoTokenizer
+
+    back = AutoTokenizer.from_pretrained(tmp_path / "back")
+    for text in ("To be, or not", " 🙂\n\nça <|im_start|>user", ""):
+        assert ours.encode(text).tolist() == back(text)["input_ids"]
+    assert back.bos_token == "<|begin_of_text|>"
+
+
+def logits_of(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
+
+
+def greedy_of(model, ids):
+    import torch
+
+    prompts = torch.from_numpy(ids.astype(np.int64))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tokens = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            pad_token_id=0,
+        )
+    return tokens[:, ids.shape[1] :].numpy()
+
+
+def greedy(run, ids):
+    request = Request(
+        prompts=list(ids),
+        settings=SamplingSettings.create(len(ids), temperature=0.0),
+        seeds=range(len(ids)),
+        max_tokens=NEW,
+    )
+    return np.stack(Generator(run.config).generate(run.params, request))
+
+
+def load(folder, **settings):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = {"dtype": torch.float32, "attn_implementation": "eager", **settings}
+    return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()

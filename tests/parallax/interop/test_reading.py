@@ -1,0 +1,154 @@
+"""Parameters from files: as they were written, wherever they are to lie, and nothing but what is needed."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from parallax.config import TransformerConfig
+from parallax.interop.files import TensorFiles
+from parallax.interop.hf_config import config_from_hf
+from parallax.interop.reading import check_tensors, read_params
+from parallax.model.transformer import init_params
+from scripts.common.placement import place_model
+from tests.parallax.interop.folders import BFLOAT16, SMALL, random_tensors, write_folder
+
+CONFIG = config_from_hf(SMALL)
+
+
+def abstract(config=CONFIG):
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+    return True
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("files", [1, 3])
+def test_tensors_become_parameters(tmp_path, dtype, files):
+    tensors = write_folder(tmp_path, tensors=random_tensors(SMALL, dtype=dtype), files=files)
+    params = read_params(TensorFiles(tmp_path), CONFIG, abstract())
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), abstract()
+    )
+
+    def tensor(name):
+        return np.asarray(tensors[name], np.float32)
+
+    D, H, K = CONFIG.embed_dim, CONFIG.num_heads, CONFIG.head_dim
+    for layer in range(CONFIG.num_layers):
+        prefix, block = (
+            f"model.layers.{layer}.",
+            jax.tree.map(lambda leaf, at=layer: leaf[at], params["blocks"]),
+        )
+        query = tensor(prefix + "self_attn.q_proj.weight").T.reshape(D, H, K)
+        np.testing.assert_array_equal(block["attention"]["query"], query)
+        out = tensor(prefix + "self_attn.o_proj.weight").T.reshape(H, K, D)
+        np.testing.assert_array_equal(block["attention"]["out"], out)
+        np.testing.assert_array_equal(block["mlp"]["down"], tensor(prefix + "mlp.down_proj.weight").T)
+        np.testing.assert_array_equal(
+            block["mlp_norm"]["scale"], tensor(prefix + "post_attention_layernorm.weight")
+        )
+    table = np.asarray(params["output"]["table"])
+    np.testing.assert_array_equal(table[:301], tensor("lm_head.weight"))
+    np.testing.assert_array_equal(table[301:], 0)  # padding
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2"])
+@pytest.mark.parametrize("piece", [50, 2**22])
+def test_a_mesh_is_filled_shard_by_shard(tmp_path, mesh, piece):
+    write_folder(tmp_path)
+    whole = read_params(TensorFiles(tmp_path), CONFIG, abstract())
+    target = place_model(CONFIG, mesh, batch_size=8, seq_len=8).abstract().params
+    files = Counting(tmp_path)
+    params = read_params(files, CONFIG, target, piece)
+    assert same(params, whole)
+    jax.tree.map(lambda leaf, wanted: _require(leaf.sharding == wanted.sharding), params, target)
+    # A vector may be whole on several groups of devices; all else is read once, whoever shares or repeats it.
+    parameters = sum(math.prod(files.shape(name)) for name in files.names)
+    assert parameters <= files.elements <= 1.1 * parameters
+    a_row = CONFIG.num_heads * CONFIG.head_dim * CONFIG.head_dim
+    assert files.largest <= max(piece, a_row)
+
+
+def _require(holds):
+    assert holds
+
+
+class Counting(TensorFiles):
+    """Files that note how much is read of them."""
+
+    elements = largest = 0
+
+    def read(self, name, bounds):
+        block = super().read(name, bounds)
+        self.elements += block.size
+        self.largest = max(self.largest, block.size)
+        return block
+
+
+def test_old_frequencies_and_a_second_copy_of_a_tied_table_are_no_parameters(tmp_path):
+    values = {**SMALL, "tie_word_embeddings": True}
+    tensors = random_tensors(values)
+    more = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "lm_head.weight": tensors["model.embed_tokens.weight"].copy(),
+    }
+    write_folder(tmp_path, values, tensors | more)
+    config = config_from_hf(values)
+    params = read_params(TensorFiles(tmp_path), config, abstract(config))
+    assert "output" not in params
+    more["lm_head.weight"][300, 47] += 1
+    write_folder(tmp_path, values, tensors | more)
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from model.embed_tokens.weight.*; set tie"):
+        read_params(TensorFiles(tmp_path), config, abstract(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "tensor model.norm.weight is missing in"),
+        (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight is missing in"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.experts.weight": np.ones(3, np.float32)}),
+            "tensor model.layers.0.mlp.experts.weight of",
+        ),
+        (
+            lambda t: t.update({"model.layers.3.input_layernorm.weight": np.ones(48, np.float32)}),
+            "tensor model.layers.3.input_layernorm.weight of",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(47, np.float32)}),
+            "tensor model.norm.weight has shape [47] and must have [48] by config.json;",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(48, np.int8)}),
+            "tensor model.norm.weight has dtype I8, which is not one of F32, F16, BF16;",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, change, message):
+    tensors = random_tensors(SMALL)
+    change(tensors)
+    write_folder(tmp_path, tensors=tensors)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is compared below)
+        check_tensors(TensorFiles(tmp_path), CONFIG)
+    assert message in str(refused.value)
+    assert "; " in str(refused.value)
+
+
+def test_every_parameter_of_any_config_is_a_tensor():
+    from parallax.interop.llama import tensors
+    from tests.configs import random_config
+
+    for config in (TransformerConfig(), *map(random_config, range(30))):
+        leaves = jax.tree_util.tree_flatten_with_path(abstract(config))[0]
+        found = {tuple(key.key for key in path): leaf.shape for path, leaf in leaves}
+        wanted = {}
+        for entry in tensors(config):
+            shape = (config.table_rows, *entry.shape[1:]) if entry.path[-1] == "table" else entry.shape
+            wanted[entry.path] = (config.num_layers, *shape) if entry.is_stacked else shape
+        assert found == wanted

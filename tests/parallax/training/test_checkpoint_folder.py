@@ -1,0 +1,110 @@
+"""Which checkpoints stay: the newest and the best, and nothing goes before its successor is trusted."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from parallax.training.checkpoint import Checkpointer
+from tests.parallax.training.checkpoints import (
+    ABSTRACT,
+    DOCUMENTS,
+    assert_same_bits,
+    damage,
+    listing,
+    make_state,
+    reader,
+    saved,
+)
+
+
+@pytest.mark.parametrize(
+    ("keep", "losses", "expected"),
+    [
+        (1, {}, [6]),
+        (3, {}, [4, 5, 6]),
+        (1, {1: 2.0, 3: 1.0, 5: 1.5}, [3, 6]),
+        (2, {1: 2.0, 2: 1.0, 6: 0.5}, [5, 6]),
+        (2, {2: 1.0, 3: 1.0, 4: float("nan"), 5: float("-inf")}, [3, 5, 6]),
+    ],
+)
+def test_keeps_the_newest_and_the_best(tmp_path, keep, losses, expected):
+    saved(tmp_path, range(1, 7), keep=keep, losses=losses)
+    checkpointer, _ = reader(tmp_path)
+    assert checkpointer.steps() == expected
+    assert sorted(int(entry.name) for entry in tmp_path.iterdir()) == expected
+    finite = {step: loss for step, loss in losses.items() if step in expected and np.isfinite(loss)}
+    best = min(finite, key=finite.get) if finite else 6
+    assert checkpointer.best_step() == best
+    step, params, documents = checkpointer.restore_params(ABSTRACT.params)
+    assert (step, documents) == (best, DOCUMENTS)
+    assert_same_bits(params, make_state(best).params)
+
+
+def test_reading_changes_nothing(tmp_path):
+    saved(tmp_path, [10, 20], losses={10: 1.0, 20: 2.0})
+    (tmp_path / "30.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "30.orbax-checkpoint-tmp" / "part").write_text("half")
+    damage(next((tmp_path / "10").rglob("_METADATA")), "flip a byte")
+    before = listing(tmp_path)
+    checkpointer, lines = reader(tmp_path)
+    assert checkpointer.restore_params(ABSTRACT.params)[0] == 20
+    assert checkpointer.read_documents(10) == checkpointer.read_documents() == DOCUMENTS
+    assert checkpointer.best_step() == 10
+    assert "checkpoint 10 is damaged: state/_METADATA" in lines[0]
+    assert reader(tmp_path, is_writer=False)[0].restore(ABSTRACT, step=20).step == 20
+    checkpointer.close()
+    assert listing(tmp_path) == before
+
+
+def test_the_writer_removes_what_a_killed_save_left(tmp_path):
+    saved(tmp_path, [10])
+    for act in (lambda: reader(tmp_path)[0].restore(ABSTRACT), lambda: saved(tmp_path, [11])):
+        (tmp_path / "30.orbax-checkpoint-tmp").mkdir()
+        (tmp_path / "30.orbax-checkpoint-tmp" / "part").write_text("half")
+        act()
+        assert not (tmp_path / "30.orbax-checkpoint-tmp").exists()
+
+
+def test_a_deletion_cut_short_is_not_trusted_and_is_completed_by_the_next_save(tmp_path, monkeypatch):
+    saved(tmp_path, [10])
+    files = [file for file in (tmp_path / "10").rglob("*") if file.is_file()]
+    checkpointer, _ = reader(tmp_path)
+    checkpointer._keep = 1
+    folder_type = type(checkpointer._folder.root)
+    for step, cut in enumerate((0, 1, len(files) // 2), start=11):
+        newest = checkpointer.latest_step()
+
+        def dies(path, cut=cut):
+            for file in sorted(file for file in pathlib.Path(path).rglob("*") if file.is_file())[:cut]:
+                file.unlink()
+            raise OSError("killed here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folder_type, "rmtree", dies)
+            checkpointer.save(step, make_state(step), DOCUMENTS)
+            with pytest.raises(OSError, match=f"checkpoint {step} could not be saved in .*: killed here"):
+                checkpointer.wait()
+        assert (tmp_path / str(newest)).exists()
+        assert reader(tmp_path)[0].steps() == [step]
+        assert_same_bits(reader(tmp_path)[0].restore(ABSTRACT).state, make_state(step))
+    checkpointer.save(20, make_state(20), DOCUMENTS)
+    checkpointer.close()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["20"]
+
+
+def test_nothing_is_deleted_before_the_new_step_is_trusted(tmp_path, monkeypatch):
+    saved(tmp_path, [10])
+    before = listing(tmp_path / "10")
+
+    def dies(folder, facts):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("parallax.training.checkpoint_folder.write_manifest", dies)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    checkpointer.save(20, make_state(20), DOCUMENTS)
+    with pytest.raises(OSError, match=r"checkpoint 20 could not be saved in .* No space left on device"):
+        checkpointer.save(30, make_state(30), DOCUMENTS)
+    checkpointer.close()
+    assert listing(tmp_path / "10") == before
+    assert checkpointer.steps() == [10]

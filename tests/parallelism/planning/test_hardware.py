@@ -1,0 +1,61 @@
+"""Accelerators by name; peaks of one JAX device, and only of devices that are known."""
+
+import math
+
+import jax
+import pytest
+
+from parallelism.planning.hardware import GENERATIONS, accelerator, peak_flops
+
+
+@pytest.mark.parametrize("kind", [generation.kind for generation in GENERATIONS.values()])
+def test_known_devices_have_plausible_peaks(kind):
+    """In operations a second: tens of tera to a few peta; a slip of units would leave the range."""
+    assert 1e13 < peak_flops(kind) < 1e16
+
+
+def test_a_device_of_the_first_generations_is_half_a_chip():
+    assert peak_flops("TPU v2") == 22.5e12
+    assert peak_flops("TPU v3") == 61.5e12
+    assert peak_flops("TPU v4") == 275e12
+
+
+@pytest.mark.parametrize("kind", ["cpu", "", "TPU v99", "tpu v4"])
+def test_unknown_devices_have_none(kind):
+    assert peak_flops(kind) is None
+
+
+def test_simulated_devices_have_none():
+    assert {peak_flops(device.device_kind) for device in jax.devices()} == {None}
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "devices"),
+    [
+        *(("v2-8", "v2:2x2", 8), ("v3-8", "v3:2x2", 8), ("v3-32", "v3:4x4", 32), ("v3-64", "v3:4x8", 64)),
+        *(("v4-8", "v4:2x2x1", 4), ("v4-64", "v4:2x4x4", 32), ("v5p-128", "v5p:4x4x4", 64)),
+        *(("v5p-512", "v5p:4x8x8", 256), ("v5p-1024", "v5p:8x8x8", 512)),
+        *(("v5litepod-256", "v5e:16x16", 256), ("v5e-8", "v5e:2x4", 8), ("v6e-256", "v6e:16x16", 256)),
+    ],
+)
+def test_a_name_counts_cores_up_to_v5p_and_chips_of_the_lite_ones(name, topology, devices):
+    found = accelerator(name)
+    assert (found.topology, found.devices) == (topology, devices)
+    assert math.prod(found.shape) == found.chips
+    assert found.device_memory * found.devices == found.generation.memory_bytes * found.chips
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9-8", r"topology='v9-8' must be one of v2, .*; try v3-8"),
+        ("v3", r"topology='v3' must be one of v2, .*; try v3-8"),
+        ("v3-16", r"topology='v3-16' is no slice that can be rented; try v3-8"),
+        ("v3-9", r"topology='v3-9' is no slice that can be rented; try v3-8"),
+        ("v5litepod-512", r"topology='v5litepod-512' is no slice that can be rented; try v5litepod-256"),
+    ],
+)
+def test_other_names_are_refused_with_one_that_works(name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        accelerator(name)
+    accelerator(str(caught.value).rpartition(" ")[2])

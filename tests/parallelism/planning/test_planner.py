@@ -1,0 +1,165 @@
+"""Layouts for a slice: which are legal, how they lie along its network, which are worth compiling."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from parallax.training.state import TrainState
+from parallelism.mesh_shape import parse_mesh
+from parallelism.planning.compiler import Report, Traffic
+from parallelism.planning.hardware import GIB, accelerator
+from parallelism.planning.planner import (
+    Build,
+    Choice,
+    along_torus,
+    choose_to_compile,
+    estimate,
+    held_bytes,
+    legal_meshes,
+    mesh_text,
+    name_of,
+    rank,
+)
+from parallelism.rules import RULE_SETS
+from parallelism.strategy import Layout
+
+V3, V5E = accelerator("v3-8"), accelerator("v5e-256")
+
+
+@dataclasses.dataclass
+class Fixed:
+    """A cost of given numbers; what it sends goes over data."""
+
+    flops: float = 8e12
+    temporary: float = 1e9
+    wire: float = 1e8
+
+    def product_flops(self, sizes):
+        return self.flops
+
+    def kernel_flops(self):
+        return 0.0
+
+    def temporary_bytes(self, sizes, parameter_bytes, on_chip):
+        return self.temporary + parameter_bytes - on_chip
+
+    def sent(self, sizes):
+        return [Traffic("all-reduce", ("data",), 1, self.wire)] if sizes.get("data", 1) > 1 else []
+
+
+def build(cost):
+    def init_state():
+        zero = jnp.zeros((), jnp.int32)
+        params = {"w": jnp.zeros((64, 32))}
+        return TrainState(step=zero, params=params, opt_state=(params, params), bad_steps=zero)
+
+    spec = {"w": PartitionSpec("embed", "mlp")}
+    axes = TrainState(step=PartitionSpec(), params=spec, opt_state=(spec, spec), bad_steps=PartitionSpec())
+    return Build(init_state, axes, lambda gradients: gradients, {}, cost, "xla")
+
+
+def row(cost, sizes, report=None, strategy="mesh", sliced=V3):
+    mesh = mesh_text(sizes, sliced) if strategy == "mesh" else ""
+    layout = Layout(strategy=strategy, mesh=mesh, batch_size=8, seq_len=8)
+    return estimate(Choice(layout, sizes, "none", "float32"), build(cost), sliced, report)
+
+
+def test_every_split_of_the_devices_is_tried_once():
+    found = [tuple(sizes.values()) for sizes in legal_meshes(8, lambda sizes: True)]
+    assert len(found) == len(set(found)) == math.comb(3 + 3, 3)  # three factors of two among four axes
+    assert all(math.prod(sizes) == 8 for sizes in found)
+    assert list(legal_meshes(8, lambda sizes: sizes["tensor"] == 8)) == [
+        {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 8}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("slice_", "sizes", "text"),
+    [
+        (V5E, {"fsdp": 256}, "fsdp=16x16"),
+        (V5E, {"data": 16, "fsdp": 16}, "data=16,fsdp=16"),
+        (V5E, {"fsdp": 64, "tensor": 4}, "fsdp=64,tensor=4"),
+        (V5E, {"data": 2, "fsdp": 128}, "data=2,fsdp=8x16"),
+        (V3, {"fsdp": 8}, "fsdp=2x2x2"),
+        (V3, {"data": 4, "tensor": 2}, "data=4,tensor=2"),
+        (V3, {"data": 2, "fsdp": 4}, "data=2,fsdp=2x2"),
+        (accelerator("v5p-128"), {"fsdp": 64}, "fsdp=4x4x4"),
+        (accelerator("v5e-1"), {"data": 1}, "data=1"),
+    ],
+)
+def test_an_axis_that_spans_the_network_is_cut_at_its_dims(slice_, sizes, text):
+    assert mesh_text(sizes, slice_) == text
+    shape = along_torus(sizes, slice_)
+    assert math.prod(shape.values()) == slice_.devices
+    assert parse_mesh(text, slice_.devices) == shape
+
+
+def test_bytes_held_are_those_of_the_shards():
+    arrays = {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32), "n": jax.ShapeDtypeStruct((64,), jnp.float32)}
+    axes = {"w": PartitionSpec("embed", "mlp"), "n": PartitionSpec(None)}
+    rules = RULE_SETS["default"]
+    assert held_bytes(arrays, axes, rules, {"data": 8}) == 4 * (64 * 32 + 64)
+    assert held_bytes(arrays, axes, rules, {"fsdp": 2, "tensor": 4}) == 4 * (64 * 32 // 8 + 64)
+
+
+def test_an_estimate_counts_whole_tiles_and_a_row_the_bytes_that_there_are():
+    """A quarter of w is 16 × 32 numbers, in tiles 16 × 128; two scalars take a tile's row each."""
+    found = row(Fixed(temporary=0.0), {"fsdp": 4, "data": 2})
+    assert (found.parameter_bytes, found.optimizer_bytes) == (4 * 16 * 32, 2 * 4 * 16 * 32 + 2 * 4)
+    assert found.estimated_bytes == (3 + 1) * 4 * 16 * 128 + 2 * 4 * 128  # and gradients as parameters
+
+
+def test_an_estimate_names_what_binds():
+    compute = row(Fixed(flops=8e15), {"data": 8})
+    assert compute.bound == "compute"
+    assert compute.seconds == pytest.approx(1e15 / (123e12 / 2))
+    assert row(Fixed(temporary=1e12), {"data": 8}).bound == "memory"
+    assert row(Fixed(wire=1e12), {"data": 8}).bound == "links"
+    assert row(Fixed(wire=1e12), {"fsdp": 8}).link_seconds == 0
+
+
+def test_a_report_replaces_the_estimate():
+    report = Report(
+        state_bytes=100, temporary_bytes=200, flops=10, traffic=(Traffic("all-gather", ("fsdp.0",), 3, 7.0),)
+    )
+    found = row(Fixed(), {"fsdp": 8}, report)
+    assert (found.peak_bytes, found.flops, found.wire_bytes) == (300, 10, {"fsdp": 7.0})
+    assert (found.sent_bytes, found.source) == (7.0, "compiled")
+    assert found.estimated_bytes > 1e9
+
+
+def test_an_estimate_leaves_out_what_a_chip_keeps_on_itself():
+    without, v5e = row(Fixed(), {"data": 8}), row(Fixed(), {"data": 8}, sliced=accelerator("v5e-8"))
+    assert without.estimated_bytes - v5e.estimated_bytes == V5E.generation.on_chip > 0
+
+
+def test_what_crosses_two_axes_is_sent_once():
+    found = row(
+        Fixed(), {"data": 8}, Report(flops=1, traffic=(Traffic("all-reduce", ("data", "fsdp.0"), 1, 5.0),))
+    )
+    assert found.wire_bytes == {"data": 5.0, "fsdp": 5.0}
+    assert found.sent_bytes == 5.0
+
+
+def test_what_fits_comes_first_and_fast_before_slow():
+    fast, slow = row(Fixed(flops=1e12), {"data": 8}), row(Fixed(flops=1e15), {"fsdp": 8})
+    large, larger = (row(Fixed(temporary=size * GIB), {"tensor": 8}) for size in (17, 18))
+    refused = row(Fixed(flops=1.0), {"data": 4, "fsdp": 2}, Report(error="too large"))
+    ranked = rank([larger, slow, large, refused, fast], 16 * GIB)
+    assert ranked[:2] == [fast, slow]
+    assert ranked.index(large) < ranked.index(larger)
+    assert refused in ranked[2:]
+
+
+def test_each_layout_is_compiled_once_pmap_among_them_and_nothing_hopeless():
+    quick, slow = row(Fixed(flops=1e12), {"data": 8}), row(Fixed(flops=1e13), {"data": 8})
+    hopeless = row(Fixed(temporary=100 * GIB), {"tensor": 8})
+    pmap = row(Fixed(flops=1e15), {"data": 8}, strategy="pmap")
+    others = [row(Fixed(flops=1e14), {"data": 8 // fsdp, "fsdp": fsdp}) for fsdp in (2, 4, 8)]
+    chosen = choose_to_compile([slow, hopeless, *others, quick, pmap], 16 * GIB, 3)
+    assert [name_of(rows[0].choice) for rows in chosen] == ["pmap", "data=8", "fsdp=2x2x2"]
+    assert chosen[1] == [quick, slow]

@@ -1,0 +1,72 @@
+"""Compiled programs are kept between starts, and no more of them than asked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.common.jax_process import remove_oldest
+
+ROOT = Path(__file__).resolve().parents[3]
+COMPILE = """
+import sys; sys.path.insert(0, sys.argv[1])
+import jax, jax.numpy as jnp
+from scripts.common.jax_process import keep_compiled_programs
+events = []
+jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
+keep_compiled_programs()
+jax.jit(lambda x: jnp.linalg.qr(x @ x.T))(jnp.eye(8))
+print(sum("cache_hits" in name for name in events))
+"""
+
+
+def compile_once(folder, **settings):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    asked = {
+        "XDG_CACHE_HOME": str(folder),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(ROOT)],
+        env=inherited | asked | settings,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return int(done.stdout), done.stderr
+
+
+def test_a_second_start_finds_what_the_first_compiled(tmp_path):
+    assert compile_once(tmp_path)[0] == 0
+    assert any((tmp_path / "parallax" / "compiled").iterdir())
+    hits, said = compile_once(tmp_path)
+    assert hits > 0
+    assert said == ""
+
+
+@pytest.mark.parametrize("setting", ["own folder", "off"])
+def test_what_the_user_set_stands(tmp_path, setting):
+    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
+    compile_once(tmp_path, **own if setting == "own folder" else {"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    assert not (tmp_path / "parallax").exists()
+    assert (tmp_path / "own").exists() == (setting == "own folder")
+
+
+def test_a_folder_that_cannot_be_written_costs_a_compilation(tmp_path):
+    (tmp_path / "parallax").touch()
+    assert compile_once(tmp_path)[0] == 0
+
+
+def test_the_oldest_programs_go(tmp_path):
+    for age, name in enumerate(("new", "old", "oldest")):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1000 - age, 1000))
+    remove_oldest(tmp_path, 30)
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_oldest(tmp_path, 19)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    remove_oldest(tmp_path / "none", 0)
