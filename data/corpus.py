@@ -3,11 +3,15 @@
 Invariant: a Corpus is never empty and is the same on every host that reads the same files, in the same order.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from data.records import TokenRecords
 from data.tiny_shakespeare import load_tiny_shakespeare
@@ -32,6 +36,17 @@ class Corpus:
     edition: str
     documents: tuple[str, ...] = field(default=(), repr=False)
     records: TokenRecords | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all documents, each with its length in bytes before it."""
+        digest = hashlib.sha256()
+        for document in self.documents if self.records is None else self.records:
+            piece = (
+                document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
+            )
+            digest.update(f"{len(piece)}\n".encode() + piece)
+        return digest.hexdigest()
 
 
 def _print_to_stderr(line: str) -> None:

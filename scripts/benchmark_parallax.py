@@ -27,7 +27,7 @@ from scripts.benchmark_settings import (
 )
 from scripts.benchmark_worker import Measure
 from scripts.common.jax_process import keep_large_buffers
-from scripts.training.job import build
+from scripts.training.job import build, settle_layout
 
 
 class Losses:
@@ -51,7 +51,7 @@ def training(setting: str, strategy: str, weights: str, **flags: Any) -> tuple[d
     keep_large_buffers()
     shape = read_setting(setting)
     settings = training_flags(shape, strategy, **flags)
-    placement, step, _ = build(settings)
+    placement, step, _ = build(settings, settle_layout(settings))
     state, done = placement.init(), 0
     write_weights(weights, placement.canonical(state).params)
     compiled = placement.compile(step)

@@ -21,10 +21,6 @@ from parallax.config import TrainConfig
 from parallax.layers.attention import BY_BLOCKS
 from parallax.model.cost import StepCost
 from parallax.storage import cache_folder
-from parallax.training.loss import make_loss
-from parallax.training.optimizer import make_learning_rate, make_optimizer
-from parallax.training.state import make_init, state_axes
-from parallax.training.step import train_step
 from parallelism.mesh_shape import is_legal
 from parallelism.planning.compiler import topology_devices
 from parallelism.planning.hardware import accelerator
@@ -45,6 +41,7 @@ from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
 from scripts.planning.report import plan_table, plan_to_json, run_command
 from scripts.training.choices import choose_attention
+from scripts.training.step import bind_state, bind_step
 
 REMATS = ("none", "dots", "full")
 MICROBATCHES = (1, 2, 4, 8)
@@ -184,22 +181,11 @@ def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> B
     """The step of train.py, with everything bound but a strategy's gradient function."""
     config = dataclasses.replace(flags.model, remat=remat, dtype=flags.dtype, attention=attention)
     train = TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)
-    optimizer = make_optimizer(flags.optimizer)
-    init_state = make_init(config, optimizer, train.seed)
+    init_state, axes = bind_state(config, train, flags.optimizer)
+    make_step = functools.partial(bind_step, config, train, flags.optimizer)
     cost = StepCost(
         config=config, batch_size=flags.batch_size, seq_len=flags.seq_len, microbatches=microbatches
     )
-
-    def make_step(gradients: Any) -> Any:
-        return functools.partial(
-            train_step,
-            loss_fn=make_loss(config, train),
-            optimizer=optimizer,
-            learning_rate=make_learning_rate(flags.optimizer, train.steps),
-            gradients=gradients,
-            seed=train.seed,
-        )
-
     tokens = jax.ShapeDtypeStruct((flags.batch_size, flags.seq_len), np.int32)
     batch = {"inputs": tokens, "targets": tokens}
-    return Build(init_state, state_axes(config, init_state), make_step, batch, cost, attention)
+    return Build(init_state, axes, make_step, batch, cost, attention)

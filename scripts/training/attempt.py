@@ -189,7 +189,7 @@ class Attempt:
             return
         settings = job.flags.train
         ids = job.training.draw(settings.batch_size, settings.seed, step - 1)
-        facts = {"corpus": job.corpus_sha256.encode(), "sample ids": ids.tobytes()}
+        facts = {"corpus": job.corpus.sha256.encode(), "sample ids": ids.tobytes()}
         trees = [{"params": state.params, "opt_state": state.opt_state}]
         if not strategy.is_stacked:  # where they are, no two devices hold the same rows
             trees.append({"sample_ids": batch["sample_ids"]})
@@ -254,6 +254,6 @@ def _one_line(error: Exception) -> str:
 
 def describe_run(job: Job) -> dict[str, Any]:
     """What config.json holds."""
-    corpus = {"edition": job.corpus.edition, "sha256": job.corpus_sha256}
+    corpus = {"edition": job.corpus.edition, "sha256": job.corpus.sha256}
     versions = {"python": sys.version.split()[0], "jax": jax.__version__}
     return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions}

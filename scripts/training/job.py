@@ -4,13 +4,10 @@ Invariant: a job that exists has had all of its input checked, and has touched n
 """
 
 import dataclasses
-import functools
-import hashlib
 import sys
 from collections.abc import Callable
 
 import jax
-import numpy as np
 from etils import epath
 
 from data.corpus import Corpus, load_corpus, overfit_corpus
@@ -19,10 +16,7 @@ from data.samples import Samples
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
-from parallax.training.loss import make_evaluation, make_loss
-from parallax.training.optimizer import make_learning_rate, make_optimizer
-from parallax.training.state import make_init, state_axes
-from parallax.training.step import train_step
+from parallax.training.loss import make_evaluation
 from parallelism.hosts import agree
 from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
@@ -30,6 +24,7 @@ from parallelism.strategy import Layout, Strategy
 from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
 from scripts.training.flags import Flags, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
+from scripts.training.step import bind_state, bind_step
 
 
 def say(line: str) -> None:
@@ -44,10 +39,10 @@ class Job:
 
     flags: Flags
     corpus: Corpus
-    corpus_sha256: str
     tokenizer: Tokenizer
     training: Samples
     held_out: Samples
+    layout: Layout
     strategy: Strategy
     step: Callable
     evaluate: Callable
@@ -62,7 +57,7 @@ class Job:
         for note in self.notes:
             say(note)
         say(f"tokens    {self.tokenizer.name}, vocabulary of {self.tokenizer.vocab_size}")
-        parts = _microbatches(self.flags)
+        parts = self.layout.accumulate
         said = f", in {parts} microbatches" if parts > 1 and settings.reduction == "mean" else ""
         say(f"steps     {settings.steps} × {settings.batch_size} sequences × {settings.seq_len} tokens{said}")
         say(f"strategy  {self.strategy.describe()}")
@@ -78,17 +73,17 @@ def prepare_job(flags: Flags) -> Job:
     notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
     corpus = overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=notes.append)
     folder = choose_folder(flags.output_dir, corpus.name, model_name(flags), resume=flags.resume)
-    sha256 = _corpus_sha256(corpus)
     if flags.resume:
-        require_corpus(folder, sha256, corpus.edition)
+        require_corpus(folder, corpus.sha256, corpus.edition)
     tokenizer = _tokenizer(flags, folder, corpus)
     flags = _with_sizes(flags, tokenizer, corpus)
     training, held_out = prepare(
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1
     )
-    strategy, step, evaluate = build(flags)
+    layout = settle_layout(flags)
+    strategy, step, evaluate = build(flags, layout)
     folder = epath.Path(agree(str(folder)))
-    return Job(flags, corpus, sha256, tokenizer, training, held_out, strategy, step, evaluate, folder, notes)
+    return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
 
 
 def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
@@ -108,16 +103,14 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     return dataclasses.replace(flags, train=train, model=model)
 
 
-def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
+def build(flags: Flags, layout: Layout) -> tuple[Strategy, Callable, Callable]:
     """The strategy, the step with everything bound but state and batch, and the evaluation.
 
     Raises:
       ValueError: the layout does not fit the devices, the batch or the model.
     """
-    optimizer = make_optimizer(flags.learning)
-    learning_rate = make_learning_rate(flags.learning, flags.train.steps)
-    init_state = make_init(flags.model, optimizer, flags.train.seed)
-    strategy = get_strategy(_layout(flags), init_state, state_axes(flags.model, init_state))
+    init_state, axes = bind_state(flags.model, flags.train, flags.learning)
+    strategy = get_strategy(layout, init_state, axes)
     kind = strategy.devices[0].device_kind
     model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, generation_of(kind))
     model = choose_layer_loop(model, strategy.devices[0].platform, flags.train.reduction)
@@ -127,36 +120,18 @@ def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
             "reduction=exact with optimizer=muon needs whole parameters, since Muon multiplies them, and fsdp splits "
             f"them; try --mesh data={len(strategy.devices)}"
         )
-    step = functools.partial(
-        train_step,
-        loss_fn=make_loss(model, flags.train),
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        gradients=strategy.gradients,
-        seed=flags.train.seed,
-    )
+    step = bind_step(model, flags.train, flags.learning, strategy.gradients)
     return strategy, step, make_evaluation(model)
 
 
-def _layout(flags: Flags) -> Layout:
+def settle_layout(flags: Flags) -> Layout:
+    """The layout that the flags ask for, with the number of microbatches chosen by the devices where it is open."""
     return Layout(
         strategy=flags.strategy or "single",
         mesh=flags.mesh,
         rules=flags.rules,
         reduction=flags.train.reduction,
-        accumulate=_microbatches(flags),
+        accumulate=choose_accumulate(flags, jax.default_backend(), jax.device_count()),
         batch_size=flags.train.batch_size,
         seq_len=flags.train.seq_len,
     )
-
-
-def _microbatches(flags: Flags) -> int:
-    return choose_accumulate(flags, jax.default_backend(), jax.device_count())
-
-
-def _corpus_sha256(corpus: Corpus) -> str:
-    digest = hashlib.sha256()
-    for document in corpus.documents if corpus.records is None else corpus.records:
-        piece = document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
-        digest.update(f"{len(piece)}\n".encode() + piece)
-    return digest.hexdigest()
