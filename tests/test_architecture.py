@@ -4,14 +4,14 @@ Invariant: the rules are stated once, here, for every file that exists; no file 
 """
 
 import ast
+import functools
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-# A package may import itself and these; a dotted name allows that module alone.
+# A package may import itself and these; a dotted name allows that module or folder alone.
 ARROWS = {
     "parallax": (),
     "parallelism": ("parallax.axes",),
@@ -20,7 +20,7 @@ ARROWS = {
 }
 # These tests look at the whole tree.
 WHOLE_TREE = {"test_architecture.py", "test_packaging.py", "test_environment.py", "test_terraform.py"}
-MAX_LINES = 260
+MAX_LINES, MAX_DOOR_LINES, MAX_DOORS, MAX_FILES = 400, 90, 10, 16
 
 MODULES = sorted(path for package in ARROWS for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
@@ -35,12 +35,13 @@ def dotted(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def parsed(path):
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(path):
-    """Full names of everything that a file imports, at its top or later."""
+    """Full names of everything that a file imports: at its top, in a function, or for types alone."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
@@ -55,63 +56,107 @@ def within(name, module):
     return name == module or name.startswith(module + ".")
 
 
-each_module = pytest.mark.parametrize("path", MODULES, ids=named)
-each_test = pytest.mark.parametrize("path", TESTS, ids=named)
+def offenders(paths, wrong):
+    """What `wrong` finds in each file, by the file's name; empty files aside."""
+    found = {named(path): list(wrong(path)) for path in paths}
+    return {name: what for name, what in found.items() if what}
 
 
-@each_module
-def test_arrows(path):
-    package = path.relative_to(ROOT).parts[0]
-    ours = [name for name in imports(path) if name.split(".")[0] in {*ARROWS, "tests"}]
-    assert [
-        name for name in ours if not any(within(name, module) for module in (package, *ARROWS[package]))
-    ] == []
+def test_packages_import_along_the_arrows_alone():
+    def wrong(path):
+        package = path.relative_to(ROOT).parts[0]
+        allowed = (package, *ARROWS[package])
+        ours = [name for name in imports(path) if name.split(".")[0] in {*ARROWS, "tests"}]
+        return [name for name in ours if not any(within(name, module) for module in allowed)]
+
+    assert offenders(MODULES, wrong) == {}
 
 
-@each_module
-def test_docstring(path):
-    assert ast.get_docstring(parsed(path)) or not path.read_text(encoding="utf-8").strip()
+def test_no_circle_of_imports():
+    files = {dotted(path): path for path in MODULES}
+    # `from a.b import c` imports module a.b.c where there is one, else a.b.
+    needs = {
+        name: {found for target in imports(path) for found in (target, target.rpartition(".")[0]) if found in files}
+        - {name}
+        for name, path in files.items()
+    }  # fmt: skip
+    while free := {name for name, needed in needs.items() if not needed}:
+        needs = {name: needed - free for name, needed in needs.items() if name not in free}
+    assert needs == {}
 
 
-def test_parallax_itself_is_empty():
-    assert (ROOT / "parallax/__init__.py").read_text(encoding="utf-8") == ""
+def test_every_module_says_its_purpose():
+    assert (
+        offenders(
+            MODULES, lambda path: [] if not parsed(path).body or ast.get_docstring(parsed(path)) else [1]
+        )
+        == {}
+    )
 
 
-@each_module
-def test_no_assert(path):
+def test_no_assert_outside_tests():
     """python -O drops them, and a user reads a ValueError better."""
-    assert [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)] == []
+    assert offenders(
+        MODULES, lambda path: [node.lineno for node in ast.walk(parsed(path)) if isinstance(node, ast.Assert)]
+    ) == {}  # fmt: skip
 
 
-@each_module
-def test_no_flags_library(path):
+def test_no_flags_library():
     """absl flags are global and defined at import; tyro reads the config classes."""
-    assert [name for name in imports(path) if within(name, "absl.flags") or within(name, "absl.app")] == []
+    flags = ("absl.flags", "absl.app")
+    assert offenders(MODULES, lambda path: [name for name in imports(path) if name.startswith(flags)]) == {}
 
 
-@pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=named)
-def test_short_enough_to_read(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+def test_short_enough_to_read():
+    lines = {named(path): len(path.read_text(encoding="utf-8").splitlines()) for path in [*MODULES, *TESTS]}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
-@each_test
-def test_nothing_is_skipped(path):
-    skips = {"skip", "skipif", "skipIf", "skipUnless", "importorskip", "xfail"}
-    used = [
-        node.attr
-        for node in ast.walk(parsed(path))
-        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pytest.")
+def test_scripts_itself_holds_doors_alone():
+    doors = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "scripts").glob("*.py")}
+    assert len(doors) <= MAX_DOORS
+    assert {name: count for name, count in doors.items() if count > MAX_DOOR_LINES} == {}
+
+
+def test_folders_are_small_and_name_what_their_files_share():
+    files = [
+        path
+        for package in ARROWS
+        for path in (ROOT / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
     ]
-    assert skips.isdisjoint([*used, *(name.split(".")[-1] for name in imports(path))])
+    counts = Counter(path.parent for path in files)
+    assert {named(folder): count for folder, count in counts.items() if count > MAX_FILES} == {}
+    repeated = [named(path) for path in files if path.stem.startswith(path.parent.name.rstrip("s") + "_")]
+    assert repeated == []
 
 
-@pytest.mark.parametrize("path", [path for path in TESTS if path.name.startswith("test_")], ids=named)
-def test_tests_mirror_modules(path):
-    """tests/parallax/model/test_cache.py tests parallax/model/cache.py; test_cache_ASPECT.py may share the work."""
-    folder, name = path.relative_to(ROOT / "tests").parent, path.stem.removeprefix("test_")
-    home = ROOT / folder
-    stems = {module.stem for module in home.glob("*.py")}
-    assert path.name in WHOLE_TREE or any(name == stem or name.startswith(stem + "_") for stem in stems)
+def test_nothing_is_skipped():
+    skips = {"skip", "skipif", "skipIf", "skipUnless", "importorskip", "xfail"}
+
+    def wrong(path):
+        used = [
+            node.attr
+            for node in ast.walk(parsed(path))
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("pytest.")
+        ]
+        return skips & {*used, *(name.split(".")[-1] for name in imports(path))}
+
+    assert offenders(TESTS, wrong) == {}
+
+
+def test_tests_mirror_modules():
+    """tests/parallax/layers/test_rotary.py tests parallax/layers/rotary.py; test_rotary_ASPECT.py may share the work."""
+
+    def wrong(path):
+        name, home = path.stem.removeprefix("test_"), ROOT / path.relative_to(ROOT / "tests").parent
+        stems = {module.stem for module in home.glob("*.py")}
+        if path.name not in WHOLE_TREE and not any(
+            name == stem or name.startswith(stem + "_") for stem in stems
+        ):
+            yield name
+
+    assert offenders([path for path in TESTS if path.name.startswith("test_")], wrong) == {}
 
 
 def test_nothing_runs_at_import():

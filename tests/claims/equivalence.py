@@ -1,6 +1,6 @@
 """Trains the same run on every layout, and writes how far their losses and parameters are apart.
 
-    python tests/claims/equivalence.py --output docs/equivalence.md
+    python tests/claims/equivalence.py --output docs/evidence/equivalence.md
 
 The first table compares the loss of every step with that of a single device, the second the sha256 of the parameters
 under exact reduction. All runs are real: train.py with simulated CPU devices, and launch.py for several processes on
@@ -138,12 +138,12 @@ def _described(layout: Layout) -> str:
 
 
 def report(losses: list[str], parameters: list[str]) -> str:
-    """docs/equivalence.md."""
+    """docs/evidence/equivalence.md."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     return f"""# One run, every layout
 
-`python tests/claims/equivalence.py --output docs/equivalence.md` trained everything below and wrote this page: NANO on
+`python tests/claims/equivalence.py --output docs/evidence/equivalence.md` trained everything below and wrote this page: NANO on
 the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens, AdamW, learning rate
 3e-4, warm-up 20. Devices are simulated on a CPU ({machine}); several processes are real ones that speak over loopback.
 Python {platform.python_version()}, {versions}. None of this has been run on a TPU.

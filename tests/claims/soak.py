@@ -1,6 +1,6 @@
 """Breaks a training run again and again, in the ways that machines break one, and compares it with one left alone.
 
-    python tests/claims/soak.py --faults 50 --mounts --output docs/soak.md
+    python tests/claims/soak.py --faults 50 --mounts --output docs/evidence/soak.md
 
 Each fault strikes an attempt on another layout: one process or several, pmap or a mesh. Passing means that every
 attempt went on from the newest checkpoint that was intact and ended as it should, and that in the end every loss and
@@ -85,10 +85,10 @@ def soak(folder: Path, faults: int, seed: int, mounts: bool) -> list[str]:
 
 
 def report(lines: list[str], args: argparse.Namespace, seconds: float) -> str:
-    """docs/soak.md."""
+    """docs/evidence/soak.md."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "orbax-checkpoint"))
     command = f"python tests/claims/soak.py --faults {args.faults} --seed {args.seed}"
-    command += f"{' --mounts' if args.mounts else ''} --output docs/soak.md"
+    command += f"{' --mounts' if args.mounts else ''} --output docs/evidence/soak.md"
     machine = (
         f"{os.cpu_count()} cores of {platform.machine()}, with Python {platform.python_version()}, {versions}"
     )

@@ -1,6 +1,6 @@
 """Compiles the training step for TPUs that are not here, and writes what their compiler says.
 
-    python tests/claims/tpu_table.py --output docs/tpu.md
+    python tests/claims/tpu_table.py --output docs/evidence/tpu.md
 
 It needs libtpu (`pip install -e ".[plan]"`) and no TPU. Reports of programs that were compiled before are found in the
 cache of plan.py, so it can be stopped and started.
@@ -143,7 +143,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("docs/tpu.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/evidence/tpu.md"))
     output = parser.parse_args().output
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
@@ -171,7 +171,7 @@ are estimates: the largest of what arithmetic, memory and links need at their pe
 float32 parameters.
 
 ```
-python tests/claims/tpu_table.py --output docs/tpu.md
+python tests/claims/tpu_table.py --output docs/evidence/tpu.md
 ```
 
 | model | slice | layout | tokens | remat, attention | HBM GiB | estimate | TFLOP | estimate | GB sent | binds | ms |

@@ -1,4 +1,4 @@
-"""Exact reduction gives one set of parameters on every layout: docs/equivalence.md has more of them."""
+"""Exact reduction gives one set of parameters on every layout: docs/evidence/equivalence.md has more of them."""
 
 from tests.scripts.runs import Training, mesh, single
 
