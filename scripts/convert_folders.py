@@ -16,8 +16,7 @@ import jax
 
 from data.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
 from data.tokenizer import Tokenizer, save_tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf, config_to_hf
 from parallax.interop.reading import read_params

@@ -13,8 +13,7 @@ import numpy as np
 from data.corpus import Corpus, load_corpus
 from data.pipeline import held_out
 from data.tokenizer import Tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_from_dict
+from parallax.config import TransformerConfig, config_from_dict
 from parallax.training.loss import make_evaluation
 from parallax.training.remote import open_folder
 from parallelism.strategy import Strategy

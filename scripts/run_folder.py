@@ -13,8 +13,7 @@ import jax
 from etils import epath
 
 from data.tokenizer import Tokenizer, load_tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_from_dict
+from parallax.config import TransformerConfig, config_from_dict
 from parallax.model.transformer import Params, init_params
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.remote import open_folder, reason_of

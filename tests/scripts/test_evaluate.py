@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer import ByteTokenizer, save_tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.training.checkpoint import Checkpointer
 from scripts import convert, evaluate

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer import ByteTokenizer, CharTokenizer, save_tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings

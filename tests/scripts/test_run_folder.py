@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from data.tokenizer import ByteTokenizer, save_tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import init_params
 from parallax.training.checkpoint import Checkpointer
 from scripts.run_folder import load_run

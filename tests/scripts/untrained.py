@@ -7,8 +7,7 @@ import jax
 import numpy as np
 
 from data.tokenizer import Tokenizer, save_tokenizer
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import init_params
 from parallax.training.checkpoint import Checkpointer
 
