@@ -17,6 +17,7 @@ from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
 from data.samples import Samples
 from data.tokenizer import Tokenizer, load_tokenizer
+from parallax.model.transformer import parameters
 from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.remote import open_folder
@@ -112,7 +113,7 @@ def build(flags: Flags) -> tuple[Strategy, Callable, Callable]:
     Raises:
       ValueError: the layout does not fit the devices, the batch or the model.
     """
-    optimizer = make_optimizer(flags.learning)
+    optimizer = make_optimizer(flags.learning, parameters(flags.model))
     learning_rate = make_learning_rate(flags.learning, flags.train.steps)
     init_state = make_init(flags.model, optimizer, flags.train.seed)
     strategy = get_strategy(_layout(flags), init_state, state_axes(flags.model, init_state))

@@ -24,6 +24,7 @@ from data.cache import cache_folder
 from parallax.config import PRESETS, TrainConfig
 from parallax.layers.attention import BY_BLOCKS
 from parallax.model.cost import StepCost
+from parallax.model.transformer import parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import make_init, state_axes
@@ -199,7 +200,7 @@ def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> B
     """The step of train.py, with everything bound but a strategy's gradient function."""
     config = dataclasses.replace(flags.model, remat=remat, dtype=flags.dtype, attention=attention)
     train = TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)
-    optimizer = make_optimizer(flags.optimizer)
+    optimizer = make_optimizer(flags.optimizer, parameters(flags.model))
     init_state = make_init(config, optimizer, train.seed)
     cost = StepCost(
         config=config, batch_size=flags.batch_size, seq_len=flags.seq_len, microbatches=microbatches

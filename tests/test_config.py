@@ -18,7 +18,7 @@ from parallax.config import (
     config_from_dict,
     config_to_dict,
 )
-from parallax.model.transformer import init_params
+from parallax.model.transformer import init_params, parameters
 from tests.configs import random_config
 
 # (class, the values that break one rule, the field that the message must name)
@@ -158,6 +158,7 @@ def test_every_preset_has_a_lower_case_name():
 @pytest.mark.parametrize("config", [*PRESETS.values(), *map(random_config, range(6))], ids=described)
 def test_num_params_counts_the_tree(config):
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert jax.tree.map(lambda leaf: leaf.shape, tree) == jax.tree.map(lambda x: x.shape, parameters(config))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == config.num_params()
 
 
