@@ -33,7 +33,7 @@ Role = Literal["input", "hidden", "output"]
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """What is known of a parameter before it has a value."""
+    """A parameter as the optimizer and the counts must know it, with or without a value."""
 
     shape: tuple[int, ...]
     names: tuple[str | None, ...]
