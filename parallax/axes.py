@@ -1,13 +1,15 @@
-"""The closed vocabulary of logical axis names, and the one seam between the model and where it runs.
+"""The closed vocabulary of logical axis names, what each parameter is, and the one seam to where the model runs.
 
-Invariant: the model speaks only these names and never a mesh axis. Unless a strategy binds a `Placement`, every
+Invariant: the model uses only these names and never a mesh axis. Unless a strategy binds a `Placement`, every
 function here leaves its argument as it is, so the model runs unchanged on one device.
 """
 
 import contextlib
 import contextvars
+import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,47 @@ ACTIVATION_AXES = frozenset(
     {"batch", "length", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab"}
 )
 LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
+STACK_AXES = frozenset({"layers"})
+"""Parameters are stacked along these, which are no dim of a matmul."""
 
 Names = Sequence[str | None]
 """One logical axis a dim, None for a dim that is never split."""
 
+Role = Literal["input", "hidden", "output"]
+"""What of a parameter grows with the width of the model, as µP divides them (Yang et al. 2022, arXiv:2203.03466, table
+8). input: its fan-out alone, as of tables that are looked up, scales and biases; hidden: both; output: its fan-in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter as the optimizer and the counts must know it, with or without a value."""
+
+    shape: tuple[int, ...]
+    names: tuple[str | None, ...]
+    """One a dim."""
+    inputs: tuple[str, ...]
+    """The dims that its matmul sums over, which make its fan-in; none where it is looked up, added or scales."""
+    decays: bool
+    """Whether weight decay applies."""
+    role: Role
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def input_dims(self) -> tuple[int, ...]:
+        return tuple(self.names.index(name) for name in self.inputs)
+
+    @property
+    def output_dims(self) -> tuple[int, ...]:
+        """All dims that are neither inputs nor stacked."""
+        others = STACK_AXES.union(self.inputs)
+        return tuple(dim for dim, name in enumerate(self.names) if name not in others)
+
 
 class Placement(Protocol):
-    """What a strategy binds: how arrays with named dims lie over its devices."""
+    """What a strategy binds: how arrays with named dims are sharded over its devices."""
 
     def constrain(self, x: jax.Array, names: Names) -> jax.Array: ...
 
@@ -57,7 +93,7 @@ def check_names(names: Names) -> None:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Says which logical axis each dim of `x` carries; the bound placement decides where it lies.
+    """Says which logical axis each dim of `x` carries; the bound placement decides how it is sharded.
 
     Raises:
       ValueError: a name is unknown, or there is not one name a dim.
@@ -80,18 +116,39 @@ def local(fn: Callable, in_names: Sequence[Names], out_names: Names) -> Callable
     return fn if placement is None else placement.local(fn, in_names, out_names)
 
 
-def param(init: Callable[..., jax.Array], key: jax.Array, shape: tuple[int, ...], names: Names) -> nnx.Param:
-    """A float32 parameter `init(key, shape)` that carries its logical axes as metadata."""
+def param(
+    init: Callable[..., jax.Array],
+    key: jax.Array,
+    shape: tuple[int, ...],
+    names: Names,
+    *,
+    inputs: Sequence[str],
+    decays: bool,
+    role: Role,
+) -> nnx.Param:
+    """A float32 parameter `init(key, shape)` that carries what `Parameter` says of it as metadata.
+
+    Raises:
+      ValueError: a name is unknown, there is not one a dim, an input is no dim of a matmul, or the role is unknown.
+    """
     check_names(names)
     if len(names) != len(shape):
         raise ValueError(f"axes {tuple(names)} must be one a dim of shape {shape}; give {len(shape)} names")
-    return nnx.Param(init(key, shape, jnp.float32), out_sharding=tuple(names), eager_sharding=False)
+    dims = [name for name in names if name not in STACK_AXES]
+    if not set(inputs) <= set(dims):
+        raise ValueError(
+            f"inputs={tuple(inputs)} must be dims of one matrix; choose from {', '.join(map(str, dims))}"
+        )
+    if role not in get_args(Role):
+        raise ValueError(f"role={role!r} is not one of {', '.join(get_args(Role))}")
+    label = {"inputs": tuple(inputs), "decays": decays, "role": role}
+    return nnx.Param(init(key, shape, jnp.float32), out_sharding=tuple(names), eager_sharding=False, **label)
 
 
 def read(variable: nnx.Param, dtype: Any) -> jax.Array:
-    """All of a parameter in the compute dtype, wherever its shards lie.
+    """All of a parameter in the compute dtype, wherever its shards are placed.
 
-    It is cast first: what travels between devices, and the gradient that travels back, is in the compute dtype.
+    It is cast first: what devices send, in the backward pass too, is in the compute dtype.
     """
     value = variable[...].astype(dtype)
     placement = _placement.get()
@@ -100,5 +157,19 @@ def read(variable: nnx.Param, dtype: Any) -> jax.Array:
 
 
 def names_of(variable: Any) -> tuple[str | None, ...]:
-    """The logical axes that `param` gave to an nnx Variable."""
+    """The logical axes of a parameter, with those that it was stacked along."""
     return tuple(variable.get_metadata()["out_sharding"])
+
+
+def describe(variable: nnx.Variable) -> Parameter:
+    """What `param` was given, of a parameter that may be stacked or abstract by now.
+
+    Raises:
+      ValueError: it was made in another way.
+    """
+    known = variable.get_metadata()
+    if missing := [label for label in ("out_sharding", "inputs", "decays", "role") if label not in known]:
+        raise ValueError(
+            f"a parameter of shape {variable.shape} lacks {', '.join(missing)}; make it with axes.param"
+        )
+    return Parameter(variable.shape, names_of(variable), known["inputs"], known["decays"], known["role"])

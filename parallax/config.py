@@ -1,20 +1,72 @@
-"""What a model is and how it learns, as frozen values.
+"""What a model is and how it learns, as frozen values, and as the plain values that config.json holds.
 
-Invariant: a config that exists is valid, since every rule is checked at construction.
+Invariant: a config that exists is valid, since every rule is checked at construction; one that went out as plain values
+and came in again is equal to what it was.
 """
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import chex
-
-from parallax.rope_scaling import RopeScaling
 
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ValueError(message)
+
+
+def _require_choices(config: Any, prefix: str = "") -> None:
+    """That a field with a Literal type has one of its values."""
+    for field in dataclasses.fields(config):
+        value, choices = getattr(config, field.name), get_args(field.type)
+        holds = get_origin(field.type) is not Literal or value in choices
+        _require(holds, f"{prefix}{field.name}={value!r} is not one of {', '.join(map(str, choices))}")
+
+
+@chex.dataclass(frozen=True)
+class RopeScaling:
+    """How rotary wavelengths are stretched to reach beyond the length a model was first trained at.
+
+    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3` divides only the
+    low ones and blends in between (Llama 3, arXiv:2407.21783); so does `yarn`, which also sharpens attention
+    (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    """llama3: a wave that turns less often than this over the first length is divided by the whole factor."""
+    high_freq_factor: float = 4.0
+    """llama3: one that turns more often than this is left alone."""
+    original_max_seq_len: int = 8192
+    """llama3, yarn: the first length, in tokens."""
+    beta_fast: float = 32.0
+    """yarn: a wave that turns more often than this over the first length is left alone."""
+    beta_slow: float = 1.0
+    """yarn: one that turns less often than this is divided by the whole factor."""
+    attention_factor: float = 0.0
+    """yarn: by what queries and keys are multiplied; 0 stands for the paper's 0.1 ln(factor) + 1."""
+
+    def __post_init__(self):
+        _require_choices(self, "rope_scaling.")
+        _require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1; try 8")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        _require(
+            low < high,
+            f"rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}; try 1 and 4",
+        )
+        length = self.original_max_seq_len
+        _require(length >= 1, f"rope_scaling.original_max_seq_len={length} must be at least 1; try 8192")
+        _require(
+            0 < self.beta_slow < self.beta_fast,
+            f"rope_scaling.beta_slow={self.beta_slow} must be positive and below beta_fast={self.beta_fast}; "
+            "try 1 and 32",
+        )
+        _require(
+            0 <= self.attention_factor < math.inf,
+            f"rope_scaling.attention_factor={self.attention_factor} must be finite, and 0 (the paper's) or more; try 0",
+        )
 
 
 @chex.dataclass(frozen=True)
@@ -36,7 +88,7 @@ class TransformerConfig:
     num_kv_heads: int = 4
     """G: key and value heads; each serves num_heads / num_kv_heads query heads."""
     head_dim: int = 32
-    """K: width of a head; even, since rotary embeddings turn pairs."""
+    """K: width of a head; even, since rotary embeddings rotate pairs."""
     mlp_dim: int = 344
     """F: hidden width of the feed-forward."""
     max_seq_len: int = 8192
@@ -64,23 +116,21 @@ class TransformerConfig:
     """How training computes attention: all scores by XLA, or skipping what is masked: blocks by XLA, splash by a kernel
     for TPU. A script decides on auto by the devices; the model itself takes it for xla."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
-    """How training goes through the layers: scan compiles one block, whatever the depth, and stacks what the way back
-    needs; unroll compiles each, and stacks nothing. A script decides on auto by the devices; the model itself scans."""
+    """How training goes through the layers: scan compiles one block, whatever the depth, and stacks what the
+    backward pass needs; unroll compiles each, and stacks nothing. A script decides on auto by the devices; the model
+    itself scans."""
     remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    """What the backward pass recomputes: nothing, all but matmuls, or whole blocks."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters stay float32."""
 
     def __post_init__(self):
+        _require_choices(self)
         sizes = {"vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             holds = field.name not in sizes or value >= 1
             _require(holds, f"{field.name}={value} must be at least 1; try {field.default}")
-            values = get_args(field.type)  # of a Literal
-            _require(
-                not values or value in values, f"{field.name}={value!r} is not one of {', '.join(values)}"
-            )
         _require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
@@ -148,9 +198,7 @@ class OptimizerConfig:
     """Largest global norm of the averaged gradient; 0 leaves it."""
 
     def __post_init__(self):
-        _require(
-            self.optimizer in ("adamw", "muon"), f"optimizer={self.optimizer!r} is not one of adamw, muon"
-        )
+        _require_choices(self)
         _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive; try 1e-3")
         _require(
             self.warmup_steps is None or self.warmup_steps >= 0,
@@ -199,6 +247,7 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite before the run stops."""
 
     def __post_init__(self):
+        _require_choices(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             counts = field.type is int and field.name not in ("seed", "accumulate")
@@ -206,9 +255,6 @@ class TrainConfig:
                 not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}"
             )
         _require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31); try 0")
-        _require(
-            self.reduction in ("mean", "exact"), f"reduction={self.reduction!r} is not one of mean, exact"
-        )
         _require(self.accumulate >= 0, f"accumulate={self.accumulate} must not be negative; try 0")
         if self.accumulate:
             _require(
@@ -247,3 +293,28 @@ PRESETS = {
     "llama-1b": LLAMA_1B_CONFIG,
     "llama-8b": LLAMA_8B_CONFIG,
 }
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON-ready values, nested configs as nested objects."""
+    fields = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return {name: config_to_dict(x) if dataclasses.is_dataclass(x) else x for name, x in fields}
+
+
+def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
+    """The model config that `config_to_dict` wrote.
+
+    Raises:
+      ValueError: a field is unknown, or the values break a rule of the config.
+    """
+    _refuse_unknown(values, TransformerConfig, "model config")
+    scaling = values.get("rope_scaling") or {}
+    _refuse_unknown(scaling, RopeScaling, "rope_scaling")
+    return TransformerConfig(**{**values, "rope_scaling": RopeScaling(**scaling)})
+
+
+def _refuse_unknown(values: dict[str, Any], kind: type, what: str) -> None:
+    known = sorted(field.name for field in dataclasses.fields(kind))
+    unknown = ", ".join(sorted(set(values) - set(known)))
+    if unknown:
+        raise ValueError(f"{what} has unknown field {unknown}; known are {', '.join(known)}")

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_from_dict
+from parallax.config import TransformerConfig, config_from_dict
 from parallax.model.transformer import Params, init_params
 from parallax.storage import open_folder, reason_of
 from parallax.tokenizers.base import Tokenizer

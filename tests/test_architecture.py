@@ -146,7 +146,7 @@ def test_nothing_is_skipped():
 
 
 def test_tests_mirror_modules():
-    """tests/parallax/layers/test_rotary.py tests parallax/layers/rotary.py; test_rotary_ASPECT.py may share the work."""
+    """tests/data/test_corpus.py tests data/corpus.py; test_corpus_ASPECT.py may share the work."""
 
     def wrong(path):
         name, home = path.stem.removeprefix("test_"), ROOT / path.relative_to(ROOT / "tests").parent

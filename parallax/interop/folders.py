@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf, config_to_hf
 from parallax.interop.reading import read_params

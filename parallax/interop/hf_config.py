@@ -1,12 +1,17 @@
 """The config.json of a Hugging Face folder as a TransformerConfig, and back.
 
 Invariant: what comes in computes the same here, and what goes out the same there; a config that says what the other
-side cannot compute is refused.
+side cannot compute is refused. Both spellings of the rotary embedding are read, `rope_theta` with `rope_scaling` and
+the newer `rope_parameters`; the older, which all readers know, is written.
 """
 
-from parallax.config import TransformerConfig
-from parallax.interop.hf_rope import rope_from_hf, rope_to_hf
-from parallax.interop.hf_values import Values, number, whole_number
+import math
+from typing import Any
+
+from parallax.config import RopeScaling, TransformerConfig
+from parallax.layers.rotary import magnitude
+
+Values = dict[str, Any]
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -25,6 +30,8 @@ SIZES = {
     "max_seq_len": "max_position_embeddings",
 }
 
+ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+
 
 def config_from_hf(values: Values) -> TransformerConfig:
     """The model that a config.json describes, with float32 as its compute dtype.
@@ -38,7 +45,7 @@ def config_from_hf(values: Values) -> TransformerConfig:
             f"model_type={kind!r} in config.json is not one of {', '.join(ARCHITECTURES)}; convert another model"
         )
     _refuse_what_differs(values)
-    sizes: Values = {ours: whole_number(values, theirs) for ours, theirs in SIZES.items()}
+    sizes: Values = {ours: _whole_number(values, theirs) for ours, theirs in SIZES.items()}
     heads = sizes["num_heads"]
     # Each family has a size of its own where none is given; null means no groups in all of them.
     ungrouped = values.get("num_key_value_heads", None if kind == "llama" else 0) is None
@@ -46,9 +53,9 @@ def config_from_hf(values: Values) -> TransformerConfig:
     biased = bool(values.get("attention_bias", False)) and kind in ("llama", "qwen3")
     return TransformerConfig(
         **sizes,
-        num_kv_heads=heads if ungrouped else whole_number(values, "num_key_value_heads"),
+        num_kv_heads=heads if ungrouped else _whole_number(values, "num_key_value_heads"),
         head_dim=_head_dim(kind, values, sizes),
-        norm_eps=number(values, "rms_norm_eps", 1e-6),
+        norm_eps=_number(values, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         attention_bias=biased or kind == "qwen2",
@@ -129,7 +136,7 @@ def _refuse_what_differs(values: Values) -> None:
 
 def _head_dim(kind: str, values: Values, sizes: Values) -> int:
     if values.get("head_dim") is not None:
-        return whole_number(values, "head_dim")
+        return _whole_number(values, "head_dim")
     if kind == "qwen3":
         return 128
     width, heads = sizes["embed_dim"], sizes["num_heads"]
@@ -148,14 +155,14 @@ def _window(kind: str, values: Values) -> int:
     window = values.get("sliding_window", 4096)
     if window is None or (kind != "mistral" and not values.get("use_sliding_window", False)):
         return 0
-    window = whole_number({"sliding_window": window}, "sliding_window")
-    layers = sliding = whole_number(values, "num_hidden_layers")
+    window = _whole_number({"sliding_window": window}, "sliding_window")
+    layers = sliding = _whole_number(values, "num_hidden_layers")
     if kind != "mistral" and values.get("layer_types"):  # as transformers reads them
         if not isinstance(values["layer_types"], list):
             raise ValueError("layer_types in config.json must be a list; restore the model's file")
         sliding = values["layer_types"].count("sliding_attention")
     elif kind != "mistral":
-        first = whole_number({"max_window_layers": 28} | values, "max_window_layers")
+        first = _whole_number({"max_window_layers": 28} | values, "max_window_layers")
         sliding = max(0, layers - max(0, first))
     if 0 < sliding < layers:
         raise ValueError(
@@ -163,3 +170,117 @@ def _window(kind: str, values: Values) -> int:
             "or none; convert another model, or one with use_sliding_window false"
         )
     return window if sliding else 0
+
+
+def rope_from_hf(values: Values) -> tuple[float, RopeScaling]:
+    """(theta, scaling) of a config.json.
+
+    Raises:
+      ValueError: the scaling is of another kind, lacks a number, or turns a part of each head alone.
+    """
+    # As transformers reads them: the older spelling, where there is one, counts alone.
+    rope = _given(_mapping(values, "rope_scaling") or _mapping(values, "rope_parameters"))
+    values = _given(values)
+    for name, value in rope.items():
+        if isinstance(value, dict):
+            raise ValueError(
+                f"{name} in the rope of config.json is for some layers alone, and all must rotate alike; "
+                "convert another model"
+            )
+    theta = _number({"rope_theta": 10_000.0} | values | rope, "rope_theta")
+    partial = ({"partial_rotary_factor": 1} | values | rope)["partial_rotary_factor"]
+    if partial != 1:
+        raise ValueError(
+            f"partial_rotary_factor={partial} in config.json must be 1, since whole heads are rotated; "
+            "convert another model"
+        )
+    return theta, _scaling(rope, values)
+
+
+def _scaling(rope: Values, values: Values) -> RopeScaling:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
+        raise ValueError(
+            f"rope_type={kind!r} in config.json is not one of {', '.join(ROPE_KINDS)}; convert a model without it"
+        )
+    if kind == "default":
+        return RopeScaling()
+    fields: Values = {"kind": ROPE_KINDS[kind]}
+    if kind in ("llama3", "yarn"):
+        # As transformers reads it: beside the rope, in it, or what the model takes.
+        first = {"original_max_position_embeddings": values.get("max_position_embeddings")} | rope | values
+        fields["original_max_seq_len"] = _whole_number(first, "original_max_position_embeddings")
+    if kind == "yarn" and "factor" not in rope:
+        longest = _whole_number(values, "max_position_embeddings")
+        rope = rope | {"factor": longest / max(1, fields["original_max_seq_len"])}
+    fields["factor"] = _number(rope, "factor")
+    if kind == "llama3":
+        fields |= {name: _number(rope, name) for name in ("low_freq_factor", "high_freq_factor")}
+    if kind == "yarn":
+        fields |= _yarn_fields(rope)
+    return RopeScaling(**fields)
+
+
+def _given(values: Values) -> Values:
+    """Without what is null, which stands for what is missing."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def rope_to_hf(theta: float, scaling: RopeScaling) -> Values:
+    """The entries of a config.json."""
+    if scaling.kind == "none":
+        return {"rope_theta": theta, "rope_scaling": None}
+    rope: Values = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind in ("llama3", "yarn"):
+        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+    if scaling.kind == "llama3":
+        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.kind == "yarn":
+        rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+        rope["attention_factor"] = magnitude(scaling)
+    return {"rope_theta": theta, "rope_scaling": rope}
+
+
+def _yarn_fields(rope: Values) -> dict[str, float]:
+    if not rope.get("truncate", True):
+        raise ValueError(
+            "truncate=false of yarn in config.json is not supported; convert a model whose ramp has whole ends"
+        )
+    factor = _number(rope, "factor")
+    above, below = (_number(rope, name, 0.0) for name in ("mscale", "mscale_all_dim"))
+    attention = 0.0  # the paper's
+    if above and below:
+
+        def scaled(by: float) -> float:
+            return 0.1 * by * math.log(factor) + 1 if factor > 1 else 1.0
+
+        attention = scaled(above) / scaled(below)
+    return {
+        "beta_fast": _number(rope, "beta_fast", 32.0),
+        "beta_slow": _number(rope, "beta_slow", 1.0),
+        "attention_factor": _number(rope, "attention_factor", attention),
+    }
+
+
+def _whole_number(values: Values, name: str) -> int:
+    """Raises ValueError where it is missing or another kind of value."""
+    found = values.get(name)
+    if type(found) is not int:
+        raise ValueError(f"{name}={found!r} in config.json must be a whole number; restore the model's file")
+    return found
+
+
+def _number(values: Values, name: str, default: float | None = None) -> float:
+    """The default where it is missing. Raises ValueError where there is none, or for another kind of value."""
+    found = values.get(name, default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise ValueError(f"{name}={found!r} in config.json must be a number; restore the model's file")
+    return float(found)
+
+
+def _mapping(values: Values, name: str) -> Values:
+    """An empty one where it is missing or null. Raises ValueError for another kind of value."""
+    found = values.get(name)
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{name}={found!r} in config.json must be an object; restore the model's file")
+    return found or {}

@@ -3,10 +3,14 @@
 Invariant: every parameter of a config is one tensor in all, or one a layer, and every such tensor is a parameter.
 """
 
+import functools
 from collections.abc import Mapping
+
+import jax
 
 from parallax.config import TransformerConfig
 from parallax.interop.tensor import Tensor
+from parallax.model.transformer import parameters
 
 VECTOR = ((0,),)
 TABLE = ((0,), (1,))
@@ -14,49 +18,53 @@ MATRIX = ((1,), (0,))
 INTO_HEADS = ((1, 2), (0,))
 OUT_OF_HEADS = ((2,), (0, 1))
 HEADS = ((0, 1),)
+NAMES = {
+    "embedding/table": ("model.embed_tokens.weight", TABLE),
+    "blocks/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", VECTOR),
+    "blocks/attention/query": ("model.layers.{}.self_attn.q_proj.weight", INTO_HEADS),
+    "blocks/attention/query_bias": ("model.layers.{}.self_attn.q_proj.bias", HEADS),
+    "blocks/attention/key": ("model.layers.{}.self_attn.k_proj.weight", INTO_HEADS),
+    "blocks/attention/key_bias": ("model.layers.{}.self_attn.k_proj.bias", HEADS),
+    "blocks/attention/value": ("model.layers.{}.self_attn.v_proj.weight", INTO_HEADS),
+    "blocks/attention/value_bias": ("model.layers.{}.self_attn.v_proj.bias", HEADS),
+    "blocks/attention/out": ("model.layers.{}.self_attn.o_proj.weight", OUT_OF_HEADS),
+    "blocks/attention/out_bias": ("model.layers.{}.self_attn.o_proj.bias", VECTOR),
+    "blocks/attention/query_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", VECTOR),
+    "blocks/attention/key_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", VECTOR),
+    "blocks/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", VECTOR),
+    "blocks/mlp/gate": ("model.layers.{}.mlp.gate_proj.weight", MATRIX),
+    "blocks/mlp/up": ("model.layers.{}.mlp.up_proj.weight", MATRIX),
+    "blocks/mlp/down": ("model.layers.{}.mlp.down_proj.weight", MATRIX),
+    "final_norm/scale": ("model.norm.weight", VECTOR),
+    "output/table": ("lm_head.weight", TABLE),
+}
+"""By the path of a parameter, in the order of the files: its tensor, and of which dims of one layer that is made."""
 
 
-def tensors(config: TransformerConfig) -> list[Tensor]:
-    """One entry for each parameter of the config. Tables have V rows, without their padding."""
-    D = config.embed_dim
-    top = [
-        Tensor(("embedding", "table"), "model.embed_tokens.weight", (config.vocab_size, D), TABLE),
-        *(
-            Tensor(("blocks", *path.split("/")), f"model.layers.{{}}.{name}", shape, parts)
-            for path, name, shape, parts in _of_a_layer(config)
-        ),
-        Tensor(("final_norm", "scale"), "model.norm.weight", (D,), VECTOR),
-    ]
-    if not config.tie_embeddings:
-        top.append(Tensor(("output", "table"), "lm_head.weight", (config.vocab_size, D), TABLE))
-    return top
+@functools.lru_cache(maxsize=8)
+def tensors(config: TransformerConfig) -> tuple[Tensor, ...]:
+    """One entry for each parameter of the config. Tables have V rows, without their padding.
 
-
-def _of_a_layer(config: TransformerConfig) -> list[tuple[str, str, tuple, tuple]]:
-    """(path here, name there, shape here, parts) of each tensor."""
-    D, F, K = config.embed_dim, config.mlp_dim, config.head_dim
-    heads = {"query": config.num_heads, "key": config.num_kv_heads, "value": config.num_kv_heads}
-    found: list[tuple[str, str, tuple, tuple]] = [
-        ("attention_norm/scale", "input_layernorm.weight", (D,), VECTOR)
-    ]
-    for name, count in heads.items():
-        projection = f"self_attn.{name[0]}_proj"
-        found.append((f"attention/{name}", f"{projection}.weight", (D, count, K), INTO_HEADS))
-        if config.attention_bias:
-            found.append((f"attention/{name}_bias", f"{projection}.bias", (count, K), HEADS))
-    found.append(("attention/out", "self_attn.o_proj.weight", (config.num_heads, K, D), OUT_OF_HEADS))
-    if config.attention_out_bias:
-        found.append(("attention/out_bias", "self_attn.o_proj.bias", (D,), VECTOR))
-    if config.qk_norm:
-        found.append(("attention/query_norm/scale", "self_attn.q_norm.weight", (K,), VECTOR))
-        found.append(("attention/key_norm/scale", "self_attn.k_norm.weight", (K,), VECTOR))
-    return [
-        *found,
-        ("mlp_norm/scale", "post_attention_layernorm.weight", (D,), VECTOR),
-        ("mlp/gate", "mlp.gate_proj.weight", (D, F), MATRIX),
-        ("mlp/up", "mlp.up_proj.weight", (D, F), MATRIX),
-        ("mlp/down", "mlp.down_proj.weight", (F, D), MATRIX),
-    ]
+    Raises:
+      ValueError: the model has a parameter that these architectures lack.
+    """
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): parameter
+        for path, parameter in jax.tree_util.tree_leaves_with_path(parameters(config))
+    }
+    if unknown := sorted(leaves.keys() - NAMES.keys()):
+        raise ValueError(
+            f"{unknown[0]} has no tensor in a Llama, Mistral or Qwen; train without it to export"
+        )
+    found = []
+    for path, (name, parts) in NAMES.items():
+        if path in leaves:
+            sizes = dict(zip(leaves[path].names, leaves[path].shape, strict=True))
+            sizes.pop("layers", None)
+            if "vocab" in sizes:
+                sizes["vocab"] = config.vocab_size
+            found.append(Tensor(tuple(path.split("/")), name, tuple(sizes.values()), parts))
+    return tuple(found)
 
 
 def named(config: TransformerConfig) -> Mapping[str, tuple[Tensor, int | None]]:

@@ -1,4 +1,4 @@
-"""Parameters from safetensors files, straight to where they are to lie.
+"""Parameters from safetensors files, straight to where they are to be placed.
 
 Invariant: beside the parameters themselves no more than a few pieces of PIECE elements are held, and each device's
 shard is filled with what it needs alone. Every tensor of the files is used once, or the error names it.

@@ -17,7 +17,7 @@ class Tensor:
     """Where a parameter, or one layer of it, is found.
 
     A linear layer is [out, in] there and [in, out] here, and heads with their dims are one dim there. So dim i there is
-    made of the dims `parts[i]` here, outermost first: a query of [D, H, K] that lies there as [H·K, D] has
+    made of the dims `parts[i]` here, outermost first: a query of [D, H, K] that is [H·K, D] there has
     ((1, 2), (0,)).
     """
 
@@ -52,7 +52,7 @@ class Tensor:
             yield (*bounds[:dim], slice(start, min(start + step, stop)), *bounds[dim + 1 :])
 
     def find(self, bounds: Bounds) -> Bounds:
-        """The block there that holds a block here. Heads are the unit: a part of each head lies in all of it."""
+        """The block there that holds a block here. Heads are the unit: a part of each head is read as all of it."""
         found = []
         for outer, *inner in self.parts:
             size = math.prod(self.shape[dim] for dim in inner)
@@ -68,7 +68,7 @@ class Tensor:
         return here[tuple(slice(None) if dim in outer else bounds[dim] for dim in range(here.ndim))]
 
     def send(self, here: np.ndarray) -> np.ndarray:
-        """A block here of whole heads, as it lies there, row after row."""
+        """A block here of whole heads, as it is stored there, row after row."""
         order = [dim for part in self.parts for dim in part]
         sizes = [math.prod(here.shape[dim] for dim in part) for part in self.parts]
         return np.ascontiguousarray(here.transpose(order)).reshape(sizes)

@@ -92,7 +92,7 @@ def _write_header(out: BinaryIO, entries: dict[str, Tensor], dtype: str) -> None
 
 
 def _rows(params: Params, entry: Tensor, layer: int | None, piece: int) -> Iterator[np.ndarray]:
-    """A tensor as it lies there, some rows at a time."""
+    """A tensor as it is stored there, some rows at a time."""
     leaf = params
     for key in entry.path:
         leaf = leaf[key]

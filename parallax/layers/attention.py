@@ -41,17 +41,20 @@ class Attention(nnx.Module):
         outward = jax.nn.initializers.normal(
             (2 * config.num_layers * H * K) ** -0.5
         )  # residual sum over 2N branches
-        self.query = param(inward, rngs.params(), (D, H, K), ("embed", "heads", "head_dim"))
-        self.key = param(inward, rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
-        self.value = param(inward, rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
-        self.out = param(outward, rngs.params(), (H, K, D), ("heads", "head_dim", "embed"))
+        matrix = functools.partial(param, decays=True, role="hidden")
+        into_heads = functools.partial(matrix, inward, inputs=("embed",))
+        self.query = into_heads(rngs.params(), (D, H, K), ("embed", "heads", "head_dim"))
+        self.key = into_heads(rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
+        self.value = into_heads(rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
+        names = ("heads", "head_dim", "embed")
+        self.out = matrix(outward, rngs.params(), (H, K, D), names, inputs=("heads", "head_dim"))
+        bias = functools.partial(param, jax.nn.initializers.zeros, inputs=(), decays=False, role="input")
         if config.attention_bias:
-            zeros = jax.nn.initializers.zeros
-            self.query_bias = param(zeros, rngs.params(), (H, K), ("heads", "head_dim"))
-            self.key_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
-            self.value_bias = param(zeros, rngs.params(), (G, K), ("kv_heads", "head_dim"))
+            self.query_bias = bias(rngs.params(), (H, K), ("heads", "head_dim"))
+            self.key_bias = bias(rngs.params(), (G, K), ("kv_heads", "head_dim"))
+            self.value_bias = bias(rngs.params(), (G, K), ("kv_heads", "head_dim"))
         if config.attention_out_bias:
-            self.out_bias = param(jax.nn.initializers.zeros, rngs.params(), (D,), ("embed",))
+            self.out_bias = bias(rngs.params(), (D,), ("embed",))
         if config.qk_norm:
             self.query_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
             self.key_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)

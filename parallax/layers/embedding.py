@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax.axes import constrain, param, read
+from parallax.axes import Role, constrain, param, read
 from parallax.config import TransformerConfig
 
 MASKED = -1e30
@@ -17,15 +17,19 @@ MASKED = -1e30
 class Embedding(nnx.Module):
     """A table of V vectors, read by `embed` and, as the output layer, by `unembed`; W ≥ V rows, see `table_rows`.
 
+    A table that does both has the role "input", as µP initialises it; one that only unembeds is "output".
     The initial deviation 1/(4√D) makes the first logits small (variance 1/16), so the first loss is near ln V.
     """
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: TransformerConfig, role: Role = "input", *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
         self.softcap = config.logit_softcap
         self.vocab_size, rows = config.vocab_size, config.table_rows
         init = jax.nn.initializers.normal(0.25 * config.embed_dim**-0.5)
-        self.table = param(init, rngs.params(), (rows, config.embed_dim), ("vocab", "embed"))
+        shape, inputs = (rows, config.embed_dim), ("embed",) if role == "output" else ()
+        self.table = param(
+            init, rngs.params(), shape, ("vocab", "embed"), inputs=inputs, decays=True, role=role
+        )
 
     def whole(self) -> jax.Array:
         """The table [W, D] in the compute dtype; read once for several uses, its shards travel once."""

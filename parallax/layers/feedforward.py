@@ -3,6 +3,8 @@
 Invariant: acts on each token alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -43,9 +45,10 @@ class SwiGLU(nnx.Module):
         outward = jax.nn.initializers.normal(
             (2 * config.num_layers * F) ** -0.5
         )  # residual sum over 2N branches
-        self.gate = param(inward, rngs.params(), (D, F), ("embed", "mlp"))
-        self.up = param(inward, rngs.params(), (D, F), ("embed", "mlp"))
-        self.down = param(outward, rngs.params(), (F, D), ("mlp", "embed"))
+        matrix = functools.partial(param, decays=True, role="hidden")
+        self.gate = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
+        self.up = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
+        self.down = matrix(outward, rngs.params(), (F, D), ("mlp", "embed"), inputs=("mlp",))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""

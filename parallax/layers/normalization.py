@@ -15,7 +15,8 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dim: int, axis: str, *, eps: float, rngs: nnx.Rngs):
         self.eps = eps
-        self.scale = param(jax.nn.initializers.ones, rngs.params(), (dim,), (axis,))
+        ones = jax.nn.initializers.ones
+        self.scale = param(ones, rngs.params(), (dim,), (axis,), inputs=(), decays=False, role="input")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dim] to [..., dim], in the dtype of x."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from parallax.rope_scaling import RopeScaling
+from parallax.config import RopeScaling
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> np.ndarray:

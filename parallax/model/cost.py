@@ -1,15 +1,19 @@
 """What a config costs, as plain numbers: operations, bytes held, bytes sent.
 
-Invariant: nothing is traced or allocated. `forward_flops` and `step_flops` count the arithmetic of the model, as
+Invariant: nothing is computed or allocated. `forward_flops` and `step_flops` count the arithmetic of the model, as
 utilisation wants it; everything on `StepCost` counts what this implementation executes and holds.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+
+import jax
 
 from parallax.config import TransformerConfig
 from parallax.layers.attend_blocks import LARGEST, blocks
 from parallax.layers.attention import CHUNK
+from parallax.model.transformer import parameters
 
 
 def forward_flops(config: TransformerConfig, seq_len: int) -> float:
@@ -31,10 +35,17 @@ def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> floa
     return 3 * forward_flops(config, seq_len) * batch_size * seq_len
 
 
+@functools.lru_cache(maxsize=64)
 def _weights(config: TransformerConfig) -> int:
     """Of the matrices of one block."""
-    D, K, F = config.embed_dim, config.head_dim, config.mlp_dim
-    return 2 * D * K * (config.num_heads + config.num_kv_heads) + 3 * D * F
+    leaves = jax.tree.leaves(parameters(config))
+    return sum(each.size for each in leaves if each.role == "hidden") // config.num_layers
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(config: TransformerConfig) -> tuple[int, ...]:
+    """Weights of each table of embeddings; the last is the head."""
+    return tuple(each.size for each in jax.tree.leaves(parameters(config)) if "vocab" in each.names)
 
 
 def _attention(config: TransformerConfig, keys: float) -> float:
@@ -43,7 +54,7 @@ def _attention(config: TransformerConfig, keys: float) -> float:
 
 
 def _head(config: TransformerConfig) -> int:
-    return 2 * config.embed_dim * config.table_rows
+    return 2 * _tables(config)[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +86,13 @@ class StepCost:
         return 2 if self.config.dtype == "bfloat16" else 4
 
     def product_flops(self, sizes: Mapping[str, int]) -> float:
-        """Operations of all matrix products outside kernels in one step, over all devices, recomputation included."""
+        """Operations of all matmuls outside kernels in one step, over all devices, recomputation included."""
         config = self.config
         kernel = config.attention == "splash"
         # Masked scores are computed all the same, but for those of blocks that are skipped.
         attention = 0.0 if kernel else _attention(config, self._computed_keys())
         block = 2 * _weights(config) + attention
-        # A block's last product is not needed again.
+        # A block's last matmul is not needed again.
         whole = block - 2 * config.embed_dim * config.mlp_dim
         again = {"none": 0.0, "dots": attention, "full": whole}[config.remat]
         if self._in_chunks(sizes.get("sequence", 1)):
@@ -101,7 +112,7 @@ class StepCost:
     def kernel_flops(self) -> float:
         """Operations inside the attention kernel, by whole blocks of scores that are not all masked.
 
-        Forward two products, again where it is recomputed; back three for the queries and four for keys and values.
+        Forward two matmuls, again where it is recomputed; backward three for the queries and four for keys and values.
         """
         config, block = self.config, min(self.seq_len, 512)
         if config.attention != "splash":
@@ -118,7 +129,7 @@ class StepCost:
         """What a device's main memory holds beside state and batch at the fullest moment of a step.
 
         Args:
-          parameter_bytes: of a device's float32 parameters as they lie in its memory; its gradients take as much.
+          parameter_bytes: of a device's float32 parameters in the layout of its memory; its gradients take as much.
           on_chip: bytes of its memory on the chip, which take as much of what is no gradient.
         """
         config, e = self.config, self.item
@@ -152,16 +163,16 @@ class StepCost:
         return self.item * config.num_layers * config.embed_dim / fsdp * a_row
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
-        """A token's bytes that one block keeps for the way back, and of what one block at a time computes again."""
+        """A token's bytes that one block keeps for the backward pass, and of what one block at a time recomputes."""
         config, e = self.config, self.item
         D, F = config.embed_dim, config.mlp_dim / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
         kernel = config.attention == "splash"
         # Heads fill whole tiles of 128: at work along the tokens of a row, in the kernel's layout along themselves.
-        # What is kept lies as wastes less.
+        # What is kept has the layout that wastes less.
         length = config.head_dim if kernel else self.seq_len / sequence
-        at_work, at_rest = (max(1, 128 / size) for size in (length, max(length, config.head_dim)))
+        at_work, kept_heads = (max(1, 128 / size) for size in (length, max(length, config.head_dim)))
         # Before and after the rotation, and what attention gives.
         projections = e * (3 * heads + 3 * keys)
         gathered = 2 * e * keys * (sequence if sequence > 1 else 0)
@@ -170,12 +181,12 @@ class StepCost:
             # In float32, and in the compute dtype where that is another.
             norms = 2 * D * (8 + (e if e < 4 else 0))
             kept = 0.0 if config.attention == "blocks" or self._in_chunks(sequence) else scores * (4 + e)
-            return norms + e * D + at_rest * projections + 6 * e * F + gathered + kept, 0.0
+            return norms + e * D + kept_heads * projections + 6 * e * F + gathered + kept, 0.0
         gathered *= max(1, 128 / config.head_dim)  # it comes along heads
         if config.remat == "dots":
             # A norm in float32, and scores with their gradients, or hidden units with theirs beside the kernel.
             working = 4 * D + (6 * e * F if kernel else 3 * e * scores) + gathered
-            return e * (3 * D + at_rest * (heads + 2 * keys) + 2 * F), working
+            return e * (3 * D + kept_heads * (heads + 2 * keys) + 2 * F), working
         # Two norms in float32, all heads, two of the hidden units, scores and their gradients.
         return e * D, 8 * D + at_work * projections + 2 * e * (F + scores) + gathered / 4
 
@@ -204,7 +215,7 @@ class StepCost:
         config, e = self.config, self.item
         data, fsdp, sequence, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "sequence", "tensor"))
         blocks = config.num_layers * _weights(config) / tensor
-        tables = (1 if config.tie_embeddings else 2) * config.table_rows * config.embed_dim / tensor
+        tables = sum(_tables(config)) / tensor
         tokens = self.batch_size * self.seq_len / (data * fsdp * sequence)
         vectors = tokens * config.embed_dim * e
         keys = 2 * tokens * sequence * config.num_kv_heads * config.head_dim * e / tensor

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from parallax.axes import names_of
+from parallax.axes import describe
 from parallax.config import TransformerConfig
 from parallax.layers.dropout import dropout
 from parallax.layers.embedding import Embedding
@@ -48,7 +48,7 @@ class TransformerLM(nnx.Module):
         self.blocks = stack(rngs.split(config.num_layers))
         self.final_norm = RMSNorm(config.embed_dim, "embed", eps=config.norm_eps, rngs=rngs)
         if not config.tie_embeddings:
-            self.output = Embedding(config, rngs=rngs)
+            self.output = Embedding(config, "output", rngs=rngs)
 
     @classmethod
     def from_params(cls, config: TransformerConfig, params: Params) -> "TransformerLM":
@@ -170,15 +170,21 @@ def unstack(config: TransformerConfig, params: Params) -> Layers | None:
     return tuple(jax.tree.map(lambda x, n=n: x[n], stacked) for n in range(config.num_layers))
 
 
+def parameters(config: TransformerConfig) -> Params:
+    """The tree of `init_params` with an `axes.Parameter` for each array.
+
+    Raises:
+      ValueError: a parameter was not made by `axes.param`.
+    """
+    _, abstract = _abstract(config)
+    return nnx.to_pure_dict(
+        jax.tree.map(describe, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    )
+
+
 def param_axes(config: TransformerConfig) -> Params:
     """The tree of `init_params` with a PartitionSpec of logical axis names for each array."""
-    _, abstract = _abstract(config)
-    specs = jax.tree.map(
-        lambda variable: PartitionSpec(*names_of(variable)),
-        abstract,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
-    )
-    return nnx.to_pure_dict(specs)
+    return jax.tree.map(lambda parameter: PartitionSpec(*parameter.names), parameters(config))
 
 
 @functools.lru_cache(maxsize=8)

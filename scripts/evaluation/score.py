@@ -12,8 +12,7 @@ import numpy as np
 
 from data.corpus import Corpus, load_corpus
 from data.pipeline import held_out
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_from_dict
+from parallax.config import TransformerConfig, config_from_dict
 from parallax.run_folder import load_run, read_settings
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer

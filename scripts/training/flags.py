@@ -17,8 +17,9 @@ from parallax.config import (
     OptimizerConfig,
     TrainConfig,
     TransformerConfig,
+    config_from_dict,
+    config_to_dict,
 )
-from parallax.config_dict import config_from_dict, config_to_dict
 from parallax.run_folder import read_settings
 from parallax.storage import open_folder
 from scripts.common.command_line import parse

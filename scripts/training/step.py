@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
+from parallax.model.transformer import parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import TrainState, make_init, state_axes
@@ -17,7 +18,7 @@ def bind_state(
     model: TransformerConfig, train: TrainConfig, learning: OptimizerConfig
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """What makes the first state, and the tree of that state with a PartitionSpec of logical names for each array."""
-    init_state = make_init(model, make_optimizer(learning), train.seed)
+    init_state = make_init(model, make_optimizer(learning, parameters(model)), train.seed)
     return init_state, state_axes(model, init_state)
 
 
@@ -32,7 +33,7 @@ def bind_step(
     return functools.partial(
         train_step,
         loss_fn=make_loss(model, train),
-        optimizer=make_optimizer(learning),
+        optimizer=make_optimizer(learning, parameters(model)),
         learning_rate=make_learning_rate(learning, train.steps),
         gradients=gradients,
         seed=train.seed,

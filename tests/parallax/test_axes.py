@@ -5,6 +5,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from parallax import axes
 
@@ -134,21 +135,55 @@ def test_local_refuses_unknown_names(in_names, out_names):
         axes.local(lambda x: x, in_names, out_names)
 
 
-def test_param_is_float32_and_carries_its_names():
+LABELS = {"inputs": ["embed"], "decays": True, "role": "hidden"}
+
+
+def test_param_is_float32_and_carries_its_labels():
     key = jax.random.key(3)
-    made = axes.param(jax.random.normal, key, (4, 2), ["embed", None])
+    made = axes.param(jax.random.normal, key, (4, 2), ["embed", None], **LABELS)
     assert made[...].dtype == jnp.float32
     assert axes.names_of(made) == ("embed", None)
+    known = axes.describe(made)
+    assert known == axes.Parameter((4, 2), ("embed", None), ("embed",), decays=True, role="hidden")
+    assert (known.size, known.input_dims, known.output_dims) == (8, (0,), (1,))
     assert jnp.array_equal(made[...], jax.random.normal(key, (4, 2)))
 
 
+def test_dims_that_parameters_are_stacked_along_are_no_dims_of_a_matmul():
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def stack(key):
+        return axes.param(jax.random.normal, key, (4, 2), ("embed", "mlp"), **LABELS)
+
+    known = axes.describe(stack(jax.random.split(jax.random.key(0), 3)))
+    assert (known.shape, known.names) == ((3, 4, 2), ("layers", "embed", "mlp"))
+    assert (known.input_dims, known.output_dims) == ((1,), (2,))
+
+
 @pytest.mark.parametrize(
-    ("names", "message"),
-    [(("embed", "tensor"), UNKNOWN), (("embed",), r"must be one a dim of shape \(4, 2\); give 2 names")],
+    ("names", "changes", "message"),
+    [
+        (("embed", "tensor"), {}, UNKNOWN),
+        (("embed",), {}, r"must be one a dim of shape \(4, 2\); give 2 names"),
+        (("mlp", "heads"), {}, r"inputs=\('embed',\) must be dims of one matrix; choose from mlp, heads"),
+        (("layers", "embed"), {"inputs": ("layers",)}, "choose from embed"),
+        (("embed", "mlp"), {"role": "wide"}, "role='wide' is not one of input, hidden, output"),
+    ],
 )
-def test_param_refuses_wrong_names(names, message):
+def test_param_refuses_wrong_labels(names, changes, message):
     with pytest.raises(ValueError, match=message):
-        axes.param(jax.random.normal, jax.random.key(0), (4, 2), names)
+        axes.param(jax.random.normal, jax.random.key(0), (4, 2), names, **LABELS | changes)
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_parameter_without_a_label_raises(label):
+    """Where it is made, and where it was made in another way."""
+    labels = {name: LABELS[name] for name in LABELS if name != label}
+    with pytest.raises(TypeError, match=label):
+        axes.param(jax.random.normal, jax.random.key(0), (4, 2), ("embed", "mlp"), **labels)
+    with pytest.raises(ValueError, match=rf"shape \(4, 2\) lacks {label}; make it with axes.param"):
+        axes.describe(
+            nnx.Param(jnp.zeros((4, 2)), out_sharding=("embed", "mlp"), eager_sharding=False, **labels)
+        )
 
 
 def test_parameters_and_activations_share_no_name():

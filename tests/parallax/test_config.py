@@ -1,6 +1,7 @@
-"""A config that exists is valid: every rule, and what the presets weigh."""
+"""A config that exists is valid: every rule, what the presets weigh, to JSON and back, and what a file may not say."""
 
 import dataclasses
+import json
 import re
 
 import jax
@@ -9,12 +10,15 @@ import pytest
 from parallax import config as configs
 from parallax.config import (
     PRESETS,
+    TINY_CONFIG,
     OptimizerConfig,
     RopeScaling,
     TrainConfig,
     TransformerConfig,
+    config_from_dict,
+    config_to_dict,
 )
-from parallax.model.transformer import init_params
+from parallax.model.transformer import init_params, parameters
 from tests.configs import random_config
 
 # (class, the values that break one rule, the field that the message must name)
@@ -154,6 +158,7 @@ def test_every_preset_has_a_lower_case_name():
 @pytest.mark.parametrize("config", [*PRESETS.values(), *map(random_config, range(6))], ids=described)
 def test_num_params_counts_the_tree(config):
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    assert jax.tree.map(lambda leaf: leaf.shape, tree) == jax.tree.map(lambda x: x.shape, parameters(config))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == config.num_params()
 
 
@@ -162,3 +167,41 @@ def test_table_rows_are_the_next_multiple_of_eight(vocab_size):
     rows = TransformerConfig(vocab_size=vocab_size).table_rows
     assert rows % 8 == 0
     assert 0 <= rows - vocab_size < 8
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_survives_json(name):
+    text = json.dumps(config_to_dict(PRESETS[name]))
+    assert config_from_dict(json.loads(text)) == PRESETS[name]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_config_survives_json(seed):
+    config = random_config(seed)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_missing_fields_take_their_defaults():
+    assert config_from_dict({}) == TransformerConfig()
+    assert config_from_dict({"mlp_dim": 96}) == TINY_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"embed_dimm": 8}, "embed_dimm.*known are .*embed_dim"),
+        ({"embed_dim": 8, "b": 1, "a": 2}, "a, b.*known are"),
+        ({"rope_scaling": {"kind": "linear", "factr": 2.0}}, "factr.*known are .*factor"),
+        ({"num_kv_heads": 3}, "num_kv_heads=3"),
+    ],
+    ids=["unknown", "several", "nested", "rule"],
+)
+def test_what_a_file_may_not_say(values, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        config_from_dict(values)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("config", [TrainConfig(reduction="exact", z_loss=0.0), OptimizerConfig(beta1=0.5)])
+def test_settings_survive_json(config):
+    assert type(config)(**json.loads(json.dumps(config_to_dict(config)))) == config

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import init_params
 from parallax.run_folder import load_run
 from parallax.tokenizers.plain import ByteTokenizer

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
-from parallax.model.transformer import init_params
+from parallax.model.transformer import init_params, parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import TrainState, state_axes
@@ -34,7 +34,11 @@ class Tiny:
         } | sizes
         self.config = TransformerConfig(head_dim=4, mlp_dim=24, **sizes)
         bare = optimizer == "gradient"
-        self._optimizer = optax.identity() if bare else make_optimizer(OptimizerConfig(optimizer=optimizer))
+        self._optimizer = (
+            optax.identity()
+            if bare
+            else make_optimizer(OptimizerConfig(optimizer=optimizer), parameters(self.config))
+        )
         self._rate = -1.0 if bare else 1e-2
         self._shapes = jax.eval_shape(lambda: init_params(self.config, jax.random.key(0)))
         self.axes = state_axes(self.config, self.init_state)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
+from parallax.model.transformer import parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import make_init, state_axes
@@ -32,7 +33,7 @@ TABLE = FLOAT * V * D
 def compiled_text(mesh, reduction="mean"):
     sizes = {"embed_dim": D, "num_heads": H, "num_kv_heads": H, "head_dim": K, "mlp_dim": F}
     config = TransformerConfig(vocab_size=V, num_layers=N, **sizes)
-    optimizer = make_optimizer(OptimizerConfig())
+    optimizer = make_optimizer(OptimizerConfig(), parameters(config))
     init = make_init(config, optimizer, seed=0)
     name = "mesh" if "=" in mesh else mesh
     layout = Layout(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from parallax.config import NANO_CONFIG, OptimizerConfig, TrainConfig
+from parallax.model.transformer import parameters
 from parallax.training.fingerprint import params_sha256
 from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
@@ -37,7 +38,7 @@ class Nano:
 
     def __init__(self):
         self._learning = OptimizerConfig(learning_rate=3e-4, warmup_steps=20)
-        self._optimizer = make_optimizer(self._learning)
+        self._optimizer = make_optimizer(self._learning, parameters(NANO_CONFIG))
         self._init_state = make_init(NANO_CONFIG, self._optimizer, seed=0)
         self._axes = state_axes(NANO_CONFIG, self._init_state)
         self._batches = markov_batches()

@@ -8,8 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer

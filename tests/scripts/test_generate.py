@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings

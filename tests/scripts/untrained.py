@@ -6,8 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from parallax.config import TransformerConfig
-from parallax.config_dict import config_to_dict
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import init_params
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import save_tokenizer

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from parallax.config import RopeScaling
 from parallax.layers.rotary import frequencies, magnitude, rotate
-from parallax.rope_scaling import RopeScaling
 
 B, T, H, K = 2, 5, 3, 8
 THETA = 10_000.0

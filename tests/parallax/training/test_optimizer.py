@@ -8,21 +8,44 @@ import numpy as np
 import optax
 import pytest
 
-from parallax.config import OptimizerConfig, TransformerConfig
-from parallax.model.transformer import init_params
-from parallax.training.optimizer import (
-    INPUT_DIMS,
-    is_matrix,
-    make_optimizer,
-)
+from parallax.axes import Parameter
+from parallax.config import PRESETS, OptimizerConfig, TransformerConfig
+from parallax.model.transformer import parameters
+from parallax.training.optimizer import make_optimizer
 
 CONFIG = TransformerConfig(
     vocab_size=13, embed_dim=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=40,
     attention_bias=True, qk_norm=True, tie_embeddings=False,
 )  # fmt: skip
-SHAPES = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-FEW = {"blocks": {"out": np.zeros((2, 4, 3, 5)), "scale": np.zeros((2, 5))}}
-NOT_DECAYED = {"scale", "query_bias", "key_bias", "value_bias"}
+VARIANTS = {
+    **PRESETS,
+    "biases": TransformerConfig(attention_bias=True, attention_out_bias=True),
+    "qk_norm": TransformerConfig(qk_norm=True, num_kv_heads=1),
+    "all, untied": CONFIG,
+    "all, tied": CONFIG.replace(tie_embeddings=True, attention_out_bias=True),
+}
+MUON = {  # summed and resulting dims, after that of the layers
+    "query": ((1,), (2, 3)), "key": ((1,), (2, 3)), "value": ((1,), (2, 3)), "out": ((1, 2), (3,)),
+    "gate": ((1,), (2,)), "up": ((1,), (2,)), "down": ((1,), (2,)),
+}  # fmt: skip
+NOT_DECAYED = {"scale", "query_bias", "key_bias", "value_bias", "out_bias"}
+
+
+def matrix(*shape):
+    return Parameter(shape, ("layers", "embed", "mlp"), ("embed",), decays=True, role="hidden")
+
+
+SCALE = Parameter((2, 3), ("layers", "embed"), (), decays=False, role="input")
+TREES = {
+    "model": parameters(CONFIG),
+    "few": {"up": matrix(2, 12, 5), "scale": SCALE},
+    "plain": {
+        "gate": matrix(2, 3, 4),
+        "scale": SCALE,
+        "table": Parameter((5, 2), ("vocab", "embed"), (), decays=True, role="input"),
+    },
+    "regression": {"up": matrix(1, 6, 32), "down": matrix(1, 32, 3)},
+}
 
 
 def name_of(path):
@@ -39,14 +62,14 @@ def scaled(tree, factor):
 
 
 @functools.cache
-def compiled(config):
-    optimizer = make_optimizer(config)
+def compiled(config, tree):
+    optimizer = make_optimizer(config, TREES[tree])
     return optimizer.init, jax.jit(optimizer.update)
 
 
-def updates_of(config, gradients, params):
+def updates_of(config, gradients, params, tree="model"):
     """The updates that a sequence of gradients gives, with the parameters standing still."""
-    init, update = compiled(config)
+    init, update = compiled(config, tree)
     state, updates = init(params), []
     for gradient in gradients:
         step, state = update(gradient, state, params)
@@ -54,18 +77,24 @@ def updates_of(config, gradients, params):
     return updates
 
 
-def test_matrices_are_all_leaves_but_scales_and_biases():
-    chosen = jax.tree_util.tree_leaves_with_path(is_matrix(SHAPES))
-    assert {name_of(path) for path, matrix in chosen if not matrix} == NOT_DECAYED
-    assert {name_of(path) for path, matrix in chosen if matrix} == {*INPUT_DIMS, "table"}
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_every_parameter_has_the_labels_that_its_updates_follow_from(config):
+    leaves = jax.tree_util.tree_leaves_with_path(parameters(config))
+    for path, known in leaves:
+        hidden = known.role == "hidden"
+        assert known.decays == (name_of(path) not in NOT_DECAYED), path
+        assert ((known.input_dims, known.output_dims) if hidden else None) == MUON.get(name_of(path)), path
+    outputs = [path[0].key for path, known in leaves if known.role == "output"]
+    assert outputs == ([] if config.tie_embeddings else ["output"])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_only_matrices_decay(kind):
     """Without a gradient an update is decay alone; Muon leaves the tables to an Adam without decay."""
-    params, zeros = random_like(SHAPES, 0), jax.tree.map(lambda leaf: np.zeros(leaf.shape, "f"), SHAPES)
+    params = random_like(TREES["model"], 0)
+    zeros = jax.tree.map(np.zeros_like, params)
     (updates,) = updates_of(OptimizerConfig(optimizer=kind, weight_decay=0.3), [zeros], params)
-    decayed = {*INPUT_DIMS, "table"} if kind == "adamw" else {*INPUT_DIMS}
+    decayed = {*MUON, "table"} if kind == "adamw" else {*MUON}
 
     def check(path, update, param):
         expected = -0.3 * param if name_of(path) in decayed else 0 * param
@@ -77,13 +106,14 @@ def test_only_matrices_decay(kind):
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_gradients_are_clipped_to_the_norm_and_no_further(kind):
     """A long gradient acts as if scaled to the norm, a short one as it is; 0 turns clipping off."""
-    params, unit = random_like(FEW, 1), random_like(FEW, 2)
+    few = TREES["few"]
+    params, unit = random_like(few, 1), random_like(few, 2)
     unit = scaled(unit, 1 / float(optax.tree.norm(unit)))
-    other = random_like(FEW, 3, 1e-2)  # a second one, since the first step of Adam forgets all scale
+    other = random_like(few, 3, 1e-2)  # a second one, since the first step of Adam forgets all scale
     times = [scaled(unit, factor) for factor in (100.0, 2.0, 1.0)]
     run = functools.partial(OptimizerConfig, optimizer=kind)
-    clipped = [updates_of(run(clip_norm=2.0), [gradient, other], params)[1] for gradient in times]
-    free = [updates_of(run(clip_norm=0.0), [gradient, other], params)[1] for gradient in times]
+    clipped = [updates_of(run(clip_norm=2.0), [gradient, other], params, "few")[1] for gradient in times]
+    free = [updates_of(run(clip_norm=0.0), [gradient, other], params, "few")[1] for gradient in times]
     same = functools.partial(
         np.testing.assert_allclose, rtol=2e-4, atol=1e-6
     )  # float32, through 5 Newton-Schulz
@@ -98,10 +128,10 @@ def test_gradients_are_clipped_to_the_norm_and_no_further(kind):
 def test_adamw_is_its_algorithm():
     """Three steps of algorithm 2 of arXiv:1711.05101 in float64, clipping before it."""
     config = OptimizerConfig(beta1=0.8, beta2=0.9, weight_decay=0.2, clip_norm=1.5)
-    params = {"blocks": {"gate": np.full((2, 3, 4), 0.5, "f"), "scale": np.ones((2, 3), "f")}}
-    params["embedding"] = {"table": np.linspace(-1, 1, 10, dtype="f").reshape(5, 2)}
+    params = {"gate": np.full((2, 3, 4), 0.5, "f"), "scale": np.ones((2, 3), "f")}
+    params["table"] = np.linspace(-1, 1, 10, dtype="f").reshape(5, 2)
     gradients = [random_like(params, seed, scale) for seed, scale in enumerate((1.0, 0.1, 2.0))]
-    updates = updates_of(config, gradients, params)
+    updates = updates_of(config, gradients, params, "plain")
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
     first, second = zeros, zeros
     for t, (gradient, update) in enumerate(zip(gradients, updates, strict=True), start=1):
@@ -120,35 +150,19 @@ def test_adamw_is_its_algorithm():
 
 def flattened(name, leaf):
     """A stacked kernel as one (input, output) matrix a layer."""
-    inputs = np.prod(leaf.shape[1 : 1 + INPUT_DIMS[name]])
+    inputs = np.prod([leaf.shape[dim] for dim in MUON[name][0]])
     return np.asarray(leaf, np.float64).reshape(leaf.shape[0], inputs, -1)
 
 
 @pytest.fixture(scope="module")
 def muon_updates():
     """First and second gradients and updates, a layer's gradient 100 times the other's, clipping and decay off."""
-    params, gradients = random_like(SHAPES, 4), [random_like(SHAPES, seed) for seed in (5, 6)]
+    params, *gradients = (random_like(TREES["model"], seed) for seed in (4, 5, 6))
     for gradient in gradients:
         for leaf in jax.tree.leaves(gradient["blocks"]):
             leaf[1] *= 100
     config = OptimizerConfig(optimizer="muon", clip_norm=0.0, weight_decay=0.0)
     return params, gradients, updates_of(config, gradients, params)
-
-
-def test_every_matrix_of_a_block_knows_its_input_dims(muon_updates):
-    """What a kernel multiplies is D wide, or H·K or F: told from the config, not from the table under test."""
-    D, HK, GK, F = 24, 4 * 8, 2 * 8, 40
-    expected = {
-        "query": (D, HK), "key": (D, GK), "value": (D, GK), "out": (HK, D),
-        "gate": (D, F), "up": (D, F), "down": (F, D),
-    }  # fmt: skip
-    leaves = jax.tree_util.tree_leaves_with_path(SHAPES["blocks"])
-    shapes = {
-        name_of(p): flattened(name_of(p), np.zeros(x.shape)).shape
-        for p, x in leaves
-        if name_of(p) in expected
-    }
-    assert shapes == {name: (2, *shape) for name, shape in expected.items()}
 
 
 def test_muon_turns_each_layers_gradient_into_a_nearly_orthogonal_matrix(muon_updates):
@@ -161,14 +175,14 @@ def test_muon_turns_each_layers_gradient_into_a_nearly_orthogonal_matrix(muon_up
         {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree["blocks"])}
         for tree in (gradient, update)
     )
-    for name in INPUT_DIMS:
+    for name in MUON:
         for g, step in zip(flattened(name, gradients[name]), flattened(name, updates[name]), strict=True):
             u, _, vt = np.linalg.svd(g, full_matrices=False)
             core = -u.T @ step @ vt.T / (0.2 * np.sqrt(max(g.shape)))
             values = np.diag(core)
             assert values.min() > 0.65, name
             assert values.max() < 1.16, name
-            np.testing.assert_allclose(core, np.diag(values), atol=1e-4, err_msg=name)  # float32 products
+            np.testing.assert_allclose(core, np.diag(values), atol=1e-4, err_msg=name)  # float32 matmuls
             rest = step - u @ (u.T @ step @ vt.T) @ vt
             np.testing.assert_allclose(rest, 0, atol=1e-4, err_msg=name)
 
@@ -181,7 +195,7 @@ def test_muon_leaves_the_rest_to_adam(muon_updates):
         expected, state = adam_update(gradient, state, params)
 
         def check(path, ours, adams):
-            if name_of(path) not in INPUT_DIMS:
+            if name_of(path) not in MUON:
                 np.testing.assert_allclose(ours, adams, rtol=1e-5, err_msg=str(path))  # float32
             else:
                 assert np.abs(ours - adams).max() > 1e-2, path
@@ -191,17 +205,17 @@ def test_muon_leaves_the_rest_to_adam(muon_updates):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_loss_falls(kind):
-    """A two-layer regression in the model's own leaf names: both optimizers learn it to a twentieth of the loss."""
+    """A two-layer regression: both optimizers learn it to a twentieth of the loss."""
     rng = np.random.default_rng(7)
     x, teacher = rng.normal(size=(64, 6)), rng.normal(size=(6, 3))
     y = np.tanh(x @ teacher)
-    params = {"blocks": {"up": rng.normal(0, 0.4, (1, 6, 32)), "down": rng.normal(0, 0.2, (1, 32, 3))}}
+    params = {"up": rng.normal(0, 0.4, (1, 6, 32)), "down": rng.normal(0, 0.2, (1, 32, 3))}
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
-    optimizer = make_optimizer(OptimizerConfig(optimizer=kind, weight_decay=0.0))
+    optimizer = make_optimizer(OptimizerConfig(optimizer=kind, weight_decay=0.0), TREES["regression"])
 
     def loss(params):
-        hidden = jnp.tanh(x.astype(np.float32) @ params["blocks"]["up"][0])
-        return jnp.mean((hidden @ params["blocks"]["down"][0] - y) ** 2)
+        hidden = jnp.tanh(x.astype(np.float32) @ params["up"][0])
+        return jnp.mean((hidden @ params["down"][0] - y) ** 2)
 
     @jax.jit
     def step(params, state):

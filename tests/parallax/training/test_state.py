@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from parallax.config import OptimizerConfig, TransformerConfig
-from parallax.model.transformer import param_axes
+from parallax.model.transformer import param_axes, parameters
 from parallax.training.fingerprint import params_sha256
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import make_init, state_axes
@@ -23,13 +23,13 @@ def is_spec(leaf):
 
 
 def init_of(kind):
-    return make_init(CONFIG, make_optimizer(OptimizerConfig(optimizer=kind)), 0)
+    return make_init(CONFIG, make_optimizer(OptimizerConfig(optimizer=kind), parameters(CONFIG)), 0)
 
 
 @pytest.fixture(scope="module")
 def first_state():
     """Seed to first state, compiled once for all seeds."""
-    optimizer = make_optimizer(OptimizerConfig())
+    optimizer = make_optimizer(OptimizerConfig(), parameters(CONFIG))
     return jax.jit(lambda seed: make_init(CONFIG, optimizer, seed)())
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from parallax.axes import Parameter
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
-from parallax.model.transformer import init_params
+from parallax.model.transformer import init_params, parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import TrainState
@@ -20,6 +21,8 @@ METRICS = {"loss", "ce_loss", "z_loss", "grad_norm", "param_norm", "learning_rat
 CONFIG = TransformerConfig(
     vocab_size=11, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12
 )
+
+VECTOR = {"w": Parameter((2,), ("embed",), (), decays=False, role="input")}
 
 
 def linear_loss(params, batch, key):
@@ -37,7 +40,7 @@ def fresh_state(optimizer, params):
 @functools.cache
 def linear_step(clip_norm=1.0):
     """A compiled step on `linear_loss`, and its first state."""
-    optimizer = make_optimizer(OptimizerConfig(clip_norm=clip_norm))
+    optimizer = make_optimizer(OptimizerConfig(clip_norm=clip_norm), VECTOR)
     step = functools.partial(
         train_step,
         loss_fn=linear_loss,
@@ -66,7 +69,7 @@ def assert_same_bits(actual, expected):
 @pytest.fixture(scope="module")
 def transformer():
     """A step on a tiny model, compiled to donate its state, and a maker of equal first states."""
-    optimizer = make_optimizer(OptimizerConfig())
+    optimizer = make_optimizer(OptimizerConfig(), parameters(CONFIG))
     step = functools.partial(
         train_step,
         loss_fn=make_loss(CONFIG, TrainConfig()),
@@ -148,7 +151,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_is_a_bad_step():
         loss = jnp.sqrt(jnp.sum(params["w"]))  # value 0 and an infinite slope at 0
         return {"loss": loss}, jnp.int32(1)
 
-    optimizer = make_optimizer(OptimizerConfig())
+    optimizer = make_optimizer(OptimizerConfig(), VECTOR)
     state = fresh_state(optimizer, {"w": np.zeros(2, np.float32)})
     new, metrics = train_step(
         state,
@@ -215,7 +218,7 @@ def test_a_batch_without_targets_is_finite():
     def nothing(params, batch, key):
         return {"loss": 0.0 * jnp.sum(params["w"])}, jnp.int32(0)
 
-    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0))
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.0), VECTOR)
     state = fresh_state(optimizer, {"w": np.ones(2, np.float32)})
     new, metrics = train_step(
         state,
