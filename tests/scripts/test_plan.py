@@ -13,6 +13,7 @@ from parallelism.planning.compiler import Report
 from parallelism.planning.planner import Choice
 from parallelism.strategy import Layout
 from scripts import plan
+from scripts.planning import plan as planning
 from scripts.planning.flags import Flags
 from scripts.planning.report import run_command
 from scripts.training.flags import read_flags
@@ -46,8 +47,8 @@ def test_bad_input_gives_one_line_and_status_2(flags, words, monkeypatch, capsys
 @pytest.fixture
 def compiler(monkeypatch):
     """A fake of libtpu, which takes every program and says that it is small."""
-    monkeypatch.setattr(plan, "topology_devices", lambda sliced: [])
-    monkeypatch.setattr(plan, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1))
+    monkeypatch.setattr(planning, "topology_devices", lambda sliced: [])
+    monkeypatch.setattr(planning, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1))
     yield
     jax.config.update("jax_enable_compilation_cache", True)
 
