@@ -1,33 +1,38 @@
-"""Parallax as a contender: its own step, loop and pipeline, as train.py puts them together.
+"""Parallax as a contender: its own step, loop and pipeline, as train.py puts them together, and its generation.
 
 Invariant: nothing here computes; whatever is measured is the code that users run.
 """
 
 import dataclasses
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from data.pipeline import training_batches
+from parallax.config import TrainConfig, TransformerConfig
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
+from parallax.interop.hf_config import config_to_hf
+from parallax.interop.writing import write_params
 from parallax.model.transformer import Params, init_params
 from parallax.training.loop import Row, Stopwatch, train
 from scripts.allocator import keep_large_buffers
-from scripts.benchmark_settings import (
+from scripts.benchmarks.settings import (
     CHECKED_STEPS,
+    LEARNING,
     MODELS,
     SEED,
+    Measure,
     prompts,
     read_setting,
     samples,
-    training_flags,
 )
-from scripts.benchmark_worker import Measure
 from scripts.job import build
+from scripts.train_flags import Flags
 
 
 class Losses:
@@ -43,17 +48,29 @@ class Losses:
         pass
 
 
-def training(setting: str, strategy: str, weights: str, **flags: Any) -> tuple[dict[str, Any], Measure]:
-    """Trains by `{"units": steps}`; writes the first weights to the file `weights`, for the others to begin with.
+def training(setting: str, strategy: str, weights: str) -> tuple[dict[str, Any], Measure]:
+    """Trains by `{"units": steps}`; writes the first weights to the folder `weights`, for the others to begin with.
 
     A step is one turn of train.py's loop: the batch from the pipeline, the step, its metrics read a step behind.
     """
     keep_large_buffers()
     shape = read_setting(setting)
-    settings = training_flags(shape, strategy, **flags)
-    placement, step, _ = build(settings)
+    # Losses of others have no z-loss.
+    config = TrainConfig(
+        batch_size=shape.batch_size, seq_len=shape.seq_len, seed=SEED, z_loss=0.0, steps=10**6
+    )
+    placement, step, _ = build(
+        Flags(
+            strategy=strategy,  # pyright: ignore[reportArgumentType]: checked where strategies are made
+            model=shape.model,
+            learning=LEARNING,
+            train=config,
+        )
+    )
     state, done = placement.init(), 0
-    write_weights(weights, placement.canonical(state).params)
+    first = placement.canonical(state).params
+    write_weights(weights, shape.model, first)
+    params = sum(leaf.size for leaf in jax.tree.leaves(first))
     compiled = placement.compile(step)
     batches = training_batches(
         samples(shape), batch_size=shape.batch_size, seed=SEED, rows=placement.rows(shape.batch_size)
@@ -68,7 +85,7 @@ def training(setting: str, strategy: str, weights: str, **flags: Any) -> tuple[d
             step=compiled,
             batches=batches,
             placement=placement,
-            config=dataclasses.replace(settings.train, steps=done + steps),
+            config=dataclasses.replace(config, steps=done + steps),
             evaluate=lambda _: 0.0,
             save=lambda *_: None,
             check=lambda *_: None,
@@ -78,26 +95,10 @@ def training(setting: str, strategy: str, weights: str, **flags: Any) -> tuple[d
         jax.block_until_ready(state)
         return time.perf_counter() - start
 
-    params = sum(leaf.size for leaf in jax.tree.leaves(placement.canonical(state).params))
     losses = Losses()
     ready = advance(CHECKED_STEPS, [losses])
     facts = {"params": params, "losses": losses.values, "first_steps_seconds": ready}
     return facts, lambda request: {"seconds": advance(request["units"], [])}
-
-
-def pipeline(setting: str) -> tuple[dict[str, Any], Measure]:
-    """Makes batches by `{"units": batches}`, as training does, for nobody."""
-    shape = read_setting(setting)
-    batches = training_batches(samples(shape), batch_size=shape.batch_size, seed=SEED)
-    next(batches)
-
-    def measure(request: dict[str, Any]) -> dict[str, Any]:
-        start = time.perf_counter()
-        for _ in range(request["units"]):
-            next(batches)
-        return {"seconds": time.perf_counter() - start}
-
-    return {}, measure
 
 
 def decoding(
@@ -107,7 +108,7 @@ def decoding(
     keep_large_buffers()
     config = MODELS[model]
     params = jax.jit(lambda: init_params(config, jax.random.key(SEED)))()
-    write_weights(weights, params)
+    write_weights(weights, config, params)
     generator = Generator(config)
     request = Request(
         prompts=list(prompts(config, batch_size, prompt_tokens)),
@@ -129,48 +130,9 @@ def decoding(
     return {"tokens": [row.tolist() for row in generator.generate(params, request)]}, measure
 
 
-def compiled_step(setting: str, num_layers: int, remat: str) -> tuple[dict[str, Any], Measure]:
-    """One step of a model of that depth: how long it compiles, what it holds, and `{"units": steps}` of it."""
-    keep_large_buffers()
-    shape = read_setting(setting)
-    flags = training_flags(shape, "single")
-    model = dataclasses.replace(
-        flags.model,
-        num_layers=num_layers,
-        remat=remat,  # pyright: ignore[reportArgumentType]: checked by the config
-    )
-    placement, step, _ = build(dataclasses.replace(flags, model=model))
-    batch = samples(shape).gather(np.arange(shape.batch_size))
-    start = time.perf_counter()
-    lowered = placement.lower(step, batch)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    done = time.perf_counter()
-    state, placed = placement.init(), placement.put_batch(batch)
-
-    def measure(request: dict[str, Any]) -> dict[str, Any]:
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(request["units"]):
-            state, metrics = compiled(state, placed)
-            jax.block_until_ready(metrics)
-        return {"seconds": time.perf_counter() - start}
-
-    memory = compiled.memory_analysis()
-    facts = {"trace_seconds": traced - start, "compile_seconds": done - traced}
-    if memory is not None:  # a backend may not say
-        facts |= {"state_bytes": memory.argument_size_in_bytes, "temporary_bytes": memory.temp_size_in_bytes}
-    return facts, measure
-
-
-def write_weights(path: str, params: Params) -> None:
-    """The parameters as an .npz file, named by their paths, as `blocks.attention.query`."""
-    np.savez(path, **flat(params))  # pyright: ignore[reportArgumentType]: no parameter is called allow_pickle
-
-
-def flat(params: Params) -> dict[str, np.ndarray]:
-    """Parameters by their paths."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+def write_weights(folder: str, config: TransformerConfig, params: Params) -> None:
+    """The parameters as a Hugging Face folder without a tokenizer, which torch and transformers read."""
+    path = Path(folder)
+    path.mkdir(exist_ok=True)
+    write_params(params, config, path)
+    (path / "config.json").write_text(json.dumps(config_to_hf(config)))
