@@ -57,7 +57,7 @@ test-browser: ## test the server's page in headless Chromium (needs chromium and
 
 # torch is in no lock: what of it fits depends on the machine.
 test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" in .venv-3.11)
-	@$(DEV) python -m pytest -m external tests/scripts/test_benchmark.py
+	@$(DEV) python -m pytest -m external tests/scripts/benchmarks
 
 test-parity: ## compare imported models to transformers on torch, which it installs the first time
 	@$(DEV) python -c "import importlib.util as u; exit(not (u.find_spec('torch') and u.find_spec('transformers')))" || $(DEV) .ci/add-extra parity

@@ -18,27 +18,24 @@ Measure what Parallax does with this machine. Contenders run in processes of the
 two measurements that followed each other. Every command prints a table and writes benchmarks/COMMAND.json.
 
 commands:
-  train       tokens a second of training, against plain PyTorch and transformers
-  decode      time to the first token and tokens a second, against transformers
-  startup     from the start of train.py to its first finished step
-  data        the data pipeline alone, against training
-  checkpoint  what checkpoints and logging cost a run
-  scaling     a step on more devices, of a deeper model, on longer sequences
-  quality     how soon real runs reach a loss
-  page        write docs/performance.md from the results
+  train   tokens a second of training, against torch, torch.compile and transformers
+  decode  time to the first token and tokens a second, against transformers
+  serve   tokens a second of serve.py for one client and for many, against generation without a server
+  runs    how soon real runs of train.py reach a loss
+  limits  the float32 matmuls and the memory reads that this machine does a second
 
+train, decode and serve --against FOLDER also measure the checkout in that folder, such as the commit before.
 benchmark.py COMMAND --help says more. torch and transformers come with pip install -e ".[bench]"."""
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     def command(args: Sequence[str]) -> int:
-        return getattr(importlib.import_module(f"scripts.benchmark_{name}"), name)(args)
+        return getattr(importlib.import_module(f"scripts.benchmarks.{name}"), name)(args)
 
     return command
 
 
-NAMES = ("train", "decode", "startup", "data", "checkpoint", "scaling", "quality", "page")
-COMMANDS = {name: _command(name) for name in NAMES}
+COMMANDS = {name: _command(name) for name in ("train", "decode", "serve", "runs", "limits")}
 
 
 def main() -> int:

@@ -75,15 +75,9 @@ def _export(args: Sequence[str]) -> int:
     from parallax.interop.folders import export_model
     from scripts.common.placement import place_params
 
-    line = export_model(
-        flags.run,
-        flags.target,
-        step=flags.step,
-        dtype=flags.dtype,
-        max_file_bytes=int(flags.max_file_gb * 10**9),
-        place=place_params(flags.mesh),
-    )
-    tell(line)
+    size, place = int(flags.max_file_gb * 10**9), place_params(flags.mesh)
+    step, dtype = flags.step, flags.dtype
+    tell(export_model(flags.run, flags.target, step=step, dtype=dtype, max_file_bytes=size, place=place))
     return 0
 
 

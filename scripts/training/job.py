@@ -80,8 +80,7 @@ def prepare_job(flags: Flags) -> Job:
     training, held_out = prepare(
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1
     )
-    layout = settle_layout(flags)
-    strategy, step, evaluate = build(flags, layout)
+    layout, strategy, step, evaluate = build(flags)
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
 
@@ -103,12 +102,13 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     return dataclasses.replace(flags, train=train, model=model)
 
 
-def build(flags: Flags, layout: Layout) -> tuple[Strategy, Callable, Callable]:
-    """The strategy, the step with everything bound but state and batch, and the evaluation.
+def build(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
+    """The settled layout, the strategy, the step with everything bound but state and batch, and the evaluation.
 
     Raises:
       ValueError: the layout does not fit the devices, the batch or the model.
     """
+    layout = settle_layout(flags)
     init_state, axes = bind_state(flags.model, flags.train, flags.learning)
     strategy = get_strategy(layout, init_state, axes)
     kind = strategy.devices[0].device_kind
@@ -121,7 +121,7 @@ def build(flags: Flags, layout: Layout) -> tuple[Strategy, Callable, Callable]:
             f"them; try --mesh data={len(strategy.devices)}"
         )
     step = bind_step(model, flags.train, flags.learning, strategy.gradients)
-    return strategy, step, make_evaluation(model)
+    return layout, strategy, step, make_evaluation(model)
 
 
 def settle_layout(flags: Flags) -> Layout:

@@ -48,7 +48,9 @@ def test_bad_input_gives_one_line_and_status_2(flags, words, monkeypatch, capsys
 def compiler(monkeypatch):
     """A fake of libtpu, which takes every program and says that it is small."""
     monkeypatch.setattr(planning, "topology_devices", lambda sliced: [])
-    monkeypatch.setattr(planning, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1))
+    monkeypatch.setattr(
+        planning, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1)
+    )
     yield
     jax.config.update("jax_enable_compilation_cache", True)
 

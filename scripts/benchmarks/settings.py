@@ -6,19 +6,16 @@ has rows of padding, and the learning rate is constant, so that no contender nee
 
 import dataclasses
 import os
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from data.samples import Windows
-from parallax.config import (
-    NANO_CONFIG,
-    SMALL_CONFIG,
-    TINY_CONFIG,
-    OptimizerConfig,
-    TrainConfig,
-    TransformerConfig,
-)
-from scripts.training.flags import Flags
+from parallax.config import NANO_CONFIG, SMALL_CONFIG, TINY_CONFIG, OptimizerConfig, TransformerConfig
+
+Measure = Callable[[dict[str, Any]], dict[str, Any]]
+"""A request to its result, in a contender's process; all work is done when it returns."""
 
 SEED = 0
 TOKENS = 2**20
@@ -75,23 +72,6 @@ def read_setting(name: str) -> Setting:
             f"setting {name!r} must be MODEL-BATCHxLENGTH with a model of {', '.join(MODELS)}; try nano-12x64"
         )
     return Setting(model_name, int(numbers[0]), int(numbers[1]))
-
-
-def training_flags(setting: Setting, strategy: str, **train) -> Flags:
-    """The flags with which train.py would do this work; the losses of others have no z-loss, so this has none."""
-    return Flags(
-        strategy=strategy,  # pyright: ignore[reportArgumentType]: checked where strategies are made
-        model=setting.model,
-        learning=LEARNING,
-        train=TrainConfig(
-            batch_size=setting.batch_size,
-            seq_len=setting.seq_len,
-            seed=SEED,
-            z_loss=0.0,
-            steps=10**6,
-            **train,
-        ),
-    )
 
 
 def samples(setting: Setting) -> Windows:

@@ -1,27 +1,31 @@
-"""What a command found, as a JSON file and a table.
+"""What a command found, as a table and a JSON file.
 
-Invariant: a result says on which machine, with which versions and by which command it was had.
+Invariant: both name the machine and the versions; a printed table is Markdown, so that a page takes it as it is.
 """
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from parallax.storage import write_json
-from scripts.benchmark_settings import cores
+from scripts.benchmarks.settings import cores
 
 FOLDER = "benchmarks"
 QUIET = 0.2
 """Cores that may be busy before a measurement."""
+WIDTH = 200
+"""Of a table at most, in characters, whatever the terminal: a wrapped table is no table to paste."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -51,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def busy_cores(seconds: float = 1.0) -> float:
-    """How many cores were at work in these seconds: all of it by others, since this waits."""
+    """How many cores were busy in these seconds: all of it by others, since this waits."""
 
     def idle() -> int:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
@@ -65,22 +69,49 @@ def busy_cores(seconds: float = 1.0) -> float:
     return max(0.0, (os.cpu_count() or 1) - (idle() - before) / os.sysconf("SC_CLK_TCK") / elapsed)
 
 
-def expect_quiet() -> float:
-    """`busy_cores`, with a warning where others compute: threads that wait for one another suffer many times over."""
-    busy = round(busy_cores(), 2)
+def begin() -> float:
+    """Prints the machine and the versions, and warns where others compute; returns how many cores they keep busy.
+
+    Threads that wait for one another take many times as long beside such work.
+    """
+    found, busy = machine(), round(busy_cores(), 2)
     if busy > QUIET:
         print(
             f"warning: {busy} cores are busy with other work; measure when the machine is quiet",
             file=sys.stderr,
         )
+    named = ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(
+        f"{found['processor']}, {found['cores']} cores, {found['memory_gib']:.0f} GiB, {found['system']}; {named}"
+    )
     return busy
 
 
-def write_report(output: str | None, command: str, results: Any, *, busy: float) -> Path:
-    """Writes the file, by default benchmarks/COMMAND.json, and says where.
+def show(title: str, forms: Mapping[str, str], rows: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """A table on standard output: by row and column the median of some measurements, and their least and most.
 
     Args:
-      busy: from `expect_quiet`, before anything was measured.
+      forms: the format of each column's numbers, such as .3f.
+    """
+    table = Table("", box=box.MARKDOWN)
+    for column in forms:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, columns in rows.items():
+        table.add_row(name, *(spread(columns[column], form) for column, form in forms.items()))
+    print(f"\n{title}; median (least–most)")
+    Console(width=WIDTH).print(table)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """`median (least–most)`, each in that format."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}}–{max(values):{form}})"
+
+
+def write_report(output: str | None, command: str, results: Any, *, busy: float) -> None:
+    """Writes the file, by default benchmarks/COMMAND.json, and reports its path.
+
+    Args:
+      busy: from `begin`, before anything was measured.
 
     Raises:
       ValueError: it cannot be written.
@@ -100,33 +131,3 @@ def write_report(output: str | None, command: str, results: Any, *, busy: float)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
     print(f"report    {path}", file=sys.stderr)
-    return path
-
-
-def read_report(path: Path) -> dict[str, Any]:
-    """What `write_report` wrote.
-
-    Raises:
-      ValueError: it is not there, or not such a file.
-    """
-    try:
-        report = json.loads(path.read_text())
-        return (
-            report
-            if {"command", "machine", "busy_cores_before", "results"} <= report.keys()
-            else {}["results"]
-        )
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise ValueError(f"{path} is not a result of benchmark.py; run its command first") from None
-
-
-def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output; the first column is words, the others are numbers."""
-    table = Table()
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(f"\n{title}", highlight=False)
-    console.print(table)
