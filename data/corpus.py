@@ -59,7 +59,7 @@ def load_corpus(
     """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md) or ArrayRecord token files.
 
     A folder with record files in it is read as records, any other as text, with all its subfolders. The
-    records' `tokenizer.json` lies beside them.
+    records' `tokenizer.json` stands beside them.
 
     Args:
         name_or_path: the `--dataset` flag.

@@ -1,6 +1,6 @@
 """Documents laid into rows of fixed length, by an index that is computed once.
 
-Invariant: each token of each document lies in exactly one row, and the index depends on the lengths alone.
+Invariant: each token of each document is in exactly one row, and the index depends on the lengths alone.
 """
 
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class TokenRecords(Sequence[np.ndarray]):
         """Opens the files.
 
         Raises:
-            ValueError: a file is damaged or empty, or no `tokenizer.json` lies beside the first one.
+            ValueError: a file is damaged or empty, or no `tokenizer.json` stands beside the first one.
         """
         from grain.sources import ArrayRecordDataSource
 

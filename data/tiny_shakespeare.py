@@ -110,7 +110,7 @@ def _build(why: str) -> bytes:
 def _connect(address: str) -> http.client.HTTPResponse:
     """Opens `address` within CONNECT_SECONDS in all.
 
-    A socket's own limit counts for each of a host's addresses anew and not at all for the name look-up, hence
+    A socket's own limit counts for each of a host's addresses again and not at all for the name look-up, hence
     the thread: it is left behind when the time is over.
     """
     answers: queue.Queue[http.client.HTTPResponse | Exception] = queue.Queue()

@@ -1,4 +1,4 @@
-"""Files and folders, local or on gs://: how they are opened, written and told apart, and where fetched ones are kept.
+"""Files and folders, local or on gs://: how they are opened and written, and where fetched ones are kept.
 
 Invariant: what is read is what stands there now; a write appears whole or not at all, however the writer ends, and of
 writers racing for one path one leaves a whole file; no bucket is ever made.

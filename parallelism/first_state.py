@@ -1,4 +1,4 @@
-"""The state that a run begins with, made where it is to lie.
+"""The state that a run begins with, made where it is to be.
 
 Invariant: the same bits wherever that is.
 """

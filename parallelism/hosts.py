@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find each other, speak with one voice, and end.
+"""Several processes as one run: how they find each other, agree, and end.
 
 Invariant: a run has one writer, process 0; and none outlives a peer that is gone.
 """
@@ -115,9 +115,9 @@ def _initialize(cluster: Cluster | None) -> None:
 def fix_cpu_rounding() -> None:
     """Makes XLA's CPU backend round alike on every layout, for exact reduction; call it before any device starts.
 
-    - How a matrix product is cut among threads decides how it rounds, and by default there are as many as cores or
+    - How a matmul is cut among threads decides how it rounds, and by default there are as many as cores or
       simulated devices. 16 is the most devices that exact reduction serves.
-    - Whether a product and a sum are rounded once (fused) or twice depends on the shape that a device holds: vector
+    - Whether a multiply-add is rounded once (fused) or twice depends on the shape that a device holds: vector
       code and its remainder choose differently. Without AVX2's instructions there is nothing to fuse.
     """
     os.environ["NPROC"] = "16"

@@ -1,6 +1,6 @@
 """One program over a `jax.sharding.Mesh`; the compiler inserts the communication.
 
-Invariant: every array lies as the rules say, from birth. The whole state is never on one device.
+Invariant: every array is sharded as the rules say, from birth. The whole state is never on one device.
 """
 
 import math
@@ -86,7 +86,7 @@ class MeshStrategy:
         else:
             sizes = parse_mesh(layout.mesh, len(devices))
         check_used(in_parts(rules, list(sizes)), sizes)
-        # An axis of one device splits nothing; without it no collective is spoken over a group of one.
+        # An axis of one device splits nothing; without it there is no collective over a group of one.
         sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
         # Unlike jax.make_mesh, which takes whole dims of the network alone, on most TPUs.
         laid = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)

@@ -120,7 +120,7 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
     holds one and reduces it on the way.
 
     Args:
-      axis_names: the mapped axes over which the batch lies, outermost first; none on one device.
+      axis_names: the mapped axes over which the batch is sharded, outermost first; none on one device.
       devices: how many those axes hold.
     """
 
@@ -151,8 +151,8 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
                     jax.tree.map(lambda a, b: a + b * share.astype(b.dtype), sofar[1], grads),
                 ), None
 
-            # One division, and products within the loop, whose results no compiler merges with the optimizer: many
-            # divisions become products of a reciprocal, or products are fused with later sums, on some layouts alone.
+            # One division, and matmuls within the loop, whose results no compiler merges with the optimizer: many
+            # divisions become multiplications by a reciprocal, or multiplications are fused with later sums, on some layouts alone.
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), (sums, grads))
             (sums, grads), _ = jax.lax.scan(add, zeros, (sums, grads))
             return jax.lax.optimization_barrier((sums, total, grads))

@@ -18,7 +18,7 @@ class RowBlocks:
     """The blocks of rows, of which this process holds those that its devices need.
 
     Args:
-      sharding: how an array of one number a block lies over the devices.
+      sharding: how an array of one number a block is sharded over the devices.
       count: how many blocks there are.
     """
 
@@ -33,7 +33,7 @@ class RowBlocks:
         return (np.array(self._held)[:, None] * size + np.arange(size)).ravel()
 
     def place(self, batch: Batch, sharding_of: Callable[[tuple[int, ...]], Sharding]) -> dict[str, jax.Array]:
-        """Arrays of this process's rows, as its part of global arrays that lie as `sharding_of` their shape says."""
+        """Arrays of this process's rows, as its part of global arrays, sharded as `sharding_of` their shape says."""
         return {name: self._place(x, sharding_of) for name, x in batch.items()}
 
     def _place(self, x: np.ndarray, sharding_of: Callable[[tuple[int, ...]], Sharding]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Which mesh axes a logical axis lies on.
+"""Which mesh axes shard a logical axis.
 
 Invariant: an array is split only as its rule says. A rule that would use one mesh axis twice in an array, or cut a dim
 into unequal pieces, is refused, never bent.

@@ -3,7 +3,7 @@
 A step keeps replicas equal only if they were equal before it. A bit that flips in one device's memory, or a host that
 reads other data, shows in no metric at first, and in every checkpoint afterwards.
 
-Invariant: arrays are hashed where they lie, and only 64 bits a leaf and device travel. Every process gets all of the
+Invariant: arrays are hashed where they are, and only 64 bits a leaf and device travel. Every process gets all of the
 hashes, so all come to the same verdict.
 """
 
@@ -89,7 +89,7 @@ def check(
     Raises:
       Divergence: "params/embed: device 5 of process 2 differs from the other 7 replicas after step 40".
         Where the most frequent value is not more frequent than all others, every side is named.
-      ValueError: replicated arrays do not lie on one mesh.
+      ValueError: replicated arrays are not on one mesh.
     """
     named = [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)

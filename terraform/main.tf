@@ -2,7 +2,7 @@
 # unless create_tpu is false, the TPU itself.
 
 locals {
-  region = replace(var.zone, "/-[^-]+$/", "") # everything lies in the zone's region, so traffic to the bucket is free
+  region = replace(var.zone, "/-[^-]+$/", "") # everything is in the zone's region, so traffic to the bucket is free
 
   generation = split("-", var.accelerator)[0]
   labels     = merge({ app = "parallax", managed-by = "terraform" }, var.labels)

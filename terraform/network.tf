@@ -28,7 +28,7 @@ resource "google_compute_subnetwork" "this" {
   private_ipv6_google_access = "DISABLE_GOOGLE_ACCESS" # the subnet has no IPv6
 
   log_config {
-    aggregation_interval = "INTERVAL_10_MIN" # who spoke to whom, at the lowest price
+    aggregation_interval = "INTERVAL_10_MIN" # who connected to whom, at the lowest price
     flow_sampling        = 0.1
     metadata             = "EXCLUDE_ALL_METADATA"
   }

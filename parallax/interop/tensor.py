@@ -1,4 +1,4 @@
-"""One parameter as two sides lay it out: dims here, and the tensor of a Hugging Face file.
+"""One parameter in two layouts: dims here, and the tensor of a Hugging Face file.
 
 Invariant: a block that goes there and comes back has the same bits.
 """

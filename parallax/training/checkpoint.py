@@ -180,7 +180,7 @@ class Checkpointer:
 
         chosen = _agree(decide)
         if chosen == none_intact:
-            raise ValueError(f"no checkpoint in {self._folder.root} is intact; start anew in another folder")
+            raise ValueError(f"no checkpoint in {self._folder.root} is intact; start again in another folder")
         return None if chosen == none_there else chosen
 
     def _read(self, step: int, abstract: Any, part: str = "") -> tuple[Any, Documents]:

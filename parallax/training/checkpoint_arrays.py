@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: written as they lie in memory, read a piece at a time to where they are to lie.
+"""The arrays of a checkpoint: written in their order in memory, read a piece at a time to where they are placed.
 
 Invariant: on a CPU neither way makes a second copy of an array. So a shard is stored as one value without compression:
 what is compressed or divided waits in memory until its file is full, and can be read only as a whole.
@@ -52,7 +52,7 @@ class Read(NamedTuple):
     """A piece of an array that is on its way."""
 
     block: Bounds
-    """Where in the array it lies."""
+    """Where in the array it is."""
     value: Any
     """A future of an array, or of the bytes of some rows of a chunk."""
     rows: tuple[int, ...] | None = None
@@ -112,7 +112,7 @@ class StoredArray:
             yield Read(block, self._array[block].read())
 
     def _reads_of_rows(self, key: str, origin: list[int], block: Bounds) -> Iterator[Read]:
-        """Rows are what lies together of a chunk: neighbours in one dim, and all of the dims behind it."""
+        """Rows are contiguous parts of a chunk: neighbours in one dim, and all of the dims behind it."""
         row_bytes = [self._dtype.itemsize * math.prod(self._chunk[dim + 1 :]) for dim in range(len(block))]
         dim = next(dim for dim, nbytes in enumerate(row_bytes) if nbytes <= PIECE_BYTES)
         step = PIECE_BYTES // row_bytes[dim]

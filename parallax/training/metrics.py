@@ -27,7 +27,7 @@ class MetricsWriter:
     Args:
       run_dir: made if it does not exist.
       resume_step: None for a new record. A step for one that goes on after it: later rows and a torn last line are
-        dropped, and TensorBoard is told to forget later events.
+        dropped, and TensorBoard gets word to forget later events.
 
     Raises:
       ValueError: a whole line of the record that goes on is not a row.

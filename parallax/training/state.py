@@ -42,7 +42,7 @@ def make_init(
 def state_axes(config: TransformerConfig, init_state: Callable[[], TrainState]) -> TrainState:
     """The tree of a state with a PartitionSpec of logical axis names for each array.
 
-    Optimizer moments mirror the tree of parameters: a leaf whose path ends in a parameter's path lies like it.
+    Optimizer moments mirror the tree of parameters: a leaf whose path ends in a parameter's path is placed like it.
     """
     names = {
         tuple(path): spec

@@ -46,7 +46,7 @@ class Report:
     temporary_bytes: int = 0
     """The most of a device's memory that is in use beside them, see `_temporary`."""
     flops: int = 0
-    """Of matrix products outside kernels, loops and recomputation counted."""
+    """Matmuls outside kernels, loops and recomputation counted."""
     traffic: tuple[Traffic, ...] = ()
 
     @property
@@ -91,7 +91,7 @@ def compile_step(
 
     Args:
       topology: what the program, which names no chip, was lowered for.
-      mesh_shape: sizes of the axes over which the program's devices lie, outermost first.
+      mesh_shape: sizes of the axes over which the program's devices are arranged, outermost first.
       cache: a folder for reports, by a hash of program, target and compiler; without one that can be written,
         nothing is kept.
     """

@@ -1,6 +1,6 @@
-"""The floating-point operations of the matrix products that one execution of a compiled program performs.
+"""The floating-point operations of the matmuls that one execution of a compiled program performs.
 
-Invariant: a product is counted as often as it runs, by the rule of XLA's own cost analysis: two operations for each
+Invariant: a matmul is counted as often as it runs, by the rule of XLA's own cost analysis: two operations for each
 element of the result and each pair that is summed for it, zeros of padding and dilation left out. Elementwise work,
 a few in a hundred of a Transformer's, is not counted, nor what is inside a Pallas kernel.
 """
@@ -17,7 +17,7 @@ def read_flops(hlo_text: str) -> int:
     """Operations of `compiled.as_text()` on one device.
 
     Raises:
-      ValueError: there is no entry computation, or a loop with products has no fixed length.
+      ValueError: there is no entry computation, or a loop with matmuls has no fixed length.
     """
     program = Program(hlo_text)
 
@@ -46,7 +46,7 @@ def _of_dot(op: Op, left: list[int], right: list[int]) -> int:
 
 
 def _of_convolution(op: Op, left: list[int], right: list[int]) -> int:
-    """A TPU writes a product as a convolution, with batch dims as dims of space."""
+    """A TPU writes a matmul as a convolution, with batch dims as dims of space."""
     inputs, rest = _attribute(op, "dim_labels").split("_")
     kernel, result = rest.split("->")
     out = _dims(op.shape)

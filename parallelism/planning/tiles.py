@@ -14,7 +14,7 @@ SUBLANES = 8
 def tiled_size(shape: Sequence[int]) -> int:
     """Numbers that an array of this shape takes where one dim fills lanes and another sublanes.
 
-    The compiler chooses both dims so that the least is wasted: f32[4,16,4,32] lies as if it were [4, 16, 4, 128].
+    The compiler chooses both dims so that the least is wasted: f32[4,16,4,32] is stored as if it were [4, 16, 4, 128].
     """
     dims = [1] * (2 - len(shape)) + list(shape)
     sizes = []

@@ -94,7 +94,7 @@ report() {
   fi
   printf 'parallax %s %s\n' "$worker" "$end"
   case $end in
-    running | 'exited 0') [ "$worker" = 0 ] || return 0 ;; # one speaks for all
+    running | 'exited 0') [ "$worker" = 0 ] || return 0 ;; # one stands for all
     *) lines=20 ;;
   esac
   tail -c 8000 "$state/log" | tr '\r' '\n' | tail -n "$lines" | sed "s/^/[$worker] /"

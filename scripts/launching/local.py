@@ -1,6 +1,6 @@
 """`launch.py local`: one run as several processes of this machine, with simulated devices.
 
-Invariant: what the processes are told about each other comes from here alone, never from the environment.
+Invariant: what the processes know about each other comes from here alone, never from the environment.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ FOREIGN = (
     "JAX_PROCESS_ID",
     "JAX_LOCAL_DEVICE_IDS",
 )
-"""Variables that speak of another cluster."""
+"""Variables that describe another cluster."""
 
 
 @dataclasses.dataclass(frozen=True)

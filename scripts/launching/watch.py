@@ -1,6 +1,6 @@
 """One run on the hosts of a TPU: shipped to them, started on all, and watched until it ends.
 
-Invariant: a run counts as finished only when every host says that its train.py exited with 0 unasked.
+Invariant: a run counts as finished only when every host says that its train.py exited with 0 by itself.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ class Report:
         if self.state == "lost":
             return -signal.SIGKILL
         if self.state == "stopped" and self.code == 0:
-            return OUTSIDE_FAILURE  # unasked: by a host that is going down
+            return OUTSIDE_FAILURE  # not asked by us: by a host that is going down
         return 128 - self.code if self.code > 128 else self.code
 
     def describe(self) -> str:

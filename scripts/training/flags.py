@@ -29,7 +29,7 @@ DESCRIPTION = (
 )
 
 LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
-"""What a resumed run may change without changing what it computes, but that `accumulate` draws dropout's masks anew."""
+"""What a resumed run may change without changing what it computes, but that `accumulate` changes dropout's masks."""
 FREE = (
     *LAYOUT,
     "steps",

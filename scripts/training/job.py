@@ -28,7 +28,7 @@ from scripts.training.step import bind_state, bind_step
 
 
 def say(line: str) -> None:
-    """A line for the person who watches, on standard error; of several processes the first speaks for all."""
+    """A line for the person who watches, on standard error; of several processes the first stands for all."""
     if jax.process_index() == 0:
         print(line, file=sys.stderr, flush=True)
 

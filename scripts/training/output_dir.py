@@ -27,7 +27,7 @@ from parallax.training.metrics import METRICS_FILE
 from scripts.training.summary import SUMMARY_FILE
 
 CONTINUED = (METRICS_FILE, SUMMARY_FILE)
-"""Files that an attempt goes on with; the others it writes anew, or under another name."""
+"""Files that an attempt goes on with; the others it writes again, or under another name."""
 PATIENCE = 5.0
 """Seconds that a process which was just killed has to let go of its folder."""
 

@@ -54,7 +54,7 @@ run "everything_follows_the_zone" {
       google_compute_router_nat.this.region,
       google_storage_bucket.runs.location,
     ]) == toset(["europe-west4"])
-    error_message = "Something lies outside the TPU's region."
+    error_message = "Something is outside the TPU's region."
   }
 
   assert {

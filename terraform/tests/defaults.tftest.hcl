@@ -132,6 +132,6 @@ run "one_v3_8_of_the_known_name" {
 
   assert {
     condition     = length(google_tpu_v2_vm.this[0].scheduling_config) == 0
-    error_message = "On-demand is the default: nobody should lose a TPU unasked."
+    error_message = "On-demand is the default: nobody should lose a TPU by default."
   }
 }
