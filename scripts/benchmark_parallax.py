@@ -14,6 +14,7 @@ from data.pipeline import training_batches
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
+from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params
 from parallax.training.loop import Row, Stopwatch, train
 from scripts.allocator import keep_large_buffers
@@ -108,6 +109,7 @@ def decoding(
     config = MODELS[model]
     params = jax.jit(lambda: init_params(config, jax.random.key(SEED)))()
     write_weights(weights, params)
+    params = prepare(config, params)
     generator = Generator(config)
     request = Request(
         prompts=list(prompts(config, batch_size, prompt_tokens)),

@@ -15,6 +15,7 @@ from etils import epath
 from data.tokenizer import Tokenizer, load_tokenizer
 from parallax.config import TransformerConfig
 from parallax.config_dict import config_from_dict
+from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.remote import open_folder, reason_of
@@ -32,6 +33,10 @@ class Run:
     """The checkpoint that `params` came from."""
     settings: dict[str, Any]
     """All of config.json: how the run was trained, and on what."""
+
+    def prepared(self) -> "Run":
+        """The run with parameters as `prepare` leaves them for inference."""
+        return dataclasses.replace(self, params=prepare(self.config, self.params))
 
 
 def load_run(

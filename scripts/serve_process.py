@@ -73,7 +73,7 @@ def serve(flags: "Flags", key: str, listener: socket.socket) -> int:
         for number in SIGNALS:  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
         keep_compiled_programs()
-        run = load_run(flags.checkpoint, flags.step)
+        run = load_run(flags.checkpoint, flags.step).prepared()
         engine = Engine(
             lambda: Batcher(run.config, run.params, slots=flags.slots, capacity=flags.capacity),
             flags.limits.queue,

@@ -8,7 +8,7 @@ import reprlib
 from typing import Any, NamedTuple
 
 from data.tokenizer import CharTokenizer, Tokenizer
-from parallax.inference.batching import TOP
+from parallax.inference.report import TOP
 from scripts.serve_limits import Limits
 
 Schema = dict[str, Any]

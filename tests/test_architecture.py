@@ -20,7 +20,7 @@ ARROWS = {
 }
 # tests/FOLDER stands for parallax/FOLDER unless FOLDER is a package itself; these tests look at the whole tree.
 WHOLE_TREE = {"test_architecture.py", "test_packaging.py", "test_environment.py", "test_terraform.py"}
-MAX_LINES = 260
+MAX_LINES = 400
 
 MODULES = sorted(path for package in ARROWS for path in (ROOT / package).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

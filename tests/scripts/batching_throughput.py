@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from parallax.config import PRESETS
-from parallax.inference.batching import Batcher, Completion
+from parallax.inference.batching import Batcher
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
@@ -64,7 +64,7 @@ def main() -> None:
 
 def run(batcher: Batcher, rows: int, max_tokens: int) -> None:
     for ticket in range(rows):
-        batcher.admit(ticket, Completion(prompt=PROMPT, max_tokens=max_tokens, temperature=0.8, seed=ticket))
+        batcher.admit(ticket, Request.one(PROMPT, max_tokens=max_tokens, temperature=0.8, seed=ticket))
     while batcher.step():
         pass
 
