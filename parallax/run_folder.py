@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from parallax.config import TransformerConfig, config_from_dict
+from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params
 from parallax.storage import open_folder, reason_of
 from parallax.tokenizers.base import Tokenizer
@@ -32,6 +33,10 @@ class Run:
     """The checkpoint that `params` came from."""
     settings: dict[str, Any]
     """All of config.json: how the run was trained, and on what."""
+
+    def prepared(self) -> "Run":
+        """The run with parameters as `prepare` leaves them for inference."""
+        return dataclasses.replace(self, params=prepare(self.config, self.params))
 
 
 def abstract_params(config: TransformerConfig) -> Params:

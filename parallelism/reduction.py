@@ -152,7 +152,7 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
                 ), None
 
             # One division, and matmuls within the loop, whose results no compiler merges with the optimizer: many
-            # divisions become multiplications by a reciprocal, or multiplications are fused with later sums, on some layouts alone.
+            # divisions become multiplications by a reciprocal, or multiply-adds are fused, on some layouts alone.
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), (sums, grads))
             (sums, grads), _ = jax.lax.scan(add, zeros, (sums, grads))
             return jax.lax.optimization_barrier((sums, total, grads))

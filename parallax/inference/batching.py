@@ -5,32 +5,110 @@ with the same seed, whatever shares the batch, whoever came first and whoever wa
 compiled. (Matrices of other shapes may be multiplied with other last bits: a tie to the last bit can fall apart.)
 """
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from parallax.axes import Names, Placement, bound
+from parallax.axes import Names, Placement, bound, constrain
 from parallax.config import TransformerConfig
-from parallax.inference.completion import Completion, Running, Token
-from parallax.inference.request import SMALLEST_BUCKET, check_ids, check_seed
-from parallax.inference.slots import TOP, Slots, decode, insert, prefill, read_report
-from parallax.inference.stopping import round_up
-from parallax.model.transformer import Params, unstack
+from parallax.inference.report import logits_of, read_report, report, report_prompt
+from parallax.inference.request import Request, bucket
+from parallax.inference.slots import Slots, prefill, step
+from parallax.model.transformer import Params, TransformerLM
 
-__all__ = ["TOP", "Batcher", "Completion", "Token"]
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    """One token of one completion."""
+
+    ticket: int
+    token_id: int
+    logprob: float | None
+    """Natural log of its probability by the model itself: temperature 1, no penalty, no filter. None for the first
+    token of a prompt, which nothing precedes."""
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens in its place as (id, logprob), best first: report.TOP of them, or the whole of a smaller
+    vocabulary; none for the first token of a prompt."""
+    is_prompt: bool
+    """Whether it is a token of the prompt, reported for `prompt_logprobs`."""
+    finish: str | None
+    """None while the completion goes on; on its last token "stop" (eos or a stop, which is reported) or "length"."""
+
+
+@dataclasses.dataclass
+class _Running:
+    """A completion under way, as the host knows it. Where it ends is decided here, by its own tokens."""
+
+    ticket: int
+    request: Request
+    generated: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return len(self.request.prompts[0]) + len(self.generated)
+
+    def take(self, words_R: np.ndarray) -> Token:
+        """The token of a report."""
+        token, logprob, top = read_report(words_R)
+        self.generated.append(token)
+        stops, finish = self.request.stops, None
+        if token == self.request.eos_id or any(self.generated[-len(stop) :] == list(stop) for stop in stops):
+            finish = "stop"
+        elif len(self.generated) == self.request.max_tokens:
+            finish = "length"
+        return Token(self.ticket, token, logprob, top, False, finish)
+
+
+def fill(model: TransformerLM, arrays: tuple, score_prompt: jax.Array) -> tuple[Slots, jax.Array, jax.Array]:
+    """Reads the one prompt of `Request.prompt_arrays` and draws the token that follows it.
+
+    Returns:
+      slots of one row; the drawn token's report [1, R]; with `score_prompt` the reports [P, R] of what follows each
+      token of the prompt, within it, and zeros without.
+    """
+    slots, x_1PD = prefill(model, *arrays)
+    prompt_PR = report_prompt(model, x_1PD[0], arrays[0][0], score_prompt)
+    last_11D = jax.lax.dynamic_slice_in_dim(x_1PD, slots.lengths[0] - 1, 1, axis=1)
+    logits_1V = logits_of(model, last_11D)[:, 0]
+    slots = slots.draw(logits_1V, jnp.ones(1, bool))
+    return slots, constrain(report(logits_1V, slots.last), None, None), constrain(prompt_PR, None, None)
+
+
+def decode(
+    model: TransformerLM, slots: Slots, busy_B: jax.Array, *, steps: int, window: int
+) -> tuple[Slots, jax.Array]:
+    """`steps` tokens more for each busy slot: the slots, and the reports of these tokens [steps, B, R].
+
+    Where a row ends, the host knows, and looks at no more of it. Only the first `window` tokens of the cache are read
+    and written, which rows in use must not outgrow: a step costs what is held, not what could be.
+    """
+    whole = slots.cache
+
+    def one(slots: Slots, _) -> tuple[Slots, jax.Array]:
+        slots, logits_BV = step(model, slots, busy_B & (slots.lengths < whole.capacity))
+        return slots, report(logits_BV, slots.last)
+
+    # An idle slot costs no noise and no filter.
+    settings = slots.settings.where(busy_B)
+    narrow = dataclasses.replace(slots, cache=whole.window(window), settings=settings)
+    narrow, reports_KBR = jax.lax.scan(one, narrow, None, length=steps)
+    slots = dataclasses.replace(narrow, cache=whole.with_window(narrow.cache))
+    return slots.constrained(), constrain(reports_KBR, None, None, None)
 
 
 class Batcher:
     """Completions in S slots of one cache. One thread calls it; `check` any may.
 
     Args:
-      params: may lie on a mesh; then `placement` says how the rest lies.
+      params: fastest as `prepare` leaves them; may be sharded over a mesh, and then `placement` says how the rest is.
       slots: how many completions run at once; all of them are computed, used or not.
       capacity: the most tokens a slot can hold, prompt included; at most max_seq_len of them are used.
       tokens_per_step: how many tokens a slot takes in one `step`; more cost fewer calls, and a newcomer waits longer.
-      placement: what `axes.bound` takes, to lay slots and heads over devices. The mesh axes that split a batch must
+      placement: what `axes.bound` takes, to place slots and heads over devices. The mesh axes that split a batch must
         divide `slots`; no axis may split `length`.
     """
 
@@ -44,127 +122,94 @@ class Batcher:
         tokens_per_step: int = 4,
         placement: Placement | None = None,
     ):
-        for name, value in (
-            ("slots", slots),
-            ("capacity", capacity),
-            ("tokens_per_step", tokens_per_step),
-        ):
+        for name, value in {"slots": slots, "capacity": capacity, "tokens_per_step": tokens_per_step}.items():
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1; try 16")
         self.config, self.params = config, params
         self.capacity, self.tokens_per_step = min(capacity, config.max_seq_len), tokens_per_step
-        self._running: list[Running | None] = [None] * slots
-        whole, row = (placement, None) if placement is None else (placement, _OneRow(placement))
+        self._running: list[_Running | None] = [None] * slots
+        row = None if placement is None else _OneRow(placement)
 
         # Fresh closures, since JAX knows nothing of what is bound.
-        def create(layers):
-            with bound(whole):
-                return Slots.create(config, layers, slots, self.capacity)
+        def create_slots(params):
+            with bound(placement):
+                return Slots.create(TransformerLM.from_params(config, params), slots, self.capacity)
 
-        def fill(params, layers, slots, slot, *prompt):
+        def fill_slot(params, slots, slot, arrays, score_prompt):
             with bound(row):
-                filled, drawn, prompt_scores = prefill(config, params, layers, *prompt)
-            with bound(whole):
-                return insert(slots, slot, filled), drawn, prompt_scores
+                filled, drawn, prompt_scores = fill(
+                    TransformerLM.from_params(config, params), arrays, score_prompt
+                )
+            with bound(placement):
+                return slots.insert(slot, filled), drawn, prompt_scores
 
-        def step(params, layers, slots, window):
-            with bound(whole):
-                return decode(config, params, layers, slots, steps=tokens_per_step, window=window)
+        def take_step(params, slots, busy, window):
+            with bound(placement):
+                model = TransformerLM.from_params(config, params)
+                return decode(model, slots, busy, steps=tokens_per_step, window=window)
 
-        self._fill = jax.jit(fill, donate_argnums=2)
-        self._step = jax.jit(step, donate_argnums=2, static_argnums=3)
-        # A second copy of the blocks' weights, for CPUs. On a mesh a layer's own cache would be gathered to be written.
-        self._layers = jax.jit(functools.partial(unstack, config))(params) if placement is None else None
-        self._slots = jax.jit(create)(self._layers)
+        self._fill = jax.jit(fill_slot, donate_argnums=1)
+        self._step = jax.jit(take_step, donate_argnums=1, static_argnums=3)
+        self._slots = jax.jit(create_slots)(params)
 
     @property
     def free(self) -> int:
         """How many slots are free now."""
         return self._running.count(None)
 
-    def check(self, completion: Completion) -> None:
-        """Raises ValueError for a completion that can never run here."""
-        length, max_tokens = len(completion.prompt), completion.max_tokens
-        if not length:
-            raise ValueError("prompt is empty (0 tokens); give at least one token to continue from")
-        if max_tokens < 1 and not (max_tokens == 0 and completion.prompt_logprobs):
+    def check(self, request: Request) -> None:
+        """Raises ValueError for a request that can never run here."""
+        request.check(self.config, self.capacity)
+        if len(request.prompts) > 1:
             raise ValueError(
-                f"max_tokens={max_tokens} must be at least 1; try 200, or 0 with prompt_logprobs"
+                f"{len(request.prompts)} prompts must be 1 a completion; admit one after another"
             )
-        if length + max_tokens > self.capacity:
-            fits = self.capacity - length
-            remedy = f"max_tokens {fits}" if fits > 0 else "a shorter prompt"
-            raise ValueError(
-                f"prompt of {length} tokens + max_tokens={max_tokens} must not exceed the {self.capacity} tokens that "
-                f"a slot holds; try {remedy}"
-            )
-        if any(len(stop) == 0 for stop in completion.stops):
-            raise ValueError("a stop is empty; leave it out, or give at least one token")
-        eos = [] if completion.eos_id is None else [completion.eos_id]
-        check_ids(self.config, [completion.prompt, *completion.stops, eos])
-        check_seed(completion.seed)
-        completion.settings()
 
-    def admit(self, ticket: int, completion: Completion) -> list[Token]:
+    def admit(self, ticket: int, request: Request) -> list[Token]:
         """Prefills a free slot: the tokens of the prompt if asked for, then the first that is drawn.
 
         Args:
           ticket: any number that no completion under way has.
+          request: of one prompt.
 
         Raises:
           ValueError: from `check`; or no slot is free, or the ticket is in use.
         """
-        self.check(completion)
+        self.check(request)
         if not self.free:
             raise ValueError(f"all {len(self._running)} slots are busy; admit once `free` is above 0")
         if any(running and running.ticket == ticket for running in self._running):
             raise ValueError(f"ticket={ticket} is under way; give each completion its own")
         slot = self._running.index(None)
-        drawn, prompt_scores = self._prefill(slot, completion)
-        tokens = list(_prompt_tokens(ticket, completion, prompt_scores)) if completion.prompt_logprobs else []
-        if completion.max_tokens:
-            self._running[slot] = running = Running(ticket, completion)
+        drawn, prompt_scores = self._prefill(slot, request)
+        tokens = list(_prompt_tokens(ticket, request, prompt_scores)) if request.prompt_logprobs else []
+        if request.max_tokens:
+            self._running[slot] = running = _Running(ticket, request)
             tokens.append(self._take(slot, running, np.asarray(drawn)[0]))
         return tokens
 
-    def _bucket(self, length: int) -> int:
-        """Tokens of the cache that a call reads for texts up to this length: few sizes, so few compilations."""
-        return min(max(SMALLEST_BUCKET, round_up(length)), self.capacity)
-
-    def _prefill(self, slot: int, completion: Completion) -> tuple[jax.Array, jax.Array]:
-        length = len(completion.prompt)
-        tokens = np.zeros(self._bucket(length), np.int32)
-        tokens[:length] = completion.prompt
+    def _prefill(self, slot: int, request: Request) -> tuple[jax.Array, jax.Array]:
+        arrays, scored = request.prompt_arrays(self.capacity), np.bool_(request.prompt_logprobs)
         self._slots, drawn, prompt_scores = self._fill(
-            self.params,
-            self._layers,
-            self._slots,
-            np.int32(slot),
-            tokens,
-            np.int32(length),
-            np.uint32(completion.seed),
-            completion.settings(),
-            np.bool_(completion.prompt_logprobs),
+            self.params, self._slots, np.int32(slot), arrays, scored
         )
         return drawn, prompt_scores
 
-    def _take(self, slot: int, running: Running, words: np.ndarray) -> Token:
+    def _take(self, slot: int, running: _Running, words_R: np.ndarray) -> Token:
         """A drawn token, which frees the slot if it is the last."""
-        token, logprob, top = read_report(words)
-        finish = running.take(token)
-        if finish:
+        token = running.take(words_R)
+        if token.finish:
             self._running[slot] = None
-        return Token(running.ticket, token, logprob, top, False, finish)
+        return token
 
     def step(self) -> list[Token]:
         """Some tokens more for every busy slot, each completion's in order; nothing where none is busy."""
-        busy = [running for running in self._running if running]
-        if not busy:
+        busy = np.array([running is not None for running in self._running])
+        if not busy.any():
             return []
-        longest = max(running.length for running in busy)
-        self._slots, reports = self._step(
-            self.params, self._layers, self._slots, self._bucket(longest + self.tokens_per_step)
-        )
+        longest = max(running.length for running in self._running if running)
+        window = bucket(longest + self.tokens_per_step, self.capacity)
+        self._slots, reports = self._step(self.params, self._slots, busy, window)
         return [
             self._take(slot, running, words)
             for words_BR in np.asarray(reports)
@@ -186,22 +231,22 @@ class Batcher:
         """
         if self.free < len(self._running):
             raise ValueError("completions are under way; warm up before the first")
-        length = min(SMALLEST_BUCKET, self.capacity)
+        length, idle = bucket(1, self.capacity), np.zeros(len(self._running), bool)
         while True:
-            self._prefill(0, Completion(prompt=np.zeros(length, np.int32), max_tokens=0))
-            self._slots, _ = self._step(self.params, self._layers, self._slots, length)
+            self._prefill(0, Request.one(np.zeros(length, np.int32), max_tokens=0))
+            self._slots, _ = self._step(self.params, self._slots, idle, length)
             if length == self.capacity:
                 return
-            length = min(2 * length, self.capacity)
+            length = bucket(length + 1, self.capacity)
 
 
-def _prompt_tokens(ticket: int, completion: Completion, scores: jax.Array) -> Iterator[Token]:
+def _prompt_tokens(ticket: int, request: Request, scores_PR: jax.Array) -> Iterator[Token]:
     """The tokens of a prompt, from what follows each of its tokens."""
-    length = len(completion.prompt)
-    finish = None if completion.max_tokens else "length"
-    yield Token(ticket, int(completion.prompt[0]), None, (), True, finish if length == 1 else None)
-    for at, words in enumerate(np.asarray(scores)[: length - 1], start=2):
-        yield Token(ticket, *read_report(words), True, finish if at == length else None)
+    (prompt,) = request.prompts
+    finish = None if request.max_tokens else "length"
+    yield Token(ticket, int(prompt[0]), None, (), True, finish if len(prompt) == 1 else None)
+    for at, words_R in enumerate(np.asarray(scores_PR)[: len(prompt) - 1], start=2):
+        yield Token(ticket, *read_report(words_R), True, finish if at == len(prompt) else None)
 
 
 class _OneRow:

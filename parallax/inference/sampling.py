@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from parallax import cpu
+
 RULES = {
     "temperature": (
         lambda value: 0 <= value <= 1e6,
-        "lie in [0, 1e6]; try 0.8, or 0 for the likeliest token",
+        "lie in [0, 1e6]; try 0.8, or 0 for greedy",
     ),
     "top_k": (lambda value: 0 <= value < 2**31, "lie in [0, 2^31); 0 is off"),
     "top_p": (lambda value: 1e-30 <= value <= 1, "lie in (0, 1]; 1 is off"),
@@ -29,13 +31,13 @@ class SamplingSettings:
     """How each of B rows draws its tokens; every field is an array [B]. `create` builds and checks one."""
 
     temperature: jax.Array
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divides the logits; 0 is greedy: it takes the argmax."""
     top_k: jax.Array
-    """Keeps the k likeliest tokens; 0 is off."""
+    """Keeps the k most probable tokens; 0 is off."""
     top_p: jax.Array
-    """Keeps the fewest likeliest tokens whose probability reaches p; 1 is off."""
+    """Keeps the fewest most probable tokens whose probability reaches p; 1 is off."""
     min_p: jax.Array
-    """Keeps the tokens with at least this share of the likeliest one's probability; 0 is off."""
+    """Keeps the tokens with at least this share of the greatest probability; 0 is off."""
     repetition_penalty: jax.Array
     """Above 1 makes the tokens of the prompt and of the text so far less likely; 1 is off."""
 
@@ -63,6 +65,11 @@ class SamplingSettings:
             repetition_penalty=_column("repetition_penalty", repetition_penalty, num_rows, np.float32),
         )
 
+    def where(self, active_B: jax.Array) -> "SamplingSettings":
+        """These for active rows, and for others what costs nothing: greedy, without filters."""
+        off = SamplingSettings.create(1, temperature=0.0)
+        return jax.tree.map(lambda x_B, x_1: jnp.where(active_B, x_B, x_1), self, off)
+
 
 def _column(name: str, given: float | Sequence[float], num_rows: int, dtype: type) -> Any:
     values = list(given) if isinstance(given, Sequence) else [given] * num_rows
@@ -87,7 +94,7 @@ def penalise(logits_BV: jax.Array, penalty_B: jax.Array, seen_BV: jax.Array) -> 
 
 
 def keep(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
-    """Which tokens may be drawn, bool [B, V]; the likeliest always may, and of equal ones the lower id is the likelier.
+    """Which tokens may be drawn, bool [B, V]; the argmax always may, and of equal ones the lower id is first.
 
     In this order, each filter sees the tokens left by the one before, their probabilities summing to 1 again:
       top-k: the k first (Fan et al. 2018, arXiv:1805.04833, section 5.4);
@@ -96,7 +103,7 @@ def keep(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
       min-p: probability ≥ min_p · that of the first (Nguyen et al. 2024, arXiv:2407.01082, section 3).
     """
     top_k_B1, top_p_B1 = settings.top_k[:, None], settings.top_p[:, None]
-    # Over the probability of the likeliest.
+    # Over the greatest probability.
     share_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=1, keepdims=True))
 
     def by_top_k() -> jax.Array:
@@ -118,7 +125,7 @@ def keep(logits_BV: jax.Array, settings: SamplingSettings) -> jax.Array:
 
 
 def _beginning(logits_BV: jax.Array, weights_BV: jax.Array, bound_B1: jax.Array) -> jax.Array:
-    """Each token before which, in falling order of logits, lies less weight than the bound; bool [B, V].
+    """Each token before which, in falling order of logits, is less weight than the bound; bool [B, V].
 
     The least logit of them is found bit by bit, in 32 sums over a row: a sort of all takes 5 times as long on a CPU.
     """
@@ -140,7 +147,7 @@ def _beginning(logits_BV: jax.Array, weights_BV: jax.Array, bound_B1: jax.Array)
 
 
 def _is_greedy(settings: SamplingSettings) -> jax.Array:
-    """Which rows take the likeliest token, bool [B]: a temperature that is subnormal divides like 0."""
+    """Which rows are greedy, bool [B]: a temperature that is subnormal divides like 0."""
     return settings.temperature < jnp.finfo(jnp.float32).tiny
 
 
@@ -158,16 +165,6 @@ def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax
     ids_BV = jax.lax.broadcasted_iota(best_B1.dtype, scaled_BV.shape, 1)
     kept_BV = keep(scaled_BV, settings) & (~_is_greedy(settings)[:, None] | (ids_BV == best_B1))
     return jax.nn.softmax(jnp.where(kept_BV, scaled_BV, -jnp.inf), axis=1)
-
-
-def _likeliest(logits_BV: jax.Array) -> jax.Array:
-    """The first of a row's greatest, int32 [B]. XLA's own argmax takes several times as long on a CPU."""
-    if jax.default_backend() != "cpu":
-        return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
-    best_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
-    ids_1V = jnp.arange(logits_BV.shape[1], dtype=jnp.int32)[None]
-    # Where nothing equals the greatest, which then is NaN, the last id is still one of the vocabulary.
-    return jnp.min(jnp.where(logits_BV == best_B1, ids_1V, logits_BV.shape[1] - 1), axis=1)
 
 
 def sample(
@@ -196,7 +193,7 @@ def sample(
         own_B = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
         noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, scaled_BV.shape[1:], scaled_BV.dtype))(own_B)
         noisy_BV = jnp.where(keep(scaled_BV, settings), scaled_BV + noise_BV, -jnp.inf)
-        return _likeliest(jnp.where(greedy_B[:, None], penalised_BV, noisy_BV))
+        return cpu.argmax(jnp.where(greedy_B[:, None], penalised_BV, noisy_BV))
 
     # Where all are greedy, which only the host could know before, there is no noise to pay for.
-    return jax.lax.cond(jnp.all(greedy_B), lambda: _likeliest(penalised_BV), draw)
+    return jax.lax.cond(jnp.all(greedy_B), lambda: cpu.argmax(penalised_BV), draw)

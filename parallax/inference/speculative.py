@@ -8,8 +8,8 @@ nothing that was kept depended on them.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import chex
 import jax
@@ -17,13 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
-from parallax.inference.generate import Generation, prefill
+from parallax.inference.generate import Generation, read_prompts, stream
 from parallax.inference.rejection import check_proposals, draw
 from parallax.inference.request import Request
 from parallax.inference.sampling import probabilities
-from parallax.inference.stopping import ends_with_stop
-from parallax.model.cache import KVCache
-from parallax.model.transformer import Params, TransformerLM, unstack
+from parallax.layers.cache import KVCache
+from parallax.model.transformer import Params, TransformerLM
 
 PROPOSE, ACCEPT, REPLACE = range(3)
 """What the key of a position is folded with for each of its draws."""
@@ -49,55 +48,37 @@ class Speculation:
 
     text: Generation
     draft_cache: KVCache
-    rooms: jax.Array  # int32 [B]: how long each row may become
     proposed: jax.Array  # int32 [B]: tokens that the small model proposed
     accepted: jax.Array  # int32 [B]: those of them that the large one let pass
 
 
 def start(
-    configs: Configs,
-    params: BothParams,
-    arrays: tuple,
-    max_tokens: jax.Array,
-    limit: jax.Array,
-    *,
-    capacity: int,
-    draft_tokens: int,
+    configs: Configs, params: BothParams, arrays: tuple, limit: jax.Array, *, capacity: int, draft_tokens: int
 ) -> Speculation:
     """Reads the prompts of `Request.arrays` into both caches, then `extend`s."""
+    room = capacity + draft_tokens
     text, draft = (
-        prefill(config, weights, unstack(config, weights), *arrays, capacity=capacity + draft_tokens)
+        read_prompts(TransformerLM.from_params(config, weights), arrays, capacity=room, room=room)
         for config, weights in zip(configs, params, strict=True)
     )
-    none = jnp.zeros_like(text.lengths)
-    speculation = Speculation(
-        text=text,
-        draft_cache=draft.cache,
-        rooms=text.prompt_lengths + max_tokens,
-        proposed=none,
-        accepted=none,
-    )
-    return extend(configs, params, speculation, limit, draft_tokens=draft_tokens)
+    none = jnp.zeros_like(text.prompt_lengths)
+    state = Speculation(text=text, draft_cache=draft.slots.cache, proposed=none, accepted=none)
+    return extend(configs, params, state, limit, draft_tokens=draft_tokens)
 
 
 def extend(
-    configs: Configs, params: BothParams, speculation: Speculation, limit: jax.Array, *, draft_tokens: int
+    configs: Configs, params: BothParams, state: Speculation, limit: jax.Array, *, draft_tokens: int
 ) -> Speculation:
-    """Goes on until each row is done, full or has `limit` generated tokens; it may have up to `draft_tokens` more."""
-    target, draft = (
-        functools.partial(TransformerLM.from_params(config, weights), layers=unstack(config, weights))
-        for config, weights in zip(configs, params, strict=True)
-    )
+    """Goes on until each row is finished or has `limit` generated tokens; it may have up to `draft_tokens` more."""
 
-    def active(state: Speculation) -> jax.Array:
-        text = state.text
-        return ~text.done & (text.lengths < jnp.minimum(text.prompt_lengths + limit, state.rooms))
+    def take_round(state: Speculation) -> Speculation:
+        target, draft = (
+            TransformerLM.from_params(config, weights)
+            for config, weights in zip(configs, params, strict=True)
+        )
+        return _check(target, state, _propose(draft, state, draft_tokens), state.text.active(limit))
 
-    def step(state: Speculation) -> Speculation:
-        proposal = _propose(draft, state, draft_tokens)
-        return _check(target, state, proposal, active(state))
-
-    return jax.lax.while_loop(lambda state: jnp.any(active(state)), step, speculation)
+    return jax.lax.while_loop(lambda state: jnp.any(state.text.active(limit)), take_round, state)
 
 
 class _Proposal(NamedTuple):
@@ -112,44 +93,45 @@ class _Proposal(NamedTuple):
 def _keys(text: Generation, count: int, purpose: int) -> jax.Array:
     """Keys [count, B] of the next positions of each row."""
 
-    def key(row_key: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(row_key, position), purpose)
+    def key(seed: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), position), purpose)
 
-    return jax.vmap(jax.vmap(key), (None, 0))(text.keys, text.lengths[None] + jnp.arange(count)[:, None])
+    positions_TB = text.slots.lengths[None] + jnp.arange(count)[:, None]
+    return jax.vmap(jax.vmap(key), (None, 0))(text.slots.seeds, positions_TB)
 
 
-def _propose(model: Callable, state: Speculation, count: int) -> _Proposal:
+def _propose(model: TransformerLM, state: Speculation, count: int) -> _Proposal:
     """Draws `count` tokens a row, one after another, by the small model."""
-    text, rows = state.text, jnp.arange(len(state.text.lengths))
+    text, slots = state.text, state.text.slots
+    rows = jnp.arange(len(slots.lengths))
 
     def step(carry: tuple, keys_B: jax.Array) -> tuple[tuple, tuple]:
         # Two tokens are fed each time: where all proposals passed, the last but one has not been fed before.
         cache, pair_B2, lengths_B, seen_BV = carry
         positions_B2 = jnp.maximum(lengths_B[:, None] + jnp.array([[-2, -1]]), 0)
         logits_B2V, cache = model(pair_B2, positions_B2, cache=cache)
-        probs_BV = probabilities(logits_B2V[:, 1], text.settings, seen_BV)
+        probs_BV = probabilities(logits_B2V[:, 1], slots.settings, seen_BV)
         token_B = draw(probs_BV, keys_B)
         pair_B2 = jnp.stack([pair_B2[:, 1], token_B], axis=1)
         seen_after_BV = seen_BV.at[rows, token_B].set(True)
         return (cache, pair_B2, lengths_B + 1, seen_after_BV), (token_B, probs_BV, seen_BV)
 
-    last_two_B2 = jnp.maximum(text.lengths[:, None] + jnp.array([[-2, -1]]), 0)
+    last_two_B2 = jnp.maximum(slots.lengths[:, None] + jnp.array([[-2, -1]]), 0)
     pair_B2 = jnp.take_along_axis(text.tokens, last_two_B2, axis=1)
-    carry = (state.draft_cache, pair_B2, text.lengths, text.seen)
+    carry = (state.draft_cache, pair_B2, slots.lengths, slots.seen)
     (cache, _, _, seen_BV), (tokens_RB, probs_RBV, seen_RBV) = jax.lax.scan(
         step, carry, _keys(text, count, PROPOSE)
     )
     return _Proposal(tokens_RB, probs_RBV, jnp.concatenate([seen_RBV, seen_BV[None]]), cache)
 
 
-def _check(model: Callable, state: Speculation, proposal: _Proposal, active_B: jax.Array) -> Speculation:
-    """Adds to each active row the proposals that pass and one token by the large model."""
-    text, count = state.text, len(proposal.tokens_RB)
-    last_B1 = jnp.take_along_axis(text.tokens, text.lengths[:, None] - 1, axis=1)
-    fed_BT = jnp.concatenate([last_B1, proposal.tokens_RB.T], axis=1)
-    positions_BT = text.lengths[:, None] - 1 + jnp.arange(count + 1)[None]
-    logits_BTV, cache = model(fed_BT, positions_BT, cache=text.cache)
-    p_TBV = jax.vmap(probabilities, (1, None, 0))(logits_BTV, text.settings, proposal.seen_TBV)
+def _check(model: TransformerLM, state: Speculation, proposal: _Proposal, active_B: jax.Array) -> Speculation:
+    """Adds to each active row the proposals that pass and one token by the large model, up to the row's end."""
+    text, slots, count = state.text, state.text.slots, len(proposal.tokens_RB)
+    fed_BT = jnp.concatenate([slots.last[:, None], proposal.tokens_RB.T], axis=1)
+    positions_BT = slots.lengths[:, None] - 1 + jnp.arange(count + 1)[None]
+    logits_BTV, cache = model(fed_BT, positions_BT, cache=slots.cache)
+    p_TBV = jax.vmap(probabilities, (1, None, 0))(logits_BTV, slots.settings, proposal.seen_TBV)
     passed_B, own_B = check_proposals(
         proposal.tokens_RB,
         proposal.probs_RBV,
@@ -157,42 +139,16 @@ def _check(model: Callable, state: Speculation, proposal: _Proposal, active_B: j
         _keys(text, count, ACCEPT),
         _keys(text, count + 1, REPLACE),
     )
-    at_T1 = jnp.arange(count + 1)[:, None]
-    new_TB = jnp.where(at_T1 < passed_B[None], jnp.pad(proposal.tokens_RB, ((0, 1), (0, 0))), own_B[None])
-    text = dataclasses.replace(text, cache=cast(KVCache, cache))
-    return dataclasses.replace(
-        state,
-        text=_append(text, new_TB, passed_B + 1, state.rooms, active_B),
+    text = dataclasses.replace(text, slots=dataclasses.replace(slots, cache=cache))
+    for at in range(count + 1):
+        token_B = own_B if at == count else jnp.where(at < passed_B, proposal.tokens_RB[at], own_B)
+        taken_B = active_B & (at <= passed_B) & text.active()
+        text = text.record(text.slots.take(token_B, taken_B), taken_B)
+    return Speculation(
+        text=text,
         draft_cache=proposal.draft_cache,
         proposed=state.proposed + jnp.where(active_B, count, 0),
         accepted=state.accepted + jnp.where(active_B, passed_B, 0),
-    )
-
-
-def _append(
-    text: Generation, new_TB: jax.Array, count_B: jax.Array, rooms_B: jax.Array, active_B: jax.Array
-) -> Generation:
-    """Adds the first `count_B` of some new tokens to each active row, up to its end."""
-    rows, T = jnp.arange(len(count_B))[:, None], len(new_TB)
-    S, V = text.tokens.shape[1], text.seen.shape[1]
-    at_BT = text.lengths[:, None] + jnp.arange(T)[None]
-    tokens = text.tokens.at[rows, jnp.where(active_B[:, None], at_BT, S)].set(new_TB.T, mode="drop")
-
-    def ends(new_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
-        stopped_B = ends_with_stop(tokens, text.prompt_lengths, lengths_B, text.stops)
-        return stopped_B | (new_B == text.eos_id)
-
-    ends_TB = jax.vmap(ends)(new_TB, at_BT.T + 1)
-    to_end_B = jnp.where(jnp.any(ends_TB, axis=0), jnp.argmax(ends_TB, axis=0) + 1, T + 1)
-    fitting_B = jnp.minimum(jnp.minimum(count_B, to_end_B), rooms_B - text.lengths)
-    taken_B = jnp.where(active_B, fitting_B, 0)
-    mark_BT = jnp.where(jnp.arange(T)[None] < taken_B[:, None], new_TB.T, V)
-    return dataclasses.replace(
-        text,
-        tokens=tokens,
-        lengths=text.lengths + taken_B,
-        seen=text.seen.at[rows, mark_BT].set(True, mode="drop"),
-        done=text.done | (active_B & (to_end_B <= taken_B)),
     )
 
 
@@ -225,7 +181,7 @@ class SpeculativeGenerator:
         self._extend = jax.jit(go_on, donate_argnums=1)
 
     def generate(self, params: BothParams, request: Request) -> list[np.ndarray]:
-        """The tokens that follow each prompt, int32, in one call of the device.
+        """The tokens that follow each prompt, int32.
 
         Raises:
           ValueError: from `Request.arrays`, of either model.
@@ -236,23 +192,13 @@ class SpeculativeGenerator:
         return [np.array(tokens, np.int32) for tokens in rows]
 
     def stream(self, params: BothParams, request: Request, chunk: int = 8) -> Iterator[tuple[int, int]]:
-        """The tokens of `generate` as (row, token), at least `chunk` a row at a time while it goes on."""
+        """The tokens of `generate` as (row, token), at least one a row at once and then `chunk` while it goes on."""
         arrays, capacity = request.arrays(self.configs.target)
         request.arrays(self.configs.draft)  # it reads the same tokens
-        return self._stream(params, request, arrays, capacity, chunk)
 
-    def _stream(self, params: BothParams, request: Request, arrays: tuple, capacity: int, chunk: int):
-        limit, given = min(chunk, request.max_tokens), [len(prompt) for prompt in request.prompts]
-        total = np.int32(request.max_tokens)
-        state = self._start(params, arrays, total, np.int32(limit), capacity=capacity)
-        while True:
-            text = state.text
-            # Copies: the next call reuses the buffers.
-            tokens, lengths, done = (np.array(x) for x in (text.tokens, text.lengths, text.done))
+        def counted(state: Speculation) -> Generation:
             self.proposed, self.accepted = (int(np.sum(x)) for x in (state.proposed, state.accepted))
-            for row, token_ids in enumerate(tokens):
-                yield from ((row, int(token)) for token in token_ids[given[row] : lengths[row]])
-            if done.all() or limit >= request.max_tokens:
-                return
-            given, limit = lengths, min(limit + chunk, request.max_tokens)
-            state = self._extend(params, state, np.int32(limit))
+            return state.text
+
+        begin = functools.partial(self._start, params, arrays, capacity=capacity)
+        return stream(request, begin, functools.partial(self._extend, params), chunk, counted)

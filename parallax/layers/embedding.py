@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from parallax import cpu
 from parallax.axes import Role, constrain, param, read
 from parallax.config import TransformerConfig
 
@@ -52,13 +53,7 @@ class Embedding(nnx.Module):
         Those from V on are MASKED. The cap is Gemma 2's (arXiv:2408.00118, section 2).
         """
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
-        if jax.default_backend() == "cpu" and x_BTD.shape[0] > x_BTD.shape[1] == 1:
-            # One token each of several rows: XLA copies the second operand, and takes 1.4 times as long if that is the
-            # table. Without the barrier it would change them back.
-            logits_WBT = jnp.einsum("WD,BTD->WBT", table_WD, x_BTD, preferred_element_type=wide)
-            logits_BTW = jnp.moveaxis(jax.lax.optimization_barrier(logits_WBT), 0, -1)
-        else:
-            logits_BTW = jnp.einsum("BTD,WD->BTW", x_BTD, table_WD, preferred_element_type=wide)
+        logits_BTW = cpu.unembed(table_WD, x_BTD, wide)
         logits_BTW = constrain(logits_BTW, "batch", "length", "act_vocab")
         if self.softcap:
             logits_BTW = self.softcap * jnp.tanh(logits_BTW / self.softcap)

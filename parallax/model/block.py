@@ -9,10 +9,10 @@ from flax import nnx
 from parallax.axes import constrain
 from parallax.config import TransformerConfig
 from parallax.layers.attention import Attention
+from parallax.layers.cache import LayerCache
 from parallax.layers.dropout import dropout
 from parallax.layers.feedforward import SwiGLU
 from parallax.layers.normalization import RMSNorm
-from parallax.model.cache import LayerCache
 
 
 class TransformerBlock(nnx.Module):

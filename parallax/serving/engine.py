@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from parallax.inference.batching import Batcher, Completion, Token
+from parallax.inference.batching import Batcher, Token
+from parallax.inference.request import Request
 from parallax.serving.errors import Refusal
 
 ENDING = "the server is shutting down; send the request again in a while"
@@ -55,11 +56,11 @@ class Engine:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def check(self, completion: Completion) -> None:
+    def check(self, completion: Request) -> None:
         """Raises ValueError for a completion that can never run here."""
         self._batcher.check(completion)
 
-    def submit(self, completions: Sequence[Completion]) -> "Job":
+    def submit(self, completions: Sequence[Request]) -> "Job":
         """Puts completions into the queue, all or none.
 
         Raises:
@@ -106,7 +107,7 @@ class Engine:
             batcher.warm_up()
             self._ready.set_result(batcher)
             slots = batcher.free
-            waiting: collections.OrderedDict[int, Completion] = collections.OrderedDict()
+            waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
             while self._obey(batcher, waiting, idle=batcher.free == slots):
                 tokens: list[Token] = []
                 while waiting and batcher.free:
@@ -121,9 +122,7 @@ class Engine:
             else:
                 self._ready.set_exception(error)
 
-    def _obey(
-        self, batcher: Batcher, waiting: collections.OrderedDict[int, Completion], *, idle: bool
-    ) -> bool:
+    def _obey(self, batcher: Batcher, waiting: collections.OrderedDict[int, Request], *, idle: bool) -> bool:
         """Takes the orders that are there, and if idle waits for one; whether to go on."""
         wait = idle and not waiting
         if wait:

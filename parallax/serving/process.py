@@ -85,7 +85,7 @@ def serve(
     with listener:
         for number in SIGNALS:  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
-        run = load_run(checkpoint, step)
+        run = load_run(checkpoint, step).prepared()
         capacity = min(capacity, run.config.max_seq_len)
         engine = Engine(lambda: Batcher(run.config, run.params, slots=slots, capacity=capacity), limits.queue)
         size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"

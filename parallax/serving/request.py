@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from parallax.inference.batching import Completion
+from parallax.inference.request import Request
 from parallax.serving.errors import Refusal
 from parallax.serving.schema import Schema, find_violation
 from parallax.tokenizers.base import Tokenizer
@@ -36,15 +36,15 @@ class Ask:
     seed: int
     sampling: dict[str, float]
 
-    def completions(self, end_ids: Sequence[int]) -> list[Completion]:
+    def completions(self, end_ids: Sequence[int]) -> list[Request]:
         """One an answer: the n of the first prompt, then those of the next. Answer i of any prompt has seed + i.
 
         Each of `end_ids` ends one.
         """
         eos_id, *others = end_ids or [None]
         return [
-            Completion(
-                prompt=prompt,
+            Request.one(
+                prompt,
                 max_tokens=self.max_tokens,
                 seed=(self.seed + number) % 2**32,
                 eos_id=eos_id,

@@ -7,7 +7,7 @@ elsewhere: prompt and answer fit a slot together, and the tokenizer can spell th
 import reprlib
 from typing import Any, NamedTuple
 
-from parallax.inference.batching import TOP
+from parallax.inference.report import TOP
 from parallax.serving.limits import Limits
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.plain import CharTokenizer

@@ -131,7 +131,7 @@ class HuggingFaceTokenizer(Tokenizer):
             ) from None
         if drops_space and not self._begin:
             raise ValueError(
-                "its tokenizer.json puts a space before a text and no id, so that a text cannot be distinguished from a "
+                "its tokenizer.json puts a space before a text and no id, so that a text looks like a "
                 "continuation; convert a model whose texts begin with an id"
             )
         silent = {*self._begin, *self._end_ids}

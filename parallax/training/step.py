@@ -1,7 +1,7 @@
 """The one training step.
 
-Invariant: (state, batch) to (state, metrics), pure. Where arrays are placed and how gradients are combined is the strategy's,
-which comes in as `gradients`; the mathematics is here and nowhere else.
+Invariant: (state, batch) to (state, metrics), pure. Where arrays are placed and how gradients are combined is the
+strategy's, which comes in as `gradients`; the mathematics is here and nowhere else.
 """
 
 from collections.abc import Callable

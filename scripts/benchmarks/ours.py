@@ -18,6 +18,7 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.interop.hf_config import config_to_hf
 from parallax.interop.writing import write_params
+from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params
 from parallax.training.loop import Row, Stopwatch, train
 from scripts.benchmarks.settings import (
@@ -109,6 +110,7 @@ def decoding(
     config = MODELS[model]
     params = jax.jit(lambda: init_params(config, jax.random.key(SEED)))()
     write_weights(weights, config, params)
+    params = prepare(config, params)
     generator = Generator(config)
     request = Request(
         prompts=list(prompts(config, batch_size, prompt_tokens)),

@@ -6,9 +6,9 @@ Invariant: train.py and plan.py decide alike, and what cannot run is refused bef
 import dataclasses
 
 from parallax.config import TransformerConfig
+from parallax.cpu import FEW_LAYERS
 from parallax.layers.attention import BY_BLOCKS
 from parallax.layers.splash import LANES, check_length
-from parallax.model.transformer import UNSTACKED
 from parallelism.planning.hardware import Generation
 from scripts.training.flags import Flags
 
@@ -63,7 +63,7 @@ def choose_layer_loop(model: TransformerConfig, platform: str, reduction: str) -
         )
     if model.layer_loop != "auto":
         return model
-    few = model.num_layers <= UNSTACKED and model.remat == "none"
+    few = model.num_layers <= FEW_LAYERS and model.remat == "none"
     unroll = platform == "cpu" and few and reduction != "exact"
     return dataclasses.replace(model, layer_loop="unroll" if unroll else "scan")
 

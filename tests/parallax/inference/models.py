@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
-from parallax.inference.completion import Completion
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
-from parallax.inference.sampling import SamplingSettings
 from parallax.model.transformer import TransformerLM, init_params
 
 VOCAB = 23
@@ -62,21 +60,13 @@ def completion(number, **changes):
     """One of many, each with a prompt, a length, a setting and a seed of its own."""
     length = (5, 1, 9, 3, 17, 2, 33, 7, 12)[number % 9]
     fields = {"prompt": prompt(length, number), "max_tokens": 5 + 7 * number % 20, "seed": 100 + number}
-    return Completion(**fields | SETTINGS[number % len(SETTINGS)] | changes)
+    fields |= SETTINGS[number % len(SETTINGS)] | changes
+    return Request.one(fields.pop("prompt"), **fields)
 
 
 def by_generator(config, params, completion):
     """Its tokens, by `Generator.generate`."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    request = Request(
-        prompts=[completion.prompt],
-        settings=SamplingSettings.create(1, **{name: getattr(completion, name) for name in names}),
-        seeds=[completion.seed],
-        max_tokens=completion.max_tokens,
-        stops=completion.stops,
-        eos_id=completion.eos_id,
-    )
-    return generator(config).generate(params, request)[0].tolist()
+    return generator(config).generate(params, completion)[0].tolist()
 
 
 @functools.cache

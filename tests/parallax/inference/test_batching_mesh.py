@@ -64,7 +64,9 @@ def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
     share = (N, B // 4, G // 2, S, K)
     for x in (cache.keys, cache.values):
         assert {shard.data.shape for shard in x.addressable_shards} == {share}
-    program = batcher._step.lower(batcher.params, batcher._layers, batcher._slots, 32).compile().as_text()
+    program = (
+        batcher._step.lower(batcher.params, batcher._slots, np.ones(SLOTS, bool), 32).compile().as_text()
+    )
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
     sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
     assert max(sizes, default=0) < math.prod(share[1:]), "less than one layer of a device's share"
@@ -73,18 +75,8 @@ def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
 
 def test_filling_a_slot_sends_no_more_than_the_prompt():
     batcher = make_batcher({"data": 4, "tensor": 2})
-    each = completion(0)
-    arguments = (
-        np.int32(1),
-        np.zeros(32, np.int32),
-        np.int32(5),
-        np.uint32(0),
-        each.settings(),
-        np.bool_(False),
-    )
-    program = (
-        batcher._fill.lower(batcher.params, batcher._layers, batcher._slots, *arguments).compile().as_text()
-    )
+    arguments = np.int32(1), completion(0).prompt_arrays(CAPACITY), np.bool_(False)
+    program = batcher._fill.lower(batcher.params, batcher._slots, *arguments).compile().as_text()
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
     sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
     assert max(sizes, default=0) < math.prod(batcher._slots.cache.keys.shape) // SLOTS

@@ -1,9 +1,9 @@
 """Cached generation against full recomputation, and what a row may and may not depend on."""
 
+import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,9 +11,10 @@ from parallax.config import TransformerConfig
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
-from parallax.model.cache import KVCache
-from parallax.model.transformer import TransformerLM, init_params
-from tests.parallax.inference.models import SETTINGS
+from parallax.layers.cache import KVCache
+from parallax.model.stack import prepare
+from parallax.model.transformer import TransformerLM
+from tests.parallax.inference.models import SETTINGS, draw_params
 
 VOCAB = 23
 SIZES = {
@@ -42,14 +43,7 @@ MIXED = {name: [setting.get(name, value) for setting in SETTINGS] for name, valu
 def model(variant="grouped", max_seq_len=512):
     """A config, parameters and a generator; untied logits spread over a few units."""
     config = TransformerConfig(max_seq_len=max_seq_len, **SIZES | VARIANTS[variant])
-    rng = np.random.default_rng(0)  # compiling an initialisation takes longer than the tests
-
-    def weights(path, leaf):
-        return jnp.asarray(rng.normal("norm" in str(path), 0.2, leaf.shape), leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(
-        weights, jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    )
+    params = prepare(config, draw_params(config))
     return config, params, Generator(config)
 
 
@@ -124,7 +118,7 @@ def test_cached_logits_equal_full_recomputation(variant):
     )
     padded_BP = np.where(np.arange(12)[None] < lengths_B[:, None], tokens_BT[:, :12], 0)
     positions_BP = np.broadcast_to(np.arange(12, dtype=np.int32), (3, 12))
-    logits_BTV, cache = run(params, padded_BP, positions_BP, KVCache.create(config, 3, 32))
+    logits_BTV, cache = run(params, padded_BP, positions_BP, KVCache.create(config, 3, 32, listed=True))
     # float32: sums in another order; bfloat16: the same, with 8 bits of mantissa, on logits of a few units
     tolerance = 0.05 if config.dtype == "bfloat16" else 1e-5
     for row, length in enumerate(lengths_B):
@@ -150,16 +144,6 @@ def test_a_row_is_the_same_alone_and_in_a_ragged_batch():
     for row, tokens in enumerate(together):
         (alone,) = generator.generate(params, row_of(request(), row))
         assert alone.tolist() == tokens.tolist()
-
-
-def test_a_row_has_seen_its_own_tokens_and_no_padding():
-    config, params, generator = model()
-    arrays, capacity = request().arrays(config)
-    generation = generator.start(params, *arrays, np.int32(3), capacity=capacity)
-    for row, length in enumerate(np.asarray(generation.lengths)):
-        tokens = np.asarray(generation.tokens[row, :length])
-        assert length == arrays[1][row] + 3
-        assert np.flatnonzero(generation.seen[row]).tolist() == sorted(set(tokens.tolist()))
 
 
 def test_seeds_matter_and_repeat():
@@ -258,3 +242,70 @@ def test_a_row_may_fill_the_model_to_its_last_position():
     assert max(map(len, ends.prompts)) + 24 == config.max_seq_len
     tokens = [tokens.tolist() for tokens in generator.generate(params, ends)]
     assert tokens == by_full_recomputation(config, params, ends)
+
+
+@pytest.mark.parametrize("variant", ["grouped", "window", "bfloat16"])
+@pytest.mark.parametrize("rows", [3, 24])
+def test_a_stack_of_layers_gives_the_texts_of_listed_ones(variant, rows):
+    """With 24 rows the listed layers attend to a smaller cache at first, which row 3 outgrows before the others."""
+    config, params, generator = model(variant)
+    asked = Request(
+        prompts=prompts(((5, 1, 33, 60) * 6)[:rows]),
+        settings=SamplingSettings.create(rows, temperature=([0.0, 1.0, 0.7, 1.0] * 6)[:rows]),
+        seeds=range(rows),
+        max_tokens=80,
+    )
+    free = [tokens.tolist() for tokens in generator.generate(params, asked)]
+    stops = [np.array(free[0][20:24]), np.array(free[2][50:53])]
+    for request in (asked, dataclasses.replace(asked, stops=stops)):
+        listed = [tokens.tolist() for tokens in generator.generate(params, request)]
+        streamed = [[] for _ in listed]
+        for row, token in generator.stream(params, request, chunk=30):
+            streamed[row].append(token)
+        assert streamed == listed
+        stacked = [tokens.tolist() for tokens in generator.generate(draw_params(config), request)]
+        assert stacked == listed
+    assert len(listed[0]) <= 24
+    assert len(listed[2]) <= 53 < len(free[2])
+
+
+BEYOND = [  # settings that let in, or push, the least likely token
+    {},
+    {"temperature": 0.0},
+    {"temperature": 1e6},
+    {"temperature": 1e6, "top_k": 8},
+    {"temperature": 1e6, "top_k": 2**31 - 1},
+    {"temperature": 1e6, "min_p": 1e-30, "top_p": 0.999999},
+    {"temperature": 0.0, "repetition_penalty": 1e6},
+    {"temperature": 1e6, "repetition_penalty": 1e-6},
+]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_no_setting_draws_a_table_row_without_a_token(tied):
+    config = TransformerConfig(
+        vocab_size=3, embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8,
+        tie_embeddings=tied,
+    )  # fmt: skip
+    values = {name: [each.get(name, value) for each in BEYOND] for name, value in DEFAULTS.items()}
+    asked = Request(
+        prompts=[np.array([row % 3], np.int32) for row in range(len(BEYOND))],
+        settings=SamplingSettings.create(len(BEYOND), **values),
+        seeds=range(len(BEYOND)),
+        max_tokens=40,
+    )
+    own = Generator(config)
+
+    def texts(scale):
+        """With large numbers of both signs in all table rows from V on."""
+        params, rng = draw_params(config, scale=0.5), np.random.default_rng(1)
+        for table in [params["embedding"], *([] if tied else [params["output"]])]:
+            table["table"] = table["table"].at[3:].set(scale * rng.normal(size=(5, 8)))
+        return [tokens.tolist() for tokens in own.generate(params, asked)]
+
+    empty, large = texts(0.0), texts(1e6)
+    assert empty == large
+    for setting, tokens in zip(BEYOND, large, strict=True):
+        assert len(tokens) == 40
+        assert set(tokens) <= {0, 1, 2}, setting
+    assert set(large[2]) == {0, 1, 2}, "hot enough that every token is drawn"

@@ -19,12 +19,12 @@ def request(lengths=(5, 3), **changes):
 
 
 def shapes(request):
-    (tokens, lengths, _, seeds, stops, eos_id), capacity = request.arrays(CONFIG)
+    (tokens, lengths, seeds, _, _, stops, eos_id), capacity = request.arrays(CONFIG)
     return tokens.shape, lengths.shape, seeds.shape, stops.shape, eos_id.shape, capacity
 
 
 def test_prompts_are_padded_on_the_right():
-    (tokens, lengths, _, seeds, stops, eos_id), capacity = request(stops=[np.array([4, 5])]).arrays(CONFIG)
+    (tokens, lengths, seeds, _, _, stops, eos_id), capacity = request(stops=[np.array([4, 5])]).arrays(CONFIG)
     assert tokens.tolist() == [[0, 1, 2, 3, 4] + 27 * [0], [0, 1, 2] + 29 * [0]]
     assert (lengths.tolist(), seeds.tolist(), int(eos_id), capacity) == ([5, 3], [0, 1], -1, 32)
     assert stops[0].tolist() == [-1] * 14 + [4, 5]

@@ -14,6 +14,7 @@ import pytest
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.inference.speculative import BothParams, SpeculativeGenerator
+from parallax.model.stack import prepare
 from tests.parallax.inference.models import CONFIG, VOCAB, draw_params, generator, logprobs, prompt
 
 SMALL = CONFIG.replace(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1)
@@ -106,6 +107,13 @@ def test_a_text_ends_at_its_last_token_be_it_the_last_of_the_cache(max_tokens):
     got = texts(speculator().generate(BothParams(params, params), full))
     assert got == texts(generator(CONFIG).generate(params, full))
     assert {len(tokens) for tokens in got} == {max_tokens}
+
+
+def test_listed_layers_give_the_texts_of_stacks():
+    params = draw_params(CONFIG, 2)
+    both = BothParams(params, near(params, 0.01))
+    listed = BothParams(*(prepare(CONFIG, each) for each in both))
+    assert texts(speculator().generate(listed, request())) == texts(speculator().generate(both, request()))
 
 
 @pytest.mark.parametrize("chunk", [1, 7])

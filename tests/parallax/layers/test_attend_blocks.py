@@ -7,7 +7,7 @@ import pytest
 
 from parallax.layers.attend import attend
 from parallax.layers.attend_blocks import attend_by_blocks
-from parallax.model.transformer import REMAT_POLICIES
+from parallax.model.stack import REMAT_POLICIES
 
 
 def arrays(T, H=4, G=4, K=8, B=2, dtype=jnp.float32):

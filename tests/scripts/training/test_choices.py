@@ -3,7 +3,7 @@
 import pytest
 
 from parallax.config import PRESETS, TrainConfig
-from parallax.model.transformer import UNSTACKED
+from parallax.cpu import FEW_LAYERS
 from parallelism.planning.hardware import generation_of
 from scripts.training.choices import MICROBATCH, choose_accumulate, choose_attention, choose_layer_loop
 from scripts.training.flags import Flags
@@ -51,8 +51,8 @@ def test_what_skips_blocks_is_refused_where_it_cannot_run(attention, length, par
     ("platform", "changes", "reduction", "expected"),
     [
         ("cpu", {}, "mean", "unroll"),
-        ("cpu", {"num_layers": UNSTACKED}, "mean", "unroll"),
-        ("cpu", {"num_layers": UNSTACKED + 1}, "mean", "scan"),
+        ("cpu", {"num_layers": FEW_LAYERS}, "mean", "unroll"),
+        ("cpu", {"num_layers": FEW_LAYERS + 1}, "mean", "scan"),
         ("cpu", {"remat": "dots"}, "mean", "scan"),
         ("cpu", {}, "exact", "scan"),
         ("cpu", {"layer_loop": "scan"}, "mean", "scan"),

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from parallax.config import RopeScaling, TransformerConfig
-from parallax.model.cache import KVCache, LayerCache
-from parallax.model.transformer import UNSTACKED, TransformerLM, init_params, unstack
+from parallax.layers.cache import KVCache, LayerCache
+from parallax.model.transformer import TransformerLM, init_params
 
 B, T, V, SLOTS = 3, 9, 13, 12
 SIZES = {
@@ -99,32 +99,6 @@ def test_rubbish_in_later_slots_does_not_matter():
     for t in range(2):
         logits, cache = step(TOKENS[:, t : t + 1], np.full((B, 1), t, np.int32), cache)
         np.testing.assert_allclose(logits[:, 0], expected[:, t], rtol=1e-5, atol=1e-5)  # float32 sums
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_layer_by_layer_equals_the_scan_over_them(variant):
-    config, params, _, step, _ = model(variant)
-    at = np.tile(np.arange(4, dtype=np.int32), (B, 1))
-    expected, stacked = step(TOKENS[:, :4], at, KVCache.create(config, B, SLOTS))
-
-    @jax.jit
-    def unstacked(params, cache):
-        model = TransformerLM.from_params(config, params)
-        layers = unstack(config, params)
-        assert layers is not None
-        logits, cache = model(TOKENS[:, :4], at, cache=cache.unstack(), layers=layers)
-        return logits, KVCache(keys=jnp.stack(cache.keys), values=jnp.stack(cache.values))
-
-    logits, cache = unstacked(params, KVCache.create(config, B, SLOTS))
-    compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32 sums
-    compare(logits, expected)
-    jax.tree.map(compare, cache, stacked)
-
-
-def test_a_deep_model_keeps_its_stack():
-    config = TransformerConfig(**{**SIZES, "num_layers": UNSTACKED + 1})
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    assert jax.eval_shape(lambda p: unstack(config, p), params) is None
 
 
 def test_a_step_writes_its_own_slots_and_leaves_its_argument_alone():
