@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.scripts.serving import eventually, serving
+from tests.parallax.serving.server import eventually, serving
 
 NAN, INFINITY = float("nan"), float("inf")
 FIELDS = [

@@ -10,7 +10,7 @@ import random
 import httpx
 import pytest
 
-from tests.scripts.serving import eventually, serving
+from tests.parallax.serving.server import eventually, serving
 
 CLIENTS = 200
 STREAM = {"stream": True}

@@ -1,4 +1,4 @@
-"""Tokens a second of a real server, for one client and for many at once: `python tests/scripts/serving_throughput.py`.
+"""Tokens a second of a real server, for one client and for many at once: `python tests/claims/serving_throughput.py`.
 
 Invariant: both numbers are of the same server, asked over HTTP by OpenAI's client, and each is the best of three.
 """
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from parallax.config import PRESETS
 from parallax.tokenizers.plain import CharTokenizer
-from tests.scripts.serving import LETTERS, Served, serving, write_run
+from tests.parallax.serving.server import LETTERS, Served, serving, write_run
 
 ENDLESS = CharTokenizer(LETTERS.alphabet)
 """Without an end of text, so that each answer is as long as asked for."""

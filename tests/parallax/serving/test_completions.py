@@ -10,7 +10,7 @@ import pytest
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer
 from tests.parallax.interop.tokenizers import byte_level
-from tests.scripts.serving import LETTERS, serving, write_run
+from tests.parallax.serving.server import LETTERS, serving, write_run
 
 PROMPT = "a bad☃"
 

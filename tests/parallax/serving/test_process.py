@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from scripts import serve
-from tests.scripts.serving import SERVE, Served, eventually, serving
+from tests.parallax.serving.server import SERVE, Served, eventually, serving
 
 KEY = "a-long-secret"
 CRASH = """

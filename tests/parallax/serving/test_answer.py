@@ -5,7 +5,7 @@ import random
 import pytest
 
 from parallax.inference.batching import Token
-from parallax.serving.text import END_OF_TEXT, AnswerText, logprobs_json, spell
+from parallax.serving.answer import END_OF_TEXT, AnswerText, logprobs_json, spell
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer
 from tests.parallax.interop.tokenizers import sentencepiece
