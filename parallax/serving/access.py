@@ -89,7 +89,7 @@ class Guard:
       names: what Host may say, beside the loopback's own addresses; None lets every name pass, which is safe only with
         a key.
       open_paths: what needs no key: the page, which asks for the key itself, and the question whether the server lives.
-      count: told the status of each answer.
+      count: takes the status of each answer.
     """
 
     app: ASGIApp

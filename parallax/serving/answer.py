@@ -135,7 +135,7 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events, one a piece; where the server ends, the last one tells of the error."""
+        """Server-sent events, one a piece; where the server ends, the last one holds the error."""
         usage = {"usage": None} if self._ask.include_usage else {}
         try:
             async for number, piece in self._pieces():

@@ -24,7 +24,7 @@ from parallax.serving.limits import Limits
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 3
-"""Seconds that answers under way have to finish once the server is told to end."""
+"""Seconds that answers under way have to finish once the server has got a signal."""
 
 
 class Server(uvicorn.Server):

@@ -71,7 +71,12 @@ class Form:
     def __init__(self, model: str, tokenizer: Tokenizer, limits: Limits):
         self.schema = _schema(model, tokenizer, limits)
         self._model, self._tokenizer, self._limits = model, tokenizer, limits
-        self._validator = Draft202012Validator(self.schema, mask=MASK)
+        properties = self.schema["properties"]
+        self._outline = Draft202012Validator(self.schema | {"properties": {name: {} for name in properties}})
+        self._fields = {
+            name: [Draft202012Validator(one, mask=MASK) for one in rules.get("anyOf", [rules])]
+            for name, rules in properties.items()
+        }
 
     def read(self, body: bytes) -> Ask:
         """What a body asks for.
@@ -115,32 +120,30 @@ class Form:
         if isinstance(given, str) and given != self._model:
             message = f"model={reprlib.repr(given)} is not served here; the one that is, is {self._model!r}"
             raise Refusal(404, message, param="model", code="model_not_found")
-        try:
-            errors = [_meant(error) for error in self._validator.iter_errors(data)]
-        except ValueError:
-            name = next(name for name, value in data.items() if self._is_unreadable({name: value}))
-            rule = "must be of whole characters and nested no deeper than 3 levels; send it as UTF-8"
-            raise Refusal(400, f"{reprlib.repr(name)} {rule}", param=name) from None
-        for error in errors:
-            if not isinstance(error.kind, Kind.Pattern):  # the tokenizer names the character
-                raise self._refusal(error)
+        if error := _first_error(self._outline, data):
+            raise self._refusal([], error)
+        for name, value in data.items():
+            try:
+                errors = [_first_error(validator, value) for validator in self._fields[name]]
+            except ValueError:  # the validator gives up at half of a surrogate pair and below 255 levels
+                rule = "must be of whole characters and nested no deeper than 3 levels; send it as UTF-8"
+                raise Refusal(400, f"{name} {rule}", param=name) from None
+            broken = [error for error in errors if error]
+            if len(broken) == len(errors):
+                # Of alternatives the one with the right types was meant, as far as it goes.
+                typed = [error for error in broken if not isinstance(error.kind, Kind.Type)]
+                meant = max(typed, key=lambda error: len(error.instance_path), default=broken[0])
+                if not isinstance(meant.kind, Kind.Pattern):  # the tokenizer names the character
+                    raise self._refusal([name], meant, untyped=len(errors) > 1 and not typed)
 
-    def _is_unreadable(self, data: Any) -> bool:
-        """Whether the validator gives up: at half of a surrogate pair, or at a value nested too deeply."""
-        try:
-            self._validator.is_valid(data)
-        except ValueError:
-            return True
-        return False
-
-    def _refusal(self, error: ValidationError) -> Refusal:
-        path, given = error.instance_path, f"={reprlib.repr(error.instance)}"
+    def _refusal(self, field: list[str | int], error: ValidationError, *, untyped: bool = False) -> Refusal:
+        path, given = [*field, *error.instance_path], f"={reprlib.repr(error.instance)}"
         match error.kind:
             case Kind.Required(name):
                 path, given, rule = [*path, name], "", "must be given"
             case Kind.AdditionalProperties([name, *_]):
                 path, given, rule = [*path, name], "", "is not known to this server"
-            case Kind.AnyOf():
+            case _ if untyped:
                 rule = f"must be {self.schema['properties'][path[0]]['title']}"
             case _:
                 rule = error.message.removeprefix(MASK).lstrip()
@@ -228,13 +231,13 @@ def _only(alphabet: str) -> str:
     return f"^[{escaped}]+(?![\\s\\S])"
 
 
-def _meant(error: ValidationError) -> ValidationError:
-    """Of alternatives the broken rule of the one that was meant: that with the right types, as far as it goes."""
-    if not isinstance(error.kind, Kind.AnyOf):
+def _first_error(validator: Draft202012Validator, value: Any) -> ValidationError | None:
+    """One alone, since a long list may hold a million."""
+    try:
+        validator.validate(value)
+    except ValidationError as error:
         return error
-    firsts = [broken[0] for broken in error.kind.context]
-    typed = [first for first in firsts if not isinstance(first.kind, Kind.Type)]
-    return max(typed, key=lambda first: len(first.instance_path), default=error)
+    return None
 
 
 def _parse(body: bytes) -> Any:
