@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 import tyro
 
+from parallax.serving.access import listen
 from parallax.serving.limits import Limits
-from parallax.serving.listen import listen
 from scripts.common.command_line import errors_in_one_line, parse, tell
 
 DESCRIPTION = (
@@ -72,7 +72,7 @@ def main() -> int:
 def check(flags: Flags, key: str) -> None:
     """Raises ValueError for flags that cannot be meant."""
     if not 0 <= flags.port < 65536:
-        raise ValueError(f"--port {flags.port} must lie in [0, 65535]; 0 takes a free one")
+        raise ValueError(f"--port {flags.port} must be in [0, 65535]; 0 takes a free one")
     for name, value in (("slots", flags.slots), ("capacity", flags.capacity)):
         if value < 1:
             raise ValueError(f"--{name} {value} must be at least 1; try {getattr(Flags, name)}")

@@ -1,19 +1,104 @@
-"""Completions as OpenAI's API tells of them: in one object, or as server-sent events.
+"""The answer to a request as OpenAI's API states it: in one object, or as server-sent events while its tokens come.
 
-Invariant: the streamed pieces of an answer, joined, are the answer that is sent in one object.
+Invariant: the streamed pieces, joined, are the answer that is sent in one object: the text of the tokens up to the
+first stop, without it. No piece ends inside a character or holds a part of a stop. A token is reported together with
+its text, and starts where its offset says, in characters.
 """
 
+import dataclasses
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
+from parallax.inference.batching import Token
+from parallax.inference.stopping import StopFilter
 from parallax.serving.engine import Job
 from parallax.serving.errors import Refusal, to_json
 from parallax.serving.metrics import Counts
 from parallax.serving.request import Ask
-from parallax.serving.text import AnswerText, Mark, Piece, logprobs_json
-from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.base import StreamDecoder, Tokenizer
+
+END_OF_TEXT = "<|endoftext|>"
+LEAST_LOGPROB = -9999.0
+"""Stands for what JSON cannot hold: the logarithm of 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """A token in the text."""
+
+    offset: int
+    """Characters of the answer before it."""
+    end: int
+    """Characters of the answer up to its end; `offset` where it is a part of a character that others complete."""
+    token: Token
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a token added to the answer."""
+
+    text: str
+    marks: Sequence[Mark]
+    finish: str | None
+
+
+class AnswerText:
+    """Takes the tokens of one completion, in order.
+
+    Args:
+      prompt: its ids; a character that they begin, the first generated tokens may end.
+      echo: whether the text begins with the prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int], stops: Sequence[str], *, echo: bool):
+        self.generated = 0
+        """How many tokens were generated."""
+        self._decoder = StreamDecoder(tokenizer)
+        self._prompt = self._spell_prompt(tokenizer, list(prompt))
+        self._until_stop = StopFilter(stops)
+        self._echoes, self._echo = echo, "".join(self._prompt) if echo else ""
+        self._read = 0  # tokens of the prompt that came back
+        self._prompt_end = 0  # where the last of these ended
+        self._shown = self._end = len(self._echo)  # characters let out, and characters decoded
+        self._held: list[Mark] = []
+
+    def _spell_prompt(self, tokenizer: Tokenizer, prompt: list[int]) -> list[str]:
+        """The text of each token, without the space that SentencePiece puts before a text."""
+        pieces = [self._decoder.push(token) for token in prompt]
+        if not tokenizer.decode(prompt).startswith("".join(pieces)):
+            first = next(index for index, piece in enumerate(pieces) if piece)
+            pieces[first] = pieces[first].removeprefix(" ")
+        return pieces
+
+    def push(self, token: Token) -> Piece:
+        """What the next token adds, perhaps nothing yet; after a piece with `finish` none may follow."""
+        text, self._echo = self._echo, ""
+        if token.is_prompt:
+            return self._push_prompt(token)
+        self.generated += 1
+        piece = self._decoder.push(token.token_id)
+        self._held.append(Mark(self._end, self._end + len(piece), token))
+        self._end += len(piece)
+        new = self._until_stop.push(piece)
+        if token.finish:
+            new += self._until_stop.push(self._decoder.flush()) + self._until_stop.flush()
+        self._shown += len(new)
+        if self._until_stop.stopped:
+            return Piece(text + new, [mark for mark in self._held if mark.offset < self._shown], "stop")
+        marks = [mark for mark in self._held if token.finish or mark.end <= self._shown]
+        self._held = self._held[len(marks) :]
+        return Piece(text + new, marks, token.finish)
+
+    def _push_prompt(self, token: Token) -> Piece:
+        text, start = self._prompt[self._read], self._prompt_end
+        self._read += 1
+        self._prompt_end += len(text)
+        if not self._echoes:
+            return Piece("", [], token.finish)
+        return Piece(text, [Mark(start, self._prompt_end, token)], token.finish)
 
 
 class Answer:
@@ -50,7 +135,7 @@ class Answer:
         return {**self._head, "choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncIterator[str]:
-        """Server-sent events, one a piece; where the server ends, the last one tells of the error."""
+        """Server-sent events, one a piece; where the server ends, the last one holds the error."""
         usage = {"usage": None} if self._ask.include_usage else {}
         try:
             async for number, piece in self._pieces():
@@ -102,3 +187,44 @@ class Answer:
 
 def _event(value: Any) -> str:
     return f"data: {to_json(value)}\n\n"
+
+
+def spell(token_id: int, tokenizer: Tokenizer) -> str:
+    r"""A token by itself, as OpenAI spells it: its text, or `bytes:\xe2\x80` for a part of a character."""
+    if token_id in tokenizer.end_ids:
+        return END_OF_TEXT
+    spelling = tokenizer.token_bytes(token_id)
+    try:
+        return spelling.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+
+
+def logprobs_json(marks: Sequence[Mark], tokenizer: Tokenizer, count: int) -> dict[str, list]:
+    """The `logprobs` of a choice, with the `count` most probable tokens in each place, and the token itself.
+
+    `token_ids` and `top_token_ids` go beyond OpenAI's fields: with them a text can be continued from any token.
+    """
+    tops = [_top(mark.token, tokenizer, count) for mark in marks]
+    return {
+        "tokens": [spell(mark.token.token_id, tokenizer) for mark in marks],
+        "token_logprobs": [_finite(mark.token.logprob) for mark in marks],
+        "top_logprobs": [top and {name: logprob for name, (_, logprob) in top.items()} for top in tops],
+        "text_offset": [mark.offset for mark in marks],
+        "token_ids": [mark.token.token_id for mark in marks],
+        "top_token_ids": [top and [token_id for token_id, _ in top.values()] for top in tops],
+    }
+
+
+def _top(token: Token, tokenizer: Tokenizer, count: int) -> dict[str, tuple[int, float | None]] | None:
+    """By spelling, best first; of two tokens that are spelled alike, the better. None where nothing came before."""
+    if token.logprob is None:
+        return None
+    top: dict[str, tuple[int, float | None]] = {}
+    for token_id, logprob in [*token.top[:count], (token.token_id, token.logprob)]:
+        top.setdefault(spell(token_id, tokenizer), (token_id, _finite(logprob)))
+    return top
+
+
+def _finite(logprob: float | None) -> float | None:
+    return logprob if logprob is None or math.isfinite(logprob) else LEAST_LOGPROB

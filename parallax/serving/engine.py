@@ -6,13 +6,11 @@ under way ends with an error, and `on_failure` is called: nothing waits for ever
 """
 
 import asyncio
-import collections
 import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from parallax.inference.batching import Batcher, Token
 from parallax.inference.request import Request
@@ -35,7 +33,8 @@ class Engine:
         self._jobs: dict[int, Job] = {}
         self._waiting: set[int] = set()
         self._closed: Refusal | None = None
-        self._orders: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
+        # (ticket, what to run, or None to cancel it); None ends the thread.
+        self._orders: queue.SimpleQueue[tuple[int, Request | None] | None] = queue.SimpleQueue()
         self._ready: Future[Batcher] = Future()
         self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
 
@@ -56,48 +55,48 @@ class Engine:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def check(self, completion: Request) -> None:
-        """Raises ValueError for a completion that can never run here."""
-        self._batcher.check(completion)
-
     def submit(self, completions: Sequence[Request]) -> "Job":
         """Puts completions into the queue, all or none.
 
         Raises:
-          Refusal: the queue is full (429), or the server ends (503).
+          Refusal: one can never run here (400), the queue is full (429), or the server ends (503).
         """
+        for completion in completions:
+            try:
+                self._batcher.check(completion)
+            except ValueError as error:
+                raise Refusal(400, str(error), param="prompt", code="context_length_exceeded") from None
         if self._closed:
             raise self._closed
         if self.waiting + len(completions) > self._max_waiting:
             rule = f"at most {self._max_waiting} answers may wait, and {self.waiting} do"
             message = f"{rule}; try again in a second, or ask for fewer than {len(completions)}"
             raise Refusal(429, message, code="queue_full", headers={"Retry-After": "1"})
-        tickets = [next(self._tickets) for _ in completions]
-        job = Job(self, tickets)
-        self._jobs |= dict.fromkeys(tickets, job)
-        self._waiting.update(tickets)
-        for ticket, completion in zip(tickets, completions, strict=True):
-            self._orders.put(("admit", ticket, completion))
+        job = Job(self, [next(self._tickets) for _ in completions])
+        self._jobs |= dict.fromkeys(job.tickets, job)
+        self._waiting.update(job.tickets)
+        for order in zip(job.tickets, completions, strict=True):
+            self._orders.put(order)
         return job
 
     def drop(self, ticket: int) -> None:
         """Frees what an answer holds; no token of it is delivered any more."""
         if self._jobs.pop(ticket, None):
             self._waiting.discard(ticket)
-            self._orders.put(("cancel", ticket, None))
+            self._orders.put((ticket, None))
 
     def close(self, reason: Refusal) -> None:
         """Ends every answer with `reason`, and takes no more."""
         self._closed = self._closed or reason
         for job in set(self._jobs.values()):
-            job.end(reason)
+            job.inbox.put_nowait(reason)
         for ticket in list(self._jobs):
             self.drop(ticket)
 
     async def stop(self) -> None:
         """Ends what is under way, and the thread after its present step."""
         self.close(Refusal(503, ENDING, code="shutting_down"))
-        self._orders.put(("stop", 0, None))
+        self._orders.put(None)
         await asyncio.to_thread(self._thread.join, 10)
 
     def _live(self) -> None:
@@ -107,11 +106,12 @@ class Engine:
             batcher.warm_up()
             self._ready.set_result(batcher)
             slots = batcher.free
-            waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
+            waiting: dict[int, Request] = {}  # in the order of their arrival
             while self._obey(batcher, waiting, idle=batcher.free == slots):
                 tokens: list[Token] = []
                 while waiting and batcher.free:
-                    tokens += batcher.admit(*waiting.popitem(last=False))
+                    ticket = next(iter(waiting))
+                    tokens += batcher.admit(ticket, waiting.pop(ticket))
                 tokens += batcher.step()
                 self.busy = slots - batcher.free
                 if tokens:
@@ -122,17 +122,18 @@ class Engine:
             else:
                 self._ready.set_exception(error)
 
-    def _obey(self, batcher: Batcher, waiting: collections.OrderedDict[int, Request], *, idle: bool) -> bool:
+    def _obey(self, batcher: Batcher, waiting: dict[int, Request], *, idle: bool) -> bool:
         """Takes the orders that are there, and if idle waits for one; whether to go on."""
         wait = idle and not waiting
         if wait:
             self.busy = 0
         while wait or not self._orders.empty():
-            order, ticket, completion = self._orders.get()
+            order = self._orders.get()
             wait = False
-            if order == "stop":
+            if order is None:
                 return False
-            if order == "admit":
+            ticket, completion = order
+            if completion:
                 waiting[ticket] = completion
             elif waiting.pop(ticket, None) is None:
                 batcher.cancel(ticket)
@@ -140,10 +141,9 @@ class Engine:
 
     def _deliver(self, tokens: list[Token]) -> None:
         for token in tokens:
-            job = self._jobs.get(token.ticket)
             self._waiting.discard(token.ticket)
-            if job:
-                job.take(token)
+            if job := self._jobs.get(token.ticket):
+                job.inbox.put_nowait(token)
                 if token.finish:
                     del self._jobs[token.ticket]
 
@@ -154,19 +154,12 @@ class Engine:
 
 
 class Job:
-    """The completions of one request under way."""
+    """The completions of one request under way; `inbox` takes their tokens, or why they end before their time."""
 
     def __init__(self, engine: Engine, tickets: list[int]):
-        self._engine, self._tickets = engine, tickets
-        self._numbers = {ticket: number for number, ticket in enumerate(tickets)}
-        self._open = set(tickets)
-        self._inbox: asyncio.Queue[Token | Refusal] = asyncio.Queue()
-
-    def take(self, token: Token) -> None:
-        self._inbox.put_nowait(token)
-
-    def end(self, reason: Refusal) -> None:
-        self._inbox.put_nowait(reason)
+        self.tickets = tickets
+        self.inbox: asyncio.Queue[Token | Refusal] = asyncio.Queue()
+        self._engine, self._open = engine, set(tickets)
 
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
         """(number of the completion, token) as they come, until each completion ended or was dropped.
@@ -175,18 +168,18 @@ class Job:
           Refusal: the server ends.
         """
         while self._open:
-            token = await self._inbox.get()
+            token = await self.inbox.get()
             if isinstance(token, Refusal):
                 raise token
             if token.ticket in self._open:
                 if token.finish:
                     self._open.discard(token.ticket)
-                yield self._numbers[token.ticket], token
+                yield token.ticket - self.tickets[0], token
 
     def drop(self, number: int) -> None:
         """Ends one completion early."""
-        self._open.discard(self._tickets[number])
-        self._engine.drop(self._tickets[number])
+        self._open.discard(self.tickets[number])
+        self._engine.drop(self.tickets[number])
 
     def close(self) -> None:
         """Ends what is not ended."""

@@ -1,4 +1,4 @@
-"""What the server says when it cannot do what was asked, in the shape of OpenAI's API.
+"""What the server answers when it cannot do what was asked, in the shape of OpenAI's API.
 
 Invariant: every answer that is not a success has the body {"error": {"message", "type", "param", "code"}}.
 """
@@ -17,22 +17,6 @@ TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 ADVICE = {
     404: "nothing is at this address; /openapi.json lists what is",
     405: "this address does not take this method; the header Allow says which it takes",
-}
-ERROR_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
 }
 
 

@@ -5,13 +5,13 @@ Invariant: the schema of a completion's body is the one that requests are checke
 
 from typing import Any
 
-from parallax.serving.errors import ERROR_SCHEMA
-from parallax.serving.schema import Schema
+from parallax.serving.request import Schema
 
 COMMON = {"401": "No key, or the wrong one.", "403": "A foreign Host or Origin."}
+UNKNOWN_MODEL = {"404": "Another model than the one served."}
 ERRORS_OF_COMPLETIONS = {
+    **UNKNOWN_MODEL,
     "400": "The body breaks a rule, which the message names.",
-    "404": "Another model than the one served.",
     "408": "The body takes too long to arrive.",
     "413": "The body is too large.",
     "415": "The body is not application/json.",
@@ -19,97 +19,43 @@ ERRORS_OF_COMPLETIONS = {
     "500": "The server failed.",
     "503": "The server is shutting down.",
 }
-USAGE = {name: {"type": "integer"} for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+TEXT, INTEGER = {"type": "string"}, {"type": "integer"}
+TEXT_OR_NULL = {"type": ["string", "null"]}
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "top_token_ids")
-CHOICE: Schema = {
-    "type": "object",
-    "required": ["index", "text", "logprobs", "finish_reason"],
-    "properties": {
-        "index": {"type": "integer"},
-        "text": {"type": "string"},
-        "logprobs": {"type": ["object", "null"], "properties": {name: {"type": "array"} for name in LISTS}},
-        "finish_reason": {"enum": ["stop", "length", None]},
-    },
-}
-COMPLETION: Schema = {
-    "type": "object",
-    "required": ["id", "object", "created", "model", "choices"],
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"const": "text_completion"},
-        "created": {"type": "integer"},
-        "model": {"type": "string"},
-        "choices": {"type": "array", "items": {"$ref": "#/components/schemas/Choice"}},
-        "usage": {"type": ["object", "null"], "required": list(USAGE), "properties": USAGE},
-    },
-}
-EVENT: Schema = {
-    "type": "object",
-    "required": ["data"],
-    "properties": {"data": {"type": "string", "description": "A Completion, an Error, or [DONE]."}},
-}
-MODEL: Schema = {
-    "type": "object",
-    "required": ["id", "object", "created", "owned_by"],
-    "properties": {
-        "id": {"type": "string"},
-        "object": {"const": "model"},
-        "created": {"type": "integer"},
-        "owned_by": {"type": "string"},
-    },
-}
-MODELS: Schema = {
-    "type": "object",
-    "required": ["object", "data"],
-    "properties": {
-        "object": {"const": "list"},
-        "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
-    },
-}
 
 
 def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str, Any]:
     """OpenAPI 3.1."""
+    event = _object(data=TEXT | {"description": "A Completion, an Error, or [DONE]."})
+    answer = {"application/json": _named("Completion"), "text/event-stream": {"schema": event}}
     complete = {
         "summary": "Continues a prompt.",
         "operationId": "complete",
         "requestBody": {"required": True, "content": {"application/json": {"schema": request}}},
-        "responses": {
-            "200": {
-                "description": "The answer; with stream, server-sent events that hold the same object in pieces.",
-                "content": {
-                    "application/json": {"schema": {"$ref": "#/components/schemas/Completion"}},
-                    "text/event-stream": {"schema": EVENT},
-                },
-            },
-            **_errors(ERRORS_OF_COMPLETIONS),
-        },
+        "responses": _responses(
+            "The answer; with stream, server-sent events that hold the same object in pieces.",
+            answer,
+            ERRORS_OF_COMPLETIONS,
+        ),
     }
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
-    unknown = {"404": "Another model than the one served."}
-    one_model = _get("The model, if it is the one served.", "application/json", "Model", unknown)
+    json = {"application/json": {}}
+    one, all_models = ({"application/json": _named(schema)} for schema in ("Model", "Models"))
     described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Parallax", "version": "1"},
         "paths": {
             "/v1/completions": {"post": complete},
-            "/v1/models": {"get": _get("The model that is served.", "application/json", "Models")},
-            "/v1/models/{model}": {"get": one_model, "parameters": [name]},
-            "/healthz": {"get": _get("Whether the server lives.", "application/json")},
-            "/metrics": {"get": _get("Counts, for Prometheus.", "text/plain")},
-            "/run": {"get": _get("The run that the model came from.", "application/json")},
-            "/openapi.json": {"get": _get("This description.", "application/json")},
-            "/": {"get": _get("A page to talk to the model.", "text/html")},
+            "/v1/models": _get("The model that is served.", all_models),
+            "/v1/models/{model}": _get("The model, if it is the one served.", one, UNKNOWN_MODEL)
+            | {"parameters": [name]},
+            "/healthz": _get("Whether the server lives.", json),
+            "/metrics": _get("Counts, for Prometheus.", {"text/plain": {}}),
+            "/run": _get("The run that the model came from.", json),
+            "/openapi.json": _get("This description.", json),
+            "/": _get("A page to talk to the model.", {"text/html": {}}),
         },
-        "components": {
-            "schemas": {
-                "Error": ERROR_SCHEMA,
-                "Choice": CHOICE,
-                "Completion": COMPLETION,
-                "Model": MODEL,
-                "Models": MODELS,
-            }
-        },
+        "components": {"schemas": _answer_schemas()},
     }
     if with_key:
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -119,19 +65,53 @@ def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str,
     return described
 
 
-def _get(summary: str, kind: str, schema: str = "", errors: dict[str, str] | None = None) -> dict[str, Any]:
-    content = {"schema": {"$ref": f"#/components/schemas/{schema}"}} if schema else {}
+def _answer_schemas() -> dict[str, Schema]:
+    usage = _object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
+    completion = _object(
+        id=TEXT,
+        object={"const": "text_completion"},
+        created=INTEGER,
+        model=TEXT,
+        choices={"type": "array", "items": {"$ref": "#/components/schemas/Choice"}},
+    )
+    completion["properties"]["usage"] = usage | {"type": ["object", "null"]}  # a piece of a stream has none
+    error = _object(message=TEXT, type=TEXT, param=TEXT_OR_NULL, code=TEXT_OR_NULL)
     return {
-        "summary": summary,
-        "responses": {
-            "200": {"description": summary, "content": {kind: content}},
-            **_errors(errors or {}),
-        },
+        "Error": _object(error=error),
+        "Choice": _object(
+            index=INTEGER,
+            text=TEXT,
+            logprobs={"type": ["object", "null"], "properties": {name: {"type": "array"} for name in LISTS}},
+            finish_reason={"enum": ["stop", "length", None]},
+        ),
+        "Completion": completion,
+        "Model": _object(id=TEXT, object={"const": "model"}, created=INTEGER, owned_by=TEXT),
+        "Models": _object(
+            object={"const": "list"},
+            data={"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+        ),
     }
 
 
-def _errors(errors: dict[str, str]) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+def _object(**properties: Schema) -> Schema:
+    """An object that holds each of these."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _named(schema: str) -> dict[str, Any]:
+    return {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+
+
+def _get(summary: str, content: dict[str, Any], errors: dict[str, str] | None = None) -> dict[str, Any]:
+    return {"get": {"summary": summary, "responses": _responses(summary, content, errors or {})}}
+
+
+def _responses(words: str, content: dict[str, Any], errors: dict[str, str]) -> dict[str, Any]:
+    error = {"application/json": _named("Error")}
     return {
-        status: {"description": words, "content": content} for status, words in {**COMMON, **errors}.items()
+        "200": {"description": words, "content": content},
+        **{
+            status: {"description": reason, "content": error}
+            for status, reason in {**COMMON, **errors}.items()
+        },
     }

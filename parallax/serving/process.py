@@ -17,17 +17,14 @@ import uvicorn
 
 from parallax.inference.batching import Batcher
 from parallax.run_folder import load_run
-from parallax.serving.api import Api
-from parallax.serving.assets import asset_routes
+from parallax.serving.access import Guard, address_of, is_loopback, start_listening
+from parallax.serving.app import application
 from parallax.serving.engine import Engine
-from parallax.serving.guard import Guard
 from parallax.serving.limits import Limits
-from parallax.serving.listen import address_of, is_loopback, start_listening
-from parallax.serving.metrics import Counts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 3
-"""Seconds that answers under way have to finish once the server is told to end."""
+"""Seconds that answers under way have to finish once the server has got a signal."""
 
 
 class Server(uvicorn.Server):
@@ -94,15 +91,8 @@ def serve(
         engine.warm_up()
         for number in SIGNALS:  # uvicorn takes them over, and raises them again at its end
             signal.signal(number, lambda *_: None)
-        counts = Counts(engine, slots)
-        api = Api(run, engine, counts, limits.within(capacity), capacity, with_key=bool(key))
-        guard = Guard(
-            api.application(),
-            frozenset({host.lower()}) if is_loopback(listener.getsockname()[0]) else None,
-            key,
-            frozenset({"/healthz", *(route.path for route in asset_routes())}),
-            lambda status: counts.requests.labels(str(status)).inc(),
-        )
+        names = frozenset({host.lower()}) if is_loopback(listener.getsockname()[0]) else None
+        guard = application(run, engine, slots, capacity, limits, names, key)
         start_listening(listener)
         return _answer(guard, engine, listener)
 

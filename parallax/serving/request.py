@@ -1,6 +1,7 @@
-"""The body of a completion request, from bytes to what the engine is asked.
+"""The body of a completion request: its JSON Schema, and the way from bytes to what the engine is asked.
 
-Invariant: what leaves `read_ask` is complete and within its limits; whatever else came is refused with status 4xx.
+Invariant: /openapi.json shows the schema that is enforced, and an `Ask` is complete and within the limits. Two rules no
+schema can state: prompt and answer fit a slot together, and the tokenizer can spell the prompt.
 """
 
 import dataclasses
@@ -12,13 +13,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jsonschema_rs import Draft202012Validator, ValidationError
+from jsonschema_rs import ValidationErrorKind as Kind
 
+from parallax.inference.report import TOP
 from parallax.inference.request import Request
 from parallax.serving.errors import Refusal
-from parallax.serving.schema import Schema, find_violation
+from parallax.serving.limits import Limits
 from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.plain import CharTokenizer
+
+Schema = dict[str, Any]
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+MASK = "value"
+"""Stands for the value in the validator's messages: the value itself may be long."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,60 +66,192 @@ class Ask:
         ]
 
 
-def read_json(body: bytes) -> Any:
-    """Strict JSON in UTF-8.
+class Form:
+    """What a completion request to one model may hold; `schema` is that of the body of POST /v1/completions."""
 
-    Raises:
-      Refusal: status 400.
-    """
+    def __init__(self, model: str, tokenizer: Tokenizer, limits: Limits):
+        self.schema = _schema(model, tokenizer, limits)
+        self._model, self._tokenizer, self._limits = model, tokenizer, limits
+        properties = self.schema["properties"]
+        self._outline = Draft202012Validator(self.schema | {"properties": {name: {} for name in properties}})
+        self._fields = {
+            name: [Draft202012Validator(one, mask=MASK) for one in rules.get("anyOf", [rules])]
+            for name, rules in properties.items()
+        }
+
+    def read(self, body: bytes) -> Ask:
+        """What a body asks for.
+
+        Raises:
+          Refusal: status 404 for another model, 400 for all else.
+        """
+        data = _parse(body)
+        self._check(data)
+        fields = {
+            name: rules.get("default") if data.get(name) is None else data[name]
+            for name, rules in self.schema["properties"].items()
+        }
+        stop, seed = fields["stop"] or [], fields["seed"]
+        ask = Ask(
+            prompts=self._read_prompts(fields["prompt"]),
+            max_tokens=int(fields["max_tokens"]),
+            n=int(fields["n"]),
+            stream=fields["stream"],
+            include_usage=(fields["stream_options"] or {}).get("include_usage", False),
+            logprobs=None if fields["logprobs"] is None else int(fields["logprobs"]),
+            echo=fields["echo"],
+            stops=[stop] if isinstance(stop, str) else stop,
+            seed=secrets.randbits(32) if seed is None else int(seed),
+            sampling={
+                name: int(fields[name]) if name == "top_k" else float(fields[name]) for name in SAMPLING
+            },
+        )
+        if (answers := len(ask.prompts) * ask.n) > self._limits.max_answers:
+            rule = f"must not exceed {self._limits.max_answers} answers and make {answers}"
+            message = f"{len(ask.prompts)} prompts times n={ask.n} {rule}; send several requests"
+            raise Refusal(400, message, param="n")
+        return ask
+
+    def _check(self, data: Any) -> None:
+        """Raises Refusal for the first rule of the schema that `data` breaks."""
+        if not isinstance(data, dict):
+            message = f"body={reprlib.repr(data)} must be a JSON object; send fields such as model and prompt"
+            raise Refusal(400, message)
+        given = data.get("model")
+        if isinstance(given, str) and given != self._model:
+            message = f"model={reprlib.repr(given)} is not served here; the one that is, is {self._model!r}"
+            raise Refusal(404, message, param="model", code="model_not_found")
+        if error := _first_error(self._outline, data):
+            raise self._refusal([], error)
+        for name, value in data.items():
+            try:
+                errors = [_first_error(validator, value) for validator in self._fields[name]]
+            except ValueError:  # the validator gives up at half of a surrogate pair and below 255 levels
+                rule = "must be of whole characters and nested no deeper than 3 levels; send it as UTF-8"
+                raise Refusal(400, f"{name} {rule}", param=name) from None
+            broken = [error for error in errors if error]
+            if len(broken) == len(errors):
+                # Of alternatives the one with the right types was meant, as far as it goes.
+                typed = [error for error in broken if not isinstance(error.kind, Kind.Type)]
+                meant = max(typed, key=lambda error: len(error.instance_path), default=broken[0])
+                if not isinstance(meant.kind, Kind.Pattern):  # the tokenizer names the character
+                    raise self._refusal([name], meant, untyped=len(errors) > 1 and not typed)
+
+    def _refusal(self, field: list[str | int], error: ValidationError, *, untyped: bool = False) -> Refusal:
+        path, given = [*field, *error.instance_path], f"={reprlib.repr(error.instance)}"
+        match error.kind:
+            case Kind.Required(name):
+                path, given, rule = [*path, name], "", "must be given"
+            case Kind.AdditionalProperties([name, *_]):
+                path, given, rule = [*path, name], "", "is not known to this server"
+            case _ if untyped:
+                rule = f"must be {self.schema['properties'][path[0]]['title']}"
+            case _:
+                rule = error.message.removeprefix(MASK).lstrip()
+        rules = self.schema["properties"].get(path[0], {})
+        example = rules.get("examples", [rules.get("default")])[0]
+        remedy = "leave it out" if example is None else f"try {json.dumps(example)}"
+        name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+        return Refusal(400, f"{name.removeprefix('.')}{given} {rule}; {remedy}", param=str(path[0]))
+
+    def _read_prompts(self, prompt: Any) -> list[np.ndarray]:
+        """Token ids from any of the four forms of a prompt."""
+        alone = isinstance(prompt, str) or not isinstance(prompt[0], str | list)
+        limit, prompts = self._limits.max_prompt_tokens, []
+        for one in [prompt] if alone else prompt:
+            try:
+                ids = self._tokenizer.encode(one) if isinstance(one, str) else np.array(one, np.int32)
+            except ValueError as error:
+                raise Refusal(400, f"prompt: {error}", param="prompt") from None
+            if len(ids) > limit:
+                message = f"prompt of {len(ids)} tokens must not exceed {limit}; send its end alone"
+                raise Refusal(400, message, param="prompt", code="context_length_exceeded")
+            prompts.append(ids)
+        return prompts
+
+
+def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
+    text: Schema = {"type": "string", "minLength": 1}
+    if isinstance(tokenizer, CharTokenizer):
+        text |= {"pattern": _only(tokenizer.alphabet), "maxLength": limits.max_prompt_tokens}
+    token = {"type": "integer", "minimum": 0, "maximum": tokenizer.vocab_size - 1}
+    tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": limits.max_prompt_tokens}
+    several = {"type": "array", "minItems": 1, "maxItems": limits.max_answers}
+    stop = {"type": "string", "minLength": 1, "maxLength": 256}
+    properties = {
+        "model": {"type": "string", "enum": [model], "examples": [model]},
+        "prompt": {
+            "title": "a text, a list of texts, a list of token ids, or a list of such lists",
+            "examples": ["ROMEO:"],
+            "anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}],
+        },
+        "max_tokens": _optional("integer", 16, minimum=0, maximum=limits.max_tokens),
+        "temperature": _optional("number", 1.0, minimum=0, maximum=1e6, examples=[0.8]),
+        "top_p": _optional("number", 1.0, minimum=1e-30, maximum=1),
+        "top_k": _optional("integer", 0, minimum=0, maximum=2**31 - 1),
+        "min_p": _optional("number", 0.0, minimum=0, exclusiveMaximum=1),
+        "repetition_penalty": _optional("number", 1.0, minimum=1e-6, maximum=1e6),
+        "n": _optional("integer", 1, minimum=1, maximum=limits.max_answers),
+        "stream": _optional("boolean", False),
+        "stream_options": _optional("object", None)
+        | {"properties": {"include_usage": {"type": "boolean"}}, "additionalProperties": False},
+        "logprobs": _optional("integer", None, minimum=0, maximum=TOP),
+        "echo": _optional("boolean", False),
+        "stop": {
+            "title": "a text, or a list of at most 4 texts",
+            "anyOf": [{"type": "null"}, stop, {"type": "array", "items": stop, "maxItems": 4}],
+        },
+        "seed": _optional("integer", None, minimum=0, maximum=2**32 - 1)
+        | {
+            "description": "Answer i of a prompt is the only answer of seed + i; without a seed one is drawn."
+        },
+        "user": _optional("string", None),
+        # What follows is taken only where it asks for nothing.
+        "best_of": {"enum": [None, 1]},
+        "suffix": {"enum": [None, ""]},
+        "presence_penalty": {"enum": [None, 0]},
+        "frequency_penalty": {"enum": [None, 0]},
+        "logit_bias": _optional("object", None, maxProperties=0),
+    }
+    return {
+        "type": "object",
+        "required": ["model", "prompt"],
+        "properties": properties,
+        "additionalProperties": False,
+    }
+
+
+def _optional(kind: str, default: Any, **rules: Any) -> Schema:
+    """A field that may be left out or null, and is `default` then."""
+    return {"type": [kind, "null"], "default": default, **rules}
+
+
+def _only(alphabet: str) -> str:
+    """A pattern that holds for texts of these characters alone, in every dialect of regular expressions."""
+    escaped = "".join("\\" + char if char in "\\]^-[" else char for char in alphabet)
+    return f"^[{escaped}]+(?![\\s\\S])"
+
+
+def _first_error(validator: Draft202012Validator, value: Any) -> ValidationError | None:
+    """One alone, since a long list may hold a million."""
+    try:
+        validator.validate(value)
+    except ValidationError as error:
+        return error
+    return None
+
+
+def _parse(body: bytes) -> Any:
+    """Strict JSON in UTF-8. Raises Refusal with status 400."""
     try:
         return json.loads(body.decode("utf-8"), parse_float=_finite, parse_constant=_finite)
     except UnicodeDecodeError as error:
-        raise Refusal(
-            400, f"body must be UTF-8 and is not at byte {error.start}; encode it as UTF-8"
-        ) from None
+        message = f"body must be UTF-8 and is not at byte {error.start}; encode it as UTF-8"
     except RecursionError:
-        raise Refusal(400, "body is nested too deeply; a request needs no more than 3 levels") from None
+        message = "body is nested too deeply; a request needs no more than 3 levels"
     except ValueError as error:
-        raise Refusal(400, f"body must be JSON ({error}); send one JSON object") from None
-
-
-def read_ask(data: Any, schema: Schema, tokenizer: Tokenizer, max_answers: int) -> Ask:
-    """What a decoded body asks for.
-
-    Raises:
-      Refusal: status 404 for another model, 400 for all else.
-    """
-    if not isinstance(data, dict):
-        raise Refusal(
-            400, f"body={reprlib.repr(data)} must be a JSON object; send fields such as model and prompt"
-        )
-    _check_model(data.get("model"), schema["properties"]["model"]["enum"][0])
-    if found := find_violation(data, schema):
-        given = "" if found.rule == "be given" else f"={reprlib.repr(found.value)}"
-        remedy = _remedy(schema["properties"].get(found.path[0], {}))
-        raise Refusal(400, f"{found.name}{given} must {found.rule}; {remedy}", param=str(found.path[0]))
-    fields = {
-        name: rules.get("default") if data.get(name) is None else data[name]
-        for name, rules in schema["properties"].items()
-    }
-    stop, seed = fields["stop"] or [], fields["seed"]
-    ask = Ask(
-        prompts=_read_prompts(fields["prompt"], tokenizer, schema),
-        max_tokens=int(fields["max_tokens"]),
-        n=int(fields["n"]),
-        stream=fields["stream"],
-        include_usage=(fields["stream_options"] or {}).get("include_usage", False),
-        logprobs=None if fields["logprobs"] is None else int(fields["logprobs"]),
-        echo=fields["echo"],
-        stops=[stop] if isinstance(stop, str) else stop,
-        seed=secrets.randbits(32) if seed is None else int(seed),
-        sampling={name: int(fields[name]) if name == "top_k" else float(fields[name]) for name in SAMPLING},
-    )
-    if (answers := len(ask.prompts) * ask.n) > max_answers:
-        rule = f"{len(ask.prompts)} prompts times n={ask.n} must not exceed {max_answers} answers"
-        raise Refusal(400, f"{rule} and make {answers}; send several requests", param="n")
-    return ask
+        message = f"body must be JSON ({error}); send one JSON object"
+    raise Refusal(400, message)
 
 
 def _finite(text: str) -> float:
@@ -118,31 +259,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{reprlib.repr(text)} is no finite number")
     return number
-
-
-def _check_model(given: Any, served: str) -> None:
-    if isinstance(given, str) and given != served:
-        message = f"model={reprlib.repr(given)} is not served here; the one that is, is {served!r}"
-        raise Refusal(404, message, param="model", code="model_not_found")
-
-
-def _remedy(rules: Schema) -> str:
-    example = rules.get("examples", [rules.get("default")])[0]
-    return "leave it out" if example is None else f"try {json.dumps(example)}"
-
-
-def _read_prompts(prompt: Any, tokenizer: Tokenizer, schema: Schema) -> list[np.ndarray]:
-    """Token ids from any of the four forms of a prompt."""
-    alone = isinstance(prompt, str) or not isinstance(prompt[0], str | list)
-    limit = schema["properties"]["prompt"]["anyOf"][1]["maxItems"]
-    prompts = []
-    for one in [prompt] if alone else prompt:
-        try:
-            ids = tokenizer.encode(one) if isinstance(one, str) else np.array(one, np.int32)
-        except ValueError as error:
-            raise Refusal(400, f"prompt: {error}", param="prompt") from None
-        if len(ids) > limit:
-            message = f"prompt of {len(ids)} tokens must not exceed {limit}; send its end alone"
-            raise Refusal(400, message, param="prompt", code="context_length_exceeded")
-        prompts.append(ids)
-    return prompts

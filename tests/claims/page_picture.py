@@ -5,8 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.scripts.browser import browsing
-from tests.scripts.serving import serving
+from tests.parallax.serving.browser import browsing
+from tests.parallax.serving.server import serving
 
 PROMPT = "ROMEO:\n"
 UNSURE = 0.45

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from scripts import train
-from tests.scripts.serving import serving, write_run
 
 TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
 SMALL = [
@@ -75,16 +74,3 @@ def write_text(folder: Path) -> None:
     rng = random.Random(0)
     words = ["king", "queen", "crown", "sword", "night", "and", "the"]
     (folder / "text.txt").write_text(" ".join(rng.choice(words) for _ in range(600)))
-
-
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory):
-    """A run folder to serve: an untrained model of a few letters."""
-    return write_run(tmp_path_factory.mktemp("served") / "small-run")
-
-
-@pytest.fixture(scope="session")
-def server(small_run):
-    """One server for all tests that leave it as it was."""
-    with serving(small_run) as served:
-        yield served

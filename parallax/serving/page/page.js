@@ -96,7 +96,7 @@ class Reader {
   #characters = []; // offsets count characters, as the server does, not UTF-16 units
   #last = null; // {index in the view, offset} of the newest token, whose text may still grow
 
-  /** Shows what a chunk tells of; how many of its tokens were generated. */
+  /** Shows what a chunk holds; returns how many of its tokens were generated. */
   take({ text, logprobs }) {
     let generated = 0;
     this.#characters.push(...text);

@@ -39,7 +39,7 @@ export class TokenView {
     this.update(this.tokens.length - 1);
   }
 
-  /** Shows tokens[index] anew. */
+  /** Shows tokens[index] again. */
   update(index) {
     const token = this.tokens[index];
     const element = this.text.children[index];

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.scripts.serving import eventually, serving
+from tests.parallax.serving.server import eventually, serving
 
 NAN, INFINITY = float("nan"), float("inf")
 FIELDS = [
@@ -39,6 +39,7 @@ FIELDS = [
     *(("suffix", value) for value in ("a", 1)),
     *(("presence_penalty", value) for value in (0.1, False)),
     *(("frequency_penalty", value) for value in (-1, "0")),
+    *((name, json.loads("[" * 300 + "]" * 300)) for name in ("prompt", "stop", "user", "seed")),
     *(("logit_bias", value) for value in ({"1": 1}, [])),
     *(("messages", value) for value in ([], None)),
 ]
@@ -93,32 +94,36 @@ def test_another_type(server, kind):
     assert_refused(response, 415)
 
 
+@pytest.fixture(scope="module")
+def strict(small_run):
+    """A server of low limits; of one answer a request, since no schema can bound the product of prompts and n."""
+    lengths = ("--max-prompt-tokens", "24", "--max-tokens", "8", "--max-answers", "1")
+    with serving(small_run, *lengths, "--max-body-bytes", "50000", "--body-seconds", "2") as served:
+        yield served
+
+
 @pytest.mark.parametrize("announced", [True, False])
-def test_a_body_too_large(small_run, announced):
-    with serving(small_run, "--max-body-bytes", "2000") as server:
-        body = b"[" + b" " * 5000 + b"]"
-        content = body if announced else (body[start : start + 500] for start in range(0, 5000, 500))
-        response = server.http.post(
-            "/v1/completions", content=content, headers={"Content-Type": "application/json"}
-        )
-        assert "2000" in assert_refused(response, 413)["message"]
-        assert server.post(prompt="a", max_tokens=1).status_code == 200
+def test_a_body_too_large(strict, announced):
+    body = b"[" + b" " * 90000 + b"]"
+    content = body if announced else (body[start : start + 9000] for start in range(0, 90000, 9000))
+    response = strict.http.post(
+        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert "50000" in assert_refused(response, 413)["message"]
+    assert strict.post(prompt="a", max_tokens=1).status_code == 200
 
 
-def test_a_body_too_slow(small_run):
+def test_a_body_too_slow(strict):
     """One that stops on its way: the connection is closed, and others are served meanwhile and afterwards."""
-    with serving(small_run, "--body-seconds", "1") as server:
-        host, port = server.address.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=30) as client:
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
-            )
-            client.sendall(f"{head}Content-Length: 100\r\n\r\n[1, 2".encode())
-            assert server.post(prompt="a", max_tokens=1).status_code == 200
-            answer = b"".join(iter(lambda: client.recv(4096), b""))  # up to the end of the connection
-        assert answer.startswith(b"HTTP/1.1 408")
-        assert b"body must arrive within 1 s, and 5 bytes did; send it faster" in answer
-        assert server.post(prompt="a", max_tokens=1).status_code == 200
+    host, port = strict.address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: 100\r\n\r\n[1, 2".encode())
+        assert strict.post(prompt="a", max_tokens=1).status_code == 200
+        answer = b"".join(iter(lambda: client.recv(4096), b""))  # up to the end of the connection
+    assert answer.startswith(b"HTTP/1.1 408")
+    assert b"body must arrive within 2 s, and 5 bytes did; send it faster" in answer
+    assert strict.post(prompt="a", max_tokens=1).status_code == 200
 
 
 def test_another_model(server):
@@ -144,16 +149,12 @@ def test_another_method(server, method, path, allowed):
     assert sorted(response.headers["allow"].split(", ")) == allowed.split(", ")
 
 
-def test_the_schema_says_what_is_taken(small_run, tmp_path):
-    """Schemathesis makes requests that the schema allows, which must be served, and others, which must be refused.
-
-    One answer a request: the product of prompts and n is bounded too, and no schema can say so.
-    """
-    with serving(small_run, "--max-prompt-tokens", "24", "--max-tokens", "8", "--max-answers", "1") as server:
-        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.address}/openapi.json"]
-        command += ["--checks", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "40"]
-        command += ["--generation-deterministic", "--no-color"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-        assert eventually(server.is_idle)
-        assert server.post(prompt="a", max_tokens=1).status_code == 200
+def test_the_schema_says_what_is_taken(strict, tmp_path):
+    """Schemathesis makes requests that the schema allows, which must be served, and others, which must be refused."""
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{strict.address}/openapi.json"]
+    command += ["--checks", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "40"]
+    command += ["--generation-deterministic", "--no-color"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert eventually(strict.is_idle)
+    assert strict.post(prompt="a", max_tokens=1).status_code == 200

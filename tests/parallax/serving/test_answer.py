@@ -5,7 +5,7 @@ import random
 import pytest
 
 from parallax.inference.batching import Token
-from parallax.serving.text import END_OF_TEXT, AnswerText, logprobs_json, spell
+from parallax.serving.answer import END_OF_TEXT, AnswerText, logprobs_json, spell
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer
 from tests.parallax.interop.tokenizers import sentencepiece
@@ -64,20 +64,20 @@ def test_an_unfinished_character_is_shown_at_the_end():
     assert [piece.text for piece in answer("a☃".encode()[:3])] == ["a", "", "�"]
 
 
-def test_the_token_itself_is_told_beyond_the_best():
+def test_the_token_itself_is_reported_beside_the_best():
     piece = answer(b"c")[0]
-    told = logprobs_json(piece.marks, TOKENIZER, 1)
-    assert told["top_logprobs"] == [{"a": -1.0, "c": -1.5}]
-    assert told["top_token_ids"] == [[97, 99]]
-    assert told["token_ids"] == [99]
+    logprobs = logprobs_json(piece.marks, TOKENIZER, 1)
+    assert logprobs["top_logprobs"] == [{"a": -1.0, "c": -1.5}]
+    assert logprobs["top_token_ids"] == [[97, 99]]
+    assert logprobs["token_ids"] == [99]
 
 
 def test_what_json_cannot_hold_is_a_number_in_its_place():
     impossible = Token(1, 99, -float("inf"), ((97, float("nan")),), False, "length")
     mark = AnswerText(TOKENIZER, b"a", (), echo=False).push(impossible).marks[0]
-    told = logprobs_json([mark], TOKENIZER, 1)
-    assert told["token_logprobs"] == [-9999.0]
-    assert told["top_logprobs"] == [{"a": -9999.0, "c": -9999.0}]
+    logprobs = logprobs_json([mark], TOKENIZER, 1)
+    assert logprobs["token_logprobs"] == [-9999.0]
+    assert logprobs["top_logprobs"] == [{"a": -9999.0, "c": -9999.0}]
 
 
 @pytest.mark.parametrize("prompt", ["To be", " To be", "☃", ""])

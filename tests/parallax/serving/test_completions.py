@@ -10,7 +10,7 @@ import pytest
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer
 from tests.parallax.interop.tokenizers import byte_level
-from tests.scripts.serving import LETTERS, serving, write_run
+from tests.parallax.serving.server import LETTERS, serving, write_run
 
 PROMPT = "a bad☃"
 
@@ -27,7 +27,7 @@ def test_usage_counts_tokens(server):
     assert answer.usage.completion_tokens == 14 == answer.usage.total_tokens - 6
 
 
-def test_a_finish_is_told(server):
+def test_an_answer_says_why_it_ended(server):
     reasons = {
         server.complete(PROMPT, max_tokens=60, seed=seed).choices[0].finish_reason for seed in range(12)
     }
@@ -76,7 +76,7 @@ def test_logprobs_are_of_the_tokens(server):
     for token, logprob, top in zip(
         logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
     ):
-        assert next(iter(top)) == token  # the likeliest, since the temperature is 0
+        assert next(iter(top)) == token  # argmax, since the temperature is 0
         assert top[token] == logprob == max(top.values())
         assert len(top) == 3
         assert sum(math.exp(value) for value in top.values()) <= 1.0001

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from tests.scripts.browser import browsing
-from tests.scripts.serving import LETTERS, eventually, serving
+from tests.parallax.serving.browser import browsing
+from tests.parallax.serving.server import LETTERS, eventually, serving
 
 pytestmark = pytest.mark.external
 

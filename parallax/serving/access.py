@@ -1,24 +1,84 @@
-"""Who may ask: the right name of this server, no foreign web page, and the key where there is one.
+"""Who reaches the server: where it listens, by which names, from which pages, and with which key.
 
-Invariant: a request that is refused here reaches nothing behind. A web page elsewhere cannot use the server through its
-reader's browser: by a name that it points here (DNS rebinding) it fails on Host, by its own name on Origin.
+Invariant: without a key, only this machine reaches it, and a request that is refused here reaches nothing behind. A
+page elsewhere cannot use the server through its reader's browser: by a name that it points here (DNS rebinding) it
+fails on Host, by its own name on Origin.
 """
 
 import dataclasses
 import hmac
+import ipaddress
+import socket
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parallax.serving.errors import Refusal
-from parallax.serving.listen import is_loopback
 
+BACKLOG = 2048
+"""Connections that may wait to be accepted: uvicorn's default."""
 SAFETY = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
 }
+
+
+def listen(host: str, port: int, key: str) -> socket.socket:
+    """A bound socket, which listens once the server answers.
+
+    Raises:
+      ValueError: the address is unknown or in use, or open to other machines without a key.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(
+            f"--host {host!r} must be an address of this machine ({error}); try 127.0.0.1"
+        ) from None
+    if not key and not is_loopback(str(address[0])):
+        raise ValueError(
+            f"--host {host} is open to other machines and needs --api-key; give one, or leave --host out"
+        )
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _cannot_listen(host, port, error) from None
+    return listener
+
+
+def start_listening(listener: socket.socket) -> None:
+    """Lets clients connect. Raises ValueError where another program bound the same address and was first."""
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise _cannot_listen(host, port, error) from None
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> ValueError:
+    remedy = "try --port 0, which takes a free one"
+    return ValueError(f"--host {host} --port {port} cannot be listened on ({error.strerror}); {remedy}")
+
+
+def address_of(listener: socket.socket) -> str:
+    """What a browser opens."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address can only mean this machine."""
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +89,7 @@ class Guard:
       names: what Host may say, beside the loopback's own addresses; None lets every name pass, which is safe only with
         a key.
       open_paths: what needs no key: the page, which asks for the key itself, and the question whether the server lives.
-      count: told the status of each answer.
+      count: takes the status of each answer.
     """
 
     app: ASGIApp

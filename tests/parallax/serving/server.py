@@ -22,7 +22,7 @@ from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.plain import CharTokenizer
 from tests.scripts.untrained import one_layer, write_untrained
 
-SERVE = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"
+SERVE = Path(__file__).resolve().parents[3] / "scripts" / "serve.py"
 LETTERS = CharTokenizer("\n !?" + string.ascii_uppercase + string.ascii_lowercase + "é☃", has_eos=True)
 SMALL = ("--port", "0", "--slots", "4", "--capacity", "96")
 

@@ -10,7 +10,7 @@ import random
 import httpx
 import pytest
 
-from tests.scripts.serving import eventually, serving
+from tests.parallax.serving.server import eventually, serving
 
 CLIENTS = 200
 STREAM = {"stream": True}
@@ -39,7 +39,7 @@ def request_of(number: int, model: str) -> dict:
     }
 
 
-def told(answer: dict) -> tuple[dict, list[float]]:
+def comparable(answer: dict) -> tuple[dict, list[float]]:
     """An answer without what names it, and its numbers apart: in another slot they may be rounded otherwise."""
     numbers: list[float] = []
     kept = {name: value for name, value in answer.items() if name not in ("id", "created")}
@@ -82,7 +82,7 @@ def test_company_changes_no_answer_and_leaks_no_slot(busy):
     assert len(finished) == CLIENTS - CLIENTS // 5
     for number, answer in finished.items():
         alone = busy.http.post("/v1/completions", json=request_of(number, busy.model)).json()
-        (kept, numbers), (expected, expected_numbers) = told(answer), told(alone)
+        (kept, numbers), (expected, expected_numbers) = comparable(answer), comparable(alone)
         assert kept == expected, request_of(number, busy.model)
         assert numbers == pytest.approx(expected_numbers, abs=1e-5)  # float32
     assert eventually(busy.is_idle)  # a stop that ends an answer early frees its slot with the next step

@@ -1,0 +1,225 @@
+"""What the server answers at which address: the API, the page at /, and the run behind them.
+
+Invariant: a request is either refused before it takes a slot, or its answer is closed at the end, whatever the end was:
+so no slot stays with a client that went away. The page is the files of page/, read once; it loads nothing from
+elsewhere and runs no other script.
+"""
+
+import asyncio
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from parallax.run_folder import Run
+from parallax.serving.access import Guard
+from parallax.serving.answer import Answer
+from parallax.serving.engine import Engine
+from parallax.serving.errors import CLIENT_GONE, Refusal, json_response, say_refusal
+from parallax.serving.limits import Limits
+from parallax.serving.metrics import Counts
+from parallax.serving.openapi import describe_server
+from parallax.serving.request import Form
+
+FOLDER = Path(__file__).resolve().parent / "page"
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+}
+MAX_POINTS = 400
+"""Of each curve: more cannot be told apart on a screen."""
+
+
+def application(
+    run: Run,
+    engine: Engine,
+    slots: int,
+    capacity: int,
+    limits: Limits,
+    names: frozenset[str] | None,
+    key: str,
+) -> Guard:
+    """The whole server of one model.
+
+    Args:
+      slots, capacity: how many answers are computed at once, and the tokens that each may hold.
+      names, key: as `Guard` takes them.
+    """
+    model = run.folder.name or Path.cwd().name  # --checkpoint . has no name
+    counts, limits = Counts(engine, slots), limits.within(capacity)
+    form = Form(model, run.tokenizer, limits)
+    card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "parallax"}
+
+    async def complete(request: Request) -> Response:
+        ask = form.read(await _read_body(request, limits))
+        job = engine.submit(ask.completions(run.tokenizer.end_ids))
+        answer = Answer(ask, job, run.tokenizer, model, counts)
+        return EventStream(answer) if ask.stream else await _unless_gone(request, answer)
+
+    async def one_model(request: Request) -> Response:
+        if (asked := request.path_params["model"]) != model:
+            message = f"model={asked!r} is not served here; try {model!r}"
+            raise Refusal(404, message, param="model", code="model_not_found")
+        return json_response(card)
+
+    async def metrics(_: Request) -> Response:
+        return Response(counts.text(), media_type="text/plain; version=0.0.4")
+
+    assets = [
+        _asset("/", FOLDER / "index.html", "text/html"),
+        *(
+            _asset(f"/{path.name}", path, KINDS[path.suffix])
+            for path in sorted(FOLDER.iterdir())
+            if path.suffix in KINDS
+        ),
+    ]
+    app = Starlette(
+        routes=[
+            Route("/v1/completions", complete, methods=["POST"]),
+            _fixed("/v1/models", {"object": "list", "data": [card]}),
+            Route("/v1/models/{model:path}", one_model, methods=["GET"]),
+            _fixed("/healthz", {"status": "ok", "model": model}),
+            Route("/metrics", metrics, methods=["GET"]),
+            _fixed("/run", _describe_run(run, model, limits, capacity)),
+            _fixed("/openapi.json", describe_server(model, form.schema, with_key=bool(key))),
+            *assets,
+        ],
+        exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), say_refusal),
+    )
+    app.router.redirect_slashes = False
+    open_paths = frozenset({"/healthz", *(route.path for route in assets)})
+    return Guard(app, names, key, open_paths, lambda status: counts.requests.labels(str(status)).inc())
+
+
+async def _read_body(request: Request, limits: Limits) -> bytes:
+    """The body, of the right type, no larger and no slower than allowed; raises Refusal."""
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, f"Content-Type={kind!r} must be application/json; send JSON with that header")
+    limit, seconds, body = limits.max_body_bytes, limits.body_seconds, b""
+    announced = int(request.headers.get("content-length", "0"))
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                body += part
+                if max(len(body), announced) > limit:
+                    message = f"body must not exceed {limit} bytes; send less, or several requests"
+                    raise Refusal(413, message)
+    except TimeoutError:
+        message = f"body must arrive within {seconds} s, and {len(body)} bytes did; send it faster"
+        raise Refusal(408, message, headers={"Connection": "close"}) from None
+    return body
+
+
+class EventStream(StreamingResponse):
+    """An answer as server-sent events, closed when it was sent or nobody reads it any more."""
+
+    def __init__(self, answer: Answer):
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(answer.events(), media_type="text/event-stream", headers=headers)
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with contextlib.suppress(ClientDisconnect):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _unless_gone(request: Request, answer: Answer) -> Response:
+    """The whole answer, given up and closed as soon as the client closes its connection."""
+    whole = asyncio.create_task(answer.whole())
+    gone = asyncio.create_task(_wait_until_gone(request))
+    try:
+        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return json_response(whole.result()) if whole.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        whole.cancel()
+        gone.cancel()
+        answer.close()
+
+
+async def _wait_until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _fixed(path: str, value: Any) -> Route:
+    return _always(path, json_response(value))
+
+
+def _asset(address: str, path: Path, kind: str) -> Route:
+    return _always(address, Response(path.read_bytes(), headers=HEADERS, media_type=kind))
+
+
+def _always(path: str, response: Response) -> Route:
+    async def answer(_: Request) -> Response:
+        return response
+
+    return Route(path, answer, methods=["GET"])
+
+
+def _describe_run(run: Run, model: str, limits: Limits, capacity: int) -> dict[str, Any]:
+    """What /run says: the model's shape, how it was trained, its loss curves as [step, loss], and what may be asked."""
+    rows = _rows(run)
+    return {
+        "model": model,
+        "step": run.step,
+        "parameters": run.config.num_params(),
+        "tokenizer": run.tokenizer.name,
+        "capacity": capacity,
+        "max_prompt_tokens": limits.max_prompt_tokens,
+        "max_tokens": limits.max_tokens,
+        "loss": _curve(rows, "loss"),
+        "eval_loss": _curve(rows, "eval_loss"),
+        "config": _finite(run.settings),
+    }
+
+
+def _rows(run: Run) -> list[dict[str, Any]]:
+    """The whole rows of metrics.jsonl; none where the file is not there."""
+    try:
+        text = (run.folder / "metrics.jsonl").read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return []
+    rows = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a run under way may be torn
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _curve(rows: Iterable[dict[str, Any]], name: str) -> list[list[float]]:
+    points = [[row["step"], row[name]] for row in rows if _is_finite(row.get(name)) and "step" in row]
+    every = -(-len(points) // MAX_POINTS)
+    return [*points[:-1:every], *points[-1:]] if points else []
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _finite(value: Any) -> Any:
+    """A config for JSON, which has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
