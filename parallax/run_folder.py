@@ -14,7 +14,7 @@ from etils import epath
 
 from parallax.config import TransformerConfig, config_from_dict
 from parallax.model.stack import prepare
-from parallax.model.transformer import Params, init_params
+from parallax.model.transformer import Params, init_params, param_axes
 from parallax.storage import open_folder, reason_of
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
@@ -39,9 +39,18 @@ class Run:
         return dataclasses.replace(self, params=prepare(self.config, self.params))
 
 
-def abstract_params(config: TransformerConfig) -> Params:
-    """The tree of `init_params` as ShapeDtypeStructs, all on the first device."""
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+PlaceParams = Callable[[Callable[[], Params], Params], Params]
+"""A function of (init, axes): what `init` gives, as ShapeDtypeStructs with shardings; `axes` names the logical axes of
+each array. `parallelism.placement.on_mesh` makes one."""
+
+
+def abstract_params(config: TransformerConfig, place: PlaceParams | None = None) -> Params:
+    """The tree of `init_params` as ShapeDtypeStructs, by default all on the first device."""
+
+    def init() -> Params:
+        return init_params(config, jax.random.key(0))
+
+    return jax.eval_shape(init) if place is None else place(init, param_axes(config))
 
 
 def load_run(

@@ -19,7 +19,13 @@ ARROWS = {
     "scripts": ("parallax", "parallelism", "data"),
 }
 # These tests look at the whole tree.
-WHOLE_TREE = {"test_architecture.py", "test_packaging.py", "test_environment.py", "test_terraform.py"}
+WHOLE_TREE = {
+    "test_architecture.py",
+    "test_packaging.py",
+    "test_library.py",
+    "test_environment.py",
+    "test_terraform.py",
+}
 MAX_LINES, MAX_DOOR_LINES, MAX_DOORS, MAX_FILES = 400, 90, 10, 16
 
 MODULES = sorted(path for package in ARROWS for path in (ROOT / package).rglob("*.py"))
@@ -92,6 +98,16 @@ def test_every_module_says_its_purpose():
         )
         == {}
     )
+
+
+def test_parallax_itself_imports_nothing_before_it_is_asked():
+    script = (
+        "import sys, parallax\n"
+        "print([name for name in sys.modules if name in ('jax', 'numpy') or name.startswith('parallax.')])\n"
+        "print(hasattr(parallax, 'nothing'), parallax.load.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\nFalse parallax.loading\n", "")
 
 
 def test_no_assert_outside_tests():

@@ -143,16 +143,16 @@ def test_every_dependency_says_why():
         assert re.search(rf'^ *"{re.escape(line)}", +# \S', text, re.MULTILINE), line
 
 
-def test_wheel_holds_the_two_packages_and_nothing_else(tmp_path):
+def test_wheel_holds_the_two_packages_with_the_scripts_inside_and_nothing_else(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     shipped = {name for name in names if ".dist-info/" not in name}
-    packages = ("parallax", "parallelism")
+    folders = {"data": "parallax/_command/data", "scripts": "parallax/_command/scripts"}
     assert shipped == {
-        str(path.relative_to(ROOT))
-        for package in packages
+        folders.get(package, package) + str(path.relative_to(ROOT)).removeprefix(package)
+        for package in CODE
         for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }

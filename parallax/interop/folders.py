@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from parallax.config import TransformerConfig, config_to_dict
 from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf, config_to_hf
 from parallax.interop.reading import read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
 from parallax.model.transformer import Params
-from parallax.run_folder import abstract_params, load_run
+from parallax.run_folder import Run, abstract_params, load_run
 from parallax.storage import is_remote, write_json
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
@@ -38,31 +40,42 @@ def import_model(source: Path, run: str | Path, place: Place = abstract_params) 
     Raises:
       ValueError: `source` is no folder of a model that can be run here, or `run` exists.
     """
+    _check_folder(source)
+    with _made(run) as draft:
+        read = read_model(source, place)
+        write_json(draft / "config.json", read.settings)
+        save_tokenizer(read.tokenizer, draft / "tokenizer.json")
+        checkpoints = Checkpointer(draft / "checkpoints", keep=1)
+        try:
+            documents = {"config": read.settings, "tokenizer": read.tokenizer.to_json()}
+            checkpoints.save(read.step, {"params": read.params}, documents)
+        finally:
+            checkpoints.close()
+    size, kind = f"{read.config.num_params():,} parameters", f"{read.tokenizer.name} tokens"
+    return f"imported  {source}: {size}, {kind}; run folder: {run}"
+
+
+def read_model(source: Path, place: Place = abstract_params) -> Run:
+    """The model of a Hugging Face folder, as the run that `import_model` makes of it: step 0, nothing of training.
+
+    Raises:
+      ValueError: `source` is no folder of a model that can be run here.
+    """
+    _check_folder(source)
+    values = _read_json(source / "config.json")
+    config = config_from_hf(values)
+    tokenizer = _read_tokenizer(source, values, config)
+    params = read_params(TensorFiles(source), config, place(config))
+    imported = {"folder": source.resolve().name, "model_type": values["model_type"]}
+    settings = {"model": config_to_dict(config), "imported": imported}
+    return Run(epath.Path(source), config, tokenizer, params, 0, settings)
+
+
+def _check_folder(source: Path) -> None:
     if not source.is_dir():
         raise ValueError(
             f"{source} must be a Hugging Face folder and is none; download one, and give its path"
         )
-    with _made(run) as draft:
-        values = _read_json(source / "config.json")
-        config = config_from_hf(values)
-        tokenizer = _read_tokenizer(source, values, config)
-        files = TensorFiles(source)
-        params = read_params(files, config, place(config))
-        settings = {
-            "model": config_to_dict(config),
-            "imported": {"folder": source.resolve().name, "model_type": values["model_type"]},
-        }
-        write_json(draft / "config.json", settings)
-        save_tokenizer(tokenizer, draft / "tokenizer.json")
-        checkpoints = Checkpointer(draft / "checkpoints", keep=1)
-        try:
-            documents = {"config": settings, "tokenizer": tokenizer.to_json()}
-            checkpoints.save(0, {"params": params}, documents)
-        finally:
-            checkpoints.close()
-    return (
-        f"imported  {source}: {config.num_params():,} parameters, {tokenizer.name} tokens; run folder: {run}"
-    )
 
 
 def export_model(

@@ -81,11 +81,12 @@ def errors_in_one_line() -> Iterator[None]:
 def dispatch(script: str, help: str, commands: Mapping[str, Callable[[Sequence[str]], int]]) -> int:
     """Runs the command that the first argument names, on the others; its exit status, or 2 for bad input."""
     with errors_in_one_line():
+        program = os.path.basename(sys.argv[0])  # `script`, or as in parallax launch
         name, *args = sys.argv[1:] or [""]
         if name in ("-h", "--help"):
-            print(help)
+            print(help.replace(script, program))
             return 0
         if name not in commands:
-            raise ValueError(f"command {name!r} is not one of {', '.join(commands)}; see {script} --help")
-        sys.argv = [f"{script} {name}", *args]  # what help and reports call it
+            raise ValueError(f"command {name!r} is not one of {', '.join(commands)}; see {program} --help")
+        sys.argv = [f"{program} {name}", *args]  # what help and reports call it
         return commands[name](args)

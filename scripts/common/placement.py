@@ -3,6 +3,7 @@
 Invariant: the placement is that of the training strategies, by the same rules.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 
 from parallax.config import TransformerConfig
 from parallax.model.transformer import Params, init_params
+from parallax.run_folder import abstract_params
 from parallax.training.state import TrainState, state_axes
+from parallelism.placement import on_mesh
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 
@@ -33,13 +36,5 @@ def place_model(config: TransformerConfig, mesh: str = "", *, batch_size: int, s
 
 
 def place_params(mesh: str) -> Callable[[TransformerConfig], Params]:
-    """Where the parameters of a config go: a function to ShapeDtypeStructs with shardings.
-
-    Nothing is fed, so one row and token a device fits any mesh.
-    """
-
-    def place(config: TransformerConfig) -> Params:
-        devices = jax.device_count()
-        return place_model(config, mesh, batch_size=devices, seq_len=devices).abstract().params
-
-    return place
+    """Where the parameters of a config go, the first device or a mesh: a function to ShapeDtypeStructs."""
+    return functools.partial(abstract_params, place=on_mesh(mesh) if mesh else None)

@@ -6,18 +6,15 @@ Invariant: what is shown is the same whether it is streamed or written at once.
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
-
-import numpy as np
 
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
-from parallax.inference.sampling import SamplingSettings
 from parallax.inference.speculative import BothParams, SpeculativeGenerator
-from parallax.inference.stopping import StopFilter
 from parallax.run_folder import Run
-from parallax.tokenizers.base import StreamDecoder, Tokenizer
+from parallax.text import decode, make_request
+from parallax.tokenizers.base import Tokenizer
 from scripts.common.command_line import tell
 from scripts.generation.flags import Flags
 
@@ -43,9 +40,9 @@ class Writer:
         """One sample, as it is drawn.
 
         Raises:
-          ValueError: from `make_request` and `Generator.stream`, before anything is shown.
+          ValueError: from `request_of` and `Generator.stream`, before anything is shown.
         """
-        request, began, drawn = make_request(flags, self._run.tokenizer), time.perf_counter(), []
+        request, began, drawn = request_of(flags, self._run.tokenizer), time.perf_counter(), []
         pairs = self._generator.stream(self._params, request)
         self._introduce()
 
@@ -69,9 +66,9 @@ class Writer:
         """All samples, drawn in one batch. A new line stands between two.
 
         Raises:
-          ValueError: from `make_request` and `Generator.generate`, before anything is shown.
+          ValueError: from `request_of` and `Generator.generate`, before anything is shown.
         """
-        request, began = make_request(flags, self._run.tokenizer), time.perf_counter()
+        request, began = request_of(flags, self._run.tokenizer), time.perf_counter()
         rows = self._generator.generate(self._params, request)
         self._introduce()
         self._tell_speed(sum(map(len, rows)), began)
@@ -113,29 +110,23 @@ def check_same_tokenizer(run: Run, draft: Run) -> None:
         )
 
 
-def make_request(flags: Flags, tokenizer: Tokenizer) -> Request:
+def request_of(flags: Flags, tokenizer: Tokenizer) -> Request:
     """The request that the flags describe.
 
     Raises:
-      ValueError: the tokenizer cannot spell the prompt or a stop, or a setting is out of its range.
+      ValueError: from `make_request`.
     """
-    rows = flags.num_samples
-    other_ends = [np.array([token], np.int32) for token in tokenizer.end_ids if token != tokenizer.eos_id]
-    settings = SamplingSettings.create(
-        rows,
+    return make_request(
+        tokenizer,
+        [flags.prompt] * flags.num_samples,
+        max_tokens=flags.max_tokens,
         temperature=flags.temperature,
         top_k=flags.top_k,
         top_p=flags.top_p,
         min_p=flags.min_p,
         repetition_penalty=flags.repetition_penalty,
-    )
-    return Request(
-        prompts=[tokenizer.encode(flags.prompt)] * rows,
-        settings=settings,
-        seeds=range(flags.seed, flags.seed + rows),
-        max_tokens=flags.max_tokens,
-        stops=[*(tokenizer.encode_part(stop) for stop in stops_of(flags)), *other_ends],
-        eos_id=tokenizer.eos_id,
+        stop=stops_of(flags),
+        seed=flags.seed,
     )
 
 
@@ -143,17 +134,6 @@ def stops_of(flags: Flags) -> list[str]:
     r"""The stops, with \n, \t and \\ as a new line, a tab and one backslash: shells make those hard to type."""
     meant = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
     return [re.sub(r"\\[nt\\]", lambda match: meant[match[0]], stop) for stop in flags.stop]
-
-
-def decode(tokens: Iterable[int], tokenizer: Tokenizer, stops: list[str]) -> Iterator[str]:
-    """The text of tokens, in pieces as they come, up to the first stop."""
-    decoder, until_stop = StreamDecoder(tokenizer), StopFilter(stops)
-    for token in tokens:
-        yield until_stop.push(decoder.push(token))
-        if until_stop.stopped:
-            return
-    yield until_stop.push(decoder.flush())
-    yield until_stop.flush()
 
 
 def show(text: str) -> None:

@@ -17,12 +17,13 @@ from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.model.transformer import init_params
+from parallax.text import decode
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 from scripts import generate
 from scripts.generation import writer
-from scripts.generation.writer import Writer, decode
+from scripts.generation.writer import Writer
 
 TOKENIZER = CharTokenizer("\n !?abcdefé☃")
 CONFIG = TransformerConfig(

@@ -42,10 +42,18 @@ class Served:
 
     Args:
       program: what to start in place of serve.py, as Python's arguments.
+      python: which Python.
     """
 
-    def __init__(self, run: Path, *flags: str, program: tuple[str, ...] = (str(SERVE),), key: str = ""):
-        command = [sys.executable, *program, "--checkpoint", str(run), *SMALL, *flags]
+    def __init__(
+        self,
+        run: Path,
+        *flags: str,
+        program: tuple[str, ...] = (str(SERVE),),
+        python: str = sys.executable,
+        key: str = "",
+    ):
+        command = [python, *program, "--checkpoint", str(run), *SMALL, *flags]
         self.process = subprocess.Popen(
             command,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PARALLAX_API_KEY": key},

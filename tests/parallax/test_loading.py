@@ -1,0 +1,111 @@
+"""A model loaded from a run or a Hugging Face folder: its texts, its scores, its refusals."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from tests.scripts.serving import LETTERS, write_run
+
+import parallax
+from parallax.interop.folders import import_model
+from parallax.model.transformer import TransformerLM
+from parallax.run_folder import load_run
+from parallelism.placement import on_mesh
+from scripts import generate
+from tests.parallax.interop.folders import SMALL, write_folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "small")
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return parallax.load(run)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("downloaded") / "model"
+    write_folder(folder, SMALL | {"num_hidden_layers": 1})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"seed": 3},
+        {"temperature": 1.3, "top_k": 9, "top_p": 0.8, "min_p": 0.01, "repetition_penalty": 1.4, "seed": 5},
+        {"temperature": 1.0, "stop": ("ab", "\n", "Z"), "seed": 1},
+    ],
+    ids=["greedy", "defaults", "all filters", "stops"],
+)
+def test_texts_are_those_of_generate(run, model, options, monkeypatch, capsysbinary):
+    flags = ["--max-tokens", "40"]
+    for name, value in options.items():
+        for one in value if isinstance(value, tuple) else (value,):
+            flags += [f"--{name.replace('_', '-')}", str(one).replace("\n", r"\n")]
+    monkeypatch.setattr("sys.argv", ["generate.py", "--checkpoint", str(run), "--prompt", "Hello", *flags])
+    assert generate.main() == 0
+    written = capsysbinary.readouterr().out.decode().removeprefix("Hello")
+    assert model.generate("Hello", max_tokens=40, **options) == written
+    pieces = list(model.stream("Hello", max_tokens=40, **options))
+    assert "".join(pieces) == written
+    assert "" not in pieces
+
+
+def test_prompts_of_a_batch_are_continued_as_each_alone(model):
+    prompts = ["Hello", "a", "To be"]
+    texts = model.generate(prompts, max_tokens=20, seed=4)
+    assert texts == [model.generate(p, max_tokens=20, seed=4 + i) for i, p in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("length", [2, 33, 200])
+def test_score_is_the_log_softmax_of_the_model(model, length):
+    text = "".join(itertools.islice(itertools.cycle("Say what É é?\n".replace("É", "")), length))
+    score, ids = model.score(text), LETTERS.encode(text)
+    logits = TransformerLM.from_params(model.config, model.params)(ids[None])[0][0]
+    expected = jax.nn.log_softmax(logits[:, : model.config.vocab_size])[np.arange(length - 1), ids[1:]]
+    np.testing.assert_array_equal(score.token_ids, ids[1:])
+    assert score.log_probs.dtype == np.float32
+    np.testing.assert_allclose(score.log_probs, expected, atol=1e-5)  # attention by blocks rounds otherwise
+    assert len(model.score(text[:1]).log_probs) == 0
+
+
+def test_a_hugging_face_folder_is_the_run_that_it_becomes(hugging_face, tmp_path):
+    import_model(hugging_face, tmp_path / "run")
+    direct, imported = parallax.load(hugging_face), load_run(tmp_path / "run")
+    assert (direct.config, direct.tokenizer.to_json()) == (imported.config, imported.tokenizer.to_json())
+    jax.tree.map(np.testing.assert_array_equal, direct.params, imported.params)
+
+
+def test_a_mesh_and_a_dtype_leave_the_text(run, model):
+    spread = parallax.load(run, mesh=on_mesh("fsdp=8"))
+    assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(spread.params))
+    assert spread.generate("Hello", max_tokens=20, seed=2) == model.generate("Hello", max_tokens=20, seed=2)
+    text = "to be or not to be"
+    np.testing.assert_allclose(spread.score(text).log_probs, model.score(text).log_probs, atol=1e-5)
+    rounded = parallax.load(run, dtype="bfloat16").score(text).log_probs
+    np.testing.assert_allclose(rounded, model.score(text).log_probs, atol=0.1)
+
+
+def test_what_cannot_be_meant_is_refused(model, hugging_face, tmp_path, refused):
+    with refused("temperature=-1", "must", "try 0.8"):
+        model.stream("Hello", temperature=-1)
+    with refused("text of 258 tokens", "max_seq_len + 1 = 257", "score it in parts"):
+        model.score("a" * 258)
+    with refused("step=3", "has none", "leave it out"):
+        parallax.load(hugging_face, step=3)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with refused("model_type='mamba'", "is not one of"):
+        parallax.load(tmp_path)
+    with refused("no readable config.json"):
+        parallax.load(tmp_path / "nothing")
+    with refused("dtype='float16'", "is not one of"):
+        parallax.load(hugging_face, dtype="float16")
+    with pytest.raises(TypeError, match="temprature"):
+        model.generate("Hello", temprature=1)
