@@ -17,6 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ROOT / "scripts"
+SMALL = [
+    *("--model.num-layers", "1", "--model.embed-dim", "32"),
+    *("--model.mlp-dim", "32", "--model.head-dim", "8"),
+]
+SHORT = [
+    *("--steps", "12", "--batch-size", "16", "--seq-len", "16"),
+    *("--log-interval", "4", "--eval-interval", "6"),
+]
 TIMING = {"tokens_per_second", "step_time", "mfu"}
 
 
@@ -52,6 +60,21 @@ def mesh(shape: str, processes: int = 1, *flags: str) -> Layout:
     for part in shape.split(","):
         devices *= int(part.partition("=")[2])
     return Layout(("--strategy", "mesh", "--mesh", shape, *flags), processes, devices // processes)
+
+
+def run_script(script: str, *args: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""):
+    """A script from its start to its end, in a process of its own: its exit status and, as text, what it wrote."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, args)],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=900,
+        check=False,
+    )
 
 
 class Training:

@@ -9,11 +9,9 @@ import pytest
 
 from scripts.launching import gcloud
 from scripts.launching.watch import HostCommands
-from tests.scripts.cloud import FAST, ROOT, clouds, launches
+from tests.scripts.cloud import FAST, ROOT
 from tests.scripts.launching.supervision import is_alive, wait_until
 
-cloud = pytest.fixture(clouds)
-launch = pytest.fixture(launches)
 RUN = ["run", "--bucket", "bkt", *FAST]
 ODD = ["--dataset", "it's $HOME; `ls` *", "--tokenizer", ""]
 

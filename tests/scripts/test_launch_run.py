@@ -4,10 +4,8 @@ import shlex
 
 import pytest
 
-from tests.scripts.cloud import FAST, clouds, launches
+from tests.scripts.cloud import FAST
 
-cloud = pytest.fixture(clouds)
-launch = pytest.fixture(launches)
 STEPS = ["--steps", "100", "--model.head-dim", "8"]
 RUN = ["run", "--bucket", "bkt", *FAST]
 OUTPUT = ["--output-dir", "gs://bkt/runs/parallax-dev-tpu"]

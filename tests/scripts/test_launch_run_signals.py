@@ -7,18 +7,14 @@ import sys
 
 import pytest
 
-from tests.scripts.cloud import FAST, ROOT, clouds
+from tests.scripts.cloud import FAST, ROOT
 from tests.scripts.launching.supervision import wait_until
 
-cloud = pytest.fixture(clouds)
 DRIVER = """
 import sys
 from pathlib import Path
-from scripts import launch
-from scripts.launching import run as launch_run
-launch_run.CHECKOUT = Path(sys.argv[1])
-sys.argv = ["launch.py", *sys.argv[2:]]
-raise SystemExit(launch.main())
+from scripts.launching.run import run
+raise SystemExit(run(sys.argv[2:], checkout=Path(sys.argv[1])))
 """
 
 
@@ -40,17 +36,11 @@ def start(cloud, heeded):
     processes = []
 
     def start(*flags, before=()):
-        run = ["run", "--bucket", "bkt", *FAST, *flags, "--", "--steps", "100"]
-        processes.append(
-            subprocess.Popen(
-                [*before, sys.executable, "-c", DRIVER, str(cloud.checkout), *run],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        run = ["--bucket", "bkt", *FAST, *flags, "--", "--steps", "100"]
+        command = [*before, sys.executable, "-c", DRIVER, str(cloud.checkout), *run]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
         return processes[-1]
 
     yield start
