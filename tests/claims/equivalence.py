@@ -143,10 +143,10 @@ def report(losses: list[str], parameters: list[str]) -> str:
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     return f"""# One run, every layout
 
-`python tests/claims/equivalence.py --output docs/evidence/equivalence.md` trained everything below and wrote this page: NANO on
-the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens, AdamW, learning rate
-3e-4, warm-up 20. Devices are simulated on a CPU ({machine}); several processes are real ones that speak over loopback.
-Python {platform.python_version()}, {versions}. None of this has been run on a TPU.
+`python tests/claims/equivalence.py --output docs/evidence/equivalence.md` trained everything below and wrote this
+page: NANO on the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens, AdamW,
+learning rate 3e-4, warm-up 20. Devices are simulated on a CPU ({machine}); several processes are real ones that
+communicate over loopback. Python {platform.python_version()}, {versions}. None of this has been run on a TPU.
 
 ## Losses
 

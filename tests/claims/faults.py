@@ -145,8 +145,8 @@ def put_file_in_place(scene: Scene, training: Training) -> str:
     if folder.exists():
         folder.rename(away)
     scene.run.mkdir(exist_ok=True)
-    (scene.run / "config.json").exists() or scene.run.rmdir()
-    if not scene.run.exists():
+    if not (scene.run / "config.json").exists():
+        scene.run.rmdir()
         return "there is no run yet"
     folder.touch()
     refused = Training(scene.folder, NAME, training.layout, scene.flags, disk=scene.disk)

@@ -11,7 +11,7 @@ def size_of(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
+@pytest.mark.parametrize("fsdp", [2, 8])
 def test_bytes_a_device_times_devices_are_the_total(make_tiny, fsdp):
     """Within 5%, of live arrays and by the compiler's account of a step's arguments."""
     tiny = make_tiny(**SIZES)

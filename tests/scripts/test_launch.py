@@ -113,14 +113,6 @@ def test_the_status_says_how_it_ended(ends, status, launch_local):
     assert (err[-1] == "no restart is left of 1") == (ends in ("3,-9", "-6,3"))
 
 
-def test_bad_input_leaves_nothing(launch_local):
-    status, _, err = launch_local(
-        "--processes", "1", "--restarts", "3", "--", "--output-dir", "runs/x", "--ends", "2"
-    )
-    assert (status, err) == (2, ["process 0 exited with status 2"])
-    assert [path.name for path in launch_local.folder.iterdir()] == ["state"]
-
-
 def test_logs_of_a_run_without_a_folder_have_a_name_of_their_own(launch_local):
     launch_local("--processes", "1", "--")
     (log,) = logs(launch_local.folder)

@@ -140,7 +140,6 @@ def test_operations_are_those_of_the_program_with_its_loops(remat):
 @pytest.mark.parametrize(
     ("topology", "mesh", "sizes", "remat"),
     [
-        ("v5litepod-256", "", {"data": 256}, "full"),
         ("v5litepod-256", "data=8,fsdp=16,tensor=2", {"data": 8, "fsdp": 16, "tensor": 2}, "dots"),
         ("v5p-512", "", {"data": 256}, "full"),
     ],
@@ -157,10 +156,8 @@ def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "remat"),
     [
-        ("fsdp=2,tensor=4", 8, "none"),
         ("fsdp=2,tensor=4", 8, "full"),
         ("data=2,tensor=4", 1, "dots"),
-        ("fsdp=4,sequence=2", 1, "full"),
     ],
 )
 def test_the_memory_of_few_mebibytes_is_estimated_too(mesh, microbatches, remat, tmp_path):

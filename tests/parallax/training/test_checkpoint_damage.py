@@ -21,31 +21,20 @@ def test_any_damaged_file_is_named_and_the_one_before_is_used(tmp_path):
     names = list(listing(tmp_path / "20"))
     assert any("/d/" in name for name in names)
     (tmp_path / "20").rename(tmp_path / "intact")
-    for count, name in enumerate(names):
-        for how in ("flip a byte", "flip another", "truncate", "extend", "delete"):
+    for name in names[::4]:
+        for how in ("flip a byte", "truncate", "extend", "delete", "add"):
             shutil.copytree(tmp_path / "intact", tmp_path / "20")
             damage(tmp_path / "20" / name, how)
             checkpointer, lines = reader(tmp_path)
-            # The arrays are restored for a few of these combinations only: verification is what differs.
-            if count % 5 == 0 and how == "flip a byte":
-                restored = checkpointer.restore(ABSTRACT)
-                assert restored.step == 10
-                assert_same_bits(restored.state, make_state(10))
-            else:
-                assert checkpointer._choose(None, checkpointer._folder.newest_first, set_aside=True) == 10
+            restored = checkpointer.restore(ABSTRACT)
+            assert restored.step == 10
+            assert_same_bits(restored.state, make_state(10))
             assert len(lines) == 1
-            assert lines[0].startswith(f"checkpoint 20 is damaged: {name} ")
+            named = f"{name}.extra was not saved with it" if how == "add" else f"{name} "
+            assert lines[0].startswith(f"checkpoint 20 is damaged: {named}")
             assert "it is now 20.damaged" in lines[0]
             assert not (tmp_path / "20").exists()
-    assert len(list(tmp_path.glob("20.damaged*"))) == 5 * len(names)
-
-
-def test_a_file_that_was_not_saved_is_damage(tmp_path):
-    saved(tmp_path, [10, 20])
-    (tmp_path / "20" / "state" / "extra").write_text("")
-    checkpointer, lines = reader(tmp_path)
-    assert checkpointer.restore(ABSTRACT).step == 10
-    assert "state/extra was not saved with it" in lines[0]
+    assert len(list(tmp_path.glob("20.damaged*"))) == 5 * len(names[::4])
 
 
 def test_damage_everywhere_is_an_error_and_is_set_aside_once(tmp_path):

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from parallax.storage import open_folder
 from parallax.training.checkpoint import Checkpointer
 from tests.parallax.training.checkpoints import (
     ABSTRACT,
@@ -69,9 +70,8 @@ def test_the_writer_removes_what_a_killed_save_left(tmp_path):
 def test_a_deletion_cut_short_is_not_trusted_and_is_completed_by_the_next_save(tmp_path, monkeypatch):
     saved(tmp_path, [10])
     files = [file for file in (tmp_path / "10").rglob("*") if file.is_file()]
-    checkpointer, _ = reader(tmp_path)
-    checkpointer._keep = 1
-    folder_type = type(checkpointer._folder.root)
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    folder_type = type(open_folder(tmp_path))
     for step, cut in enumerate((0, 1, len(files) // 2), start=11):
         newest = checkpointer.latest_step()
 
