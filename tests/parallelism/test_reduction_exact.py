@@ -43,10 +43,10 @@ for batch_size, layouts in ((16, test.LAYOUTS), (8, test.LAYOUTS[::2])):
 def test_every_layout_has_the_same_bits():
     """The loss of each AdamW step with clipping, and the parameters after them, under dropout.
 
-    In a process whose rounding is fixed. Eight rows are a shard a device: a loop of one, which compilers like to
-    dissolve, or of eight. docs/evidence/equivalence.md has many more layouts, and real processes.
+    In a process whose rounding is fixed, compiled as for users. Eight rows are a shard a device: a loop of one, which
+    compilers like to dissolve, or of eight. docs/evidence/equivalence.md has many more layouts, and real processes.
     """
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
     )

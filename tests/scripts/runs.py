@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from scripts.launching.local import local_environment
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ROOT / "scripts"
 SMALL = [
@@ -101,20 +103,15 @@ class Training:
         several = ["launch.py", "local", "--processes", str(layout.processes)]
         several += ["--devices", str(layout.devices), "--restarts", str(restarts)]
         script, *arguments = [*several, "--", *train] if layout.processes > 1 else ["train.py", *train]
-        environment = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(layout.devices),
-            "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-                "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
-            ),
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         }
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, str(SCRIPTS / script), *arguments],
                 cwd=folder,
-                env=os.environ | environment,
+                env=cache | local_environment(os.environ, layout.devices),
                 stdout=out,
                 stderr=err,
                 start_new_session=True,

@@ -111,10 +111,10 @@ def test_generate_continues_a_prompt_until_an_end(call, converted, tmp_path, lik
     assert err.splitlines()[1].startswith(f"speed     {drawn} tokens in")
 
 
-def test_an_imported_model_trains_on_and_goes_back(call, converted, tmp_path):
+@pytest.mark.parametrize("layout", [("--strategy", "pmap"), ("--mesh", "fsdp=4,tensor=2")])
+def test_an_imported_model_trains_on_and_goes_back(call, converted, tmp_path, layout):
     converted("import", "hf", "run")
     assert call(train, *TRAIN, "alone")[0] == 0
-    layout = ("--mesh", "fsdp=4,tensor=2")
     status, _, err = call(train, *TRAIN, "trained", *layout)
     assert status == 0, err
     assert "\nmodel     run: " in err

@@ -1,6 +1,7 @@
 """plan.py with the real TPU compiler: what it plans compiles, has the size that was estimated, and runs here."""
 
 import json
+import os
 import re
 import shlex
 
@@ -85,8 +86,9 @@ def test_a_second_plan_compiles_nothing(folder, small):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-    """What was compiled for no device cannot be read back."""
+def as_by_default():
+    """With the compiler's own settings, and without a cache: what was compiled for no device cannot be read back."""
+    os.environ["XLA_FLAGS"] = ""  # which is read when the first device starts
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
