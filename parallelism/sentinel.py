@@ -105,16 +105,6 @@ def check(
         raise Divergence(f"{difference} after step {step}")
 
 
-def compare_hosts(facts: Mapping[str, bytes]) -> None:
-    """`check` without arrays or a step: whether all processes start with the same config and corpus, say.
-
-    Raises:
-      Divergence: "corpus: process 1 differs from the other 3 processes".
-    """
-    if difference := _first_difference([], facts):
-        raise Divergence(difference)
-
-
 def _hash(leaf: jax.Array) -> jax.Array:
     words = _words(leaf)
     position, stride = jnp.zeros(words.shape, jnp.uint32), 1

@@ -5,10 +5,15 @@ Invariant: nothing here depends on which tests run, so any test can be run alone
 
 import contextlib
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = ""  # a device count inherited from the shell would win over the one below
+# Most of the time goes into compiling what then runs for milliseconds: without optimisation that takes half, without
+# the fusion emitters of jaxlib 0.10, which 0.12 has no flag for, an eighth. Programs of tests/claims do without this.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 # Tests and the processes that they start compile the same programs again and again: they share them here.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
@@ -27,6 +32,13 @@ def bucket():
 
     with serving() as address:
         yield address
+
+
+@pytest.fixture
+def x64():
+    """Numbers of 64 bits, within which finite differences and definitions are exact."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ class Report:
     state_bytes: int = 0
     """Parameters, optimizer and batch: the arguments of the step."""
     temporary_bytes: int = 0
-    """The most of a device's memory that is in use beside them, see `_temporary`."""
+    """The most of a device's memory that is in use beside them, see `temporary_size`."""
     flops: int = 0
     """Matmuls outside kernels, loops and recomputation counted."""
     traffic: tuple[Traffic, ...] = ()
@@ -123,13 +123,13 @@ def _compile(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int]) -> Repo
         raise RuntimeError("the compiler says neither what memory a program takes nor what it does")
     return Report(
         state_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=_temporary(memory),
+        temporary_bytes=temporary_size(memory),
         flops=read_flops(text),
         traffic=_traffic(text, mesh_shape),
     )
 
 
-def _temporary(memory: Any) -> int:
+def temporary_size(memory: Any) -> int:
     """The lesser of two numbers.
 
     The peak is what steps for v2 were refused by, within a hundredth of it, but it counts the memory on a chip too.

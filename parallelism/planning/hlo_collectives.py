@@ -7,7 +7,7 @@ not known is refused.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -43,15 +43,6 @@ def read_collectives(hlo_text: str) -> list[Collective]:
     program = Program(hlo_text)
     found = program.walk(_Finder(program), wire_bytes)
     return [dataclasses.replace(each, count=count) for each, count in found]
-
-
-def summarize(collectives: Sequence[Collective]) -> dict[str, tuple[int, int]]:
-    """Kind to how many run and the bytes of all of them, in one execution of the program."""
-    return {
-        kind: (sum(each.count for each in alike), sum(each.count * each.bytes for each in alike))
-        for kind in sorted({each.kind for each in collectives})
-        if (alike := [each for each in collectives if each.kind == kind])
-    }
 
 
 def wire_bytes(collective: Collective) -> float:

@@ -58,8 +58,8 @@ class LocalFlags:
                 raise ValueError(f"{name}={value} must be at least {least}; try --{name} {good}")
 
 
-def local(args: Sequence[str]) -> int:
-    """Runs train.py on this machine; `args` are what follows the command's name.
+def local(args: Sequence[str], train: Path = TRAIN) -> int:
+    """Runs train.py on this machine; `args` are what follows the command's name, `train` is the program.
 
     Raises:
       ValueError: a flag is wrong, or the log folder cannot be made.
@@ -79,10 +79,12 @@ def local(args: Sequence[str]) -> int:
             f"--restarts {flags.restarts} needs a run folder to go on from; add --output-dir runs/NAME after --"
         )
     log_dir = _log_dir(folder) if flags.log_dir is None else Path(flags.log_dir)
-    return supervise(local_commands(flags, train_flags), restarts=flags.restarts, log_dir=log_dir)
+    return supervise(local_commands(flags, train_flags, train), restarts=flags.restarts, log_dir=log_dir)
 
 
-def local_commands(flags: LocalFlags, train_flags: Sequence[str]) -> Callable[[int], list[Command]]:
+def local_commands(
+    flags: LocalFlags, train_flags: Sequence[str], train: Path
+) -> Callable[[int], list[Command]]:
     """From the attempt, 1 at first, to the command of each process. Every attempt has a port of its own."""
     env, ports = local_environment(os.environ, flags.devices), set()
 
@@ -92,9 +94,9 @@ def local_commands(flags: LocalFlags, train_flags: Sequence[str]) -> Callable[[i
         while port in ports:  # one of an attempt that died may not be heard at once
             port = free_port()
         ports.add(port)
-        train = [sys.executable, str(TRAIN), *train_flags, *resume]
+        program = [sys.executable, str(train), *train_flags, *resume]
         cluster = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(flags.processes)]
-        return [Command([*train, *cluster, "--process-id", str(i)], env) for i in range(flags.processes)]
+        return [Command([*program, *cluster, "--process-id", str(i)], env) for i in range(flags.processes)]
 
     return commands
 

@@ -68,8 +68,8 @@ class RunFlags(ChangeFlags):
         return self.run_name or self.name
 
 
-def run(args: Sequence[str]) -> int:
-    """Trains on a TPU; `args` are what follows the command's name.
+def run(args: Sequence[str], checkout: Path = CHECKOUT) -> int:
+    """Trains on a TPU; `args` are what follows the command's name, `checkout` is what it ships.
 
     Raises:
       ValueError: a flag is wrong, the checkout has changes, or the TPU is another one than was asked for.
@@ -82,27 +82,30 @@ def run(args: Sequence[str]) -> int:
         )
     bucket = flags.required_bucket()
     _check(train_flags)
-    commit = _commit(flags.allow_dirty)
+    commit = _commit(checkout, flags.allow_dirty)
     folder, archive = f"gs://{bucket}/runs/{flags.folder_name()}", f"gs://{bucket}/commits/{commit}.tar.gz"
     began = datetime.datetime.now(datetime.UTC)
     logs = f"{folder}.logs/{began:%Y%m%dT%H%M%SZ}"
     train_flags = [*train_flags, "--output-dir", folder]
     commands = HostCommands(archive, commit)
     if flags.dry_run:
-        return show(_plan(flags, commands, train_flags, f"{logs}/attempt-1"))
+        return show(_plan(flags, checkout, commands, train_flags, f"{logs}/attempt-1"))
     training = Training(flags.keeper(), commands, train_flags, logs)
     signals = Signals()
     with signals.noticed(flags.max_hours):
-        return _train(flags, commands, training, signals)
+        return _train(flags, checkout, commands, training, signals)
 
 
-def _train(flags: RunFlags, commands: HostCommands, training: Training, signals: Signals) -> int:
+def _train(
+    flags: RunFlags, checkout: Path, commands: HostCommands, training: Training, signals: Signals
+) -> int:
     """From the first command to the last lines."""
     status, refused, closed = FAILED, False, None
     try:
         try:
             say(f"shipping commit {commands.commit[:12]} to {commands.archive}")
-            run_gcloud(copy("-", commands.archive), stdin=_git("archive", "--format=tar.gz", commands.commit))
+            archive = _git(checkout, "archive", "--format=tar.gz", commands.commit)
+            run_gcloud(copy("-", commands.archive), stdin=archive)
             status = keep_running(training.attempt, restarts=flags.restarts)
             if status and training.started and not flags.autodelete:
                 training.stop()
@@ -157,10 +160,12 @@ def _close(flags: RunFlags) -> bool:
     return True
 
 
-def _plan(flags: RunFlags, commands: HostCommands, train_flags: Sequence[str], logs: str) -> Iterator[str]:
+def _plan(
+    flags: RunFlags, checkout: Path, commands: HostCommands, train_flags: Sequence[str], logs: str
+) -> Iterator[str]:
     """What a run without mishaps does, in this order."""
     tpu = flags.tpu()
-    archive = shlex.join(["git", "-C", str(CHECKOUT), "archive", "--format=tar.gz", commands.commit])
+    archive = shlex.join(["git", "-C", str(checkout), "archive", "--format=tar.gz", commands.commit])
     yield f"{archive} | {shlex.join(copy('-', commands.archive))}"
     hosts = [commands.prepare(), commands.start(logs, train_flags), commands.report()]
     creation = [
@@ -189,24 +194,24 @@ def _check(train_flags: Sequence[str]) -> None:
         read_flags(list(train_flags))
 
 
-def _commit(allow_dirty: bool) -> str:
-    changes = _git("status", "--porcelain").decode()
+def _commit(checkout: Path, allow_dirty: bool) -> str:
+    changes = _git(checkout, "status", "--porcelain").decode()
     if changes and not allow_dirty:
         raise ValueError(
             f"{len(changes.splitlines())} file(s) of the checkout are not committed and would not be shipped; commit "
             "them, or add --allow-dirty to run the last commit"
         )
-    return _git("rev-parse", "HEAD").decode().strip()
+    return _git(checkout, "rev-parse", "HEAD").decode().strip()
 
 
-def _git(*words: str) -> bytes:
+def _git(checkout: Path, *words: str) -> bytes:
     try:
-        command = ["git", "-C", str(CHECKOUT), *words]  # no shell, and the user's own git
+        command = ["git", "-C", str(checkout), *words]  # no shell, and the user's own git
         return subprocess.run(command, check=True, capture_output=True).stdout  # noqa: S603 - as above
     except FileNotFoundError:
         raise ValueError("git is not on PATH, and names the commit to ship; install it") from None
     except subprocess.CalledProcessError as error:
         said = " ".join(error.stderr.decode(errors="replace").split())
         raise ValueError(
-            f"git {words[0]} failed in {CHECKOUT} ({said}); launch from a git checkout"
+            f"git {words[0]} failed in {checkout} ({said}); launch from a git checkout"
         ) from None

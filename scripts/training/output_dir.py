@@ -90,10 +90,10 @@ class Workspace:
         self._sent: dict[Path, tuple[int, int]] = {}
         self._lock: weakref.finalize | None = None
 
-    def hold(self) -> None:
+    def hold(self, patience: float = PATIENCE) -> None:
         """Keeps a local folder, where there is one yet, from others that would hold it, until it is released.
 
-        A process that ends, however it ends, releases it.
+        A process that ends, however it ends, releases it. Another one that holds it has `patience` seconds to end.
 
         Raises:
           ValueError: another process holds it.
@@ -102,7 +102,7 @@ class Workspace:
             return
         descriptor = os.open(self.path, os.O_RDONLY)
         self._lock = weakref.finalize(self, os.close, descriptor)
-        limit = time.monotonic() + PATIENCE
+        limit = time.monotonic() + patience
         while not _locked(descriptor):
             if time.monotonic() > limit:
                 raise ValueError(

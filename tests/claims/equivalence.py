@@ -146,8 +146,7 @@ def report(losses: list[str], parameters: list[str]) -> str:
 `python tests/claims/equivalence.py --output docs/evidence/equivalence.md` trained everything below and wrote this
 page: NANO on the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens, AdamW,
 learning rate 3e-4, warm-up 20. Devices are simulated on a CPU ({machine}); several processes are real ones that
-communicate over loopback.
-Python {platform.python_version()}, {versions}. None of this has been run on a TPU.
+communicate over loopback. Python {platform.python_version()}, {versions}. None of this has been run on a TPU.
 
 ## Losses
 

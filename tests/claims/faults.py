@@ -145,8 +145,8 @@ def put_file_in_place(scene: Scene, training: Training) -> str:
     if folder.exists():
         folder.rename(away)
     scene.run.mkdir(exist_ok=True)
-    (scene.run / "config.json").exists() or scene.run.rmdir()
-    if not scene.run.exists():
+    if not (scene.run / "config.json").exists():
+        scene.run.rmdir()
         return "there is no run yet"
     folder.touch()
     refused = Training(scene.folder, NAME, training.layout, scene.flags, disk=scene.disk)
@@ -185,12 +185,16 @@ def make_read_only(scene: Scene, training: Training) -> str:
 
 
 FILE_IN_PLACE = Fault("a file in place of the checkpoints", put_file_in_place, begins=False)
-FAULTS = [  # the first five are those of a short soak
+SMOKE = [
+    Fault("flipped byte", flip_byte),
+    Fault("kill -9 of a process, restarted", kill_and_restart, several=True, restarts=1),
+]
+FAULTS = [
     Fault("kill -9 of a process", kill_process),
     Fault("kill -9 in a save", kill_in_save),
-    Fault("flipped byte", flip_byte),
+    SMOKE[0],
     Fault("SIGTERM", terminate),
-    Fault("kill -9 of a process, restarted", kill_and_restart, several=True, restarts=1),
+    SMOKE[1],
     FILE_IN_PLACE,
     Fault("SIGTERM to a process", terminate_one),
     Fault("kill -9 of the launcher", kill_launcher, several=True),

@@ -19,18 +19,8 @@ from tests.scripts.runs import Training, checkpoints, reached, rows, saving, sin
 STEPS = 240
 FLAGS = [
     *("--dataset", "text.txt", "--config", "tiny", "--model.num-layers", "2", "--model.dropout-rate", "0.1"),
-    *("--steps", str(STEPS), "--batch-size", "8", "--seq-len", "32", "--log-interval", "1"),
-    *(
-        "--eval-interval",
-        "40",
-        "--checkpoint-interval",
-        "7",
-        "--keep",
-        "2",
-        "--seed",
-        "5",
-        "--print-param-hash",
-    ),
+    *("--batch-size", "8", "--seq-len", "32", "--log-interval", "1", "--eval-interval", "40", "--seed", "5"),
+    *("--checkpoint-interval", "7", "--keep", "2", "--print-param-hash"),
 ]
 
 
@@ -40,21 +30,21 @@ def write_text(folder: Path, rng: random.Random) -> None:
     (folder / "text.txt").write_text(" ".join(rng.choice(words) for _ in range(4000)))
 
 
-def kill_and_compare(folder: Path, kills: int, seed: int) -> list[str]:
+def kill_and_compare(folder: Path, kills: int, seed: int, steps: int = STEPS) -> list[str]:
     """Runs both; a line a kill. Raises RuntimeError where they differ."""
-    rng, report = random.Random(seed), []
+    rng, report, flags = random.Random(seed), [], [*FLAGS, "--steps", str(steps)]
     write_text(folder, rng)
-    expected = Training(folder, "whole", single(), FLAGS).finish()
+    expected = Training(folder, "whole", single(), flags).finish()
 
     run = folder / "killed"
-    for number, step in enumerate(sorted(rng.sample(range(5, STEPS - 20), kills))):
-        training = Training(folder, "killed", single(), [*FLAGS, "--resume"])
+    for number, step in enumerate(sorted(rng.sample(range(5, steps - 20), kills))):
+        training = Training(folder, "killed", single(), [*flags, "--resume"])
         if not training.wait_for((saving if number % 2 else reached)(run, step)):
             raise RuntimeError(f"the run ended before it could be killed\n{training.words()}")
         training.kill()
         how = "in a save" if number % 2 else "between steps"
         report.append(f"killed {how} after step {rows(run)[-1]['step']}; checkpoints {checkpoints(run)}")
-    found = Training(folder, "killed", single(), [*FLAGS, "--resume"]).finish()
+    found = Training(folder, "killed", single(), [*flags, "--resume"]).finish()
 
     if rows(folder / "whole") != rows(run):
         raise RuntimeError("metrics.jsonl differs")

@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from rich.progress import track
 
-from tests.claims.faults import FAULTS, MOUNT_FAULTS
+from tests.claims.faults import FAULTS, MOUNT_FAULTS, Fault
 from tests.claims.kill_and_resume import write_text
 from tests.scripts.runs import Training, mesh, pmap, rows, single
 from tests.scripts.scene import NAME, Scene
@@ -36,28 +37,18 @@ STEPS_A_FAULT = 14
 FLAGS = [
     *("--config", "tiny", "--model.num-layers", "2", "--model.embed-dim", "32", "--model.num-heads", "2"),
     *("--model.num-kv-heads", "2", "--model.head-dim", "16", "--batch-size", "16", "--seq-len", "16"),
-    *(
-        "--log-interval",
-        "1",
-        "--eval-interval",
-        "100000",
-        "--checkpoint-interval",
-        "4",
-        "--check-interval",
-        "3",
-    ),
-    *("--keep", "3", "--reduction", "exact", "--print-param-hash"),
+    *("--log-interval", "1", "--eval-interval", "100000", "--checkpoint-interval", "4"),
+    *("--check-interval", "3", "--keep", "3", "--reduction", "exact", "--print-param-hash"),
 ]
 
 
-def soak(folder: Path, faults: int, seed: int, mounts: bool) -> list[str]:
+def soak(folder: Path, kinds: Sequence[Fault], faults: int, seed: int, mounts: bool = False) -> list[str]:
     """A table row a fault, then what the run says of itself. Raises RuntimeError where anything is not as it should."""
     rng = random.Random(seed)
     write_text(folder, rng)
     steps = ["--steps", str(faults * STEPS_A_FAULT + 20)]
     flags = [*FLAGS, *steps, "--dataset", str(folder / "text.txt")]
     expected = Training(folder, "whole", single(), flags).finish()
-    kinds = [*FAULTS, *(MOUNT_FAULTS if mounts else [])]
     drawn = [kinds[number % len(kinds)] for number in range(faults)]
     rng.shuffle(drawn)
     with Scene.open(folder / "disk", mounts) as disk:
@@ -114,8 +105,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="the page to write; by default it is printed")
     args = parser.parse_args()
     began = time.monotonic()
+    kinds = [*FAULTS, *(MOUNT_FAULTS if args.mounts else [])]
     with tempfile.TemporaryDirectory() as folder:
-        page = report(soak(Path(folder), args.faults, args.seed, args.mounts), args, time.monotonic() - began)
+        lines = soak(Path(folder), kinds, args.faults, args.seed, args.mounts)
+    page = report(lines, args, time.monotonic() - began)
     if args.output:
         args.output.write_text(page)
     else:

@@ -19,7 +19,7 @@ import matplotlib.figure
 from rich.progress import track
 
 from parallax.config import PRESETS
-from parallelism.planning.compiler import topology_devices
+from parallelism.planning.compiler import Traffic, topology_devices
 from parallelism.planning.hardware import GIB, Accelerator, accelerator
 from parallelism.planning.planner import Build, Choice, Row, compile_choice, estimate, mesh_text, name_of
 from parallelism.strategy import Layout
@@ -35,38 +35,29 @@ class Case:
     slice_name: str
     sizes: dict[str, int]
     batch_size: int
-    seq_len: int
+    seq_len: int = 2048
     remat: str = "full"
     attention: str = "splash"
 
 
-SMALL = {"batch_size": 256, "seq_len": 128, "remat": "none", "attention": "xla"}
-LLAMA = {"seq_len": 2048}
+SMALL: list[dict[str, int]] = [
+    *({}, {"data": 8}, {"fsdp": 8}, {"data": 2, "fsdp": 4}),
+    *({"data": 4, "tensor": 2}, {"data": 4, "sequence": 2}, {"fsdp": 4, "tensor": 2}),
+]
 CASES = [
-    Case("small", "v3-8", {}, **SMALL),
-    *(
-        Case("small", "v3-8", sizes, **SMALL)
-        for sizes in (
-            {"data": 8},
-            {"fsdp": 8},
-            {"data": 2, "fsdp": 4},
-            {"data": 4, "tensor": 2},
-            {"data": 4, "sequence": 2},
-            {"fsdp": 4, "tensor": 2},
-        )
-    ),
+    *(Case("small", "v3-8", sizes, 256, 128, "none", "xla") for sizes in SMALL),
     Case("small", "v3-32", {"data": 32}, 512, 512, "full", "xla"),
     Case("base", "v3-32", {"fsdp": 32}, 256, 1024, "full", "xla"),
     Case("base", "v4-64", {"fsdp": 32}, 256, 1024, "dots"),
-    Case("llama-1b", "v5litepod-256", {"fsdp": 256}, 1024, **LLAMA),
-    Case("llama-1b", "v5litepod-256", {"data": 16, "fsdp": 16}, 1024, **LLAMA),
-    Case("llama-1b", "v6e-256", {"fsdp": 256}, 1024, **LLAMA),
-    Case("llama-1b", "v5p-128", {"fsdp": 64}, 256, **LLAMA),
-    Case("llama-8b", "v5litepod-256", {"fsdp": 256}, 256, **LLAMA),
-    Case("llama-8b", "v5p-512", {"fsdp": 256}, 512, **LLAMA),
+    Case("llama-1b", "v5litepod-256", {"fsdp": 256}, 1024),
+    Case("llama-1b", "v5litepod-256", {"data": 16, "fsdp": 16}, 1024),
+    Case("llama-1b", "v6e-256", {"fsdp": 256}, 1024),
+    Case("llama-1b", "v5p-128", {"fsdp": 64}, 256),
+    Case("llama-8b", "v5litepod-256", {"fsdp": 256}, 256),
+    Case("llama-8b", "v5p-512", {"fsdp": 256}, 512),
 ]
 SCALING = [
-    Case("llama-1b", f"v5p-{2 * chips}", {"fsdp": chips}, 4 * chips, **LLAMA)
+    Case("llama-1b", f"v5p-{2 * chips}", {"fsdp": chips}, 4 * chips)
     for chips in (8, 16, 32, 64, 128, 256, 512)
 ]
 
@@ -104,17 +95,16 @@ def line_of(case: Case, row: Row, sliced: Accelerator) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def kinds(row: Row) -> list:
+def kinds(row: Row) -> list[Traffic]:
     """Traffic by kind, all axes together, without what is under a megabyte."""
     sums: dict[str, float] = {}
-    for each in row.report.traffic if row.report else ():
+    for each in traffic(row):
         sums[each.kind] = sums.get(each.kind, 0.0) + each.wire_bytes
-    found = [
-        dataclasses.replace(each, wire_bytes=sums.pop(each.kind))
-        for each in row.report.traffic
-        if each.kind in sums
-    ]
-    return [each for each in found if each.wire_bytes > 1e6]
+    return [Traffic(kind, (), 1, size) for kind, size in sums.items() if size > 1e6]
+
+
+def traffic(row: Row) -> tuple[Traffic, ...]:
+    return row.report.traffic if row.report else ()
 
 
 def plot(rows: list[tuple[Case, Row]], path: Path) -> None:
@@ -127,9 +117,7 @@ def plot(rows: list[tuple[Case, Row]], path: Path) -> None:
     memory.set(title="HBM a chip, GiB", xscale="log", xlabel="chips", ylim=(0, None))
     memory.legend()
     for kind in ("all-gather", "reduce-scatter", "all-reduce"):
-        amounts = [
-            sum(each.wire_bytes for each in row.report.traffic if each.kind == kind) for _, row in rows
-        ]
+        amounts = [sum(each.wire_bytes for each in traffic(row) if each.kind == kind) for _, row in rows]
         sent.plot(chips, [amount / 1e9 for amount in amounts], "o-", label=kind)
     sent.set(title="sent by a chip in a step, GB", xscale="log", xlabel="chips", ylim=(0, None))
     sent.legend()

@@ -43,11 +43,3 @@ def test_a_gap_is_filled_by_the_piece_that_fits_best():
     index = pack(np.arange(10, 14), np.array([6, 5, 4, 2]), 8)
     rows = [{document for document, _, _ in index.pieces(row)} for row in range(index.num_rows)]
     assert rows == [{10, 13}, {11}, {12}]
-
-
-def test_index_is_deterministic():
-    lengths = np.random.default_rng(6).integers(1, 100, 300)
-    first, second = (pack(np.arange(300), lengths, 32) for _ in range(2))
-    np.testing.assert_array_equal(first.document, second.document)
-    np.testing.assert_array_equal(first.start, second.start)
-    np.testing.assert_array_equal(first.row_start, second.row_start)

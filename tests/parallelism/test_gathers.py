@@ -14,7 +14,6 @@ from parallelism.gathers import ShardPlacement
 
 MESHES = {
     "flat": ((8,), ("fsdp",)),
-    "in two parts": ((2, 4), ("fsdp.0", "fsdp.1")),
     "in three parts": ((2, 2, 2), ("fsdp.0", "fsdp.1", "fsdp.2")),
 }
 ARRAYS = {

@@ -1,19 +1,23 @@
-"""Signals in a real process: a request to stop waits for the step, a second Ctrl-C does not."""
+"""Signals in a real process, and several real processes over loopback: how they meet, share a batch, and end."""
 
 import contextlib
-import pathlib
+import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from parallelism.hosts import StopRequest
 
-ROOT = pathlib.Path(__file__).parents[2]
-CHILD = """
-    import sys, time
+ROOT = Path(__file__).parents[2]
+HANG_SECONDS = 120
+STEPS = """
+    import sys
     from parallelism.hosts import StopRequest
 
     stop = StopRequest()
@@ -26,89 +30,105 @@ CHILD = """
             print("saved", step, flush=True)
             break
 """
+START = """
+    import json, sys
+    import jax, numpy as np
+    from jax.experimental import multihost_utils
+    from parallelism.hosts import Cluster, agree, fetch, join, run_process
+    from scripts.common.command_line import errors_in_one_line
+    from tests.parallelism.conftest import Tiny
+    number = int(sys.argv[2])
+    cluster = Cluster(coordinator="127.0.0.1:" + sys.argv[1], num_processes=2, process_id=number)
+"""
+TOGETHER = """
+    def main():
+        join(cluster)
+        found, tiny = {"said": agree(f"by {number}")}, Tiny(num_kv_heads=2)
+        for mesh in ("data=4", "tensor=2,data=2", "sequence=4", "fsdp=2,tensor=2"):
+            strategy = tiny.strategy("mesh", mesh, seq_len=8)
+            rows, batch = strategy.rows(16), tiny.batch(0, length=8)
+            placed = strategy.put_batch({name: x[rows] for name, x in batch.items()})
+            same = all(np.array_equal(x, batch[name]) for name, x in fetch(placed).items())
+            found[mesh] = [rows.tolist(), same, strategy.is_writer]
+        print(json.dumps(found))
+        return 0
+
+    raise SystemExit(run_process(main))
+"""
+FAILING = """
+    def main():
+        join(cluster)
+        print("met", flush=True)
+        if number == 1:
+            with errors_in_one_line():
+                raise ERROR
+        multihost_utils.sync_global_devices("never")
+        return 0
+
+    raise SystemExit(run_process(main))
+"""
 
 
-class Child:
-    """A process that runs steps one line of standard input long."""
-
-    def __init__(self):
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(CHILD)],
-            cwd=ROOT,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-
-    def expect(self, line):
-        assert self._process.stdout.readline().strip() == line
-
-    def finish_step(self):
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-
-    def signal(self, number):
-        self._process.send_signal(number)
-
-    def ends_within(self, seconds):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        return self._process.poll() is not None
-
-    def end(self):
-        """Exit status, what was printed since, and standard error."""
-        out, error = self._process.communicate(timeout=60)
-        return self._process.returncode, out, error
-
-    def close(self):
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
-            pipe.close()
+@contextlib.contextmanager
+def started(script, *arguments, **variables):
+    """A process that runs a script, with pipes for all that goes in and comes out."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        cwd=ROOT,
+        env=os.environ | variables,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture
 def child():
-    child = Child()
-    child.expect("begin 1")
-    yield child
-    child.close()
+    """A process in the middle of its first step; a step is one line of standard input long."""
+    with started(STEPS) as child:
+        assert child.stdout.readline() == "begin 1\n"
+        yield child
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_the_run_after_the_step_it_fell_into(child, number):
-    child.finish_step()
-    child.expect("end 1")
-    child.expect("begin 2")
-    child.signal(number)
-    child.finish_step()
-    child.expect("end 2")
-    child.expect("saved 2")
-    assert child.end() == (0, "", "")
+def end_step(child):
+    child.stdin.write("\n")
+    child.stdin.flush()
+
+
+def ends_within(child, seconds):
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(seconds)
+    return child.poll() is not None
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 3, [signal.SIGINT]])
+def test_a_signal_stops_the_run_after_the_step_it_fell_into(child, numbers):
+    end_step(child)
+    assert child.stdout.readline() + child.stdout.readline() == "end 1\nbegin 2\n"
+    for number in numbers:
+        child.send_signal(number)
+    end_step(child)
+    assert child.communicate(timeout=60) == ("end 2\nsaved 2\n", "")
+    assert child.returncode == 0
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_interrupt_interrupts_at_once(child, first):
-    child.signal(first)
-    assert not child.ends_within(0.3), "the first one waits for the step"
+    child.send_signal(first)
+    assert not ends_within(child, 0.3), "the first one waits for the step"
     for _ in range(200):  # signals that arrive together count as one
-        child.signal(signal.SIGINT)
-        if child.ends_within(0.3):
+        child.send_signal(signal.SIGINT)
+        if ends_within(child, 0.3):
             break
-    status, out, error = child.end()
-    assert status == -signal.SIGINT
-    assert out == ""
+    out, error = child.communicate(timeout=60)
+    assert (child.returncode, out) == (-signal.SIGINT, "")
     assert error.rstrip().endswith("KeyboardInterrupt")
-
-
-def test_repeated_sigterm_still_waits_for_the_step(child):
-    for _ in range(3):
-        child.signal(signal.SIGTERM)
-    child.finish_step()
-    child.expect("end 1")
-    child.expect("saved 1")
-    assert child.end() == (0, "", "")
 
 
 def test_nothing_is_requested_and_no_handler_installed_until_asked():
@@ -116,3 +136,48 @@ def test_nothing_is_requested_and_no_handler_installed_until_asked():
     stop = StopRequest()
     assert not any(stop(step) for step in range(5))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@contextlib.contextmanager
+def pair(script):
+    """Two processes of two devices each, which will meet at a port of their own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(started(START + script, port, number, JAX_NUM_CPU_DEVICES="2"))
+            for number in ("0", "1")
+        ]
+
+
+def test_two_processes_are_one_run():
+    """What is agreed on, and which rows of a batch each holds. tests/scripts trains in several processes."""
+    with pair(TOGETHER) as processes:
+        ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    for number, (out, _) in enumerate(ended):
+        half, writes = list(range(8 * number, 8 * number + 8)), number == 0
+        assert json.loads(out.splitlines()[-1]) == {
+            "said": "by 0",
+            "data=4": [half, True, writes],
+            "tensor=2,data=2": [half, True, writes],
+            "sequence=4": [list(range(16)), True, writes],  # both hold pieces of all rows
+            "fsdp=2,tensor=2": [half, True, writes],
+        }
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
+        ("ValueError('UNKNOWN: Gloo all-reduce failed: closed')", 4, "process 1 lost a peer: UNKNOWN: Gloo"),
+    ],
+    ids=["its own fault", "as jaxlib reports a lost peer"],
+)
+def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(error, status, words):
+    with pair(FAILING.replace("ERROR", error)) as processes:
+        out, err = processes[1].communicate(timeout=HANG_SECONDS)
+        assert processes[1].returncode == status
+        assert "met" in out
+        assert words in err

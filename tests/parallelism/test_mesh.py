@@ -3,7 +3,6 @@
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
@@ -46,13 +45,6 @@ def test_state_is_born_in_eighths(fsdp, tiny):
     )
 
 
-def test_state_is_replicated_over_data(tiny):
-    strategy = tiny.strategy("mesh", "data=8")
-    for leaf in jax.tree.leaves(strategy.init()):
-        assert leaf.is_fully_replicated
-        assert [shard.data.shape for shard in leaf.addressable_shards] == [leaf.shape] * 8
-
-
 def test_state_is_split_over_fsdp_and_repeated_over_data(tiny):
     strategy = tiny.strategy("mesh", "data=2,fsdp=4")
     gate = strategy.init().params["blocks"]["mlp"]["gate"]
@@ -61,62 +53,6 @@ def test_state_is_split_over_fsdp_and_repeated_over_data(tiny):
         part = i % 4
         assert shard.data.shape == (1, 4, 24)
         np.testing.assert_array_equal(shard.data, np.asarray(gate)[:, 4 * part : 4 * part + 4])
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_abstract_state_says_how_the_state_lies(make_tiny, optimizer):
-    strategy = make_tiny(optimizer).strategy("mesh", "data=2,fsdp=4")
-
-    def check(shape, leaf):
-        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
-        assert shape.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
-
-    jax.tree.map(check, strategy.abstract(), strategy.canonical(strategy.init()))
-
-
-def test_a_step_keeps_the_state_in_its_place_and_donates_it(fsdp, tiny):
-    """The step that was lowered from shapes alone runs; a device's arguments are an eighth of state and batch."""
-    batch = tiny.batch(0)
-    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
-    compiled = fsdp.lower(tiny.step(fsdp), shapes).compile()
-    memory = compiled.memory_analysis()
-    eighth = size_of((fsdp.abstract(), shapes)) / 8
-    assert (
-        eighth <= memory.argument_size_in_bytes <= 1.2 * eighth
-    )  # the counters are whole, words are rounded up
-    assert memory.temp_size_in_bytes > 0
-    state = fsdp.init()
-    new, metrics = compiled(state, fsdp.put_batch(batch))
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    jax.tree.map(
-        lambda leaf, shape: np.testing.assert_equal(
-            leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim), True
-        ),
-        new,
-        fsdp.abstract(),
-    )
-    assert all(value.is_fully_replicated for value in metrics.values())
-    assert jnp.isfinite(metrics["loss"])
-
-
-def test_batch_is_split_over_all_devices(tiny):
-    batch = tiny.batch(0) | {"sample_ids": np.arange(16, dtype=np.int32)}
-    for mesh in ("data=8", "fsdp=8", "data=2,fsdp=4"):
-        strategy = tiny.strategy("mesh", mesh)
-        np.testing.assert_array_equal(strategy.rows(16), np.arange(16))
-        for name, x in strategy.put_batch(batch).items():
-            assert x.shape == batch[name].shape
-            for i, shard in enumerate(x.addressable_shards):
-                np.testing.assert_array_equal(shard.data, batch[name][2 * i : 2 * i + 2])
-
-
-@pytest.mark.parametrize(("mesh", "accumulate"), [("data=8", 1), ("fsdp=8", 2), ("data=2,fsdp=4", 3)])
-@pytest.mark.parametrize("batch_size", [1, 4, 12, 31, 100])
-def test_a_batch_that_cannot_be_dealt_is_refused_with_a_remedy(tiny, batch_size, mesh, accumulate):
-    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be divisible by .*=8") as caught:
-        tiny.strategy("mesh", mesh, accumulate, batch_size=batch_size)
-    remedy = int(re.search(r"try --batch-size (\d+)$", str(caught.value))[1])
-    assert len(tiny.strategy("mesh", mesh, accumulate, batch_size=remedy).rows(remedy)) == remedy
 
 
 def test_a_model_that_cannot_be_split_is_refused_with_a_remedy(make_tiny):
@@ -161,18 +97,6 @@ def test_local_functions_see_their_shards(placement):
     assert set(seen) == {((1, 2), (2,))}
     assert out.sharding.is_equivalent_to(placement.sharding(names[0], x.shape), 2)
     np.testing.assert_array_equal(out, x * w)
-
-
-def test_local_functions_may_talk_to_other_devices(placement):
-    def under(x):
-        def total(x_BT):
-            return jax.lax.psum(x_BT.sum(axis=0), ("data", "fsdp"))
-
-        with axes.bound(placement):
-            return axes.local(total, [("batch", "length")], ("length",))(x)
-
-    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
-    np.testing.assert_allclose(jax.jit(under)(x), x.sum(axis=0), rtol=1e-5)  # order of float32 sums
 
 
 def test_local_refuses_what_the_rules_cannot_split(placement):

@@ -12,7 +12,7 @@ from parallelism import reduction
 
 DEVICES, ROWS, T, D, V = 4, 16, 5, 3, 7
 PARAMS = {"w": np.random.default_rng(0).normal(size=(D, V)).astype(np.float32)}
-CUTS = [(1, 1), (1, 2), (1, 4), (DEVICES, 1), (DEVICES, 2), (DEVICES, 4)]
+CUTS = [(1, 1), (1, 4), (DEVICES, 1), (DEVICES, 2)]
 
 
 def loss_fn(params, batch, key):
@@ -54,7 +54,7 @@ def reduced(devices, microbatches, data, loss_fn=loss_fn, key=0):
     return jax.tree.map(lambda x: x[None], results) if devices == 1 else results
 
 
-@pytest.mark.parametrize("densities", [[1.0], [0.9, 0.1], [1, 1, 0, 0.5], [0, 0, 0, 0.3]], ids=str)
+@pytest.mark.parametrize("densities", [[1.0], [1, 1, 0, 0.5], [0, 0, 0, 0.3]], ids=str)
 @pytest.mark.parametrize(("devices", "microbatches"), CUTS)
 def test_gradient_is_that_of_the_global_mean(devices, microbatches, densities):
     """Uneven numbers of targets included, down to a microbatch, a row or a device with none."""

@@ -11,16 +11,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAYOUTS = [
-    *(("single", "", 1), ("single", "", 4), ("pmap", "", 1), ("pmap", "", 2)),
-    *(
-        ("mesh", "data=8", 1),
-        ("mesh", "fsdp=8", 1),
-        ("mesh", "data=2,fsdp=4", 2),
-        ("mesh", "data=4,fsdp=2", 1),
-    ),
-]
-STEPS = 4
+LAYOUTS = [("single", "", 1), ("pmap", "", 2), ("mesh", "data=2,fsdp=4", 1)]
+STEPS = 3
 
 
 def train(tiny, name, mesh, accumulate, batch_size, steps=STEPS, reduction="exact"):
@@ -34,54 +26,37 @@ def train(tiny, name, mesh, accumulate, batch_size, steps=STEPS, reduction="exac
 
 
 SCRIPT = """
-import json, os, sys
-sys.path.insert(0, os.getcwd())
+import json
 from parallelism.hosts import fix_cpu_rounding
 fix_cpu_rounding()
-import jax
 from parallax.training.fingerprint import params_sha256
-from tests.parallelism.conftest import Tiny
 from tests.parallelism import test_reduction_exact as test
-for rate, batch_size, layouts in ((0.0, 16, test.LAYOUTS), (0.1, 16, test.LAYOUTS[:1] + test.LAYOUTS[-4:]),
-                                  (0.0, 8, [test.LAYOUTS[0], test.LAYOUTS[2], test.LAYOUTS[5]])):
+from tests.parallelism.conftest import Tiny
+tiny = Tiny(dropout_rate=0.1)
+for batch_size, layouts in ((16, test.LAYOUTS), (8, test.LAYOUTS[::2])):
     for layout in layouts:
-        losses, params = test.train(Tiny(dropout_rate=rate), *layout, batch_size=batch_size)
-        print(json.dumps([rate, batch_size, losses, params_sha256(params)]))
+        losses, params = test.train(tiny, *layout, batch_size=batch_size)
+        print(json.dumps([batch_size, losses, params_sha256(params)]))
 """
 
 
-@pytest.fixture(scope="module")
-def results():
-    """(losses, sha256) of each layout by dropout rate and batch size, from a process whose rounding is fixed."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
+def test_every_layout_has_the_same_bits():
+    """The loss of each AdamW step with clipping, and the parameters after them, under dropout.
+
+    In a process whose rounding is fixed, compiled as for users. Eight rows are a shard a device: a loop of one, which
+    compilers like to dissolve, or of eight. docs/evidence/equivalence.md has many more layouts, and real processes.
+    """
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = {}
-    for rate, batch_size, losses, digest in map(json.loads, done.stdout.splitlines()):
-        found.setdefault((rate, batch_size), []).append((tuple(losses), digest))
-    return found
-
-
-@pytest.mark.parametrize(
-    ("rate", "batch_size", "layouts"),
-    [
-        (0.0, 16, len(LAYOUTS)),
-        (0.1, 16, 5),  # dropout keys belong to shards, not to devices
-        (0.0, 8, 3),  # a shard a device: a loop of one, which compilers like to dissolve, or of eight
-    ],
-)
-def test_every_layout_has_the_same_bits(results, rate, batch_size, layouts):
-    """The loss of each AdamW step with clipping, and the parameters after them."""
-    same = results[rate, batch_size]
-    assert len(same) == layouts
-    assert len(set(same)) == 1
-    assert len(set(same[0][0])) == STEPS
-
-
-def test_dropout_drops(results):
-    assert results[0.0, 16][0] != results[0.1, 16][0]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    for batch_size, layouts in ((16, 3), (8, 2)):
+        same = [(tuple(losses), digest) for rows, losses, digest in found if rows == batch_size]
+        assert len(same) == layouts
+        assert len(set(same)) == 1
+        assert len(set(same[0][0])) == STEPS
 
 
 def test_exact_and_mean_are_the_same_gradient(make_tiny):
@@ -103,7 +78,7 @@ def test_axes_that_split_a_gradient_are_refused(make_tiny, mesh):
 
 
 @pytest.mark.parametrize(("name", "mesh"), [("pmap", ""), ("mesh", "data=8")])
-@pytest.mark.parametrize("batch_size", [4, 12, 24, 31])
+@pytest.mark.parametrize("batch_size", [4, 24])
 def test_a_batch_without_enough_shards_is_refused_with_a_remedy(tiny, name, mesh, batch_size):
     with pytest.raises(ValueError, match=f"reduction=exact cuts batch_size={batch_size} ") as caught:
         tiny.strategy(name, mesh, reduction="exact", batch_size=batch_size)

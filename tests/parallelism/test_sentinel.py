@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from parallelism import sentinel
-from parallelism.sentinel import Divergence, check, compare_hosts, device_fingerprints, fingerprint
+from parallelism.sentinel import Divergence, check, device_fingerprints, fingerprint
 
 ROOT = pathlib.Path(__file__).parents[2]
 DTYPES = ["float64", "float32", "bfloat16", "float8_e4m3fn", "int32", "int16", "uint8"]
@@ -120,7 +119,7 @@ def test_a_device_hashes_what_it_holds_however_its_replicas_are_laid_out(hashed)
     assert (device_fingerprints(mesh, [place(mesh, value)]) == hashed(value)[0]).all()
 
 
-@pytest.mark.parametrize("device", range(8))
+@pytest.mark.parametrize("device", [0, 5])
 def test_a_replica_that_differs_is_named(device):
     mesh = Mesh(np.array(jax.devices()[::-1]), ("data",))  # rows need not follow ids
     blocks = {"query": place(mesh, normal(4, 6), altered=[device])}
@@ -136,7 +135,6 @@ def test_several_that_differ_are_named():
     w = place(make_mesh(data=2, fsdp=4), normal(8), "fsdp", altered=[6])
     rest = "disagree without a majority after step 40"
     assert message([{"w": w}]) == f"w: device 2 of process 0 and device 6 of process 0 {rest}"
-    assert sentinel._enumerate([str(i) for i in range(20)]) == "0, 1, 2, 3, 4, 5, 6 and 13 more"
 
 
 def test_a_sharded_leaf_is_compared_with_the_peers_of_each_shard():
@@ -154,7 +152,6 @@ def test_a_sharded_leaf_is_compared_with_the_peers_of_each_shard():
 
 def test_what_has_no_second_copy_is_not_compared():
     check(40, [[place(make_mesh(fsdp=8), normal(8), "fsdp", altered=[3]), jnp.ones(3)]], {"corpus": b"text"})
-    compare_hosts({"config": b"{}"})
 
 
 def test_the_first_of_two_leaves_is_named():
@@ -174,13 +171,15 @@ def test_stacked_replicas_are_compared_with_each_other():
 
 
 def test_one_program_serves_all_checks():
-    mesh = make_mesh(data=8)
-    sentinel._program.cache_clear()
+    mesh, compiled = make_mesh(data=8), []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
     for seed in range(3):
         state = {"w": place(mesh, normal(4, seed=seed)), "step": place(mesh, np.int32(seed))}
+        before = len(compiled)
         check(seed, [state], {"sample ids": bytes([seed])})
-    assert sentinel._program.cache_info().misses == 1
-    assert sentinel._program(mesh, (PartitionSpec(), PartitionSpec()))._cache_size() == 1
+    assert 0 < before == len(compiled)
 
 
 def test_arrays_on_two_meshes_are_refused():
@@ -196,7 +195,7 @@ CHILD = """
         heartbeat_timeout_seconds=10, shutdown_timeout_seconds=5)
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from parallelism.sentinel import check, compare_hosts
+    from parallelism.sentinel import check
     mesh = Mesh(np.array(jax.devices()), ("data",))
     odd = [device for device in jax.devices() if device.process_index == 1]
     found = [device.id for device in odd]
@@ -217,7 +216,6 @@ CHILD = """
     report(check, 2, [{"w": place(odd[1:])}], ids)
     report(check, 3, [{"w": place(odd)}], ids)
     report(check, 4, [{"w": place(odd)}], {"sample ids": b"01%d" % (process == 1)})
-    report(compare_hosts, {"config": b"{}", "corpus": b"%d" % (process == 1)})
     stacked = jax.pmap(lambda x: x)(np.array([1.0, 1.0 + (process == 1)]))
     report(check, 5, [{"w": stacked}], stacked=True)
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
@@ -227,34 +225,25 @@ CHILD = """
 """
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_host_that_differs_is_named_on_all(processes):
+def test_a_host_that_differs_is_named_on_all():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
-    command = [sys.executable, "-c", textwrap.dedent(CHILD), port, str(processes)]
+    command = [sys.executable, "-c", textwrap.dedent(CHILD), port, "3"]
 
     def run(process):
         return subprocess.run([*command, str(process)], cwd=ROOT, text=True, capture_output=True, timeout=60)
 
-    with ThreadPoolExecutor(processes) as pool:
-        ended = list(pool.map(run, range(processes)))
-    assert [end.returncode for end in ended] == [0] * processes, [end.stderr for end in ended]
+    with ThreadPoolExecutor(3) as pool:
+        ended = list(pool.map(run, range(3)))
+    assert [end.returncode for end in ended] == [0] * 3, [end.stderr for end in ended]
     (a, b, *found), *others = [json.loads(end.stdout.splitlines()[-1]) for end in ended]
-    assert others == [[a, b, *found]] * (processes - 1)
-    device = f"w: device {b} of process 1 differs from the other {2 * processes - 1} replicas"
-    whole = f"devices {a} and {b} of process 1"
-    if processes == 2:  # of two hosts, nobody can say which one is right
-        tie = "disagree without a majority"
-        host, devices = f"process 0 and process 1 {tie}", f"devices 0 and 1 of process 0 and {whole} {tie}"
-    else:
-        host = "process 1 differs from the other 2 processes"
-        devices = f"{whole} differ from the other 4 replicas"
+    assert others == [[a, b, *found]] * 2
+    device = f"w: device {b} of process 1 differs from the other 5 replicas"
     assert found == [
         "equal",
         f"Divergence: {device} after step 2",
-        f"Divergence: w: {devices} after step 3",
-        f"Divergence: sample ids: {host} after step 4",
-        f"Divergence: corpus: {host}",
+        f"Divergence: w: devices {a} and {b} of process 1 differ from the other 4 replicas after step 3",
+        "Divergence: sample ids: process 1 differs from the other 2 processes after step 4",
         f"Divergence: {device} after step 5",
-        f"ValueError: w is not on all {processes} processes; give global arrays",
+        "ValueError: w is not on all 3 processes; give global arrays",
     ]

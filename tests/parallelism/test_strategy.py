@@ -18,7 +18,7 @@ from parallelism.strategies import STRATEGIES, get_strategy
 from parallelism.strategy import Layout
 
 LAYOUTS = [("single", ""), ("pmap", ""), ("mesh", "data=8"), ("mesh", "fsdp=8"), ("mesh", "data=2,fsdp=4")]
-STEPS, ROWS, LENGTH = 100, 32, 16
+STEPS, ROWS, LENGTH = 30, 32, 16
 
 
 def markov_batches():
@@ -33,14 +33,17 @@ def markov_batches():
     return [{"inputs": rows[:, :-1], "targets": rows[:, 1:]} for rows in ids]
 
 
+CONFIG = NANO_CONFIG.replace(num_layers=2, embed_dim=64, mlp_dim=128)
+
+
 class Nano:
-    """The NANO preset in float32 without dropout, at rate 3e-4 after 20 steps of warm-up."""
+    """Half of the NANO preset in float32 without dropout, at rate 1e-2 after 5 steps of warm-up."""
 
     def __init__(self):
-        self._learning = OptimizerConfig(learning_rate=3e-4, warmup_steps=20)
-        self._optimizer = make_optimizer(self._learning, parameters(NANO_CONFIG))
-        self._init_state = make_init(NANO_CONFIG, self._optimizer, seed=0)
-        self._axes = state_axes(NANO_CONFIG, self._init_state)
+        self._learning = OptimizerConfig(learning_rate=1e-2, warmup_steps=5)
+        self._optimizer = make_optimizer(self._learning, parameters(CONFIG))
+        self._init_state = make_init(CONFIG, self._optimizer, seed=0)
+        self._axes = state_axes(CONFIG, self._init_state)
         self._batches = markov_batches()
 
     def strategy(self, name, mesh="", accumulate=1):
@@ -52,7 +55,7 @@ class Nano:
         """Of STEPS steps from a state on the host."""
         step = functools.partial(
             train_step,
-            loss_fn=make_loss(NANO_CONFIG, TrainConfig()),
+            loss_fn=make_loss(CONFIG, TrainConfig()),
             optimizer=self._optimizer,
             learning_rate=make_learning_rate(self._learning, STEPS),
             gradients=strategy.gradients,
@@ -75,7 +78,7 @@ def nano():
 
 @pytest.fixture(scope="module")
 def first_state(nano):
-    """As a single device makes it, on the host; made once, since compiling it takes longer than fifty steps."""
+    """As a single device makes it, on the host; made once."""
     return jax.tree.map(np.asarray, nano.strategy("single").init())
 
 
@@ -83,16 +86,16 @@ def first_state(nano):
 def reference(nano, first_state):
     losses = nano.losses(nano.strategy("single"), first_state)
     assert abs(losses[0] - np.log(65)) < 0.1
-    assert losses[-10:].mean() < losses[0] - 1, "there must be something to agree on"
+    assert losses[-5:].mean() < losses[0] - 1, "there must be something to agree on"
     return losses
 
 
 @pytest.mark.parametrize(
     ("name", "mesh", "accumulate"),
-    [*[(name, mesh, 1) for name, mesh in LAYOUTS[1:]], ("single", "", 4), ("pmap", "", 4)],
+    [("mesh", "data=8", 1), ("mesh", "data=2,fsdp=4", 1), ("pmap", "", 4)],
 )
 def test_every_layout_has_the_same_curve(nano, first_state, reference, name, mesh, accumulate):
-    """1e-5 is ten times what the order of float32 sums came to over 100 steps at this rate."""
+    """1e-5 is what docs/evidence/equivalence.md holds over 100 steps, on all layouts."""
     losses = nano.losses(nano.strategy(name, mesh, accumulate), first_state)
     np.testing.assert_allclose(losses, reference, rtol=1e-5)
 
@@ -132,20 +135,46 @@ def test_uneven_rows_give_the_same_gradient_everywhere(bare, single_step, name, 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize(("name", "mesh"), LAYOUTS)
-def test_a_state_moves_between_layouts_to_the_bit(make_tiny, name, mesh, optimizer):
-    """Out through numpy, as a checkpoint would go, and into every other layout."""
+def test_a_state_moves_between_layouts_to_the_bit(make_tiny, optimizer):
+    """Out through numpy, as a checkpoint would go, and into every other layout, where `abstract` says."""
     tiny = make_tiny(optimizer)
-    source = tiny.strategy(name, mesh)
-    state = source.canonical(source.init())
-    expected, on_disk = params_sha256(state), jax.tree.map(np.asarray, state)
-    assert params_sha256(tiny.init_state()) == expected
-    for other_name, other_mesh in LAYOUTS:
-        target = tiny.strategy(other_name, other_mesh)
-        restored = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), on_disk, target.abstract())
-        adopted = target.adopt(restored)
-        assert jax.tree.structure(adopted) == jax.tree.structure(target.init())
-        assert params_sha256(target.canonical(adopted)) == expected
+    strategies = [tiny.strategy(name, mesh) for name, mesh in LAYOUTS]
+    expected = params_sha256(tiny.init_state())
+    for source in strategies:
+        state = source.canonical(source.init())
+        assert params_sha256(state) == expected
+        jax.tree.map(assert_placed, state, source.abstract())
+        on_disk = jax.tree.map(np.asarray, state)
+        for target in strategies:
+            restored = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), on_disk, target.abstract())
+            adopted = target.adopt(restored)
+            assert jax.tree.structure(adopted) == jax.tree.structure(target.init())
+            assert params_sha256(target.canonical(adopted)) == expected
+
+
+def assert_placed(leaf, shape):
+    assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+    assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+
+
+def bytes_of_a_device(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("name", "mesh"), [LAYOUTS[0], LAYOUTS[1], LAYOUTS[3]])
+def test_a_step_lowered_from_shapes_takes_the_state_in_its_place_and_donates_it(tiny, name, mesh):
+    strategy, batch = tiny.strategy(name, mesh), tiny.batch(0)
+    shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in batch.items()}
+    compiled = strategy.lower(tiny.step(strategy), shapes).compile()
+    state, placed = strategy.init(), strategy.put_batch(batch)
+    held, memory = bytes_of_a_device((state, placed)), compiled.memory_analysis()
+    assert held <= memory.argument_size_in_bytes <= 1.2 * held  # words are rounded up
+    assert memory.temp_size_in_bytes > 0
+    new, metrics = compiled(state, placed)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    jax.tree.map(assert_placed, strategy.canonical(new), strategy.abstract())
+    assert all(value.shape == () and np.isfinite(value) for value in metrics.values())
+    assert metrics["tokens"] == np.sum(batch["targets"] != -1)
 
 
 def test_evaluation_is_the_same_everywhere(tiny):
@@ -165,8 +194,10 @@ def test_every_strategy_says_what_it_is_and_waits_to_be_stopped(tiny, name, mesh
     assert strategy.describe().startswith(f"{name}: ")
     assert "\n" not in strategy.describe()
     assert len(strategy.devices) == (1 if name == "single" else 8)
+    assert strategy.devices == jax.devices()[: len(strategy.devices)]
     assert strategy.is_writer
     assert not strategy.stop_requested(1)
+    np.testing.assert_array_equal(strategy.rows(16), np.arange(16))
 
 
 def test_unknown_strategy_is_refused_with_those_that_are_known(tiny):
@@ -184,3 +215,12 @@ def test_a_mesh_for_a_strategy_without_one_is_refused(tiny, name):
         ValueError, match=f"mesh='data=8' needs strategy mesh, not {name}; add --strategy mesh"
     ):
         tiny.strategy(name, "data=8")
+
+
+@pytest.mark.parametrize(("name", "mesh", "accumulate"), [("pmap", "", 3), ("mesh", "fsdp=8", 2)])
+@pytest.mark.parametrize("batch_size", [1, 12, 100])
+def test_a_batch_that_cannot_be_dealt_is_refused_with_a_remedy(tiny, name, mesh, accumulate, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be divisible by .*=8") as caught:
+        tiny.strategy(name, mesh, accumulate, batch_size=batch_size)
+    remedy = int(re.search(r"try --batch-size (\d+)$", str(caught.value))[1])
+    assert len(tiny.strategy(name, mesh, accumulate, batch_size=remedy).rows(remedy)) == remedy

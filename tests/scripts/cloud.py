@@ -12,9 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts import launch
-from scripts.launching import run as launch_run
-
 ROOT = Path(__file__).parents[2]
 FAKES = Path(__file__).parent
 # It notes its flags, then plays what the test wrote for this attempt and this worker:
@@ -122,31 +119,6 @@ class Cloud:
         for pid in (self.world / "hosts").glob("*/unit.pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
-
-
-def clouds(tmp_path, monkeypatch):
-    """A fixture: a cloud that `launch.main` of this process sees."""
-    cloud = Cloud(tmp_path)
-    for name, value in cloud.environment().items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(launch_run, "CHECKOUT", cloud.checkout)
-    yield cloud
-    cloud.close()
-
-
-def launches(monkeypatch, capfd):
-    """A fixture: runs launch.py in this process: (exit status, lines of output, lines of standard error)."""
-
-    def call(*args):
-        monkeypatch.setattr(sys, "argv", ["launch.py", *args])
-        try:
-            status = launch.main()
-        except SystemExit as exit:
-            status = exit.code
-        out, err = capfd.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return call
 
 
 def program(path, script, *words):

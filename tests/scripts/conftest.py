@@ -1,66 +1,91 @@
-"""Small runs of train.py, in this process and in one of their own."""
+"""What tests of scripts share: a script's main called in this process, and small runs of train.py."""
 
+import functools
+import io
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import launch as launch_script
 from scripts import train
-
-TRAIN = Path(__file__).resolve().parents[2] / "scripts" / "train.py"
-SMALL = [
-    *("--model.num-layers", "1", "--model.embed-dim", "32"),
-    *("--model.mlp-dim", "32", "--model.head-dim", "8"),
-]
-SHORT = [
-    *("--steps", "12", "--batch-size", "16", "--seq-len", "16"),
-    *("--log-interval", "4", "--eval-interval", "6"),
-]
+from scripts.launching.run import run
+from tests.scripts.cloud import Cloud
+from tests.scripts.runs import SHORT, SMALL, run_script
 
 
 @pytest.fixture
-def text(tmp_path, monkeypatch):
-    """A folder to work in, with a text to learn; signal handlers are put back afterwards."""
-    write_text(tmp_path)
+def call(tmp_path, monkeypatch, capfd):
+    """Calls a script's main in this process, in a folder of the test's own; signal handlers are put back afterwards.
+
+    Gives (exit status, standard output, standard error).
+    """
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield tmp_path
+
+    def call(script, *args, stdin="") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__.rpartition('.')[2]}.py", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        try:
+            status = script.main()
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capfd.readouterr()
+
+    yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
 
 @pytest.fixture
-def call(text, monkeypatch, capsys):
-    """Calls train.py in this process: (exit status, standard output, standard error)."""
+def refuses(call, tmp_path):
+    """Checks that a script ends with one line that holds all of the words and a remedy, and leaves nothing behind."""
 
-    def call(*flags: str) -> tuple[int, str, str]:
-        dataset = [] if {"overfit", "--dataset"} & set(flags) else ["--dataset", "text.txt"]
-        monkeypatch.setattr(sys, "argv", ["train.py", *dataset, *SMALL, *SHORT, *flags])
-        try:
-            status = train.main()
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
+    def files():
+        return sorted(tmp_path.rglob("*"))
 
-    return call
+    def check(script, args, *words):
+        before = files()
+        status, out, err = call(script, *args)
+        assert (status, out) == (2, "")
+        *notices, error = err.splitlines()
+        assert error.startswith("error: ")
+        assert not any(line.startswith("error: ") for line in notices)
+        assert "; " in error, "no remedy"
+        for word in words:
+            assert word in error
+        assert files() == before
+
+    return check
+
+
+@pytest.fixture
+def text(tmp_path):
+    """A folder to work in, with a text to learn."""
+    write_text(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def train_small(text, call):
+    """Calls train.py with a small model for a few steps on the text."""
+
+    def train_small(*flags: str) -> tuple[int, str, str]:
+        return call(train, "--dataset", "text.txt", *SMALL, *SHORT, *flags)
+
+    return train_small
 
 
 @pytest.fixture(scope="session")
-def command():
-    """What starts the same run in a process of its own; more flags may follow."""
-    return [sys.executable, str(TRAIN), "--dataset", "text.txt", *SMALL, *SHORT]
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory, command):
-    """The folder of a finished run, trained once."""
+def template(tmp_path_factory):
+    """The folder of a finished run, trained once in a process of its own."""
     folder = tmp_path_factory.mktemp("template")
     write_text(folder)
-    subprocess.run([*command, "--output-dir", "run"], cwd=folder, check=True, capture_output=True)
+    flags = ["--dataset", "text.txt", *SMALL, *SHORT, "--output-dir", "run"]
+    run_script("train.py", *flags, cwd=folder).check_returncode()
     return folder / "run"
 
 
@@ -74,3 +99,25 @@ def write_text(folder: Path) -> None:
     rng = random.Random(0)
     words = ["king", "queen", "crown", "sword", "night", "and", "the"]
     (folder / "text.txt").write_text(" ".join(rng.choice(words) for _ in range(600)))
+
+
+@pytest.fixture
+def cloud(tmp_path, monkeypatch):
+    """A cloud of fakes that launch.py sees, called in this process, and a checkout for it to ship."""
+    cloud = Cloud(tmp_path)
+    for name, value in cloud.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(launch_script.COMMANDS, "run", functools.partial(run, checkout=cloud.checkout))
+    yield cloud
+    cloud.close()
+
+
+@pytest.fixture
+def launch(call):
+    """Calls launch.py: (exit status, lines of output, lines of standard error)."""
+
+    def launch(*args):
+        status, out, err = call(launch_script, *args)
+        return status, out.splitlines(), err.splitlines()
+
+    return launch

@@ -15,8 +15,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from scripts.launching.local import local_environment
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ROOT / "scripts"
+SMALL = [
+    *("--model.num-layers", "1", "--model.embed-dim", "32"),
+    *("--model.mlp-dim", "32", "--model.head-dim", "8"),
+]
+SHORT = [
+    *("--steps", "12", "--batch-size", "16", "--seq-len", "16"),
+    *("--log-interval", "4", "--eval-interval", "6"),
+]
 TIMING = {"tokens_per_second", "step_time", "mfu"}
 
 
@@ -54,6 +64,21 @@ def mesh(shape: str, processes: int = 1, *flags: str) -> Layout:
     return Layout(("--strategy", "mesh", "--mesh", shape, *flags), processes, devices // processes)
 
 
+def run_script(script: str, *args: str, cwd: Path, env: dict[str, str] | None = None, stdin: str = ""):
+    """A script from its start to its end, in a process of its own: its exit status and, as text, what it wrote."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *map(str, args)],
+        cwd=cwd,
+        env=os.environ | (env or {}),
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=900,
+        check=False,
+    )
+
+
 class Training:
     """A run under way in `folder`/`name`, with its output in files there, so that nothing waits to be read.
 
@@ -78,20 +103,15 @@ class Training:
         several = ["launch.py", "local", "--processes", str(layout.processes)]
         several += ["--devices", str(layout.devices), "--restarts", str(restarts)]
         script, *arguments = [*several, "--", *train] if layout.processes > 1 else ["train.py", *train]
-        environment = {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(layout.devices),
-            "XLA_FLAGS": "",
-            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
-                "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
-            ),
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         }
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, str(SCRIPTS / script), *arguments],
                 cwd=folder,
-                env=os.environ | environment,
+                env=cache | local_environment(os.environ, layout.devices),
                 stdout=out,
                 stderr=err,
                 start_new_session=True,

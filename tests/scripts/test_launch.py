@@ -1,20 +1,15 @@
-"""launch.py local as a user runs it, in a checkout whose train.py only says what it was told and ends as it is told."""
+"""launch.py local, with a program in the place of train.py that says what it was passed and ends as it is asked to."""
 
-import itertools
+import functools
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from scripts import launch
-from scripts.launching import local
+from scripts import launch as launch_script
+from scripts.launching.local import local
+from tests.scripts.cases import read_cases
 
-ROOT = Path(__file__).parents[2]
 # What the last process does in each attempt, from the file that counts them; the others wait for their end.
 TRAIN = """
 import json, os, sys, time
@@ -42,35 +37,22 @@ FOREIGN = {
 
 
 @pytest.fixture
-def launch_local(tmp_path):
-    checkout, workplace = tmp_path / "checkout", tmp_path / "workplace"
-    workplace.mkdir()
-    for name in (
-        "scripts/launch.py",
-        "scripts/common/command_line.py",
-        "scripts/launching/supervisor.py",
-        "scripts/launching/local.py",
-        "scripts/launching/child.py",
-        "parallelism/exit_status.py",
-        "scripts/launching/restarts.py",
-    ):
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, checkout / name)
-    (checkout / "scripts" / "train.py").write_text(TRAIN)
+def launch_local(tmp_path, monkeypatch, launch):
+    """Exit status, (prefix, arguments, environment) of each process, lines of standard error."""
+    (tmp_path / "program.py").write_text(TRAIN)
+    (tmp_path / "work").mkdir()
+    program = functools.partial(local, train=tmp_path / "program.py")
+    monkeypatch.setitem(launch_script.COMMANDS, "local", program)
 
     def run(*args, **environ):
-        done = subprocess.run(
-            [sys.executable, checkout / "scripts" / "launch.py", "local", *args],
-            cwd=workplace,
-            env=os.environ | environ,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        told = [(line[:4], *json.loads(line[4:])) for line in done.stdout.splitlines()]
-        return done.returncode, sorted(told, key=lambda process: process[0]), done.stderr.splitlines()
+        monkeypatch.chdir(tmp_path / "work")
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        status, out, err = launch("local", *args)
+        told = [(line[:4], *json.loads(line[4:])) for line in out]
+        return status, sorted(told, key=lambda process: process[0]), err
 
-    run.folder = workplace
+    run.folder = tmp_path / "work"
     return run
 
 
@@ -119,7 +101,7 @@ def test_a_restart_goes_on_in_the_run_on_another_port(given, launch_local):
     assert logs(launch_local.folder) == [f"runs/x.logs/attempt-{k}/process-0.log" for k in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(("ends", "status"), [("1", 1), ("3,-9", 137), ("-6,3", 3), ("3,1", 1)])
+@pytest.mark.parametrize(("ends", "status"), [("3,-9", 137), ("-6,3", 3), ("3,1", 1)])
 def test_the_status_says_how_it_ended(ends, status, launch_local):
     flags = ["--output_dir=x", "--ends", ends]
     found, _, err = launch_local("--processes", "3", "--restarts", str(ends.count(",")), "--", *flags)
@@ -129,14 +111,6 @@ def test_the_status_says_how_it_ended(ends, status, launch_local):
         err[0],
     )
     assert (err[-1] == "no restart is left of 1") == (ends in ("3,-9", "-6,3"))
-
-
-def test_bad_input_leaves_nothing(launch_local):
-    status, _, err = launch_local(
-        "--processes", "1", "--restarts", "3", "--", "--output-dir", "runs/x", "--ends", "2"
-    )
-    assert (status, err) == (2, ["process 0 exited with status 2"])
-    assert [path.name for path in launch_local.folder.iterdir()] == ["state"]
 
 
 def test_logs_of_a_run_without_a_folder_have_a_name_of_their_own(launch_local):
@@ -151,65 +125,36 @@ def test_logs_go_where_they_are_told(launch_local):
     assert logs(launch_local.folder) == [f"a/b/attempt-{k}/process-0.log" for k in (1, 2)]
 
 
-def test_every_attempt_has_another_port(monkeypatch):
-    commands = local.local_commands(local.LocalFlags(processes=1), [])
-    ports = itertools.chain([7, 7, 7, 8], itertools.repeat(9))
-    monkeypatch.setattr(local, "free_port", lambda: next(ports))
-    addresses = [cluster(commands(attempt)[0].argv[2:])[1] for attempt in (1, 2, 3)]
-    assert addresses == ["127.0.0.1:7", "127.0.0.1:8", "127.0.0.1:9"]
+BAD = """
+'' | '' | local | see launch.py --help
+remote | 'remote' | local | see launch.py --help
+local --processes 2 | -- | is missing | try launch.py local
+local --steps 3 | --steps | --help
+local --processes 0 -- | processes=0 | at least 1 | try --processes 2
+local --devices 0 -- | devices=0 | at least 1 | try --devices 1
+local --restarts -1 -- | restarts=-1 | at least 0 | try --restarts 0
+local --processes many -- | --processes | many | --help
+local --hosts 2 -- | --hosts | --help
+local --restarts 2 -- | --restarts 2 | add --output-dir
+local --restarts 2 -- --output-dir | add --output-dir
+local -- --coordinator here:1 | --coordinator | leave it out
+local -- --process_id=1 | --process-id | leave it out
+local -- --num-processes 2 | --num-processes | leave it out
+local --log-dir file -- | file | try another --log-dir
+"""
 
 
-# Arguments of launch.py, and what its one line must say: the value and the remedy.
-BAD = {
-    "no command": ([], ["''", "local", "see launch.py --help"]),
-    "unknown command": (["remote"], ["'remote'", "local", "see launch.py --help"]),
-    "no marker": (["local", "--processes", "2"], ["--", "is missing", "try launch.py local"]),
-    "flags without a marker": (["local", "--steps", "3"], ["--steps", "--help"]),
-    "no processes": (["local", "--processes", "0", "--"], ["processes=0", "at least 1", "try --processes 2"]),
-    "no devices": (["local", "--devices", "0", "--"], ["devices=0", "at least 1", "try --devices 1"]),
-    "negative restarts": (
-        ["local", "--restarts", "-1", "--"],
-        ["restarts=-1", "at least 0", "try --restarts 0"],
-    ),
-    "not a number": (["local", "--processes", "many", "--"], ["--processes", "many", "--help"]),
-    "unknown flag": (["local", "--hosts", "2", "--"], ["--hosts", "--help"]),
-    "restarts of no run": (["local", "--restarts", "2", "--"], ["--restarts 2", "add --output-dir"]),
-    "restarts of an unnamed run": (["local", "--restarts", "2", "--", "--output-dir"], ["add --output-dir"]),
-    "own coordinator": (["local", "--", "--coordinator", "here:1"], ["--coordinator", "leave it out"]),
-    "own number": (["local", "--", "--process_id=1"], ["--process-id", "leave it out"]),
-    "own count": (["local", "--", "--num-processes", "2"], ["--num-processes", "leave it out"]),
-    "log folder in a file": (["local", "--log-dir", "file", "--"], ["file", "try another --log-dir"]),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_starts_nothing(name, tmp_path, monkeypatch, capfd):
-    args, expected = BAD[name]
+@pytest.mark.parametrize(("args", "words"), read_cases(BAD))
+def test_bad_input_is_one_line_and_starts_nothing(args, words, tmp_path, refuses):
     (tmp_path / "file").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["launch.py", *args])
-    with pytest.raises(SystemExit) as exit:
-        launch.main()
-    out, err = capfd.readouterr()
-    assert (exit.value.code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert "; " in err, "no remedy"
-    for words in expected:
-        assert words in err
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    refuses(launch_script, args, *words)
 
 
-def test_help_lists_the_commands_and_their_flags(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["launch.py", "--help"])
-    assert launch.main() == 0
-    text = capsys.readouterr().out
-    assert all(f"\n  {name} " in text for name in launch.COMMANDS)
-    monkeypatch.setattr(sys, "argv", ["launch.py", "local", "--help"])
-    with pytest.raises(SystemExit) as exit:
-        launch.main()
-    assert exit.value.code == 0
-    text = capsys.readouterr().out
-    assert all(
-        flag in text for flag in ("--processes", "--devices", "--restarts", "--log-dir", "launch.py local")
-    )
+def test_help_lists_the_commands_and_their_flags(launch):
+    status, out, _ = launch("--help")
+    assert status == 0
+    assert all(any(line.startswith(f"  {name} ") for line in out) for name in launch_script.COMMANDS)
+    status, out, _ = launch("local", "--help")
+    assert status == 0
+    for flag in ("--processes", "--devices", "--restarts", "--log-dir", "launch.py local"):
+        assert flag in "\n".join(out)

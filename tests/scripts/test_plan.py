@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import shlex
-import sys
 
 import jax
 import pytest
@@ -17,65 +16,55 @@ from scripts.planning import plan as planning
 from scripts.planning.flags import Flags
 from scripts.planning.report import run_command
 from scripts.training.flags import read_flags
+from tests.scripts.cases import read_cases
 
-CASES = {
-    "no such slice": (["--topology", "v3-16"], ["topology='v3-16'", "try v3-8"]),
-    "no such generation": (["--topology", "gpu-8"], ["topology='gpu-8'", "v5p", "try v3-8"]),
-    "unknown preset": (["--config", "huge"], ["huge", "tiny"]),
-    "no batch": (["--batch-size", "0"], ["batch_size=0", "try 32"]),
-    "no layouts": (["--compile", "0"], ["compile=0", "at least 1"]),
-    "heads do not group": (["--model.num-kv-heads", "3"], ["num_kv_heads=3", "try 2"]),
-    "no compiler": ([], ["libtpu", "not installed", 'pip install -e ".[plan]"']),
-}
+BAD = """
+--topology v3-16 | topology='v3-16' | try v3-8
+--topology gpu-8 | topology='gpu-8' | v5p | try v3-8
+--config huge | huge | tiny
+--batch-size 0 | batch_size=0 | try 32
+--compile 0 | compile=0 | at least 1
+--model.num-kv-heads 3 | num_kv_heads=3 | try 2
+--config tiny | libtpu | not installed | pip install -e ".[plan]"
+"""
 
 
-@pytest.mark.parametrize(("flags", "words"), CASES.values(), ids=CASES)
-def test_bad_input_gives_one_line_and_status_2(flags, words, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
+@pytest.mark.parametrize(("args", "words"), read_cases(BAD))
+def test_bad_input_gives_one_line_and_status_2(refuses, monkeypatch, args, words):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as ended:
-        plan.main()
-    out, err = capsys.readouterr()
-    assert ended.value.code == 2
-    assert out == ""
-    assert len(err.splitlines()) == 1
-    assert all(word in err for word in words), err
-    assert not list(tmp_path.iterdir())
+    refuses(plan, args, *words)
 
 
 @pytest.fixture
-def compiler(monkeypatch):
-    """A fake of libtpu, which takes every program and says that it is small."""
+def planned(call, monkeypatch):
+    """Rows of a plan, with a fake of libtpu, which takes every program and says that it is small."""
     monkeypatch.setattr(planning, "topology_devices", lambda sliced: [])
     monkeypatch.setattr(
         planning, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1)
     )
-    yield
+
+    def planned(*flags):
+        given = ("--topology", "v4-16", "--batch-size", "16", *flags, "--output", "plan.json")
+        status, _, err = call(plan, *given)
+        assert status == 0, err
+        with open("plan.json") as file:
+            return json.load(file)["rows"]
+
+    yield planned
     jax.config.update("jax_enable_compilation_cache", True)
 
 
-def planned(monkeypatch, tmp_path, *flags):
-    path = tmp_path / "plan.json"
-    flags = ("--topology", "v4-16", "--batch-size", "16", *flags, "--output", str(path))
-    monkeypatch.setattr(sys, "argv", ["plan.py", *flags])
-    assert plan.main() == 0
-    return json.loads(path.read_text())["rows"]
-
-
 @pytest.mark.parametrize("attention", ["blocks", "splash"])
-def test_attention_that_needs_whole_sequences_is_planned_without_meshes_that_cut_them(
-    attention, compiler, monkeypatch, tmp_path
-):
-    rows = planned(monkeypatch, tmp_path, "--model.attention", attention)
+def test_attention_that_needs_whole_sequences_is_planned_without_meshes_that_cut_them(attention, planned):
+    rows = planned("--model.attention", attention)
     assert {row["attention"] for row in rows} == {attention}
     assert {row["axes"].get("sequence", 1) for row in rows} == {1}
     assert len({row["layout"] for row in rows}) > 5
-    assert 2 in {row["axes"].get("sequence", 1) for row in planned(monkeypatch, tmp_path)}
+    assert 2 in {row["axes"].get("sequence", 1) for row in planned()}
 
 
-def test_an_exhaustive_plan_compiles_every_choice(compiler, monkeypatch, tmp_path):
-    rows = planned(monkeypatch, tmp_path, "--exhaustive")
+def test_an_exhaustive_plan_compiles_every_choice(planned):
+    rows = planned("--exhaustive")
     assert {row["source"] for row in rows} == {"compiled"}
     tried = {(row["layout"], row["remat"], row["microbatches"]) for row in rows}
     assert len(tried) == len(rows)

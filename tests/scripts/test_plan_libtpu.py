@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -24,31 +22,19 @@ from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
 from scripts.planning.plan import make_build
+from tests.scripts.runs import run_script
 
 pytestmark = pytest.mark.external
 
-SCRIPTS = os.path.join(os.path.dirname(__file__), "..", "..", "scripts")
 
-
-def run(script, *args, env=None, cwd):
-    command = [sys.executable, os.path.join(SCRIPTS, script), *args]
-    return subprocess.run(
-        command,
-        env=os.environ | (env or {}),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+def run_plan(folder, *flags):
+    return run_script("plan.py", *flags, cwd=folder, env={"XDG_CACHE_HOME": str(folder)})
 
 
 def planned(folder, config, *flags):
     """A plan of 256 × 128 tokens on a v3-8, and the output."""
     flags = ("--topology", "v3-8", "--config", config, *flags)
-    done = run(
-        "plan.py", *flags, "--output", f"{config}.json", env={"XDG_CACHE_HOME": str(folder)}, cwd=folder
-    )
+    done = run_plan(folder, *flags, "--output", f"{config}.json")
     assert done.returncode == 0, done.stderr
     return json.loads((folder / f"{config}.json").read_text()), done.stdout
 
@@ -87,7 +73,7 @@ def test_the_printed_command_runs_on_simulated_devices(folder, tiny):
     text = folder / "text.txt"
     text.write_text("To be, or not to be: that is the question.\n" * 200)
     flags = [*shlex.split(command)[2:], "--steps", "1", "--dataset", str(text), "--output-dir", "run"]
-    ended = run("train.py", *flags, env={"JAX_NUM_CPU_DEVICES": "8"}, cwd=folder)
+    ended = run_script("train.py", *flags, env={"JAX_NUM_CPU_DEVICES": "8"}, cwd=folder)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((folder / "run" / "summary.json").read_text())["step"] == 1
 
@@ -100,8 +86,9 @@ def test_a_second_plan_compiles_nothing(folder, small):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-    """What was compiled for no device cannot be read back."""
+def as_by_default():
+    """With the compiler's own settings, and without a cache: what was compiled for no device cannot be read back."""
+    os.environ["XLA_FLAGS"] = ""  # which is read when the first device starts
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
@@ -155,7 +142,6 @@ def test_operations_are_those_of_the_program_with_its_loops(remat):
 @pytest.mark.parametrize(
     ("topology", "mesh", "sizes", "remat"),
     [
-        ("v5litepod-256", "", {"data": 256}, "full"),
         ("v5litepod-256", "data=8,fsdp=16,tensor=2", {"data": 8, "fsdp": 16, "tensor": 2}, "dots"),
         ("v5p-512", "", {"data": 256}, "full"),
     ],
@@ -172,10 +158,8 @@ def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "remat"),
     [
-        ("fsdp=2,tensor=4", 8, "none"),
         ("fsdp=2,tensor=4", 8, "full"),
         ("data=2,tensor=4", 1, "dots"),
-        ("fsdp=4,sequence=2", 1, "full"),
     ],
 )
 def test_the_memory_of_few_mebibytes_is_estimated_too(mesh, microbatches, remat, tmp_path):
@@ -234,7 +218,7 @@ def test_fsdp_over_the_network_scatters_gradients_and_reduces_none_whole():
 def test_a_layout_that_does_not_fit_says_by_how_much(tmp_path):
     flags = ("--topology", "v3-8", "--config", "base", "--batch-size", "4096", "--seq-len", "1024")
     only = ("--remat", "none", "--compile", "1")
-    done = run("plan.py", *flags, *only, env={"XDG_CACHE_HOME": str(tmp_path)}, cwd=tmp_path)
+    done = run_plan(tmp_path, *flags, *only)
     rows = json.loads((tmp_path / "plans" / "v3-8-base-4096x1024.json").read_text())["rows"]
     assert done.returncode == 1
     assert "No layout that was compiled fits" in done.stdout

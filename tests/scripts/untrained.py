@@ -29,13 +29,14 @@ def write_untrained(
     step: int,
     mean: float = 0.0,
     deviation: float = 0.4,
+    seq_len: int = 128,
 ) -> None:
     """Makes the folder, with a checkpoint at its last step; all weights are drawn from one normal distribution."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: rng.normal(mean, deviation, leaf.shape).astype(leaf.dtype), shapes)
     folder.mkdir()
     (folder / "config.json").write_text(
-        json.dumps({"model": config_to_dict(config), "train": {"steps": step}})
+        json.dumps({"model": config_to_dict(config), "train": {"steps": step, "seq_len": seq_len}})
     )
     save_tokenizer(tokenizer, folder / "tokenizer.json")
     checkpoints = Checkpointer(folder / "checkpoints", keep=1)

@@ -34,26 +34,12 @@ def results(function, q, k, v, w, segments, window):
 @pytest.mark.parametrize(
     ("T", "G", "window", "documents"),
     [
-        (1, 4, 0, False),
-        (40, 2, 16, True),
-        (64, 4, 0, False),
-        (128, 4, 0, True),
-        (200, 2, 50, False),
-        (256, 1, 64, True),
-        (530, 4, 0, False),
-        (1024 + 512, 4, 0, False),
-        (1500, 2, 300, True),
-    ],
-    ids=[
-        "one token",
-        "short, all",
-        "one block",
-        "two blocks, documents",
-        "ragged, window",
-        "grouped, both",
-        "nine ragged",
-        "two parts",
-        "parts, ragged, all",
+        pytest.param(1, 4, 0, False, id="one token"),
+        pytest.param(64, 4, 0, False, id="one block"),
+        pytest.param(128, 4, 0, True, id="two blocks, documents"),
+        pytest.param(200, 2, 50, False, id="ragged, window"),
+        pytest.param(1024 + 512, 4, 0, False, id="two parts"),
+        pytest.param(1500, 1, 300, True, id="parts, ragged, all"),
     ],
 )
 def test_blocks_give_what_all_scores_give(T, G, window, documents):

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
@@ -12,12 +11,6 @@ from parallax.layers.feedforward import SwiGLU
 
 B, T, D, F = 2, 3, 6, 10
 CONFIG = TransformerConfig(embed_dim=D, mlp_dim=F, num_layers=2)
-
-
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
 
 
 def example(seed, dtype=np.float64):

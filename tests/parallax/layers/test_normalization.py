@@ -15,12 +15,6 @@ from parallax.layers.normalization import RMSNorm
 DIM = 6
 
 
-@pytest.fixture
-def x64():
-    with jax.enable_x64(True):
-        yield
-
-
 @functools.cache
 def split(eps=1e-5):
     return nnx.split(RMSNorm(DIM, "embed", eps=eps, rngs=nnx.Rngs(0)))
@@ -59,26 +53,12 @@ def test_scale_of_the_input_does_not_matter(factor, x64):
     np.testing.assert_allclose(normalise(-x, scale, tiny), -normalise(x, scale, tiny), rtol=1e-12)
 
 
-def test_output_has_unit_mean_square():
-    x, _ = example(3, 50)
-    y = normalise(jnp.float32(x), jnp.ones(DIM))
-    np.testing.assert_allclose(np.mean(np.square(y), axis=-1), 1, rtol=1e-4)  # ε
-
-
 def test_zero_stays_zero_and_has_a_finite_gradient():
     zeros, ones = jnp.zeros((2, DIM)), jnp.ones(DIM)
     assert not normalise(zeros, ones).any()
     assert jnp.isfinite(
         jax.grad(lambda x: jnp.sum(normalise(x, ones) ** 2 + normalise(x, ones)))(zeros)
     ).all()
-
-
-def test_rows_do_not_touch_each_other():
-    x, scale = map(jnp.float32, example(4, 3))
-    jacobian = jax.jacobian(normalise)(x, scale)
-    for i in range(3):
-        for j in range(3):
-            assert bool(jacobian[i, :, j].any()) == (i == j)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

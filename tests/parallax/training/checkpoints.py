@@ -77,6 +77,8 @@ def damage(file: pathlib.Path, how: str):
         file.unlink()
     elif how == "truncate":
         file.write_bytes(content[: len(content) // 2])
+    elif how == "add":
+        file.with_name(f"{file.name}.extra").write_text("")
     elif how == "extend":
         file.write_bytes(content + b"x")
     else:

@@ -44,35 +44,6 @@ def test_nothing_saved_restores_nothing(tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-def placements():
-    flat = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    square = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-
-    def on(mesh, matrix):
-        return lambda x: NamedSharding(mesh, matrix if x.ndim > 1 else PartitionSpec())
-
-    return {
-        "single": lambda x: jax.sharding.SingleDeviceSharding(jax.devices()[3]),
-        "replicated": on(flat, PartitionSpec()),
-        "fsdp": on(flat, PartitionSpec(None, "data")),
-        "two axes": on(square, PartitionSpec("data", "tensor")),
-    }
-
-
-@pytest.mark.parametrize("source", ["single", "replicated", "fsdp", "two axes"])
-def test_restores_onto_any_sharding(tmp_path, source):
-    state, ways = make_state(1), placements()
-    checkpointer = Checkpointer(tmp_path, keep=1)
-    checkpointer.save(1, jax.tree.map(lambda x: jax.device_put(x, ways[source](x)), state), DOCUMENTS)
-    for target in ways.values():
-        wanted = abstract(state, target)
-        restored = checkpointer.restore(wanted).state
-        assert_same_bits(restored, state)
-        for leaf, want in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
-            assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim)
-    checkpointer.close()
-
-
 def test_a_save_holds_the_values_of_its_moment_though_buffers_are_donated(tmp_path):
     # Large enough (2 x 16 MB a save) that the background write is still running when the buffers are reused.
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -104,23 +75,17 @@ def test_a_save_holds_the_values_of_its_moment_though_buffers_are_donated(tmp_pa
     ("change", "message"),
     [
         (
-            lambda p: {**p, "embed": jnp.zeros((8, 8))},
+            {"embed": np.zeros((8, 8), np.float32)},
             r"params/embed is float32\[16, 8\] .* float32\[8, 8\] here",
         ),
-        (
-            lambda p: {**p, "embed": p["embed"].astype(jnp.bfloat16)},
-            r"params/embed .* bfloat16\[16, 8\] here",
-        ),
-        (lambda p: {"embed": p["embed"]}, r"params/layers/scale is float32\[8\] .* absent here"),
-        (
-            lambda p: {**p, "more": jnp.zeros(3)},
-            r"params/more is absent in checkpoint 10 but float32\[3\] here",
-        ),
+        ({"embed": np.zeros((16, 8), jnp.bfloat16)}, r"params/embed .* bfloat16\[16, 8\] here"),
+        ({"layers": {}}, r"params/layers/scale is float32\[8\] .* absent here"),
+        ({"more": np.zeros(3, np.float32)}, r"params/more is absent in checkpoint 10 but float32\[3\] here"),
     ],
 )
 def test_another_shape_of_model_is_refused(tmp_path, change, message):
     saved(tmp_path, [10])
-    params = abstract(change(make_state(0).params))
+    params = abstract(make_state(0).params | change)
     with pytest.raises(ValueError, match=message):
         reader(tmp_path)[0].restore_params(params)
     with pytest.raises(ValueError, match=message):

@@ -101,14 +101,6 @@ def test_a_flipped_byte_is_named_and_the_one_before_is_used(folder):
     assert reader(folder)[0].restore(ABSTRACT).step == 20
 
 
-def test_a_deleted_file_is_named(folder):
-    saved(folder, [10, 20])
-    (folder / "20" / "commit_success.txt").unlink()
-    checkpointer, lines = reader(folder)
-    assert checkpointer.restore(ABSTRACT).step == 10
-    assert "checkpoint 20 is damaged: commit_success.txt is missing" in lines[0]
-
-
 def test_what_a_killed_save_left_is_never_read_and_goes(folder):
     saved(folder, [10, 20])
     whole = {name: file.read_bytes() for name, file in files(folder / "20").items()}

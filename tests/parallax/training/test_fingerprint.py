@@ -5,7 +5,6 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallax.training.fingerprint import params_sha256
@@ -25,42 +24,6 @@ def test_hash_is_over_path_shape_dtype_and_bytes():
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.asarray(1, np.int32)
     content = b"['a'] (2, 3) float32\n" + a.tobytes() + b"['b']['c'] () int32\n" + b.tobytes()
     assert params_sha256({"a": a, "b": {"c": b}}) == hashlib.sha256(content).hexdigest()
-
-
-def test_every_bit_counts():
-    leaves, structure = jax.tree.flatten(jax.tree.map(np.asarray, tree()))
-    hashes = {params_sha256(tree())}
-    bits = 0
-    for index, leaf in enumerate(leaves):
-        for bit in range(8 * leaf.nbytes):
-            raw = bytearray(leaf.tobytes())
-            raw[bit // 8] ^= 1 << bit % 8
-            flipped = np.frombuffer(bytes(raw), leaf.dtype).reshape(leaf.shape)
-            hashes.add(
-                params_sha256(jax.tree.unflatten(structure, [*leaves[:index], flipped, *leaves[index + 1 :]]))
-            )
-            bits += 1
-    assert len(hashes) == bits + 1
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ({"a": np.zeros(3, "f")}, {"b": np.zeros(3, "f")}),
-        ({"a": {"b": np.zeros(3, "f")}}, {"a": np.zeros(3, "f")}),
-        ({"a": np.zeros((2, 3), "f")}, {"a": np.zeros((3, 2), "f")}),
-        ({"a": np.zeros((), "f")}, {"a": np.zeros(1, "f")}),
-        ({"a": np.zeros(2, np.float32)}, {"a": np.zeros(2, np.int32)}),
-        ({"a": np.zeros(2, np.float16)}, {"a": jnp.zeros(2, jnp.bfloat16)}),
-        ({"a": np.zeros(1, "f"), "b": np.ones(1, "f")}, {"a": np.ones(1, "f"), "b": np.zeros(1, "f")}),
-        ({"a": np.zeros(3, "f"), "b": np.zeros(1, "f")}, {"a": np.zeros(1, "f"), "b": np.zeros(3, "f")}),
-        ({"a": np.zeros(2, "f")}, {"a": np.zeros(2, "f"), "b": np.zeros(0, "f")}),
-        ({"a": np.asarray(0.0, "f")}, {"a": np.asarray(-0.0, "f")}),
-    ],
-    ids=["name", "nesting", "shape", "scalar", "dtype", "width", "swap", "lengths", "empty", "sign"],
-)
-def test_different_parameters_have_different_hashes(one, other):
-    assert params_sha256(one) != params_sha256(other)
 
 
 def test_neither_insertion_order_nor_layout_nor_place_counts():

@@ -5,7 +5,6 @@ import logging
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -68,14 +67,6 @@ def test_without_a_record_there_is_no_picture(tmp_path):
     record(tmp_path, [{"step": 1, "loss": None}])
     plot_loss(tmp_path)
     assert not (tmp_path / "loss.png").exists()
-
-
-def test_a_long_record_is_drawn_in_seconds(tmp_path):
-    record(tmp_path, curve(50_000))
-    plot_loss(tmp_path)
-    begin = time.process_time()
-    plot_loss(tmp_path)
-    assert time.process_time() - begin < 5
 
 
 def test_smoothing_keeps_constants_lines_and_means():

@@ -64,11 +64,3 @@ def test_every_array_has_one_name_a_dim_and_moments_lie_like_their_parameters(ki
 def spec_is_adams(path):
     """Whether Muon leaves a parameter to Adam."""
     return path[-1].key in {"scale", "table", "query_bias", "key_bias", "value_bias"}
-
-
-def test_a_state_is_a_frozen_pytree(first_state):
-    state = first_state(2)
-    leaves, structure = jax.tree.flatten(state)
-    assert type(jax.tree.unflatten(structure, leaves)) is type(state)
-    with pytest.raises(AttributeError):
-        state.step = 1

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from parallelism.planning.compiler import _temporary
+from parallelism.planning.compiler import temporary_size
 
 
 @pytest.mark.parametrize(
@@ -23,4 +23,4 @@ def test_memory_in_use_is_the_lesser_of_the_peak_and_of_what_is_laid_out(peak, t
         temp_size_in_bytes=temp,
         output_size_in_bytes=output,
     )
-    assert _temporary(memory) == expected
+    assert temporary_size(memory) == expected

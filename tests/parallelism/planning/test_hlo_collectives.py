@@ -13,7 +13,7 @@ import pytest
 from jax import P, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from parallelism.planning.hlo_collectives import crossed_axes, read_collectives, summarize, wire_bytes
+from parallelism.planning.hlo_collectives import crossed_axes, read_collectives, wire_bytes
 
 MESHES = {"2x4": {"data": 2, "fsdp": 4}, "2x2x2": {"data": 2, "fsdp": 2, "tensor": 2}}
 ROWS, COLUMNS, ALL = ((0, 1, 2, 3), (4, 5, 6, 7)), ((0, 4), (1, 5), (2, 6), (3, 7)), (tuple(range(8)),)
@@ -35,6 +35,15 @@ def on_shards(function, specs=P("data", "fsdp"), out_specs=P("data", "fsdp"), me
 
 def numbers(text):
     return [(each.kind, each.count, each.bytes, each.groups) for each in read_collectives(text)]
+
+
+def sums(text):
+    """Kind to how many run, and the bytes of all of them."""
+    found = {}
+    for each in read_collectives(text):
+        count, size = found.get(each.kind, (0, 0))
+        found[each.kind] = count + each.count, size + each.count * each.bytes
+    return found
 
 
 def without_trip_counts(text):
@@ -83,11 +92,11 @@ def repeat(function, length, **options):
     return lambda x: lax.scan(lambda carry, _: (function(carry), None), x, None, length, **options)[0]
 
 
-@pytest.mark.parametrize("length", [1, 3, 12])
+@pytest.mark.parametrize("length", [1, 12])
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 3}], ids=str)
 def test_a_scan_counts_by_its_length(length, options):
     text = on_shards(repeat(lambda x: jnp.sin(lax.psum(x, "fsdp")), length, **options))
-    assert summarize(read_collectives(text)) == {"all-reduce": (length, 64 * length)}
+    assert sums(text) == {"all-reduce": (length, 64 * length)}
 
 
 def test_nested_scans_multiply():
@@ -109,8 +118,7 @@ def test_a_backward_scan_counts_too():
 
     text = on_shards(jax.grad(loss), P(None, "fsdp"), P(None, "fsdp"), shape=(6, 16, 16))
     expected = {"all-gather": (12, 12 * 1024), "reduce-scatter": (6, 6 * 1024)}
-    assert summarize(read_collectives(text)) == expected
-    assert summarize(read_collectives(without_trip_counts(text))) == expected
+    assert sums(text) == sums(without_trip_counts(text)) == expected
 
 
 def test_what_the_partitioner_inserts():

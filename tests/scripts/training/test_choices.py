@@ -13,11 +13,8 @@ from scripts.training.flags import Flags
     ("kind", "changes", "length", "parts", "expected"),
     [
         ("TPU v4", {}, 256, 1, "splash"),
-        ("TPU v6 lite", {}, 256, 1, "splash"),
         ("TPU v3", {}, 256, 1, "xla"),
         ("cpu", {}, 256, 1, "blocks"),
-        ("cpu", {}, 1, 1, "blocks"),
-        ("cpu", {}, 8192, 1, "blocks"),
         ("cpu", {}, 256, 2, "xla"),
         ("cpu", {"dropout_rate": 0.1}, 256, 1, "xla"),
         ("TPU v4", {}, 200, 1, "xla"),
@@ -51,7 +48,6 @@ def test_what_skips_blocks_is_refused_where_it_cannot_run(attention, length, par
     ("platform", "changes", "reduction", "expected"),
     [
         ("cpu", {}, "mean", "unroll"),
-        ("cpu", {"num_layers": FEW_LAYERS}, "mean", "unroll"),
         ("cpu", {"num_layers": FEW_LAYERS + 1}, "mean", "scan"),
         ("cpu", {"remat": "dots"}, "mean", "scan"),
         ("cpu", {}, "exact", "scan"),
@@ -82,13 +78,11 @@ def flags_of(rows, length, strategy="single", mesh="", dropout=0.0, **train):
         ("cpu", 1, 12, 64, {}, 1),
         ("cpu", 1, 32, 256, {}, 4),
         ("cpu", 1, 33, 256, {}, 3),
-        ("cpu", 1, 31, 128, {}, 1),  # a prime number of rows
         ("cpu", 1, 4, 8192, {}, 4),
         ("cpu", 4, 32, 256, {}, 4),  # of which one is used
         ("cpu", 4, 64, 128, {"strategy": "pmap"}, 1),
         ("cpu", 2, 64, 128, {"strategy": "pmap"}, 2),
         ("cpu", 2, 64, 128, {"strategy": "mesh"}, 2),
-        ("cpu", 2, 64, 128, {"strategy": "mesh", "mesh": "data=2"}, 2),
         ("cpu", 2, 64, 128, {"strategy": "mesh", "mesh": "fsdp=2"}, 1),
         ("cpu", 4, 64, 128, {"strategy": "mesh", "mesh": "data=2,tensor=2"}, 1),
         ("cpu", 8, 4, 8192, {"strategy": "mesh"}, 1),  # fewer rows than devices, which is refused elsewhere
@@ -96,7 +90,6 @@ def flags_of(rows, length, strategy="single", mesh="", dropout=0.0, **train):
         ("cpu", 1, 32, 256, {"reduction": "exact"}, 1),
         ("cpu", 1, 32, 256, {"accumulate": 2}, 2),
         ("tpu", 1, 32, 256, {}, 1),
-        ("tpu", 1, 32, 256, {"accumulate": 2}, 2),
     ],
 )
 def test_a_cpu_takes_few_thousand_tokens_at_a_time_where_that_costs_nothing_unless_asked(

@@ -1,9 +1,13 @@
-"""Which folder a run may write."""
+"""Which folder a run may write, and that a local one is its own workspace; test_train_gs.py has the others."""
+
+import fcntl
+import os
 
 import pytest
 
-from parallax.storage import write_json
-from scripts.training.output_dir import choose_folder
+from parallax.storage import open_folder, write_json
+from scripts import train
+from scripts.training.output_dir import Workspace, choose_folder
 
 
 def test_the_next_free_folder_is_taken(tmp_path, monkeypatch):
@@ -29,3 +33,37 @@ def test_a_run_is_refused_without_resume_and_taken_with_it(tmp_path):
 
 def test_a_folder_cut_off_before_its_config_can_be_resumed(tmp_path):
     assert choose_folder(str(tmp_path), "text", "tiny", resume=True) == tmp_path
+
+
+def test_a_local_folder_is_written_in_place(tmp_path):
+    folder = open_folder(tmp_path / "runs" / "x")
+    workspace = Workspace(folder)
+    assert not folder.exists()
+    workspace.fetch()
+    assert list(workspace.path.iterdir()) == []
+    (workspace.path / "loss.png").write_bytes(b"x")
+    workspace.send()
+    assert [str(path) for path in (tmp_path / "runs" / "x").iterdir()] == [str(folder / "loss.png")]
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
+    folder = open_folder(tmp_path / "x")
+    Workspace(folder).hold()  # there is nothing to hold
+    workspace = Workspace(folder)
+    workspace.fetch()
+    workspace.hold()  # it holds it already
+    with pytest.raises(ValueError, match=r"is being written by another process; stop that one"):
+        Workspace(folder).hold(patience=0.2)
+    workspace.release()
+    Workspace(folder).hold()
+
+
+def test_a_run_that_is_being_written_is_not_resumed(text, refuses):
+    (text / "run").mkdir()
+    descriptor = os.open(text / "run", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        flags = ["--dataset", "text.txt", "--output-dir", "run", "--resume"]
+        refuses(train, flags, "is being written by another process")
+    finally:
+        os.close(descriptor)

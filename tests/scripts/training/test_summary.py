@@ -140,31 +140,16 @@ def test_attempts_killed_before_their_first_save_are_time_lost(attempt, read, cl
     assert read()["seconds"]["lost"] == 100 - 31
 
 
-WHOLE = {"from_step": 0, "began": 1.0, "to_step": 5, "end": "stopped", "seconds": {"step": 1.0}}
-
-
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"\x00\xff\xfe",
         b'{"attempts": [',
         b"[]",
-        b'"attempts"',
-        b'{"finished": true, "seconds": {"step": 3.0}}',
-        *(
-            json.dumps({"attempts": attempts}).encode()
-            for attempts in (
-                None,
-                3,
-                [3],
-                [{}],
-                [WHOLE, {name: value for name, value in WHOLE.items() if name != "end"}],
-                [WHOLE | {"seconds": [1.0]}],
-                [WHOLE | {"seconds": {"step": "long"}}],
-                [WHOLE | {"end": "", "began": None}],
-            )
-        ),
+        b'{"attempts": 3}',
+        b'{"attempts": [{}]}',
+        b'{"attempts": [{"from_step": 0, "began": 1.0, "to_step": 5, "end": "stopped", "seconds": [1.0]}]}',
+        b'{"attempts": [{"from_step": 0, "began": null, "to_step": 5, "end": "", "seconds": {"step": 1.0}}]}',
     ],
 )
 def test_a_damaged_file_costs_the_account_of_earlier_attempts_and_nothing_else(
@@ -182,10 +167,3 @@ def test_time_is_described_in_one_line(attempt, tmp_path):
     attempt(10, startup=49.0, step=50.0).write(20, 20, "finished")
     expected = "200 s in 2 attempts: steps 68%, restart 24%, startup 5%, evaluation 2%, other 1%"
     assert describe_time(tmp_path) == expected
-
-
-def test_time_of_an_attempt_that_only_took_steps(attempt, tmp_path, clock):
-    made = attempt(0, step=1e6)
-    clock.now -= 1.0
-    made.write(10, 10, "finished")
-    assert describe_time(tmp_path) == "1000000 s: steps 100%"
