@@ -12,9 +12,9 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from tests.scripts.serving import serving, write_run
 
 from tests.parallax.interop.folders import SMALL, write_folder
+from tests.parallax.serving.server import serving, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLED = {

@@ -6,7 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from tests.scripts.serving import LETTERS, write_run
 
 import parallax
 from parallax.interop.folders import import_model
@@ -15,6 +14,7 @@ from parallax.run_folder import load_run
 from parallelism.placement import on_mesh
 from scripts import generate
 from tests.parallax.interop.folders import SMALL, write_folder
+from tests.parallax.serving.server import LETTERS, write_run
 
 
 @pytest.fixture(scope="module")

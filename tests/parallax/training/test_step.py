@@ -10,7 +10,7 @@ import pytest
 
 from parallax.axes import Parameter
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
-from parallax.model.transformer import init_params
+from parallax.model.transformer import init_params, parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import TrainState
