@@ -138,7 +138,7 @@ class TransformerConfig:
         )
         _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even; try {self.head_dim + 1}")
         _require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
-        _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must lie in [0, 1); try 0.1")
+        _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must be in [0, 1); try 0.1")
         _require(
             self.attention not in ("blocks", "splash") or not self.dropout_rate,
             f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
@@ -204,11 +204,11 @@ class OptimizerConfig:
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"warmup_steps={self.warmup_steps} must not be negative; try 100",
         )
-        _require(0 <= self.final_rate <= 1, f"final_rate={self.final_rate} must lie in [0, 1]; try 0.1")
+        _require(0 <= self.final_rate <= 1, f"final_rate={self.final_rate} must be in [0, 1]; try 0.1")
         _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative; try 0.1")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name}={value} must lie in [0, 1); try 0.9")
+            _require(0 <= value < 1, f"{name}={value} must be in [0, 1); try 0.9")
         _require(self.clip_norm >= 0, f"clip_norm={self.clip_norm} must not be negative; 0 is off")
 
 
@@ -254,7 +254,7 @@ class TrainConfig:
             _require(
                 not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}"
             )
-        _require(0 <= self.seed < 2**31, f"seed={self.seed} must lie in [0, 2^31); try 0")
+        _require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2^31); try 0")
         _require(self.accumulate >= 0, f"accumulate={self.accumulate} must not be negative; try 0")
         if self.accumulate:
             _require(
@@ -264,7 +264,7 @@ class TrainConfig:
             )
         _require(
             0 <= self.label_smoothing < 1,
-            f"label_smoothing={self.label_smoothing} must lie in [0, 1); try 0.1",
+            f"label_smoothing={self.label_smoothing} must be in [0, 1); try 0.1",
         )
         _require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative; 0 is off")
 

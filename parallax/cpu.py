@@ -1,4 +1,4 @@
-"""What is done otherwise where the target is a CPU, and what that gains there.
+"""Choices that hold only where the target is a CPU, and what each gains there.
 
 Invariant: results are those of every other device but for the last bits. A function here asks for what its caller's
 arrays are placed on, or leaves the choice to the lowering, which knows its target.
@@ -35,7 +35,7 @@ def first_room(num_rows: int, prompt_width: int, capacity: int) -> int:
 
 
 def project_joined(x_BTD: jax.Array, weights: Sequence[jax.Array]) -> list[jax.Array]:
-    """x W for several weights [D, H, K] by one product with all of them side by side.
+    """x W for several weights [D, H, K] by one matmul with all of them side by side.
 
     Listed layers join them before the loop over tokens: SMALL-1365 generates 1.08 times as fast. NANO would train at
     0.92 of the speed.

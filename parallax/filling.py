@@ -1,4 +1,4 @@
-"""An array made where it is to lie, a piece at a time.
+"""An array made where it is to be, a piece at a time.
 
 Invariant: beside the array itself no more is held than the pieces that its maker holds.
 """
@@ -15,7 +15,7 @@ Bounds = tuple[slice, ...]
 """A block: for each dim the first index and the one after the last."""
 
 Pieces = Callable[[Bounds], Iterator[tuple[Sequence[int], np.ndarray]]]
-"""Of a shard with these bounds: where in it each piece begins, and the piece. What no piece covers is zero."""
+"""Pieces of a shard with these bounds, each with where it begins; all else is zero."""
 
 _write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 

@@ -76,7 +76,7 @@ class Pmap:
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
         count = len(self.devices)
-        # Of a topology all hosts' devices count as those of this process, which is alone.
+        # All hosts' devices of a topology count as those of this process, which is alone.
         local = self._local if jax.process_count() > 1 else count
         state = jax.eval_shape(functools.partial(_repeat, local), self.abstract())
         dealt = {

@@ -25,7 +25,7 @@ def get_strategy(
       layout: what the user asked for.
       init_state: makes the first state; traced, so that the state is born sharded.
       axes: the tree of a state with a PartitionSpec of logical names for each array.
-      devices: those of the run; by default all that are visible. Of a topology that is not here they can be lowered
+      devices: those of the run; by default all that are visible. Those of a topology that is not here can be lowered
         for, and nothing can run.
 
     Raises:

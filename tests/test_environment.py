@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CORE, DEV = "requirements.lock", "requirements-dev.lock"
 
-# Knows the calls that .ci/venv makes, notes them, and fails as pip does where a file `broken` lies.
+# Knows the calls that .ci/venv makes, notes them, and fails as pip does where a file `broken` stands.
 STAND_IN = """#!/bin/sh
 case "$*" in
   *"import glob"*) exec "{python}" "$@" ;;

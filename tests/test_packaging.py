@@ -1,4 +1,4 @@
-"""What is declared, what is locked and what is shipped agree with each other.
+"""Declared, locked and shipped packages agree with each other.
 
 Invariant: only files are read and the wheel is built in a temporary folder, so no package index is asked.
 """

@@ -1,4 +1,4 @@
-"""What is asked of a generation, checked and padded.
+"""A request for generation, checked and padded.
 
 Invariant: whatever leaves `arrays` the compiled functions can run, and its shapes are few: the length of prompts is
 rounded up to a power of two and that of the whole to an eighth of one, no less than the former, so that a new one
@@ -100,7 +100,7 @@ class Request:
         for token in (int(token) for ids in (*self.prompts, *self.stops, eos) for token in ids):
             if not 0 <= token < config.vocab_size:
                 raise ValueError(
-                    f"token id {token} must lie in [0, vocab_size={config.vocab_size}); "
+                    f"token id {token} must be in [0, vocab_size={config.vocab_size}); "
                     "encode with the tokenizer of the run"
                 )
         if not len(self.seeds) == num_settings == num_rows:
@@ -110,4 +110,4 @@ class Request:
             )
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
-                raise ValueError(f"seed={seed} must lie in [0, 2^32); try 0")
+                raise ValueError(f"seed={seed} must be in [0, 2^32); try 0")

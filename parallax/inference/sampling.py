@@ -17,12 +17,12 @@ from parallax import cpu
 RULES = {
     "temperature": (
         lambda value: 0 <= value <= 1e6,
-        "lie in [0, 1e6]; try 0.8, or 0 for greedy",
+        "be in [0, 1e6]; try 0.8, or 0 for greedy",
     ),
-    "top_k": (lambda value: 0 <= value < 2**31, "lie in [0, 2^31); 0 is off"),
-    "top_p": (lambda value: 1e-30 <= value <= 1, "lie in (0, 1]; 1 is off"),
-    "min_p": (lambda value: 0 <= value < 1, "lie in [0, 1); 0 is off"),
-    "repetition_penalty": (lambda value: 1e-6 <= value <= 1e6, "lie in [1e-6, 1e6]; 1 is off"),
+    "top_k": (lambda value: 0 <= value < 2**31, "be in [0, 2^31); 0 is off"),
+    "top_p": (lambda value: 1e-30 <= value <= 1, "be in (0, 1]; 1 is off"),
+    "min_p": (lambda value: 0 <= value < 1, "be in [0, 1); 0 is off"),
+    "repetition_penalty": (lambda value: 1e-6 <= value <= 1e6, "be in [1e-6, 1e6]; 1 is off"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The attention product itself: scores, mask, softmax, weighted sum.
+"""Attention itself: scores, mask, softmax, weighted sum.
 
 Invariant: `attend_in_chunks` computes what `attend` computes, with memory linear in the number of tokens.
 """
@@ -56,7 +56,7 @@ def attend(
     """All scores at once; queries are scaled already. Returns [B, T, H, K] in the dtype of the values."""
     scores = _scores(_grouped(q_BTHK, k_BSGK), k_BSGK, visible(positions, segments, window))
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype), *dropout)
-    # In this order of dims XLA on CPUs reads the values of a cache as they lie; with T in its place it turns them over.
+    # In this order of dims XLA on CPUs reads the values of a cache without transposing them, which it would with T here.
     heads_BGRTK = jnp.einsum("BGRTS,BSGK->BGRTK", weights, v_BSGK)
     return jnp.moveaxis(heads_BGRTK, 3, 1).reshape(q_BTHK.shape)
 
@@ -134,7 +134,7 @@ def attend_in_chunks(
 
 
 def _recomputed(function: Callable) -> Callable:
-    """The function, computed again on the way back from its arguments, whatever of it a policy around it would keep.
+    """The function, computed again in the backward pass from its arguments, whatever a policy around it keeps.
 
     `jax.checkpoint` does not hold inside another one: what the outer policy lets be saved is saved. There is no forward
     mode through this.

@@ -1,7 +1,7 @@
 """Causal attention a block of queries at a time, over the keys up to its last query alone.
 
 Invariant: it gives what `attend` gives, for queries and keys that are the same tokens in order. Scores live for one
-block; the way back computes them again from what little it keeps (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
+block; the backward pass computes them again from what little it keeps (Dao et al. 2022, arXiv:2205.14135, algorithm 4).
 """
 
 import functools
@@ -63,13 +63,13 @@ def _forward(
 
 def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     q, k, v, segments, out, log_normaliser = kept
-    # The barriers keep XLA from computing such arrays again within products that read them across, which takes longer.
+    # The barriers keep XLA from computing such arrays again within matmuls that read them across, which takes longer.
     of_out = jax.lax.optimization_barrier(of_out)
     wide = log_normaliser.dtype
-    # A sum as a product with ones: on CPUs XLA's sum of rows of 32 takes 20 times as long.
+    # A sum as a matmul with ones: on CPUs XLA's sum of rows of 32 takes 20 times as long.
     ones = jnp.ones((out.shape[-1], 1), wide)
     shared = jnp.matmul(of_out.astype(wide) * out.astype(wide), ones, precision="highest")
-    # Of keys and values with their length last, so that no scores are turned over for a product.
+    # Of keys and values with their length last, so that no scores are transposed for a matmul.
     of_q, of_keys = [], tuple(jnp.zeros_like(jnp.swapaxes(x, 2, 3), dtype=wide) for x in (k, v))
     for queries, keys in blocks(q.shape[3], window):
 
@@ -92,7 +92,7 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
         beside = tuple(x[:, :, :, queries] for x in (log_normaliser, of_out, shared))
         of_keys, of_block = _in_parts(attend_back, of_keys, _Queries.of(queries, q, segments, beside))
         of_q.append(of_block)
-    # XLA on CPUs knows no product of bfloat16 whose result is turned over in it.
+    # XLA on CPUs has no matmul of bfloat16 whose result is transposed in it.
     of_keys = jax.lax.optimization_barrier(of_keys)
     of_k, of_v = (jnp.swapaxes(of_x, 2, 3).astype(x.dtype) for of_x, x in zip(of_keys, (k, v), strict=True))
     return jnp.concatenate(of_q, axis=3), of_k, of_v, None

@@ -146,7 +146,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], scaled by 1/√K, keys and values [B, T, G, K]; queries and keys rotated.
 
-        Joined, they come from one product with the three weights side by side.
+        Joined, they come from one matmul with the three weights side by side.
         """
         dtype = x_BTD.dtype
         weights = [read(weight, dtype) for weight in (self.query, self.key, self.value)]

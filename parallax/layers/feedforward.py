@@ -24,7 +24,7 @@ def _project(x_BTD: jax.Array, w_DF: jax.Array) -> jax.Array:
 
 
 def _project_forward(x_BTD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    # Not `_project` again, inside which a policy of what to keep would not see the product.
+    # Not `_project` again, inside which a policy of what to keep would not see the matmul.
     return jnp.einsum("BTD,DF->BTF", x_BTD, w_DF), (x_BTD, w_DF)
 
 

@@ -1,6 +1,6 @@
 """Rotary position embeddings.
 
-Invariant: the product of a rotated query and a rotated key depends on their distance alone.
+Invariant: the dot product of a rotated query and a rotated key depends on their distance alone.
 """
 
 import math

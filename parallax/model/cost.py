@@ -170,7 +170,7 @@ class StepCost:
         keys = config.num_kv_heads * config.head_dim / tensor
         kernel = config.attention == "splash"
         # Heads fill whole tiles of 128: at work along the tokens of a row, in the kernel's layout along themselves.
-        # What is kept has the layout that wastes less.
+        # Kept arrays have the layout that wastes less.
         length = config.head_dim if kernel else self.seq_len / sequence
         at_work, kept_heads = (max(1, 128 / size) for size in (length, max(length, config.head_dim)))
         # Before and after the rotation, and what attention gives.

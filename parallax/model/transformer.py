@@ -80,9 +80,7 @@ class TransformerLM(nnx.Module):
                 "positions=None says not which slots of the cache to write; give positions [B, T]"
             )
         if cache is not None and segments is not None:
-            raise ValueError(
-                "segments cannot be told apart in a cache; give one document a row, without segments"
-            )
+            raise ValueError("a cache does not separate segments; give one document a row, without segments")
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers + 1)
         x_BTD = self.embedding.embed(tokens_BT, table_WD)
         x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])

@@ -39,7 +39,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 MAX_POINTS = 400
-"""Of each curve: more cannot be told apart on a screen."""
+"""Of each curve: more cannot be distinguished on a screen."""
 
 
 def application(

@@ -19,7 +19,7 @@ _CHUNK_BYTES = 1 << 22
 
 
 class DamageError(Exception):
-    """What is wrong with a folder, as a clause that names the file."""
+    """The fault of a folder, as a clause that names the file."""
 
 
 def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def temporary_size(memory: Any) -> int:
     """The lesser of two numbers.
 
     The peak is what steps for v2 were refused by, within a hundredth of it, but it counts the memory on a chip too.
-    What is laid out counts main memory alone, but gaps between arrays as well: a third and more, for steps that fit.
+    The laid-out size counts main memory alone, but gaps between arrays as well: a third and more, for steps that fit.
     """
     laid_out = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return min(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, laid_out)

@@ -104,7 +104,7 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Of a step, an estimate: as if everything overlapped, at the peak of what binds."""
+        """A step's time, an estimate: as if everything overlapped, at the peak of what binds."""
         return max(self._seconds.values())
 
     @property

@@ -27,7 +27,7 @@ def tiled_size(shape: Sequence[int]) -> int:
 
 
 def _rows(size: int) -> int:
-    """Of a tile; a short dim gets one of 1, 2 or 4 rows."""
+    """Rows of a tile; a short dim gets one of 1, 2 or 4 rows."""
     return min(SUBLANES, 1 << max(0, size - 1).bit_length())
 
 

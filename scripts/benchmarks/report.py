@@ -25,7 +25,7 @@ FOLDER = "benchmarks"
 QUIET = 0.2
 """Cores that may be busy before a measurement."""
 WIDTH = 200
-"""Of a table at most, in characters, whatever the terminal: a wrapped table is no table to paste."""
+"""Width of a table at most, in characters, whatever the terminal: a wrapped table is no table to paste."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
 
 

@@ -140,7 +140,7 @@ def find(tree: Path, files: Sequence[str]) -> Path:
 
 
 def environment(tree: Path = TREE) -> dict[str, str]:
-    """Of a process that runs a checkout's code on one CPU device."""
+    """Variables of a process that runs a checkout's code on one CPU device."""
     paths = [str(tree.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | DEVICE | {"PYTHONPATH": os.pathsep.join(paths)}
 

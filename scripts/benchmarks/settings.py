@@ -1,4 +1,4 @@
-"""What is measured: shapes of models, sizes of batches, and the optimizer that all contenders share.
+"""The settings that are measured: shapes of models, sizes of batches, and the optimizer that all contenders share.
 
 Invariant: a setting is the same work for every contender. Vocabularies are multiples of 8, so that no embedding table
 has rows of padding, and the learning rate is constant, so that no contender needs a schedule of another's.
@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Of a batch."""
+        """In a batch."""
         return self.batch_size * self.seq_len
 
 

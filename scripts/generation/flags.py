@@ -22,13 +22,13 @@ class Flags:
     max_tokens: int = 200
     """How many tokens to add at most."""
     temperature: float = 0.8
-    """The lower, the rarer are unlikely tokens; 0 always takes the likeliest."""
+    """The lower, the rarer are unlikely tokens; 0 is greedy: always the most probable."""
     top_k: int = 0
-    """Draw from the k likeliest tokens; 0 is off."""
+    """Draw from the k most probable tokens; 0 is off."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens whose probability reaches p; 1 is off."""
+    """Draw from the fewest most probable tokens whose probability reaches p; 1 is off."""
     min_p: float = 0.0
-    """Draw from tokens with at least this share of the likeliest one's probability; 0 is off."""
+    """Draw from tokens with at least this share of the most probable one's probability; 0 is off."""
     repetition_penalty: float = 1.0
     """Above 1 makes tokens that occurred before less likely; 1 is off."""
     stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
@@ -53,7 +53,7 @@ def check(flags: Flags) -> None:
     if flags.num_samples < 1:
         raise ValueError(f"--num-samples {flags.num_samples} must be at least 1; try 1")
     if not 1 <= flags.draft_tokens <= 64:
-        raise ValueError(f"--draft-tokens {flags.draft_tokens} must lie in [1, 64]; try 4")
+        raise ValueError(f"--draft-tokens {flags.draft_tokens} must be in [1, 64]; try 4")
     if flags.interactive and flags.num_samples > 1:
         raise ValueError(f"--num-samples {flags.num_samples} must be 1 with --interactive; leave it out")
     if flags.interactive and flags.prompt:

@@ -23,7 +23,7 @@ class Writer:
     """Writes continuations by one model, or by one and the draft that proposes to it.
 
     Raises:
-      ValueError: the draft speaks other tokens.
+      ValueError: the draft has another tokenizer.
     """
 
     def __init__(self, run: Run, draft: Run | None = None, draft_tokens: int = 4):

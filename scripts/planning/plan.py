@@ -59,7 +59,7 @@ class Plan:
     def run(self) -> int:
         console, flags, sliced = Console(stderr=True), self._flags, self._slice
         devices = topology_devices(sliced)
-        # What is compiled for devices that are not here cannot be read back.
+        # Programs for devices that are not here cannot be read back.
         jax.config.update("jax_enable_compilation_cache", False)
         choices = self._choices()
         memory = sliced.device_memory

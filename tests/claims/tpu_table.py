@@ -166,8 +166,8 @@ python tests/claims/tpu_table.py --output docs/evidence/tpu.md
 | --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: |
 {lines}
 
-All of it is a device's share: of a v2 or v3 chip, which shows as two devices, half. Operations are those of matrix
-products, loops and recomputation counted; the kernel's, which the compiler does not see into, are added by the
+All of it is a device's share: of a v2 or v3 chip, which shows as two devices, half. Operations are those of
+matmuls, loops and recomputation counted; the kernel's, which the compiler does not see into, are added by the
 estimate. Bytes are sent by the algorithms that send the least, (n-1)/n of an array for a gather or scatter among n.
 
 HBM is arguments and the most that is in use beside them at once, by the compiler's schedule: `peak_memory_in_bytes`,

@@ -7,7 +7,7 @@ from data.packing import pack
 
 
 def covered(index, lengths):
-    """How often each token of each document lies in a row."""
+    """How often each token of each document is in a row."""
     counts = [np.zeros(length, int) for length in lengths]
     for row in range(index.num_rows):
         for document, start, length in index.pieces(row):

@@ -1,4 +1,4 @@
-"""What is done otherwise on CPUs gives what is done elsewhere."""
+"""Choices for CPUs give the results of other devices."""
 
 import jax
 import jax.numpy as jnp

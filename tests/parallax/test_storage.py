@@ -1,4 +1,4 @@
-"""What is refused before anything is asked of the network, and local files written whole."""
+"""Addresses refused before anything is asked of the network, and local files written whole."""
 
 import importlib.util
 

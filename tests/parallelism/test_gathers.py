@@ -1,4 +1,4 @@
-"""What is gathered is the whole array on every device, and its gradient is the sum of all devices', in shards."""
+"""A gathered array is the whole array on every device, and its gradient is the sum of all devices', in shards."""
 
 import functools
 

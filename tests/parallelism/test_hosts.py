@@ -152,7 +152,7 @@ def pair(script):
 
 
 def test_two_processes_are_one_run():
-    """What is agreed on, and which rows of a batch each holds. tests/scripts trains in several processes."""
+    """The agreement, and which rows of a batch each holds. tests/scripts trains in several processes."""
     with pair(TOGETHER) as processes:
         ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended

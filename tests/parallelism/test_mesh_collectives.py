@@ -23,9 +23,9 @@ from parallelism.strategy import Layout
 B, T, D, H, K, F, V, N = 16, 24, 32, 8, 4, 48, 64, 3
 FLOAT = 4  # bytes
 SMALL = 1024
-"""Bytes: counts, losses and squared norms of leaves, and the gradients of a norm's scale, lie below."""
+"""Bytes: counts, losses and squared norms of leaves, and the gradients of a norm's scale, are below."""
 LAYER = FLOAT * (4 * D * H * K + 3 * D * F + 2 * D)
-"""Of a layer's parameters."""
+"""Bytes of a layer's parameters."""
 TABLE = FLOAT * V * D
 
 
@@ -57,7 +57,7 @@ def compiled_text(mesh, reduction="mean"):
 
 
 @functools.cache
-def spoken(mesh, reduction="mean"):
+def collectives_of(mesh, reduction="mean"):
     """{(kind, axes, times): bytes of all that is said so often} of a step, without what is small."""
     shape = {part.partition("=")[0]: int(part.partition("=")[2]) for part in mesh.split(",") if "=" in part}
     said, small = {}, 0
@@ -73,7 +73,7 @@ def spoken(mesh, reduction="mean"):
 
 @pytest.mark.parametrize("mesh", ["data=8", "pmap"])
 def test_data_reduces_all_gradients_at_once_and_gathers_nothing(mesh):
-    said = spoken(mesh)
+    said = collectives_of(mesh)
     axes = ("batch" if mesh == "pmap" else "data",)
     assert set(said) == {("all-reduce", axes, 1)}
     every = N * LAYER + TABLE + FLOAT * D
@@ -84,7 +84,7 @@ def test_data_reduces_all_gradients_at_once_and_gathers_nothing(mesh):
 def test_fsdp_gathers_parameters_where_they_are_used_and_scatters_their_gradients(mesh):
     """A layer's parameters are gathered going forward and again going back, the table once for both its uses. Each
     gradient comes back in shards, which data then adds up."""
-    said = spoken(mesh)
+    said = collectives_of(mesh)
     gathers = {("all-gather", ("fsdp",), N), ("all-gather", ("fsdp",), 1)}
     scatters = {("reduce-scatter", ("fsdp",), N), ("reduce-scatter", ("fsdp",), 1)}
     sums = {("all-reduce", ("data",), 1)} if "data" in mesh else set()
@@ -125,7 +125,7 @@ def test_tensor_reduces_twice_a_block_and_twice_back():
     """Forward: the sums behind attention and behind the feed-forward. Back: one for each block's input, of the three
     projections' parts and of the two's, which this backend reduces before it adds them up. Outside: the vectors
     looked up, the gradient behind the logits, and for each token the parts of its normaliser; no logit."""
-    said = spoken("tensor=8")
+    said = collectives_of("tensor=8")
     assert set(said) == {("all-reduce", ("tensor",), N), ("all-reduce", ("tensor",), 1)}
     vectors, scalars = FLOAT * B * T * D, FLOAT * B * T
     assert said["all-reduce", ("tensor",), N] == (1 + 1) * vectors + (3 + 2) * vectors
@@ -137,8 +137,8 @@ def test_tensor_reduces_twice_a_block_and_twice_back():
 
 
 def test_sequence_gathers_keys_and_values_alone():
-    """Going forward, and they are kept for the way back, where their gradients are reduced; parameters as with data."""
-    said = spoken("sequence=8")
+    """In the forward pass; the backward pass reduces their gradients, and those of parameters as with data."""
+    said = collectives_of("sequence=8")
     axes = ("sequence",)
     assert set(said) == {("all-gather", axes, N), ("all-reduce", axes, N), ("all-reduce", axes, 1)}
     keys = FLOAT * B * T * H * K
@@ -152,7 +152,7 @@ def test_sequence_gathers_keys_and_values_alone():
 )
 def test_combined_axes_say_what_each_says_alone(mesh):
     """Gathers cross fsdp or sequence alone, and nothing changes places: no all-to-all, no permute."""
-    for kind, axes, _ in spoken(mesh):
+    for kind, axes, _ in collectives_of(mesh):
         assert kind in {"all-reduce", "all-gather"}
         assert kind == "all-reduce" or axes in {("fsdp",), ("sequence",)}
 
@@ -160,7 +160,7 @@ def test_combined_axes_say_what_each_says_alone(mesh):
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
 def test_exact_reduction_gathers_every_shards_gradient(mesh):
     """16 shards of each parameter, and with fsdp the parameters, once; nothing is reduced on the way."""
-    said = spoken(mesh, "exact")
+    said = collectives_of(mesh, "exact")
     axes = (mesh.partition("=")[0],)
     assert set(said) == {("all-gather", axes, 1)}
     every = N * LAYER + TABLE + FLOAT * D

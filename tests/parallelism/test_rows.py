@@ -1,4 +1,4 @@
-"""Rows are dealt evenly or refused, and lie where the global batch has them."""
+"""Rows are dealt evenly or refused, and are where the global batch has them."""
 
 import re
 

@@ -32,7 +32,7 @@ TIMING = {"tokens_per_second", "step_time", "mfu"}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a run lies: flags of train.py, over processes of so many simulated devices."""
+    """Where a run is placed: flags of train.py, over processes of so many simulated devices."""
 
     flags: tuple[str, ...] = ()
     processes: int = 1

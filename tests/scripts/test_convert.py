@@ -94,8 +94,8 @@ def test_a_mesh_reads_and_writes_the_same(converted, tmp_path):
         np.testing.assert_array_equal(after[name], tensor)
 
 
-@pytest.mark.parametrize(("likeliest", "drawn"), [(65, 9), (2, 1)])
-def test_generate_continues_a_prompt_until_an_end(call, converted, tmp_path, likeliest, drawn):
+@pytest.mark.parametrize(("greedy", "drawn"), [(65, 9), (2, 1)])
+def test_generate_continues_a_prompt_until_an_end(call, converted, tmp_path, greedy, drawn):
     """The tables are made so that one id comes after any other; 2 is an end that is not the first."""
     tensors = random_tensors(SMALL)
     for name in tensors:
@@ -103,7 +103,7 @@ def test_generate_continues_a_prompt_until_an_end(call, converted, tmp_path, lik
             tensors[name][:] = 0
     tensors["model.embed_tokens.weight"][:] = 1
     tensors["model.norm.weight"][:] = 1
-    tensors["lm_head.weight"][:] = np.arange(301)[:, None] == likeliest
+    tensors["lm_head.weight"][:] = np.arange(301)[:, None] == greedy
     write_folder(tmp_path / "made", tensors=tensors)
     converted("import", "made", "run")
     flags = ("--prompt", "To be", "--max-tokens", "9", "--temperature", "0")

@@ -169,16 +169,16 @@ BAD = f"""
 --interactive | --prompt cannot go with --interactive
 --prompt '' --interactive --num-samples 2 | --num-samples 2 must be 1 with --interactive
 --num-samples 0 | --num-samples 0 must be at least 1; try 1
---temperature -1 | temperature=-1.0 must lie in [0, 1e6]; try 0.8
+--temperature -1 | temperature=-1.0 must be in [0, 1e6]; try 0.8
 --temperature hot | hot
---top-k -2 | top_k=-2 must lie in
---top-p 0 | top_p=0.0 must lie in (0, 1]; 1 is off
---min-p 1 | min_p=1.0 must lie in [0, 1); 0 is off
---repetition-penalty 0 | repetition_penalty=0.0 must lie in
+--top-k -2 | top_k=-2 must be in
+--top-p 0 | top_p=0.0 must be in (0, 1]; 1 is off
+--min-p 1 | min_p=1.0 must be in [0, 1); 0 is off
+--repetition-penalty 0 | repetition_penalty=0.0 must be in
 --max-tokens 0 | max_tokens=0 must be at least 1; try 200
 --max-tokens 256 | must not exceed max_seq_len=256; try max_tokens 255
 --prompt {"a" * 256} --max-tokens 1 | must not exceed max_seq_len=256; try a shorter prompt
---seed -1 | seed=-1 must lie in [0, 2^32); try 0
+--seed -1 | seed=-1 must be in [0, 2^32); try 0
 --stop '' | stop 0 is empty; leave it out
 --stop z | character 'z' at position 0
 --step 15 | checkpoint 15 is asked for

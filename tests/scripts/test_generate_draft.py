@@ -24,7 +24,7 @@ def write_run(folder, letters, embed_dim):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A model, a draft for it, and one that speaks other letters."""
+    """A model, a draft for it, and one that has other letters."""
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "model", LETTERS, 16)
     write_run(folder / "draft", LETTERS, 8)
@@ -83,8 +83,8 @@ def test_a_draft_of_other_tokens_is_refused(call, runs):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--draft-tokens", "0"], "--draft-tokens 0 must lie in [1, 64]; try 4"),
-        (["--draft-tokens", "65"], "--draft-tokens 65 must lie in [1, 64]; try 4"),
+        (["--draft-tokens", "0"], "--draft-tokens 0 must be in [1, 64]; try 4"),
+        (["--draft-tokens", "65"], "--draft-tokens 65 must be in [1, 64]; try 4"),
         (["--draft", "/nowhere"], "/nowhere"),
     ],
 )

@@ -49,15 +49,15 @@ def launch_local(tmp_path, monkeypatch, launch):
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         status, out, err = launch("local", *args)
-        told = [(line[:4], *json.loads(line[4:])) for line in out]
-        return status, sorted(told, key=lambda process: process[0]), err
+        given = [(line[:4], *json.loads(line[4:])) for line in out]
+        return status, sorted(given, key=lambda process: process[0]), err
 
     run.folder = tmp_path / "work"
     return run
 
 
 def cluster(args):
-    """What train.py was told of the cluster, and the other flags."""
+    """What train.py knows of the cluster, and the other flags."""
     *flags, coordinator, address, size, count, number, index = args
     assert (coordinator, size, number) == ("--coordinator", "--num-processes", "--process-id")
     assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
@@ -70,16 +70,16 @@ def logs(folder):
 
 def test_each_process_gets_the_flags_and_its_place_in_one_cluster(launch_local):
     flags = ["--steps", "5", "--model.head-dim", "8", "--", "--odd=a b"]
-    status, told, err = launch_local("--processes", "3", "--devices", "2", "--", *flags, **FOREIGN)
+    status, given, err = launch_local("--processes", "3", "--devices", "2", "--", *flags, **FOREIGN)
     assert (status, err) == (0, [])
-    assert [prefix for prefix, _, _ in told] == ["[0] ", "[1] ", "[2] "]
-    places = [cluster(args) for _, args, _ in told]
+    assert [prefix for prefix, _, _ in given] == ["[0] ", "[1] ", "[2] "]
+    places = [cluster(args) for _, args, _ in given]
     assert places == [(flags, places[0][1], "3", str(index)) for index in range(3)]
 
 
 def test_the_environment_is_overridden_where_it_speaks_of_devices_or_clusters(launch_local):
-    _, told, _ = launch_local("--processes", "2", "--devices", "3", "--", KEPT="as it is", **FOREIGN)
-    for _, _, env in told:
+    _, given, _ = launch_local("--processes", "2", "--devices", "3", "--", KEPT="as it is", **FOREIGN)
+    for _, _, env in given:
         assert env["JAX_PLATFORMS"] == "cpu"
         assert env["JAX_NUM_CPU_DEVICES"] == "3"
         assert env["XLA_FLAGS"].split() == ["--xla_a=1", "--xla_b='2", "3'"]
@@ -91,10 +91,10 @@ def test_the_environment_is_overridden_where_it_speaks_of_devices_or_clusters(la
 @pytest.mark.parametrize("given", [[], ["--resume"]])
 def test_a_restart_goes_on_in_the_run_on_another_port(given, launch_local):
     flags = ["--output-dir", "runs/x/", *given, "--ends", "-9,3,0"]
-    status, told, err = launch_local("--processes", "1", "--restarts", "2", "--", *flags)
+    status, given, err = launch_local("--processes", "1", "--restarts", "2", "--", *flags)
     assert status == 0
     assert [line for line in err if "restart" in line] == ["restart 1 of 2", "restart 2 of 2"]
-    found, addresses, _, _ = zip(*(cluster(args) for _, args, _ in told), strict=True)
+    found, addresses, _, _ = zip(*(cluster(args) for _, args, _ in given), strict=True)
     resumed = flags if given else [*flags, "--resume"]
     assert found == (flags, resumed, resumed)
     assert len(set(addresses)) == 3

@@ -19,7 +19,7 @@ MESHES = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
 def make_batcher(sizes, **changes):
-    """A batcher whose parameters lie on a mesh as the default rules say."""
+    """A batcher whose parameters are sharded over a mesh as the default rules say."""
     mesh = jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
         devices=jax.devices()[: math.prod(sizes.values())],
@@ -50,7 +50,7 @@ def test_a_mesh_gives_the_tokens_of_one_device_and_compiles_nothing_more(sizes, 
     batcher = make_batcher(sizes)
     batcher.warm_up()
     with jax.log_compiles(True):
-        # Greedy: devices that add up their shares of a product round in another order.
+        # Greedy: devices that add up their shares of a matmul round in another order.
         completions = [completion(number, temperature=0.0, prompt_logprobs=False) for number in range(9)]
         tokens = run(batcher, completions)
     assert not [record.message for record in caplog.records if "ompil" in record.message]

@@ -1,4 +1,4 @@
-"""What is proposed changes no text at temperature 0, and no distribution of texts at others.
+"""A draft changes no text at temperature 0, and no distribution of texts at others.
 
 Ties: logits of several positions at once differ from those of one by up to 1e-5 here, so texts are compared up to the
 first token that wins by less than 1e-4.

@@ -1,4 +1,4 @@
-"""Parameters from files: as they were written, wherever they are to lie, and nothing but what is needed."""
+"""Parameters from files: as they were written, wherever they are placed, and nothing but what is needed."""
 
 import math
 

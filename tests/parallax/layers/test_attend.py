@@ -135,7 +135,7 @@ def test_dropout_keeps_the_mean(chunk):
     apply = jax.jit(lambda key, *arrays: function(*arrays, dropout=(0.4, key), **how))
     dropped = np.asarray(apply(jax.random.key(0), *(np.repeat(x, rows, axis=0) for x in row)))
     plain = attend(*row, **how)[0]
-    # Of 192 means one lies beyond five standard errors in fewer than one of a thousand seeds.
+    # Of 192 means one is beyond five standard errors in fewer than one of a thousand seeds.
     assert np.max(np.abs(dropped.mean(0) - plain) / dropped.std(0)) < 5 / np.sqrt(rows)
     assert dropped.std(0).min() > 0.05
     np.testing.assert_allclose(apply(None, *row)[0], plain, rtol=1e-4, atol=1e-5)  # float32 sums
@@ -156,7 +156,7 @@ def test_chunks_drop_different_entries():
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint], ids=["alone", "inside a checkpoint"])
 def test_what_is_dropped_in_chunks_has_the_gradient_of_finite_differences(wrap, x64):
-    """The way back draws the same numbers again."""
+    """The backward pass draws the same numbers again."""
     arrays, how = example(3, window=4, segmented=True)
     dropped = functools.partial(attend_in_chunks, dropout=(0.3, jax.random.key(2)), chunk=3, **how)
     check_grads(jax.jit(wrap(dropped)), arrays, order=1, modes=["rev"], eps=1e-5, atol=1e-7, rtol=1e-7)

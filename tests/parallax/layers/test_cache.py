@@ -1,4 +1,4 @@
-"""Decoding from a cache gives the logits of the full forward pass, whatever lies in the slots to come."""
+"""Decoding from a cache gives the logits of the full forward pass, whatever is in the slots to come."""
 
 import functools
 

@@ -50,7 +50,7 @@ def test_bfloat16_stays_and_is_close():
     module = nnx.merge(graph, weights)
     y = module(x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_allclose(y.astype(jnp.float32), module(x), atol=0.1)  # three products at 2⁻⁸ each
+    np.testing.assert_allclose(y.astype(jnp.float32), module(x), atol=0.1)  # three matmuls at 2⁻⁸ each
 
 
 def test_initial_output_shrinks_with_depth():

@@ -1,4 +1,4 @@
-"""Rotary embeddings: rotations whose products depend on distance alone, and the stretched wavelengths."""
+"""Rotary embeddings: rotations whose dot products depend on distance alone, and the stretched wavelengths."""
 
 import functools
 
@@ -42,11 +42,11 @@ def test_products_depend_on_distance_alone(shift, scaling, x64):
     turn = functools.partial(rotate, omega=omega(scaling))
     rng = np.random.default_rng(3)
     q_at, k_at = rng.integers(0, 100, (2, B, T))
-    products = np.sum(turn(q, q_at) * turn(k, k_at), axis=-1)
+    dots = np.sum(turn(q, q_at) * turn(k, k_at), axis=-1)
     shifted = np.sum(turn(q, q_at + shift) * turn(k, k_at + shift), axis=-1)
-    np.testing.assert_allclose(shifted, products, atol=1e-10)  # cosines of angles up to 4000 in float64
+    np.testing.assert_allclose(shifted, dots, atol=1e-10)  # cosines of angles up to 4000 in float64
     moved = np.sum(turn(q, q_at + shift) * turn(k, k_at), axis=-1)
-    assert np.abs(moved - products).max() > 0.1
+    assert np.abs(moved - dots).max() > 0.1
 
 
 def test_pairs_turn_by_their_own_angle(x64):
@@ -99,7 +99,7 @@ def test_llama3_scaling_stretches_long_wavelengths_only(factor):
 
 
 def test_yarn_leaves_the_pairs_that_turn_often_and_stretches_those_that_turn_seldom():
-    """Peng et al. 2023, section 3.2: more than 32 turns over the first length, and less than one."""
+    """Peng et al. 2023, section 3.2: more than 32 rotations over the first length, and less than one."""
     plain, scaled = omega(head_dim=128).astype(np.float64), omega(YARN, head_dim=128).astype(np.float64)
     turns = YARN.original_max_seq_len * plain / (2 * np.pi)
     step = turns[0] / turns[1]  # the ramp ends at whole pairs: one more may be touched

@@ -64,7 +64,7 @@ def test_dropout_keeps_the_mean():
     block.attention = lambda x, *_: (jnp.zeros_like(x), None)
     samples = np.asarray(jax.jit(jax.vmap(lambda key: block(x, POSITIONS, dropout_key=key)[0]))(keys))
     error = samples.std(0) / np.sqrt(len(samples))
-    # Of 80 means one lies beyond five standard errors in fewer than one of a thousand seeds.
+    # Of 80 means one is beyond five standard errors in fewer than one of a thousand seeds.
     assert np.all(np.abs(samples.mean(0) - block(x, POSITIONS)[0]) < 5 * error + 1e-6)
 
 

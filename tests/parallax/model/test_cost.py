@@ -104,7 +104,7 @@ def test_what_is_sent_depends_on_the_axes_that_there_are():
 
 
 def temporary_bytes(cost, sizes, on_chip=0.0):
-    """With parameters that lie as they are, without what tiles add."""
+    """With parameters as they are, without what tiles add."""
     shares = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
     return cost.temporary_bytes(sizes, 4 * cost.config.num_params() / shares, on_chip)
 
@@ -175,8 +175,8 @@ def test_heads_that_a_block_keeps_fill_tiles_with_tokens_or_heads(attention, hea
         )
         return StepCost(config=config, batch_size=8, seq_len=128).temporary_bytes(sizes, 0)
 
-    products = 2 * (3 * 128 + times * 3 * 4 * head_dim + 2 * 344)
-    assert temporary(5) - temporary(4) == pytest.approx(8 * 128 / sizes.get("sequence", 1) * products)
+    scores = 2 * (3 * 128 + times * 3 * 4 * head_dim + 2 * 344)
+    assert temporary(5) - temporary(4) == pytest.approx(8 * 128 / sizes.get("sequence", 1) * scores)
 
 
 def test_heads_at_work_fill_tiles_with_the_tokens_of_a_row():

@@ -96,7 +96,7 @@ def test_another_type(server, kind):
 
 @pytest.fixture(scope="module")
 def strict(small_run):
-    """A server of low limits; of one answer a request, since no schema can bound the product of prompts and n."""
+    """A server of low limits; of one answer a request, since no schema can bound prompts times n."""
     lengths = ("--max-prompt-tokens", "24", "--max-tokens", "8", "--max-answers", "1")
     with serving(small_run, *lengths, "--max-body-bytes", "50000", "--body-seconds", "2") as served:
         yield served

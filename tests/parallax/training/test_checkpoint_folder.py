@@ -137,7 +137,7 @@ def test_damage_everywhere_is_an_error_and_is_set_aside_once(tmp_path):
     for step in (10, 20):
         damage(next((tmp_path / str(step)).rglob("_METADATA")), "truncate")
     checkpointer, lines = reader(tmp_path)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact; start anew") as error:
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact; start again") as error:
         checkpointer.restore(ABSTRACT)
     assert "\n" not in str(error.value)
     assert [line.split(":")[0] for line in lines] == ["checkpoint 20 is damaged", "checkpoint 10 is damaged"]

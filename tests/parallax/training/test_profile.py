@@ -9,7 +9,7 @@ from parallax.training.profile import SKIPPED, TRACED, Profiler
 
 @pytest.fixture
 def trace(monkeypatch):
-    """What the profiler was told, in order, with the step it was told after."""
+    """What the profiler received, in order, with the step before it."""
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop",)))

@@ -1,4 +1,4 @@
-"""What is read from the report of a compiler; with the real one see tests/scripts/test_plan_libtpu.py."""
+"""Numbers read from the report of a compiler; with the real one see tests/scripts/test_plan_libtpu.py."""
 
 from types import SimpleNamespace
 

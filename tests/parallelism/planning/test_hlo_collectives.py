@@ -1,4 +1,4 @@
-"""What is read of a program is what its author asked for: kinds, counts, bytes, groups and axes, exactly.
+"""A program shows the collectives that its author asked for: kinds, counts, bytes, groups and axes, exactly.
 
 Invariant: every expected number is derived by hand or by numpy from the program's source, never read from its text.
 """

@@ -1,4 +1,4 @@
-"""Layouts for a slice: which are legal, how they lie along its network, which are worth compiling."""
+"""Layouts for a slice: which are legal, how they follow its network, which are worth compiling."""
 
 import dataclasses
 import math
