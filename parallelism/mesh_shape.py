@@ -14,7 +14,7 @@ from parallelism.rules import MESH_AXES, Rules, partition_spec, parts_of, split_
 from parallelism.strategy import Layout, State
 
 STATE_SHARE = 0.5
-"""Share of a device's memory that parameters and optimizer may take before they are sharded: the rest is activations."""
+"""Share of a device's memory for parameters and optimizer before they are sharded: the rest is activations."""
 
 
 def parse_mesh(text: str, devices: int) -> dict[str, int]:

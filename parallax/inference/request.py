@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from parallax.config import TransformerConfig
-from parallax.inference.sampling import SamplingSettings
+from parallax.inference.sampling import SETTINGS, SamplingSettings
 from parallax.inference.stopping import NO_TOKEN, pack_stops, round_up
 
 SMALLEST_BUCKET = 32
@@ -46,8 +46,9 @@ class Request:
     @classmethod
     def one(cls, prompt: np.ndarray, *, max_tokens: int, seed: int = 0, **others: Any) -> "Request":
         """A request of one row; sampling settings are given by their names."""
-        names = [field.name for field in dataclasses.fields(SamplingSettings)]
-        settings = SamplingSettings.create(1, **{name: others.pop(name) for name in names if name in others})
+        settings = SamplingSettings.create(
+            1, **{name: others.pop(name) for name in SETTINGS if name in others}
+        )
         return cls(prompts=[prompt], settings=settings, seeds=[seed], max_tokens=max_tokens, **others)
 
     def arrays(self, config: TransformerConfig) -> tuple[tuple, int]:

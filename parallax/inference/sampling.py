@@ -4,8 +4,10 @@ Invariant: settings are arrays, operands of the compiled function, so all settin
 a row's token is a function of that row's logits, settings, seen tokens, key and position, never of its neighbours.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, Unpack
 
 import chex
 import jax
@@ -14,16 +16,48 @@ import numpy as np
 
 from parallax import cpu
 
-RULES = {
-    "temperature": (
-        lambda value: 0 <= value <= 1e6,
-        "be in [0, 1e6]; try 0.8, or 0 for greedy",
-    ),
-    "top_k": (lambda value: 0 <= value < 2**31, "be in [0, 2^31); 0 is off"),
-    "top_p": (lambda value: 1e-30 <= value <= 1, "be in (0, 1]; 1 is off"),
-    "min_p": (lambda value: 0 <= value < 1, "be in [0, 1); 0 is off"),
-    "repetition_penalty": (lambda value: 1e-6 <= value <= 1e6, "be in [1e-6, 1e6]; 1 is off"),
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A sampling setting as its users see it."""
+
+    kind: type
+    off: float
+    """The value that changes nothing."""
+    rule: str
+    """Its range and a remedy, as in `must be in [0, 1); 0 is off`."""
+    bounds: Mapping[str, float]
+    """Its range in the words of JSON Schema."""
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is in the range."""
+        inside = self.bounds["minimum"] <= value <= self.bounds.get("maximum", math.inf)
+        return inside and value < self.bounds.get("exclusiveMaximum", math.inf)
+
+
+SETTINGS = {
+    "temperature": Setting(float, 1.0, "[0, 1e6]; try 0.8, or 0 for greedy", {"minimum": 0, "maximum": 1e6}),
+    "top_k": Setting(int, 0, "[0, 2^31); 0 is off", {"minimum": 0, "maximum": 2**31 - 1}),
+    "top_p": Setting(float, 1.0, "(0, 1]; 1 is off", {"minimum": 1e-30, "maximum": 1}),
+    "min_p": Setting(float, 0.0, "[0, 1); 0 is off", {"minimum": 0, "exclusiveMaximum": 1}),
+    "repetition_penalty": Setting(float, 1.0, "[1e-6, 1e6]; 1 is off", {"minimum": 1e-6, "maximum": 1e6}),
 }
+"""Every sampling setting by name: a field of `SamplingSettings`, an option of the library and of the server."""
+
+
+class Sampling(TypedDict, total=False):
+    """Sampling settings as keywords, each one value, or one a row; what is left out is off."""
+
+    temperature: float | Sequence[float]
+    """The lower, the rarer are unlikely tokens; 0 is greedy."""
+    top_k: int | Sequence[int]
+    """Draw from the k most probable tokens."""
+    top_p: float | Sequence[float]
+    """Draw from the fewest most probable tokens whose probability reaches p."""
+    min_p: float | Sequence[float]
+    """Draw from tokens with at least this share of the highest probability."""
+    repetition_penalty: float | Sequence[float]
+    """Above 1 makes tokens that occurred before less likely."""
 
 
 @chex.dataclass(frozen=True)
@@ -42,28 +76,14 @@ class SamplingSettings:
     """Above 1 makes the tokens of the prompt and of the text so far less likely; 1 is off."""
 
     @classmethod
-    def create(
-        cls,
-        num_rows: int,
-        *,
-        temperature: float | Sequence[float] = 1.0,
-        top_k: int | Sequence[int] = 0,
-        top_p: float | Sequence[float] = 1.0,
-        min_p: float | Sequence[float] = 0.0,
-        repetition_penalty: float | Sequence[float] = 1.0,
-    ) -> "SamplingSettings":
+    def create(cls, num_rows: int, **given: Unpack[Sampling]) -> "SamplingSettings":
         """Settings of `num_rows` rows, from one value for all of them or one value each.
 
         Raises:
           ValueError: a value is out of its range, or there is not one value a row.
         """
-        return cls(
-            temperature=_column("temperature", temperature, num_rows, np.float32),
-            top_k=_column("top_k", top_k, num_rows, np.int32),
-            top_p=_column("top_p", top_p, num_rows, np.float32),
-            min_p=_column("min_p", min_p, num_rows, np.float32),
-            repetition_penalty=_column("repetition_penalty", repetition_penalty, num_rows, np.float32),
-        )
+        off = {name: setting.off for name, setting in SETTINGS.items()}
+        return cls(**{name: _column(name, value, num_rows) for name, value in (off | given).items()})
 
     def where(self, active_B: jax.Array) -> "SamplingSettings":
         """These for active rows, and for others what costs nothing: greedy, without filters."""
@@ -71,15 +91,14 @@ class SamplingSettings:
         return jax.tree.map(lambda x_B, x_1: jnp.where(active_B, x_B, x_1), self, off)
 
 
-def _column(name: str, given: float | Sequence[float], num_rows: int, dtype: type) -> Any:
-    values = list(given) if isinstance(given, Sequence) else [given] * num_rows
+def _column(name: str, given: Any, num_rows: int) -> Any:
+    values, setting = list(given) if isinstance(given, Sequence) else [given] * num_rows, SETTINGS[name]
     if len(values) != num_rows:
         raise ValueError(f"{name} has {len(values)} values for {num_rows} rows; give one, or one a row")
-    holds, rule = RULES[name]
     for value in values:
-        if not holds(value):
-            raise ValueError(f"{name}={value} must {rule}")
-    return np.asarray(values, dtype)
+        if not setting.holds(value):
+            raise ValueError(f"{name}={value} must be in {setting.rule}")
+    return np.asarray(values, np.int32 if setting.kind is int else np.float32)
 
 
 def penalise(logits_BV: jax.Array, penalty_B: jax.Array, seen_BV: jax.Array) -> jax.Array:

@@ -56,7 +56,7 @@ def attend(
     """All scores at once; queries are scaled already. Returns [B, T, H, K] in the dtype of the values."""
     scores = _scores(_grouped(q_BTHK, k_BSGK), k_BSGK, visible(positions, segments, window))
     weights = drop(jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype), *dropout)
-    # In this order of dims XLA on CPUs reads the values of a cache without transposing them, which it would with T here.
+    # In this order of dims XLA on CPUs reads a cache's values without transposing them, which it does with T here.
     heads_BGRTK = jnp.einsum("BGRTS,BSGK->BGRTK", weights, v_BSGK)
     return jnp.moveaxis(heads_BGRTK, 3, 1).reshape(q_BTHK.shape)
 

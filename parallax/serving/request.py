@@ -18,6 +18,7 @@ from jsonschema_rs import ValidationErrorKind as Kind
 
 from parallax.inference.report import TOP
 from parallax.inference.request import Request
+from parallax.inference.sampling import SETTINGS
 from parallax.serving.errors import Refusal
 from parallax.serving.limits import Limits
 from parallax.tokenizers.base import Tokenizer
@@ -25,7 +26,7 @@ from parallax.tokenizers.plain import CharTokenizer
 
 Schema = dict[str, Any]
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+TYPES = {int: "integer", float: "number"}
 MASK = "value"
 """Stands for the value in the validator's messages: the value itself may be long."""
 
@@ -102,9 +103,7 @@ class Form:
             echo=fields["echo"],
             stops=[stop] if isinstance(stop, str) else stop,
             seed=secrets.randbits(32) if seed is None else int(seed),
-            sampling={
-                name: int(fields[name]) if name == "top_k" else float(fields[name]) for name in SAMPLING
-            },
+            sampling={name: setting.kind(fields[name]) for name, setting in SETTINGS.items()},
         )
         if (answers := len(ask.prompts) * ask.n) > self._limits.max_answers:
             rule = f"must not exceed {self._limits.max_answers} answers and make {answers}"
@@ -186,11 +185,7 @@ def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
             "anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}],
         },
         "max_tokens": _optional("integer", 16, minimum=0, maximum=limits.max_tokens),
-        "temperature": _optional("number", 1.0, minimum=0, maximum=1e6, examples=[0.8]),
-        "top_p": _optional("number", 1.0, minimum=1e-30, maximum=1),
-        "top_k": _optional("integer", 0, minimum=0, maximum=2**31 - 1),
-        "min_p": _optional("number", 0.0, minimum=0, exclusiveMaximum=1),
-        "repetition_penalty": _optional("number", 1.0, minimum=1e-6, maximum=1e6),
+        **{name: _optional(TYPES[each.kind], each.off, **each.bounds) for name, each in SETTINGS.items()},
         "n": _optional("integer", 1, minimum=1, maximum=limits.max_answers),
         "stream": _optional("boolean", False),
         "stream_options": _optional("object", None)

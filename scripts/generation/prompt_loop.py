@@ -7,14 +7,12 @@ import contextlib
 import dataclasses
 import sys
 
-from parallax.inference.sampling import RULES, SamplingSettings
+from parallax.inference.sampling import SETTINGS, SamplingSettings
 from scripts.common.command_line import tell
 from scripts.generation.flags import Flags
 from scripts.generation.writer import Writer
 
-SETTABLE = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_tokens", "seed", "stop"
-)  # fmt: skip
+SETTABLE = (*SETTINGS, "max_tokens", "seed", "stop")
 HELP = r"""A line is a prompt. These lines are commands:
   /temperature 0.8   and in the same way /top-k /top-p /min-p /repetition-penalty /max-tokens /seed
   /stop TEXT         end before TEXT, where \n is a new line; /stop alone clears it
@@ -62,7 +60,7 @@ def _set(flags: Flags, word: str, value: str) -> Flags:
         number = type(getattr(flags, name))(value)
     except ValueError:
         raise ValueError(f"/{word} {value!r} must be a number of its kind; try /help") from None
-    if name in RULES:
+    if name in SETTINGS:
         SamplingSettings.create(1, **{name: number})  # complains at once, not at the next prompt
     return dataclasses.replace(flags, **{name: number})
 

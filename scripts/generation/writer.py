@@ -11,6 +11,7 @@ from typing import Any
 
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
+from parallax.inference.sampling import SETTINGS
 from parallax.inference.speculative import BothParams, SpeculativeGenerator
 from parallax.run_folder import Run
 from parallax.text import decode, make_request
@@ -120,13 +121,9 @@ def request_of(flags: Flags, tokenizer: Tokenizer) -> Request:
         tokenizer,
         [flags.prompt] * flags.num_samples,
         max_tokens=flags.max_tokens,
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        top_p=flags.top_p,
-        min_p=flags.min_p,
-        repetition_penalty=flags.repetition_penalty,
         stop=stops_of(flags),
         seed=flags.seed,
+        **{name: getattr(flags, name) for name in SETTINGS},
     )
 
 
