@@ -42,9 +42,7 @@ class Corpus:
         """Of all documents, each with its length in bytes before it."""
         digest = hashlib.sha256()
         for document in self.documents if self.records is None else self.records:
-            piece = (
-                document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
-            )
+            piece = document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
             digest.update(f"{len(piece)}\n".encode() + piece)
         return digest.hexdigest()
 
@@ -118,9 +116,7 @@ def _read_text(path: Path) -> str:
         found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise ValueError(f"text file {path} must be UTF-8 and has {found}; convert it to UTF-8") from None
     except OSError as error:
-        raise ValueError(
-            f"text file {path} must be readable ({error.strerror}); check its permissions"
-        ) from None
+        raise ValueError(f"text file {path} must be readable ({error.strerror}); check its permissions") from None
     if not text:
         raise ValueError(f"text file {path} must hold text and is empty; remove it or choose another")
     return text

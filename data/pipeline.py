@@ -28,9 +28,7 @@ def tokenizer_for(corpus: Corpus, spec: str | None = None) -> Tokenizer:
     if corpus.records is None:
         return train_tokenizer(spec or "char", corpus.documents)
     if spec is not None:
-        raise ValueError(
-            f"--tokenizer {spec} does not go with token records, which carry their own; leave it out"
-        )
+        raise ValueError(f"--tokenizer {spec} does not go with token records, which carry their own; leave it out")
     return load_tokenizer(corpus.records.tokenizer_path)
 
 

@@ -88,9 +88,7 @@ def _encode(number: int, ids: np.ndarray) -> bytes:
         raise ValueError(f"document {number} must be a row of integer ids, got {found}; leave it out")
     if ids.min() < 0 or ids.max() >= 2**31:
         found = f"{ids.min()} to {ids.max()}"
-        raise ValueError(
-            f"document {number} must hold ids from 0 to 2147483647, got {found}; encode it again"
-        )
+        raise ValueError(f"document {number} must hold ids from 0 to 2147483647, got {found}; encode it again")
     return ids.astype("<i4").tobytes()
 
 

@@ -73,9 +73,7 @@ class PackedDocuments:
     follows in the row is another segment. Without such an id the last token has no target.
     """
 
-    def __init__(
-        self, documents: Sequence[np.ndarray], index: PackingIndex, seq_len: int, eos_id: int | None
-    ) -> None:
+    def __init__(self, documents: Sequence[np.ndarray], index: PackingIndex, seq_len: int, eos_id: int | None) -> None:
         self.documents, self.index, self.seq_len = documents, index, seq_len
         self.last_target = -1 if eos_id is None else eos_id
         without_target = len(np.unique(index.document)) if eos_id is None else 0
@@ -84,9 +82,7 @@ class PackedDocuments:
     def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
         num_rows = self.index.num_rows
         epochs, places = np.divmod(np.arange(k * batch_size, (k + 1) * batch_size), num_rows)
-        parts = [
-            _shuffled(num_rows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()
-        ]
+        parts = [_shuffled(num_rows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
         return np.concatenate(parts)
 
     def all_ids(self) -> np.ndarray:
@@ -104,9 +100,7 @@ class PackedDocuments:
             at = 0
             pieces = self.index.pieces(sample_id) if sample_id >= 0 else []
             for segment, (number, start, length) in enumerate(pieces, start=1):
-                tokens = self.documents[number][
-                    start : start + length + 1
-                ]  # with the target beyond the piece
+                tokens = self.documents[number][start : start + length + 1]  # with the target beyond the piece
                 place = (row, slice(at, at + length))
                 batch["inputs"][place] = tokens[:length]
                 batch["targets"][place] = np.append(tokens[1:], self.last_target)[:length]

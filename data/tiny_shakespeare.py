@@ -152,9 +152,7 @@ def _receive(response: http.client.HTTPResponse) -> bytes:
             failure = _one_line(error)
     if failure or len(content) < total:
         size = f"{len(content)} of {total or 'unknown'} bytes"
-        rule = (
-            f"download of {ADDRESS} must be whole and stopped after {size} ({failure or 'connection closed'})"
-        )
+        rule = f"download of {ADDRESS} must be whole and stopped after {size} ({failure or 'connection closed'})"
         raise ValueError(f"{rule}; run again, or {REMEDY}")
     return bytes(content)
 

@@ -16,9 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 PARAM_AXES = frozenset({"layers", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"})
-ACTIVATION_AXES = frozenset(
-    {"batch", "length", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab"}
-)
+ACTIVATION_AXES = frozenset({"batch", "length", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab"})
 LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
 STACK_AXES = frozenset({"layers"})
 """Parameters are stacked along these, which are no dim of a matmul."""
@@ -136,9 +134,7 @@ def param(
         raise ValueError(f"axes {tuple(names)} must be one a dim of shape {shape}; give {len(shape)} names")
     dims = [name for name in names if name not in STACK_AXES]
     if not set(inputs) <= set(dims):
-        raise ValueError(
-            f"inputs={tuple(inputs)} must be dims of one matrix; choose from {', '.join(map(str, dims))}"
-        )
+        raise ValueError(f"inputs={tuple(inputs)} must be dims of one matrix; choose from {', '.join(map(str, dims))}")
     if role not in get_args(Role):
         raise ValueError(f"role={role!r} is not one of {', '.join(get_args(Role))}")
     label = {"inputs": tuple(inputs), "decays": decays, "role": role}
@@ -169,7 +165,5 @@ def describe(variable: nnx.Variable) -> Parameter:
     """
     known = variable.get_metadata()
     if missing := [label for label in ("out_sharding", "inputs", "decays", "role") if label not in known]:
-        raise ValueError(
-            f"a parameter of shape {variable.shape} lacks {', '.join(missing)}; make it with axes.param"
-        )
+        raise ValueError(f"a parameter of shape {variable.shape} lacks {', '.join(missing)}; make it with axes.param")
     return Parameter(variable.shape, names_of(variable), known["inputs"], known["decays"], known["role"])

@@ -26,9 +26,7 @@ def main() -> int:
     name, *args = sys.argv[1:] or [""]
     if name in ("-h", "--help"):
         lines = (f"  {command:10} {what}\n" for command, what in COMMANDS.items())
-        print(
-            f"usage: parallax COMMAND ...\n\ncommands:\n{''.join(lines)}\nparallax COMMAND --help says more."
-        )
+        print(f"usage: parallax COMMAND ...\n\ncommands:\n{''.join(lines)}\nparallax COMMAND --help says more.")
         return 0
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)

@@ -149,9 +149,7 @@ class TransformerConfig:
         )
         _require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
         _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")
-        _require(
-            self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative; 0 is off"
-        )
+        _require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative; 0 is off")
         cap = self.logit_softcap
         _require(0 <= cap < math.inf, f"logit_softcap={cap} must be finite and not negative; 0 is off")
 
@@ -251,9 +249,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             counts = field.type is int and field.name not in ("seed", "accumulate")
-            _require(
-                not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}"
-            )
+            _require(not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}")
         _require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2^31); try 0")
         _require(self.accumulate >= 0, f"accumulate={self.accumulate} must not be negative; try 0")
         if self.accumulate:
@@ -271,12 +267,8 @@ class TrainConfig:
 
 TINY_CONFIG = TransformerConfig(mlp_dim=96)
 NANO_CONFIG = TransformerConfig()
-SMALL_CONFIG = TransformerConfig(
-    embed_dim=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=2048
-)
-BASE_CONFIG = TransformerConfig(
-    embed_dim=768, num_layers=12, num_heads=12, num_kv_heads=12, head_dim=64, mlp_dim=2048
-)
+SMALL_CONFIG = TransformerConfig(embed_dim=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=2048)
+BASE_CONFIG = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, num_kv_heads=12, head_dim=64, mlp_dim=2048)
 LLAMA_1B_CONFIG = TransformerConfig(
     vocab_size=128_256, embed_dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192,
     rope_theta=500_000.0, rope_scaling=RopeScaling(kind="llama3", factor=32.0),

@@ -51,9 +51,7 @@ class Model:
     def generate(self, prompt: str, **options: Unpack[Options]) -> str: ...
     @overload
     def generate(self, prompt: list[str] | tuple[str, ...], **options: Unpack[Options]) -> list[str]: ...
-    def generate(
-        self, prompt: str | list[str] | tuple[str, ...], **options: Unpack[Options]
-    ) -> str | list[str]:
+    def generate(self, prompt: str | list[str] | tuple[str, ...], **options: Unpack[Options]) -> str | list[str]:
         """The continuation of a prompt, without the prompt; of several, a list, computed in one batch.
 
         Args:
@@ -141,9 +139,7 @@ def _is_hugging_face(folder: str | os.PathLike) -> bool:
     return isinstance(settings, dict) and "model_type" in settings
 
 
-def token_log_probs(
-    config: TransformerConfig, params: Params, inputs_T: jax.Array, targets_T: jax.Array
-) -> jax.Array:
+def token_log_probs(config: TransformerConfig, params: Params, inputs_T: jax.Array, targets_T: jax.Array) -> jax.Array:
     """log p(target | inputs up to its place), float32 [T]; T is a power of two. Padding at the end changes nothing."""
     # By blocks, memory stays linear in the length, on all devices.
     config = dataclasses.replace(config, attention="blocks", dropout_rate=0.0)

@@ -91,9 +91,7 @@ def read_settings(folder: epath.Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ValueError(
-            f"run folder {folder} has no readable config.json ({reason_of(error)}); {remedy}"
-        ) from None
+        raise ValueError(f"run folder {folder} has no readable config.json ({reason_of(error)}); {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{path} must be JSON ({error}); {remedy}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):

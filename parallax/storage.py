@@ -33,9 +33,7 @@ def open_folder(folder: str | os.PathLike) -> epath.Path:
     if not is_remote(address):
         return epath.Path(address)
     if not address.startswith("gs://"):
-        raise ValueError(
-            f"folder {address} must be a local path or start with gs://; try gs://BUCKET/runs/NAME"
-        )
+        raise ValueError(f"folder {address} must be a local path or start with gs://; try gs://BUCKET/runs/NAME")
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{address} needs the package gcsfs, which is missing; try pip install -e '.[gcs]'")
     from fsspec.config import conf
@@ -48,9 +46,7 @@ def open_folder(folder: str | os.PathLike) -> epath.Path:
     try:
         path.exists()
     except Exception as error:  # of gcsfs, aiohttp, google.auth or requests
-        raise ValueError(
-            f"{address} cannot be reached: {reason_of(error)}; check credentials and network"
-        ) from error
+        raise ValueError(f"{address} cannot be reached: {reason_of(error)}; check credentials and network") from error
     return path
 
 

@@ -66,9 +66,7 @@ def _gathered(x: jax.Array, dim: int, over: tuple[tuple[str, int], ...]) -> tupl
     return jnp.moveaxis(whole.reshape(-1, *shares_first.shape[1:]), 0, dim), None
 
 
-def _scatter(
-    dim: int, over: tuple[tuple[str, int], ...], nothing: None, gradient: jax.Array
-) -> tuple[jax.Array]:
+def _scatter(dim: int, over: tuple[tuple[str, int], ...], nothing: None, gradient: jax.Array) -> tuple[jax.Array]:
     """The transpose of `_gather`, over rows of a matrix: a TPU's compiler cuts others only after it has summed them."""
 
     def scatter(x: jax.Array) -> jax.Array:

@@ -60,9 +60,7 @@ def join(cluster: Cluster) -> None:
     if count < 1:
         raise ValueError(f"--num-processes {count} must be at least 1; try 2")
     if not 0 <= number < count:
-        raise ValueError(
-            f"--process-id {number} must be from 0 to {count - 1}, --num-processes less one; try 0"
-        )
+        raise ValueError(f"--process-id {number} must be from 0 to {count - 1}, --num-processes less one; try 0")
     if count > 1:
         _initialize(Cluster(coordinator=address, num_processes=count, process_id=number))
 
@@ -97,9 +95,7 @@ def _initialize(cluster: Cluster | None) -> None:
             "process_id": cluster.process_id,
         }
         if str(cluster.coordinator).startswith(("127.", "localhost:")):
-            given["coordinator_bind_address"] = (
-                cluster.coordinator
-            )  # by default it listens on every interface
+            given["coordinator_bind_address"] = cluster.coordinator  # by default it listens on every interface
     try:
         jax.distributed.initialize(
             **given,

@@ -75,9 +75,7 @@ class MeshStrategy:
 
     is_stacked = False
 
-    def __init__(
-        self, init_state: Callable[[], State], state_axes: State, layout: Layout, devices: Sequence[Any]
-    ):
+    def __init__(self, init_state: Callable[[], State], state_axes: State, layout: Layout, devices: Sequence[Any]):
         self._init_state = init_state
         rules, shapes = load_rules(layout.rules), jax.eval_shape(init_state)
         self._why = ""
@@ -107,9 +105,7 @@ class MeshStrategy:
             check_dealing(layout.batch_size, parts, layout.accumulate, what)
             # Then a device needs nothing of the others but parameters, a layer at a time.
             rows_alone = set(over) == set(sizes) and not split_by("layers", rules, sizes)
-            self.gradients = (
-                self._by_shards(over, layout) if rows_alone else reduction.mean(layout.accumulate)
-            )
+            self.gradients = self._by_shards(over, layout) if rows_alone else reduction.mean(layout.accumulate)
         self.length_parts = pieces = math.prod(split_by("length", rules, sizes).values())
         if layout.seq_len % pieces:
             raise ValueError(

@@ -45,9 +45,7 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
         sizes[wild] = (max(1, devices // product),)
         product *= sizes[wild][0]
     if product != devices:
-        raise ValueError(
-            f"mesh={text!r} needs {product} devices but {devices} are visible; try --mesh data={devices}"
-        )
+        raise ValueError(f"mesh={text!r} needs {product} devices but {devices} are visible; try --mesh data={devices}")
     shape: dict[str, int] = {}
     for axis in MESH_AXES:
         factors = sizes.get(axis, (1,))
@@ -112,9 +110,7 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def is_legal(
-    sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout
-) -> bool:
+def is_legal(sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout) -> bool:
     """Whether these sizes of mesh axes suit the rules, the batch, the length and every array of the state."""
     used = {axis for mesh_axes in rules.values() for axis in mesh_axes}
     if any(size > 1 and axis not in used for axis, size in sizes.items()):

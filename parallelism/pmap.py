@@ -70,9 +70,7 @@ class Pmap:
             with axes.bound(None):
                 return step(state, batch)
 
-        return jax.pmap(
-            on_one_device, axis_name=AXIS, out_axes=(0, None), donate_argnums=0, devices=self._given
-        )
+        return jax.pmap(on_one_device, axis_name=AXIS, out_axes=(0, None), donate_argnums=0, devices=self._given)
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
         count = len(self.devices)
@@ -80,8 +78,7 @@ class Pmap:
         local = self._local if jax.process_count() > 1 else count
         state = jax.eval_shape(functools.partial(_repeat, local), self.abstract())
         dealt = {
-            name: jax.ShapeDtypeStruct((local, x.shape[0] // count, *x.shape[1:]), x.dtype)
-            for name, x in batch.items()
+            name: jax.ShapeDtypeStruct((local, x.shape[0] // count, *x.shape[1:]), x.dtype) for name, x in batch.items()
         }
         return self.compile(step).lower(state, dealt)
 
@@ -93,9 +90,7 @@ class Pmap:
         return jax.device_put(self._deal(batch), self._local_split)
 
     def _deal(self, batch: Batch) -> Batch:
-        return {
-            name: x.reshape(self._local, x.shape[0] // self._local, *x.shape[1:]) for name, x in batch.items()
-        }
+        return {name: x.reshape(self._local, x.shape[0] // self._local, *x.shape[1:]) for name, x in batch.items()}
 
     def canonical(self, state: State) -> State:
         return _regroup(self._first(state), self._whole)

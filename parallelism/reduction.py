@@ -77,9 +77,7 @@ def pmean(axis_name: str, microbatches: int = 1) -> Callable[[Callable], Callabl
     return gradients
 
 
-def scatter(
-    axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1
-) -> Callable[[Callable], Callable]:
+def scatter(axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1) -> Callable[[Callable], Callable]:
     """The gradient function inside `shard_map`, for parameters in shards that the model gathers as it uses them.
 
     Going back, a gather scatters and adds up the gradient over the axes that it crossed; over those that split the

@@ -69,14 +69,10 @@ def check_rules(rules: Rules) -> Rules:
     """
     for name, mesh_axes in rules.items():
         if name not in LOGICAL_AXES:
-            raise ValueError(
-                f"rule for {name!r} names no logical axis; known are {', '.join(sorted(LOGICAL_AXES))}"
-            )
+            raise ValueError(f"rule for {name!r} names no logical axis; known are {', '.join(sorted(LOGICAL_AXES))}")
         for axis in mesh_axes:
             if axis not in MESH_AXES:
-                raise ValueError(
-                    f"rule {name!r} -> {axis!r} names no mesh axis; known are {', '.join(MESH_AXES)}"
-                )
+                raise ValueError(f"rule {name!r} -> {axis!r} names no mesh axis; known are {', '.join(MESH_AXES)}")
             if mesh_axes.count(axis) > 1:
                 raise ValueError(f"rule {name!r} names {axis!r} twice; name each mesh axis once")
     queries, keys = (tuple(rules.get(name, ())) for name in ("act_heads", "act_kv_heads"))
@@ -149,9 +145,7 @@ def partition_spec(
             used[axis] = name
         if size % math.prod(sizes.values()):
             product = "×".join(f"{axis}={count}" for axis, count in sizes.items())
-            raise ValueError(
-                f"{name}={size} must be divisible by {product}; try {_remedy(name, size, sizes)}"
-            )
+            raise ValueError(f"{name}={size} must be divisible by {product}; try {_remedy(name, size, sizes)}")
         spec.append(tuple(sizes) if len(sizes) != 1 else next(iter(sizes)))
     return PartitionSpec(*(axes or None for axes in spec))
 

@@ -48,9 +48,7 @@ def fingerprint(tree: Any) -> jax.Array:
     return jnp.stack(hashes) if hashes else jnp.zeros((0, len(SALTS)), jnp.uint32)
 
 
-def device_fingerprints(
-    mesh: Mesh, leaves: Iterable[jax.Array], digests: np.ndarray | None = None
-) -> np.ndarray:
+def device_fingerprints(mesh: Mesh, leaves: Iterable[jax.Array], digests: np.ndarray | None = None) -> np.ndarray:
     """What each device holds, hashed by itself: uint32 [devices, digests + leaves, 2], the same on every process.
 
     Rows follow `mesh.devices.flat`. It is one program with one all-gather: all processes call it together.
@@ -69,9 +67,7 @@ def device_fingerprints(
     return np.asarray(_program(mesh, specs)(rows, leaves))
 
 
-def check(
-    step: int, trees: Iterable[Any], facts: Mapping[str, bytes] | None = None, *, stacked: bool = False
-) -> None:
+def check(step: int, trees: Iterable[Any], facts: Mapping[str, bytes] | None = None, *, stacked: bool = False) -> None:
     """Compares facts over processes, and each array over the devices that hold the same part of it.
 
     All processes call it after the same step. Facts come first, then arrays in tree order; the first that differs
@@ -201,9 +197,7 @@ def _common_mesh(copies: Sequence[_Copies]) -> Mesh:
         if mesh is None or getattr(copy.leaf.sharding, "mesh", None) != mesh:
             raise ValueError(f"{copy.name} is not on the mesh of {copies[0].name}; place both on one mesh")
     if len({device.process_index for device in mesh.devices.flat}) != jax.process_count():
-        raise ValueError(
-            f"{copies[0].name} is not on all {jax.process_count()} processes; give global arrays"
-        )
+        raise ValueError(f"{copies[0].name} is not on all {jax.process_count()} processes; give global arrays")
     return mesh
 
 
@@ -214,9 +208,7 @@ def _verdict(sides: list[list[Any]], by_process: bool) -> str:
         return f"{_enumerate([_who(side, by_process) for side in sides])} disagree without a majority"
     odd = [device for side in sides if side is not ranked[0] for device in side]
     verb, count = "differs" if len(odd) == 1 else "differ", len(ranked[0])
-    return (
-        f"{_who(odd, by_process)} {verb} from the other {count} {'processes' if by_process else 'replicas'}"
-    )
+    return f"{_who(odd, by_process)} {verb} from the other {count} {'processes' if by_process else 'replicas'}"
 
 
 def _who(devices: list[Any], by_process: bool) -> str:
@@ -225,9 +217,7 @@ def _who(devices: list[Any], by_process: bool) -> str:
         ids.setdefault(device.process_index, []).append(str(device.id))
     if by_process:
         return f"process{'es' if len(ids) > 1 else ''} {_enumerate([str(process) for process in ids])}"
-    return _enumerate(
-        [f"device{'s' if len(of) > 1 else ''} {_enumerate(of)} of process {p}" for p, of in ids.items()]
-    )
+    return _enumerate([f"device{'s' if len(of) > 1 else ''} {_enumerate(of)} of process {p}" for p, of in ids.items()])
 
 
 def _enumerate(names: list[str], most: int = 8) -> str:

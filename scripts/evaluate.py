@@ -32,9 +32,7 @@ def main() -> int:
             try:
                 write_json(Path(flags.json), result)
             except OSError as error:
-                raise ValueError(
-                    f"--json {flags.json} cannot be written ({error.strerror}); choose another"
-                ) from None
+                raise ValueError(f"--json {flags.json} cannot be written ({error.strerror}); choose another") from None
     return 0
 
 

@@ -38,11 +38,7 @@ def main() -> int:
         flags = read_flags()
         if flags.train.reduction == "exact":
             fix_cpu_rounding()
-        join(
-            Cluster(
-                coordinator=flags.coordinator, num_processes=flags.num_processes, process_id=flags.process_id
-            )
-        )
+        join(Cluster(coordinator=flags.coordinator, num_processes=flags.num_processes, process_id=flags.process_id))
         job = prepare_job(flags)
         job.describe()
         if flags.lower_only:
@@ -64,9 +60,7 @@ def show_costs(job: Job) -> int:
     if job.flags.strategy == "mesh":
         placed = jax.tree.map(lambda leaf: leaf.sharding.spec, leaves)
     print(parameter_overview(job.flags.model, placed))
-    print(
-        f"A step takes {step_flops(job.flags.model, settings.batch_size, settings.seq_len):.4g} FLOPs in all."
-    )
+    print(f"A step takes {step_flops(job.flags.model, settings.batch_size, settings.seq_len):.4g} FLOPs in all.")
     if memory is not None:  # a backend may not say
         print(
             f"A device holds {memory.argument_size_in_bytes:,} bytes of state and batch, "

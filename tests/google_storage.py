@@ -29,9 +29,7 @@ def serving() -> Iterator[str]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     command = [_binary(), "-scheme", "http", "-backend", "memory", "-host", "127.0.0.1", "-port", str(port)]
-    server = subprocess.Popen(
-        [*command, "-external-url", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    server = subprocess.Popen([*command, "-external-url", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     variables = {
         "STORAGE_EMULATOR_HOST": url,  # for gcsfs
         "TENSORSTORE_GCS_HTTP_URL": url,
@@ -62,9 +60,7 @@ def _binary() -> str:
 
 def _make_bucket(url: str, server: subprocess.Popen) -> None:
     content = json.dumps({"name": BUCKET}).encode()
-    request = urllib.request.Request(
-        f"{url}/storage/v1/b?project=test", content, {"Content-Type": "application/json"}
-    )
+    request = urllib.request.Request(f"{url}/storage/v1/b?project=test", content, {"Content-Type": "application/json"})
     limit = time.monotonic() + 20
     while True:
         try:

@@ -93,10 +93,7 @@ def test_no_circle_of_imports():
 
 def test_every_module_says_its_purpose():
     assert (
-        offenders(
-            MODULES, lambda path: [] if not parsed(path).body or ast.get_docstring(parsed(path)) else [1]
-        )
-        == {}
+        offenders(MODULES, lambda path: [] if not parsed(path).body or ast.get_docstring(parsed(path)) else [1]) == {}
     )
 
 
@@ -167,9 +164,7 @@ def test_tests_mirror_modules():
     def wrong(path):
         name, home = path.stem.removeprefix("test_"), ROOT / path.relative_to(ROOT / "tests").parent
         stems = {module.stem for module in home.glob("*.py")}
-        if path.name not in WHOLE_TREE and not any(
-            name == stem or name.startswith(stem + "_") for stem in stems
-        ):
+        if path.name not in WHOLE_TREE and not any(name == stem or name.startswith(stem + "_") for stem in stems):
             yield name
 
     assert offenders([path for path in TESTS if path.name.startswith("test_")], wrong) == {}

@@ -41,9 +41,7 @@ def checkout(tmp_path):
         calls.write_text("")
         command = [str(folder / ".ci/venv"), str(python), lock, "true"]
         environment = {**os.environ, "PYTHONPATH": "/nowhere"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
         return done.returncode, calls.read_text().split(), done.stderr
 
     run.folder = folder
@@ -116,9 +114,7 @@ def test_an_unfit_python_is_named_in_one_line(checkout, script, message):
 
 def test_a_python_without_venv_is_named_in_one_line(checkout):
     python = checkout.folder / "python-stand-in"
-    python.write_text(
-        python.read_text().replace("case ", 'case "$*" in *ensurepip*) exit 1 ;; esac\ncase ', 1)
-    )
+    python.write_text(python.read_text().replace("case ", 'case "$*" in *ensurepip*) exit 1 ;; esac\ncase ', 1))
     status, calls, errors = checkout(CORE)
     assert (status, calls, errors.count("\n")) == (2, [], 1)
     assert "has none; on Debian: apt-get install" in errors

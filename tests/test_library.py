@@ -127,9 +127,7 @@ def test_the_command_trains_by_itself_and_through_launch(installed):
 
 
 def test_the_command_says_its_own_name(installed):
-    assert installed.run(installed.parallax, "convert", "--help").startswith(
-        "usage: parallax convert COMMAND"
-    )
+    assert installed.run(installed.parallax, "convert", "--help").startswith("usage: parallax convert COMMAND")
     assert installed.run(installed.parallax, "train", "--help").startswith("usage: parallax train ")
     installed.run(installed.parallax, "trains", status=2)
     assert installed.errors.startswith("error: command 'trains' is not one of train, ")

@@ -46,9 +46,7 @@ MACHINES = [
 def locked(lock):
     """The requirements of a lock file as (Requirement, number of hashes)."""
     lines = [
-        line
-        for line in (ROOT / lock).read_text(encoding="utf-8").splitlines()
-        if not line.lstrip().startswith("#")
+        line for line in (ROOT / lock).read_text(encoding="utf-8").splitlines() if not line.lstrip().startswith("#")
     ]
     entries = re.split(r"\n(?=\S)", "\n".join(lines).strip())
     return [(Requirement(entry.split("\\")[0].strip()), entry.count("--hash=sha256:")) for entry in entries]
@@ -101,14 +99,10 @@ def test_lock_holds_what_is_declared(lock, machine):
     assert [name for name, found in versions.items() if len(found) != 1] == []
     for requirement in map(Requirement, DECLARED[lock]):
         if requirement.marker is None or requirement.marker.evaluate(machine):
-            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)][0]), (
-                requirement
-            )
+            assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)][0]), requirement
     assert versions["jax"][0].startswith("0.10." if machine["python_version"] == "3.11" else "0.12.")
     assert "torch" not in chosen("requirements.lock", machine)
-    assert (
-        versions.items() >= chosen("requirements.lock", machine).items()
-    )  # .ci/venv adds one lock to the other
+    assert versions.items() >= chosen("requirements.lock", machine).items()  # .ci/venv adds one lock to the other
 
 
 def test_locks_agree():

@@ -137,9 +137,7 @@ class Batcher:
 
         def fill_slot(params, slots, slot, arrays, score_prompt):
             with bound(row):
-                filled, drawn, prompt_scores = fill(
-                    TransformerLM.from_params(config, params), arrays, score_prompt
-                )
+                filled, drawn, prompt_scores = fill(TransformerLM.from_params(config, params), arrays, score_prompt)
             with bound(placement):
                 return slots.insert(slot, filled), drawn, prompt_scores
 
@@ -161,9 +159,7 @@ class Batcher:
         """Raises ValueError for a request that can never run here."""
         request.check(self.config, self.capacity)
         if len(request.prompts) > 1:
-            raise ValueError(
-                f"{len(request.prompts)} prompts must be 1 a completion; admit one after another"
-            )
+            raise ValueError(f"{len(request.prompts)} prompts must be 1 a completion; admit one after another")
 
     def admit(self, ticket: int, request: Request) -> list[Token]:
         """Prefills a free slot: the tokens of the prompt if asked for, then the first that is drawn.
@@ -190,9 +186,7 @@ class Batcher:
 
     def _prefill(self, slot: int, request: Request) -> tuple[jax.Array, jax.Array]:
         arrays, scored = request.prompt_arrays(self.capacity), np.bool_(request.prompt_logprobs)
-        self._slots, drawn, prompt_scores = self._fill(
-            self.params, self._slots, np.int32(slot), arrays, scored
-        )
+        self._slots, drawn, prompt_scores = self._fill(self.params, self._slots, np.int32(slot), arrays, scored)
         return drawn, prompt_scores
 
     def _take(self, slot: int, running: _Running, words_R: np.ndarray) -> Token:
@@ -219,9 +213,7 @@ class Batcher:
 
     def cancel(self, ticket: int) -> None:
         """Frees the slot of a completion at once; an unknown ticket has no effect."""
-        self._running = [
-            None if running and running.ticket == ticket else running for running in self._running
-        ]
+        self._running = [None if running and running.ticket == ticket else running for running in self._running]
 
     def warm_up(self) -> None:
         """Compiles prompts and steps of every length, so that no request waits for a compiler.

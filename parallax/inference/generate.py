@@ -71,18 +71,14 @@ def read_prompts(model: TransformerLM, arrays: tuple, *, capacity: int, room: in
     ).grow(room)
 
 
-def start(
-    config: TransformerConfig, params: Params, arrays: tuple, limit: jax.Array, *, capacity: int
-) -> Generation:
+def start(config: TransformerConfig, params: Params, arrays: tuple, limit: jax.Array, *, capacity: int) -> Generation:
     """Reads the prompts of `Request.arrays`, then `extend`s to a limit."""
     model = TransformerLM.from_params(config, params)
     generation = read_prompts(model, arrays, capacity=capacity, room=capacity)
     return extend(config, params, generation, limit)
 
 
-def whole(
-    config: TransformerConfig, params: Params, arrays: tuple, *, capacity: int
-) -> tuple[jax.Array, jax.Array]:
+def whole(config: TransformerConfig, params: Params, arrays: tuple, *, capacity: int) -> tuple[jax.Array, jax.Array]:
     """All texts to their ends: tokens [B, S] and lengths [B]."""
     model, room = TransformerLM.from_params(config, params), capacity
     if is_listed(params):  # to grow takes both caches at once, for which other devices have no memory
@@ -141,9 +137,7 @@ class Generator:
 
     def stream(self, params: Params, request: Request, chunk: int = 8) -> Iterator[tuple[int, int]]:
         """The tokens of `generate` as (row, token), one a row at once and then `chunk` a row at a time."""
-        arrays, capacity = request.arrays(
-            self.config
-        )  # which raises now, not when the first token is asked for
+        arrays, capacity = request.arrays(self.config)  # which raises now, not when the first token is asked for
         begin = functools.partial(self._start, params, arrays, capacity=capacity)
         return stream(request, begin, functools.partial(self._extend, params), chunk)
 

@@ -24,9 +24,7 @@ def check_proposals(
       replace_TB: keys for the second.
     """
     q_TBV, at_RB1 = jnp.pad(q_RBV, ((0, 1), (0, 0), (0, 0))), tokens_RB[:, :, None]
-    p_RB, q_RB = (
-        jnp.take_along_axis(probs_TBV[:-1], at_RB1, axis=2)[:, :, 0] for probs_TBV in (p_TBV, q_TBV)
-    )
+    p_RB, q_RB = (jnp.take_along_axis(probs_TBV[:-1], at_RB1, axis=2)[:, :, 0] for probs_TBV in (p_TBV, q_TBV))
     passes_RB = jax.vmap(jax.vmap(jax.random.uniform))(accept_RB) * q_RB < p_RB
     passed_B = jnp.sum(jnp.cumprod(passes_RB.astype(jnp.int32), axis=0), axis=0)
     rows = jnp.arange(len(passed_B))

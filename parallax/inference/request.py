@@ -46,9 +46,7 @@ class Request:
     @classmethod
     def one(cls, prompt: np.ndarray, *, max_tokens: int, seed: int = 0, **others: Any) -> "Request":
         """A request of one row; sampling settings are given by their names."""
-        settings = SamplingSettings.create(
-            1, **{name: others.pop(name) for name in SETTINGS if name in others}
-        )
+        settings = SamplingSettings.create(1, **{name: others.pop(name) for name in SETTINGS if name in others})
         return cls(prompts=[prompt], settings=settings, seeds=[seed], max_tokens=max_tokens, **others)
 
     def arrays(self, config: TransformerConfig) -> tuple[tuple, int]:
@@ -106,8 +104,7 @@ class Request:
                 )
         if not len(self.seeds) == num_settings == num_rows:
             raise ValueError(
-                f"{num_rows} prompts have {len(self.seeds)} seeds and {num_settings} settings; "
-                "give one a prompt"
+                f"{num_rows} prompts have {len(self.seeds)} seeds and {num_settings} settings; give one a prompt"
             )
         for seed in self.seeds:
             if not 0 <= seed < 2**32:

@@ -73,8 +73,7 @@ def extend(
 
     def take_round(state: Speculation) -> Speculation:
         target, draft = (
-            TransformerLM.from_params(config, weights)
-            for config, weights in zip(configs, params, strict=True)
+            TransformerLM.from_params(config, weights) for config, weights in zip(configs, params, strict=True)
         )
         return _check(target, state, _propose(draft, state, draft_tokens), state.text.active(limit))
 
@@ -119,9 +118,7 @@ def _propose(model: TransformerLM, state: Speculation, count: int) -> _Proposal:
     last_two_B2 = jnp.maximum(slots.lengths[:, None] + jnp.array([[-2, -1]]), 0)
     pair_B2 = jnp.take_along_axis(text.tokens, last_two_B2, axis=1)
     carry = (state.draft_cache, pair_B2, slots.lengths, slots.seen)
-    (cache, _, _, seen_BV), (tokens_RB, probs_RBV, seen_RBV) = jax.lax.scan(
-        step, carry, _keys(text, count, PROPOSE)
-    )
+    (cache, _, _, seen_BV), (tokens_RB, probs_RBV, seen_RBV) = jax.lax.scan(step, carry, _keys(text, count, PROPOSE))
     return _Proposal(tokens_RB, probs_RBV, jnp.concatenate([seen_RBV, seen_BV[None]]), cache)
 
 
@@ -174,8 +171,7 @@ class SpeculativeGenerator:
         self.proposed = self.accepted = 0
         """Tokens that the small model proposed in the latest request so far, and those of them that passed."""
         begin, go_on = (
-            functools.partial(function, self.configs, draft_tokens=draft_tokens)
-            for function in (start, extend)
+            functools.partial(function, self.configs, draft_tokens=draft_tokens) for function in (start, extend)
         )
         self._start = jax.jit(begin, static_argnames="capacity")
         self._extend = jax.jit(go_on, donate_argnums=1)

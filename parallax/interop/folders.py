@@ -73,9 +73,7 @@ def read_model(source: Path, place: Place = abstract_params) -> Run:
 
 def _check_folder(source: Path) -> None:
     if not source.is_dir():
-        raise ValueError(
-            f"{source} must be a Hugging Face folder and is none; download one, and give its path"
-        )
+        raise ValueError(f"{source} must be a Hugging Face folder and is none; download one, and give its path")
 
 
 def export_model(
@@ -114,9 +112,7 @@ def _made(folder: str | Path) -> Iterator[Path]:
     """A folder to fill, which becomes `folder`; nothing stays where it fails."""
     target = Path(folder)
     if is_remote(folder):
-        raise ValueError(
-            f"folder {folder} must be local, since it is renamed when it is whole; copy it afterwards"
-        )
+        raise ValueError(f"folder {folder} must be local, since it is renamed when it is whole; copy it afterwards")
     if target.exists():
         raise ValueError(f"folder {target} exists already; choose another")
     target = target.expanduser().absolute()
@@ -128,9 +124,7 @@ def _made(folder: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(draft, target)
     except OSError as error:
-        raise ValueError(
-            f"folder {target} cannot be written ({error.strerror or error}); choose another"
-        ) from None
+        raise ValueError(f"folder {target} cannot be written ({error.strerror or error}); choose another") from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -158,9 +152,7 @@ def _read_tokenizer(source: Path, values: dict[str, Any], config: TransformerCon
         given = holder.get("eos_token_id")
         ends += [] if given is None else given if isinstance(given, list) else [given]
     if not all(type(token) is int for token in ends):
-        raise ValueError(
-            f"eos_token_id={ends!r} of {source} must be one id or several; restore the model's files"
-        )
+        raise ValueError(f"eos_token_id={ends!r} of {source} must be one id or several; restore the model's files")
     try:
         return HuggingFaceTokenizer(definition, config.vocab_size, tuple(dict.fromkeys(ends)))
     except ValueError as error:

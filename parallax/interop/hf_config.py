@@ -125,9 +125,7 @@ def _refuse_what_differs(values: Values) -> None:
             f"hidden_act={activation!r} in config.json must be silu, which SwiGLU is made of; convert another model"
         )
     if values.get("mlp_bias"):
-        raise ValueError(
-            "mlp_bias=true in config.json is not supported; convert a model without these biases"
-        )
+        raise ValueError("mlp_bias=true in config.json is not supported; convert a model without these biases")
     if values.get("quantization_config"):
         raise ValueError(
             "quantization_config in config.json: quantized weights are not read; take the bfloat16 or float32 model"

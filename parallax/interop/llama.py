@@ -53,9 +53,7 @@ def tensors(config: TransformerConfig) -> tuple[Tensor, ...]:
         for path, parameter in jax.tree_util.tree_leaves_with_path(parameters(config))
     }
     if unknown := sorted(leaves.keys() - NAMES.keys()):
-        raise ValueError(
-            f"{unknown[0]} has no tensor in a Llama, Mistral or Qwen; train without it to export"
-        )
+        raise ValueError(f"{unknown[0]} has no tensor in a Llama, Mistral or Qwen; train without it to export")
     found = []
     for path, (name, parts) in NAMES.items():
         if path in leaves:

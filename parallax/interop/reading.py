@@ -24,9 +24,7 @@ DERIVED = ".rotary_emb.inv_freq"
 """Old files also hold frequencies, which follow from the config."""
 
 
-def read_params(
-    files: TensorFiles, config: TransformerConfig, abstract: Params, piece: int = PIECE
-) -> Params:
+def read_params(files: TensorFiles, config: TransformerConfig, abstract: Params, piece: int = PIECE) -> Params:
     """The parameters of a config from the tensors of a folder.
 
     Args:
@@ -90,9 +88,7 @@ def _is_tied(files: TensorFiles, config: TransformerConfig, name: str, piece: in
     )
 
 
-def _blocks(
-    files: TensorFiles, entry: Tensor, piece: int, shard: Bounds
-) -> Iterator[tuple[list[int], np.ndarray]]:
+def _blocks(files: TensorFiles, entry: Tensor, piece: int, shard: Bounds) -> Iterator[tuple[list[int], np.ndarray]]:
     """(where in the shard, block) for all of a shard that has a tensor; rows that pad a table have none."""
     for layer in range(shard[0].start, shard[0].stop) if entry.is_stacked else [0]:
         own = shard[1:] if entry.is_stacked else shard

@@ -90,9 +90,7 @@ def attend_in_chunks(
     k_chunks, v_chunks = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0)
     # Padded keys get a position that no query reaches; what padded queries compute is cut off below.
     q_at, k_at = _cut(positions[0], chunk, 0), _cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
-    q_in, k_in = (
-        (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
-    )
+    q_in, k_in = (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
 
     @_recomputed
     def one_query_chunk(query, all_keys, dropout_key):

@@ -79,9 +79,7 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
             weights = jnp.exp(scores - log_normaliser)
             of_weights = _einsum("BGRTK,BGSK->BGRTS", of_out, v[:, :, keys])
             of_scores = weights * (of_weights - shared)
-            weights, of_scores = jax.lax.optimization_barrier(
-                (weights.astype(v.dtype), of_scores.astype(q.dtype))
-            )
+            weights, of_scores = jax.lax.optimization_barrier((weights.astype(v.dtype), of_scores.astype(q.dtype)))
             of_q = _einsum("BGRTS,BGSK->BGRTK", of_scores, k[:, :, keys]).astype(q.dtype)
             of_k, of_v = (
                 so_far.at[..., keys].add(_einsum("BGRTK,BGRTS->BGKS", left, right), unique_indices=True)

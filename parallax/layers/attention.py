@@ -39,9 +39,7 @@ class Attention(nnx.Module):
         D, H, G, K = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
         inward = jax.nn.initializers.normal(D**-0.5)
-        outward = jax.nn.initializers.normal(
-            (2 * config.num_layers * H * K) ** -0.5
-        )  # residual sum over 2N branches
+        outward = jax.nn.initializers.normal((2 * config.num_layers * H * K) ** -0.5)  # residual sum over 2N branches
         matrix = functools.partial(param, decays=True, role="hidden")
         into_heads = functools.partial(matrix, inward, inputs=("embed",))
         self.query = into_heads(rngs.params(), (D, H, K), ("embed", "heads", "head_dim"))
@@ -85,9 +83,7 @@ class Attention(nnx.Module):
         if by_blocks:
             heads_BTHK = self._attend_by_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
         else:
-            heads_BTHK = self._attend(
-                q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key
-            )
+            heads_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key)
         y_BTD = jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype))
         if self.config.attention_out_bias:
             y_BTD += read(self.out_bias, x_BTD.dtype)[None, None]
@@ -100,9 +96,7 @@ class Attention(nnx.Module):
         queries, keys = ("batch", "length", "act_heads", None), ("batch", None, "act_kv_heads", None)
         function = BY_BLOCKS[self.config.attention]
         on_device = functools.partial(function, window=self.config.sliding_window)
-        return local(on_device, (queries, keys, keys, ("batch", None)), queries)(
-            q_BTHK, k_BTGK, v_BTGK, segments_BT
-        )
+        return local(on_device, (queries, keys, keys, ("batch", None)), queries)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
     def _attend(
         self,

@@ -26,15 +26,11 @@ class KVCache:
     values: jax.Array | tuple[jax.Array, ...]
 
     @classmethod
-    def create(
-        cls, config: TransformerConfig, batch_size: int, capacity: int, *, listed: bool = False
-    ) -> "KVCache":
+    def create(cls, config: TransformerConfig, batch_size: int, capacity: int, *, listed: bool = False) -> "KVCache":
         """An empty cache for sequences of up to `capacity` tokens."""
         shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
         if listed:
-            keys, values = (
-                tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2)
-            )
+            keys, values = (tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)) for _ in range(2))
         else:
             keys, values = (jnp.zeros((config.num_layers, *shape), config.dtype) for _ in range(2))
         return cls(keys=keys, values=values)
@@ -111,9 +107,7 @@ class LayerCache:
             # With heads as a slice XLA copies a lone row's cache four times a token on CPUs, which take NANO 1.5 times
             # as long. Over a mesh a slice is better: named, heads are gathered from all devices.
             at = (rows_B1[..., None], jnp.arange(G), slots_BT[..., None])
-        return dataclasses.replace(
-            self, keys=self.keys.at[at].set(k_BTGK), values=self.values.at[at].set(v_BTGK)
-        )
+        return dataclasses.replace(self, keys=self.keys.at[at].set(k_BTGK), values=self.values.at[at].set(v_BTGK))
 
     def read(self) -> tuple[jax.Array, jax.Array]:
         """This layer's keys and values, [B, S, G, K]."""

@@ -28,9 +28,7 @@ class Embedding(nnx.Module):
         self.vocab_size, rows = config.vocab_size, config.table_rows
         init = jax.nn.initializers.normal(0.25 * config.embed_dim**-0.5)
         shape, inputs = (rows, config.embed_dim), ("embed",) if role == "output" else ()
-        self.table = param(
-            init, rngs.params(), shape, ("vocab", "embed"), inputs=inputs, decays=True, role=role
-        )
+        self.table = param(init, rngs.params(), shape, ("vocab", "embed"), inputs=inputs, decays=True, role=role)
 
     def whole(self) -> jax.Array:
         """The table [W, D] in the compute dtype; read once for several uses, its shards travel once."""

@@ -42,9 +42,7 @@ class SwiGLU(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
         inward = jax.nn.initializers.normal(D**-0.5)
-        outward = jax.nn.initializers.normal(
-            (2 * config.num_layers * F) ** -0.5
-        )  # residual sum over 2N branches
+        outward = jax.nn.initializers.normal((2 * config.num_layers * F) ** -0.5)  # residual sum over 2N branches
         matrix = functools.partial(param, decays=True, role="hidden")
         self.gate = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
         self.up = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))

@@ -64,6 +64,4 @@ def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, omega: np.ndarray) -> jax
     angle = positions_BT[:, :, None, None].astype(wide) * jnp.asarray(omega, wide)[None, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x_BTHK.astype(wide), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(
-        x_BTHK.dtype
-    )
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTHK.dtype)

@@ -35,9 +35,7 @@ class TransformerBlock(nnx.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] to [B, T, D], and the cache with these tokens in it."""
         keys = (None, None, None) if dropout_key is None else jax.random.split(dropout_key, 3)
-        attended, cache = self.attention(
-            self.attention_norm(x_BTD), positions_BT, segments_BT, cache, keys[0]
-        )
+        attended, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segments_BT, cache, keys[0])
         x_BTD = x_BTD + dropout(attended, self.dropout_rate, keys[1])
         x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout_rate, keys[2])
         return constrain(x_BTD, "batch", "length", "act_embed"), cache

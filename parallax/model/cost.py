@@ -123,9 +123,7 @@ class StepCost:
         runs = 4.5 + (config.remat != "none")
         return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
 
-    def temporary_bytes(
-        self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float = 0.0
-    ) -> float:
+    def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float = 0.0) -> float:
         """What a device's main memory holds beside state and batch at the fullest moment of a step.
 
         Args:
@@ -229,7 +227,5 @@ class StepCost:
             ("all-reduce", "sequence"): (sequence, config.num_layers * 2 * keys + 2 * 4 * (blocks + tables)),
         }
         return [
-            Sent(kind, axis, amount * (size - 1) / size)
-            for (kind, axis), (size, amount) in found.items()
-            if size > 1
+            Sent(kind, axis, amount * (size - 1) / size) for (kind, axis), (size, amount) in found.items() if size > 1
         ]

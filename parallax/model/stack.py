@@ -82,9 +82,7 @@ class LayerStack:
         if cache is None:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self._config.remat], prevent_cse=False)
         unroll = cache is None and self._config.layer_loop == "unroll"
-        return jax.lax.scan(block, carry, (self._weights, jnp.arange(depth), dropout_keys_N), unroll=unroll)[
-            0
-        ]
+        return jax.lax.scan(block, carry, (self._weights, jnp.arange(depth), dropout_keys_N), unroll=unroll)[0]
 
 
 def is_listed(params: Params) -> bool:

@@ -76,9 +76,7 @@ class TransformerLM(nnx.Module):
         `table_WD` is the input embedding where it was read already.
         """
         if cache is not None and positions is None:
-            raise ValueError(
-                "positions=None says not which slots of the cache to write; give positions [B, T]"
-            )
+            raise ValueError("positions=None says not which slots of the cache to write; give positions [B, T]")
         if cache is not None and segments is not None:
             raise ValueError("a cache does not separate segments; give one document a row, without segments")
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers + 1)
@@ -114,9 +112,7 @@ def parameters(config: TransformerConfig) -> Params:
       ValueError: a parameter was not made by `axes.param`.
     """
     _, abstract = _abstract(config, False)
-    return nnx.to_pure_dict(
-        jax.tree.map(describe, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    )
+    return nnx.to_pure_dict(jax.tree.map(describe, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
 def param_axes(config: TransformerConfig) -> Params:

@@ -36,13 +36,9 @@ def listen(host: str, port: int, key: str) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError) as error:
-        raise ValueError(
-            f"--host {host!r} must be an address of this machine ({error}); try 127.0.0.1"
-        ) from None
+        raise ValueError(f"--host {host!r} must be an address of this machine ({error}); try 127.0.0.1") from None
     if not key and not is_loopback(str(address[0])):
-        raise ValueError(
-            f"--host {host} is open to other machines and needs --api-key; give one, or leave --host out"
-        )
+        raise ValueError(f"--host {host} is open to other machines and needs --api-key; give one, or leave --host out")
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

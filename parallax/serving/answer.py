@@ -113,9 +113,7 @@ class Answer:
             "model": model,
         }
         self._texts = [
-            AnswerText(tokenizer, prompt, ask.stops, echo=ask.echo)
-            for prompt in ask.prompts
-            for _ in range(ask.n)
+            AnswerText(tokenizer, prompt, ask.stops, echo=ask.echo) for prompt in ask.prompts for _ in range(ask.n)
         ]
         self._unfinished = len(self._texts)
 
@@ -129,8 +127,7 @@ class Answer:
             marks[number] += piece.marks
             finishes[number] = piece.finish
         choices = [
-            self._choice(number, Piece(*parts))
-            for number, parts in enumerate(zip(texts, marks, finishes, strict=True))
+            self._choice(number, Piece(*parts)) for number, parts in enumerate(zip(texts, marks, finishes, strict=True))
         ]
         return {**self._head, "choices": choices, "usage": self._usage()}
 

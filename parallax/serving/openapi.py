@@ -110,8 +110,5 @@ def _responses(words: str, content: dict[str, Any], errors: dict[str, str]) -> d
     error = {"application/json": _named("Error")}
     return {
         "200": {"description": words, "content": content},
-        **{
-            status: {"description": reason, "content": error}
-            for status, reason in {**COMMON, **errors}.items()
-        },
+        **{status: {"description": reason, "content": error} for status, reason in {**COMMON, **errors}.items()},
     }

@@ -197,9 +197,7 @@ def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
             "anyOf": [{"type": "null"}, stop, {"type": "array", "items": stop, "maxItems": 4}],
         },
         "seed": _optional("integer", None, minimum=0, maximum=2**32 - 1)
-        | {
-            "description": "Answer i of a prompt is the only answer of seed + i; without a seed one is drawn."
-        },
+        | {"description": "Answer i of a prompt is the only answer of seed + i; without a seed one is drawn."},
         "user": _optional("string", None),
         # What follows is taken only where it asks for nothing.
         "best_of": {"enum": [None, 1]},

@@ -79,6 +79,4 @@ def to_utf8(text: str) -> bytes:
 def check_id(token_id: int, vocab_size: int) -> None:
     """Raises ValueError for an id outside the vocabulary, which an index would take from the other end."""
     if not 0 <= token_id < vocab_size:
-        raise ValueError(
-            f"token id {token_id} must be from 0 to {vocab_size - 1}; use the model's own tokenizer"
-        )
+        raise ValueError(f"token id {token_id} must be from 0 to {vocab_size - 1}; use the model's own tokenizer")

@@ -114,9 +114,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             if "ByteLevel" in kinds:
                 byte_of, drops_space = byte_of_character(), False
-                spelled = {
-                    token: bytes(byte_of[character] for character in piece) for token, piece in pieces.items()
-                }
+                spelled = {token: bytes(byte_of[character] for character in piece) for token, piece in pieces.items()}
             elif "ByteFallback" in kinds:
                 drops_space = any(step["type"] in ("Strip", "Metaspace") for step in steps)
                 spelled = {token: _piece_bytes(piece) for token, piece in pieces.items()}

@@ -75,6 +75,4 @@ def tokenizer_from_json(definition: dict[str, Any]) -> Tokenizer:
             "end_ids": list(ends),
         }:
             return HuggingFaceTokenizer(inner, size, ends)
-    raise ValueError(
-        "its kind must be char, byte, bpe or hugging_face, with that kind's fields; save it again"
-    )
+    raise ValueError("its kind must be char, byte, bpe or hugging_face, with that kind's fields; save it again")

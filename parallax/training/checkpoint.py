@@ -164,9 +164,7 @@ class Checkpointer:
         self._folder.check(chosen, under="documents/")
         return dict(ocp.JsonCheckpointHandler().restore(self._folder.path(chosen) / "documents"))
 
-    def _choose(
-        self, step: int | None, order: Callable[[], list[int]], set_aside: bool = False
-    ) -> int | None:
+    def _choose(self, step: int | None, order: Callable[[], list[int]], set_aside: bool = False) -> int | None:
         """`step`, verified, or else the first intact step in that order; None where there is none."""
         if step is not None:
             self._folder.check(self._folder.require(step))

@@ -117,9 +117,7 @@ class StoredArray:
         dim = next(dim for dim, nbytes in enumerate(row_bytes) if nbytes <= PIECE_BYTES)
         step = PIECE_BYTES // row_bytes[dim]
         inner, behind = block[dim + 1 :], self._chunk[dim + 1 :]
-        part = tuple(
-            slice(s.start - first, s.stop - first) for s, first in zip(inner, origin[dim + 1 :], strict=True)
-        )
+        part = tuple(slice(s.start - first, s.stop - first) for s, first in zip(inner, origin[dim + 1 :], strict=True))
         for outer in itertools.product(*(range(s.start, s.stop) for s in block[:dim])):
             for start in range(block[dim].start, block[dim].stop, step):
                 stop = min(start + step, block[dim].stop)

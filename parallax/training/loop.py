@@ -91,9 +91,7 @@ def train(
       Exception: whatever `check` raises; nothing is saved after it.
     """
     meter = _Meter(stopwatch, step_flops, peak_flops)
-    pending: tuple[int, dict[str, jax.Array]] | None = (
-        None  # dispatched, not yet read: the host runs a step ahead
-    )
+    pending: tuple[int, dict[str, jax.Array]] | None = None  # dispatched, not yet read: the host runs a step ahead
     done = start
     while done < config.steps:
         with stopwatch.timing("data"):

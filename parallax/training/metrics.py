@@ -57,9 +57,7 @@ class MetricsWriter:
         self._file.write(_line({"step": int(step), **numbers}))
         self._file.flush()
         finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
-        if (
-            self._events is None
-        ):  # not before: tensorboardX is slow to import, and the first step need not wait for it
+        if self._events is None:  # not before: tensorboardX is slow to import, and the first step need not wait for it
             self._events = _Events(self._folder, self._first)
         self._events.write(int(step), finite)
 
@@ -89,9 +87,7 @@ class _Events:
         self._append(first, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        values = [
-            self._summary.Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()
-        ]
+        values = [self._summary.Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
         self._append(step, summary=self._summary.Summary(value=values))
 
     def close(self) -> None:

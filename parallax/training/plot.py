@@ -35,14 +35,10 @@ def plot_loss(run_dir: str | os.PathLike) -> None:
         axes.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35, label="training")
         axes.plot(steps, smooth(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
     if len(eval_steps):
-        axes.plot(
-            eval_steps, eval_losses, "o-", color="tab:orange", markersize=4, linewidth=1.2, label="evaluation"
-        )
+        axes.plot(eval_steps, eval_losses, "o-", color="tab:orange", markersize=4, linewidth=1.2, label="evaluation")
         best = int(np.argmin(eval_losses))
         label = f"best: {eval_losses[best]:.4f} at step {eval_steps[best]:.0f}"
-        axes.plot(
-            eval_steps[best], eval_losses[best], "*", color="tab:red", markersize=13, zorder=3, label=label
-        )
+        axes.plot(eval_steps[best], eval_losses[best], "*", color="tab:red", markersize=13, zorder=3, label=label)
     axes.set(xlabel="step", ylabel="loss (nats/token)", title=folder.resolve().name)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -39,9 +39,7 @@ class TrainingProgress:
         now = time.monotonic()
         self._reference = self._reference or (now, step)
         self._latest |= {name: float(latest[name]) for name in _NAMES if name in latest}
-        shown = "  ".join(
-            text.format(self._latest[name]) for name, text in _NAMES.items() if name in self._latest
-        )
+        shown = "  ".join(text.format(self._latest[name]) for name, text in _NAMES.items() if name in self._latest)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, latest=shown)
         elif latest:

@@ -45,15 +45,12 @@ def state_axes(config: TransformerConfig, init_state: Callable[[], TrainState]) 
     Optimizer moments mirror the tree of parameters: a leaf whose path ends in a parameter's path is placed like it.
     """
     names = {
-        tuple(path): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(param_axes(config), is_leaf=_is_spec)
+        tuple(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(param_axes(config), is_leaf=_is_spec)
     }
 
     def of(path, leaf) -> PartitionSpec:
         suffixes = (tuple(path[start:]) for start in range(len(path)))
-        return next(
-            (names[suffix] for suffix in suffixes if suffix in names), PartitionSpec(*[None] * leaf.ndim)
-        )
+        return next((names[suffix] for suffix in suffixes if suffix in names), PartitionSpec(*[None] * leaf.ndim))
 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(init_state))
 

@@ -74,19 +74,13 @@ def topology_devices(accelerator: Accelerator) -> list[Any]:
 
     options = {"chip_config_name": "megacore"} if accelerator.generation.name == "v4" else {}
     try:
-        described = topologies.get_topology_desc(
-            platform="tpu", topology_name=accelerator.topology, **options
-        )
+        described = topologies.get_topology_desc(platform="tpu", topology_name=accelerator.topology, **options)
     except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"topology={accelerator.name} is unknown to libtpu ({_one_line(error)}); try v3-8"
-        ) from None
+        raise ValueError(f"topology={accelerator.name} is unknown to libtpu ({_one_line(error)}); try v3-8") from None
     return list(described.devices)
 
 
-def compile_step(
-    lowered: jax.stages.Lowered, topology: str, mesh_shape: Mapping[str, int], cache: Path
-) -> Report:
+def compile_step(lowered: jax.stages.Lowered, topology: str, mesh_shape: Mapping[str, int], cache: Path) -> Report:
     """Compiles a step that was lowered for the devices of a topology, or finds the report of an equal program.
 
     Args:

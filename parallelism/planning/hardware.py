@@ -50,13 +50,9 @@ GENERATIONS = {
         Generation("v2", "TPU v2", 45e12, 16 * GIB, 700e9, 62e9, 2, 256, devices_per_chip=2, splash=False),
         Generation("v3", "TPU v3", 123e12, 32 * GIB, 900e9, 100e9, 2, 1024, devices_per_chip=2, splash=False),
         Generation("v4", "TPU v4", 275e12, 32 * GIB, 1200e9, 45e9, 3, 4096, on_chip=ON_CHIP),
-        Generation(
-            "v5e", "TPU v5 lite", 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
-        ),
+        Generation("v5e", "TPU v5 lite", 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP),
         Generation("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 90e9, 3, 4096),
-        Generation(
-            "v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
-        ),
+        Generation("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP),
     )
 }
 ALIASES = {"v5litepod": "v5e"}
@@ -122,9 +118,7 @@ def accelerator(name: str) -> Accelerator:
 def _slices(generation: Generation) -> list[int]:
     """The chips of each slice: powers of two, of which the smallest pods lack one."""
     least, missing = (4, 8 if generation.torus_dims == 2 else 0) if generation.cores_per_name == 2 else (1, 2)
-    return [
-        2**power for power in range(13) if least <= 2**power <= generation.largest and 2**power != missing
-    ]
+    return [2**power for power in range(13) if least <= 2**power <= generation.largest and 2**power != missing]
 
 
 def _torus(chips: int, dims: int) -> tuple[int, ...]:

@@ -106,9 +106,7 @@ FORMS = {
 }
 
 
-def result(
-    batch_size: int, new_tokens: int, needed: float, found: Rounds
-) -> dict[str, dict[str, list[float]]]:
+def result(batch_size: int, new_tokens: int, needed: float, found: Rounds) -> dict[str, dict[str, list[float]]]:
     """Under FORMS what was measured, round by round, for each contender; a step reads `needed` bytes."""
     rates = [each["bytes_per_second"] for each in found[MEMORY]]
     first, whole = (

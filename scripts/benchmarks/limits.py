@@ -25,9 +25,7 @@ BUFFER = 2**31
 
 def limits(args: Sequence[str]) -> int:
     """Measures both in turn; returns 0."""
-    flags = parse(
-        Timing, description="Measure the matmuls and the reads of memory of this machine.", args=args
-    )
+    flags = parse(Timing, description="Measure the matmuls and the reads of memory of this machine.", args=args)
     busy = begin()
     with contextlib.ExitStack() as stack:
         torch = importlib.util.find_spec("torch") is not None

@@ -57,9 +57,7 @@ def training(setting: str, strategy: str, weights: str) -> tuple[dict[str, Any],
     keep_large_buffers()
     shape = read_setting(setting)
     # Losses of others have no z-loss.
-    config = TrainConfig(
-        batch_size=shape.batch_size, seq_len=shape.seq_len, seed=SEED, z_loss=0.0, steps=10**6
-    )
+    config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, seed=SEED, z_loss=0.0, steps=10**6)
     _, placement, step, _ = build(
         Flags(
             strategy=strategy,  # pyright: ignore[reportArgumentType]: checked where strategies are made

@@ -81,9 +81,7 @@ def begin() -> float:
             file=sys.stderr,
         )
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
-    print(
-        f"{found['processor']}, {found['cores']} cores, {found['memory_gib']:.0f} GiB, {found['system']}; {named}"
-    )
+    print(f"{found['processor']}, {found['cores']} cores, {found['memory_gib']:.0f} GiB, {found['system']}; {named}")
     return busy
 
 

@@ -62,9 +62,7 @@ class Flags(Timing):
         if self.model not in PRESETS:
             raise ValueError(f"model {self.model!r} is not one of {', '.join(PRESETS)}; try small")
         if self.clients < 2:
-            raise ValueError(
-                f"clients={self.clients} must be at least 2, since one is measured anyway; try 16"
-            )
+            raise ValueError(f"clients={self.clients} must be at least 2, since one is measured anyway; try 16")
 
 
 class Server:
@@ -123,9 +121,7 @@ class Clients:
         connection = http.client.HTTPConnection(self.address.removeprefix("http://"))
         body = {"model": self.model, "prompt": prompt, "max_tokens": self.new_tokens, "temperature": 0}
         with contextlib.closing(connection):
-            connection.request(
-                "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
-            )
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             answer = json.loads(connection.getresponse().read())
         if answer.get("usage", {}).get("completion_tokens") != self.new_tokens:
             raise RuntimeError(f"{self.name} got no answer of {self.new_tokens} tokens: {answer}")
@@ -140,16 +136,13 @@ def serve(args: Sequence[str]) -> int:
         run = train_one_step(flags.model, folder)
         trees = {"serve": TREE} | ({BEFORE: Path(flags.against)} if flags.against else {})
         servers = {
-            name: stack.enter_context(contextlib.closing(Server(tree, run, flags)))
-            for name, tree in trees.items()
+            name: stack.enter_context(contextlib.closing(Server(tree, run, flags))) for name, tree in trees.items()
         }
         contenders = []
         for count in (1, flags.clients):
             asked = prompts(MODELS[flags.model], count, flags.prompt_tokens)
             for name, server in servers.items():
-                contenders.append(
-                    Clients(f"{name} × {count}", server.address, run.name, asked, flags.new_tokens)
-                )
+                contenders.append(Clients(f"{name} × {count}", server.address, run.name, asked, flags.new_tokens))
             spec = {"model": flags.model, "batch_size": count, "weights": str(folder / "weights")}
             spec |= {"prompt_tokens": flags.prompt_tokens, "new_tokens": flags.new_tokens}
             contenders.append(Worker(f"generate × {count}", "decode-parallax", **spec))
@@ -178,8 +171,7 @@ def result(new_tokens: int, found: Rounds) -> dict[str, dict[str, list[float]]]:
     """Under FORMS what was measured, round by round, for each contender `KIND × COUNT`."""
     kinds = {name: name.split(" × ") for name in found}
     speeds = {
-        name: [int(count) * new_tokens / each["whole"] for each in found[name]]
-        for name, (_, count) in kinds.items()
+        name: [int(count) * new_tokens / each["whole"] for each in found[name]] for name, (_, count) in kinds.items()
     }
     return {
         name: {

@@ -54,9 +54,7 @@ def training(setting: str, model: str, weights: str) -> tuple[dict[str, Any], Me
     matrices = {"params": [p for p in parameters if p.ndim > 1], "weight_decay": LEARNING.weight_decay}
     vectors = {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}
     betas = (LEARNING.beta1, LEARNING.beta2)
-    optimizer = torch.optim.AdamW(
-        [matrices, vectors], lr=LEARNING.learning_rate, betas=betas, eps=1e-8, fused=True
-    )
+    optimizer = torch.optim.AdamW([matrices, vectors], lr=LEARNING.learning_rate, betas=betas, eps=1e-8, fused=True)
     text, done = samples(shape), 0
 
     def loss_of(inputs, targets):

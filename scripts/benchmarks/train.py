@@ -51,9 +51,7 @@ def check_contenders(names: list[str]) -> None:
     """Raises ValueError for a contender that is unknown, missing on this machine, or has no weights to begin with."""
     for name in names:
         if name not in (*STRATEGIES, *NEEDED):
-            raise ValueError(
-                f"contender {name!r} is not one of {', '.join((*STRATEGIES, *NEEDED))}; leave it out"
-            )
+            raise ValueError(f"contender {name!r} is not one of {', '.join((*STRATEGIES, *NEEDED))}; leave it out")
         if name in NEEDED:
             require(name)
     if names[0] not in STRATEGIES:
@@ -120,9 +118,7 @@ def result(setting: Setting, found: Rounds) -> dict[str, dict[str, list[float]]]
     flops = step_flops(setting.model, setting.batch_size, setting.seq_len) / setting.tokens
     peaks = [each["flops"] for each in found[PEAK]]
     speeds = {
-        name: [setting.tokens / each["each"] for each in rounds]
-        for name, rounds in found.items()
-        if name != PEAK
+        name: [setting.tokens / each["each"] for each in rounds] for name, rounds in found.items() if name != PEAK
     }
     first = next(iter(speeds.values()))
     return {

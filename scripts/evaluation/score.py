@@ -68,9 +68,7 @@ def _sizes(flags: Flags, config: TransformerConfig, settings: dict[str, Any]) ->
         )
     stride = max(1, window // 2) if flags.stride is None else flags.stride
     if stride > window:
-        raise ValueError(
-            f"--stride {stride} must not exceed the window of {window}; try --stride {window // 2}"
-        )
+        raise ValueError(f"--stride {stride} must not exceed the window of {window}; try --stride {window // 2}")
     return window, stride
 
 
@@ -105,9 +103,7 @@ def _score(
     compiled = strategy.compile_evaluation(make_evaluation(config))
     nats, tokens = 0.0, 0
     console = Console(stderr=True)
-    for batch in track(
-        given, "windows", total, console=console, disable=not console.is_terminal, transient=True
-    ):
+    for batch in track(given, "windows", total, console=console, disable=not console.is_terminal, transient=True):
         loss, count = jax.device_get(compiled(params, batch))
         nats, tokens = nats + float(loss), tokens + int(count)
     return nats, tokens

@@ -11,9 +11,7 @@ import numpy as np
 from parallax.training.loss import NO_TARGET
 
 
-def windows(
-    documents: Sequence[np.ndarray], window: int, stride: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def windows(documents: Sequence[np.ndarray], window: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets), each int32 [window]; targets are NO_TARGET where nothing is scored.
 
     A document's first window scores all of its targets, each further one the last `stride`. Windows are filled up
@@ -38,9 +36,7 @@ def count_windows(lengths: Sequence[int], window: int, stride: int) -> int:
     return sum((length > 1) + -(-more // stride) for length, more in zip(lengths, rest, strict=True))
 
 
-def batches(
-    rows: Iterator[tuple[np.ndarray, np.ndarray]], size: int, window: int
-) -> Iterator[dict[str, np.ndarray]]:
+def batches(rows: Iterator[tuple[np.ndarray, np.ndarray]], size: int, window: int) -> Iterator[dict[str, np.ndarray]]:
     """Windows by the batch; the last batch is filled up with rows in which nothing is scored."""
     batch: list[tuple[np.ndarray, np.ndarray]] = []
     padding = (np.zeros(window, np.int32), np.full(window, NO_TARGET, np.int32))

@@ -8,9 +8,7 @@ from typing import Annotated
 
 import tyro
 
-DESCRIPTION = (
-    "Continue a prompt with a trained model. The text goes to standard output, all else to standard error."
-)
+DESCRIPTION = "Continue a prompt with a trained model. The text goes to standard output, all else to standard error."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +57,4 @@ def check(flags: Flags) -> None:
     if flags.interactive and flags.prompt:
         raise ValueError("--prompt cannot go with --interactive, which reads prompts itself; leave one out")
     if not flags.interactive and not flags.prompt:
-        raise ValueError(
-            "--prompt is empty and must hold text to continue; try --prompt ROMEO:, or --interactive"
-        )
+        raise ValueError("--prompt is empty and must hold text to continue; try --prompt ROMEO:, or --interactive")

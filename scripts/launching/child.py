@@ -83,9 +83,7 @@ class Child:
     def kill(self) -> None:
         """Kills it, and what it started and left in its process group."""
         if not self._finished:
-            with contextlib.suppress(
-                ProcessLookupError, PermissionError
-            ):  # the latter on macOS, for the dead
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter on macOS, for the dead
                 os.killpg(self._popen.pid, signal.SIGKILL)
 
     def finish(self) -> None:

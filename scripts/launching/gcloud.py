@@ -53,9 +53,7 @@ class Tpu:
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", self.name):
-            raise ValueError(
-                f"--name {self.name} must be small letters, digits and dashes; try parallax-dev-tpu"
-            )
+            raise ValueError(f"--name {self.name} must be small letters, digits and dashes; try parallax-dev-tpu")
         if not re.fullmatch(r"[a-z]+-[a-z]+\d-[a-z]", self.zone):
             raise ValueError(f"--zone {self.zone} must be a zone of Google Cloud; try us-central1-a")
         generation, _, size = self.accelerator.partition("-")
@@ -152,9 +150,7 @@ class GcloudError(RuntimeError):
     @property
     def unreachable(self) -> bool:
         """Whether gcloud or ssh failed, not the command on the host."""
-        failed = re.search(
-            r"ERROR: \(gcloud\.(alpha\.)?compute\.", self.words
-        )  # a host's own gcloud may fail too
+        failed = re.search(r"ERROR: \(gcloud\.(alpha\.)?compute\.", self.words)  # a host's own gcloud may fail too
         return self.status == SSH_FAILED or failed is not None
 
 

@@ -67,9 +67,7 @@ def local(args: Sequence[str], train: Path = TRAIN) -> int:
     own, marker, train_flags = split(args)
     flags = parse(LocalFlags, description=DESCRIPTION, args=own)
     if not marker:
-        raise ValueError(
-            "-- is missing before the flags of train.py; try launch.py local --processes 2 -- --steps 100"
-        )
+        raise ValueError("-- is missing before the flags of train.py; try launch.py local --processes 2 -- --steps 100")
     for arg in train_flags:
         if flag_name(arg) in OWN_FLAGS:
             raise ValueError(f"{flag_name(arg)} is given to each process by launch.py; leave it out")
@@ -82,9 +80,7 @@ def local(args: Sequence[str], train: Path = TRAIN) -> int:
     return supervise(local_commands(flags, train_flags, train), restarts=flags.restarts, log_dir=log_dir)
 
 
-def local_commands(
-    flags: LocalFlags, train_flags: Sequence[str], train: Path
-) -> Callable[[int], list[Command]]:
+def local_commands(flags: LocalFlags, train_flags: Sequence[str], train: Path) -> Callable[[int], list[Command]]:
     """From the attempt, 1 at first, to the command of each process. Every attempt has a port of its own."""
     env, ports = local_environment(os.environ, flags.devices), set()
 

@@ -56,13 +56,9 @@ class RunFlags(ChangeFlags):
         if self.restarts < 0:
             raise ValueError(f"restarts={self.restarts} must be at least 0; try --restarts 20")
         if self.max_hours is not None and not 0 < self.max_hours < 10_000:
-            raise ValueError(
-                f"max_hours={self.max_hours:g} must be over 0 and under 10000; try --max-hours 6"
-            )
+            raise ValueError(f"max_hours={self.max_hours:g} must be over 0 and under 10000; try --max-hours 6")
         if not re.fullmatch(r"[A-Za-z0-9][-\w.]*", self.folder_name()):
-            raise ValueError(
-                f"--run-name {self.run_name} must be letters, digits, dashes; try --run-name first"
-            )
+            raise ValueError(f"--run-name {self.run_name} must be letters, digits, dashes; try --run-name first")
 
     def folder_name(self) -> str:
         return self.run_name or self.name
@@ -77,9 +73,7 @@ def run(args: Sequence[str], checkout: Path = CHECKOUT) -> int:
     own, marker, train_flags = split(args)
     flags = parse(RunFlags, description=DESCRIPTION, args=own)
     if not marker:
-        raise ValueError(
-            "-- is missing before the flags of train.py; try launch.py run --bucket B -- --steps 100"
-        )
+        raise ValueError("-- is missing before the flags of train.py; try launch.py run --bucket B -- --steps 100")
     bucket = flags.required_bucket()
     _check(train_flags)
     commit = _commit(checkout, flags.allow_dirty)
@@ -96,9 +90,7 @@ def run(args: Sequence[str], checkout: Path = CHECKOUT) -> int:
         return _train(flags, checkout, commands, training, signals)
 
 
-def _train(
-    flags: RunFlags, checkout: Path, commands: HostCommands, training: Training, signals: Signals
-) -> int:
+def _train(flags: RunFlags, checkout: Path, commands: HostCommands, training: Training, signals: Signals) -> int:
     """From the first command to the last lines."""
     status, refused, closed = FAILED, False, None
     try:
@@ -185,9 +177,7 @@ def _check(train_flags: Sequence[str]) -> None:
         if flag_name(arg) in OWN_FLAGS:
             raise ValueError(f"{flag_name(arg)} is what the hosts of a TPU know by themselves; leave it out")
         if flag_name(arg) == "--output-dir":
-            raise ValueError(
-                "--output-dir is chosen by launch.py run; leave it out, and give --run-name before --"
-            )
+            raise ValueError("--output-dir is chosen by launch.py run; leave it out, and give --run-name before --")
     if "--resume" not in train_flags:  # it takes its other flags from the run folder
         from scripts.training.flags import read_flags
 
@@ -212,6 +202,4 @@ def _git(checkout: Path, *words: str) -> bytes:
         raise ValueError("git is not on PATH, and names the commit to ship; install it") from None
     except subprocess.CalledProcessError as error:
         said = " ".join(error.stderr.decode(errors="replace").split())
-        raise ValueError(
-            f"git {words[0]} failed in {checkout} ({said}); launch from a git checkout"
-        ) from None
+        raise ValueError(f"git {words[0]} failed in {checkout} ({said}); launch from a git checkout") from None

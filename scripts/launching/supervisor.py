@@ -180,9 +180,7 @@ def _make_attempt(log_dir: Path) -> Path:
     try:
         folder.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(
-            f"log folder {folder} cannot be made ({error.strerror}); try another --log-dir"
-        ) from None
+        raise ValueError(f"log folder {folder} cannot be made ({error.strerror}); try another --log-dir") from None
     return folder
 
 

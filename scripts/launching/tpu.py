@@ -70,17 +70,13 @@ class TpuFlags:
 
     def required_bucket(self) -> str:
         if self.bucket is None:
-            raise ValueError(
-                "--bucket is missing; give the bucket for runs and logs, as in --bucket my-bucket"
-            )
+            raise ValueError("--bucket is missing; give the bucket for runs and logs, as in --bucket my-bucket")
         return self.bucket
 
     def down_command(self) -> str:
         """What deletes the TPU."""
         project = [] if self.project is None else ["--project", self.project]
-        return shlex.join(
-            ["python", "scripts/launch.py", "down", "--name", self.name, "--zone", self.zone, *project]
-        )
+        return shlex.join(["python", "scripts/launch.py", "down", "--name", self.name, "--zone", self.zone, *project])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +115,7 @@ def status(args: Sequence[str]) -> int:
         if node is None:
             print(f"there is no TPU {flags.name} in {flags.zone}, and none of that name bills")
             return 0
-        print(
-            f"{flags.name} is {node.state}: {node.accelerator}, {node.hosts} host(s) {node.health}".rstrip()
-        )
+        print(f"{flags.name} is {node.state}: {node.accelerator}, {node.hosts} host(s) {node.health}".rstrip())
         if node.ready:
             line = "[ ! -e parallax/current ] || bash parallax/current/scripts/launching/host.sh report"
             try:
@@ -154,9 +148,7 @@ def logs(args: Sequence[str]) -> int:
 
 def down(args: Sequence[str]) -> int:
     """Deletes the TPU and its queued resource. Raises ValueError if a flag is wrong."""
-    flags = parse(
-        ChangeFlags, description="Delete the TPU and its queued resource, if they exist.", args=args
-    )
+    flags = parse(ChangeFlags, description="Delete the TPU and its queued resource, if they exist.", args=args)
     tpu = flags.tpu()
     if flags.dry_run:
         return show([tpu.describe_queued(), tpu.delete_queued(), tpu.describe(), tpu.delete()])

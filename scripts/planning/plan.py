@@ -108,9 +108,7 @@ class Plan:
                 batch_size=flags.batch_size,
                 seq_len=flags.seq_len,
             )
-            fits = functools.partial(
-                is_legal, rules=rules, shapes=shapes, state_axes=build.axes, layout=layout
-            )
+            fits = functools.partial(is_legal, rules=rules, shapes=shapes, state_axes=build.axes, layout=layout)
             laid = [
                 (dataclasses.replace(layout, mesh=mesh_text(sizes, self._slice)), sizes)
                 for sizes in legal_meshes(devices, fits)
@@ -151,9 +149,7 @@ class Plan:
         except OSError as error:
             raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
         console.print(f"The plan is also in {path}.", highlight=False)
-        vocabulary = (
-            f"Planned for a vocabulary of {flags.model.vocab_size:,}; train.py takes its tokenizer's."
-        )
+        vocabulary = f"Planned for a vocabulary of {flags.model.vocab_size:,}; train.py takes its tokenizer's."
         console.print(vocabulary, highlight=False)
         if not fitting:
             print("No layout that was compiled fits; try a smaller --batch-size, or a larger slice.")
@@ -183,9 +179,7 @@ def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> B
     train = TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)
     init_state, axes = bind_state(config, train, flags.optimizer)
     make_step = functools.partial(bind_step, config, train, flags.optimizer)
-    cost = StepCost(
-        config=config, batch_size=flags.batch_size, seq_len=flags.seq_len, microbatches=microbatches
-    )
+    cost = StepCost(config=config, batch_size=flags.batch_size, seq_len=flags.seq_len, microbatches=microbatches)
     tokens = jax.ShapeDtypeStruct((flags.batch_size, flags.seq_len), np.int32)
     batch = {"inputs": tokens, "targets": tokens}
     return Build(init_state, axes, make_step, batch, cost, attention)

@@ -66,10 +66,7 @@ def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
         row.attention,
         row.source,
         _verdict(row, sliced),
-        *(
-            f"{size / GIB:.2f}"
-            for size in (row.peak_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)
-        ),
+        *(f"{size / GIB:.2f}" for size in (row.peak_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)),
         f"{row.flops / 1e12:.2f}",
         f"{row.sent_bytes / 1e9:.2f}",
         *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
@@ -84,9 +81,7 @@ def _verdict(row: Row, sliced: Accelerator) -> str:
     return "yes" if row.report.fits else f"no: {row.report.error}"
 
 
-def plan_to_json(
-    rows: Sequence[Row], sliced: Accelerator, asked: Flags, commands: Mapping[str, str]
-) -> dict[str, Any]:
+def plan_to_json(rows: Sequence[Row], sliced: Accelerator, asked: Flags, commands: Mapping[str, str]) -> dict[str, Any]:
     """All rows, best first: sizes in bytes and times in seconds, a device's share."""
     return {
         "topology": sliced.name,

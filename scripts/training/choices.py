@@ -78,9 +78,7 @@ def choose_accumulate(flags: Flags, platform: str, devices: int) -> int:
     train = flags.train
     if train.accumulate:
         return train.accumulate
-    alone = flags.strategy != "mesh" or (
-        flags.mesh.partition("=")[0] in ("", "data") and "," not in flags.mesh
-    )
+    alone = flags.strategy != "mesh" or (flags.mesh.partition("=")[0] in ("", "data") and "," not in flags.mesh)
     rows, rest = divmod(train.batch_size, 1 if flags.strategy in (None, "single") else devices)
     if platform != "cpu" or not alone or rest or flags.model.dropout_rate or train.reduction == "exact":
         return 1

@@ -24,9 +24,7 @@ from parallax.run_folder import read_settings
 from parallax.storage import open_folder
 from scripts.common.command_line import parse
 
-DESCRIPTION = (
-    "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
-)
+DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
 
 LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
 """What a resumed run may change without changing what it computes, but that `accumulate` changes dropout's masks."""
@@ -108,9 +106,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
     saved = _saved_flags(args)
     default = saved or Flags(model=_first_model(args))
     if saved is None and flag_value(args, "--mode") == "overfit":
-        default = dataclasses.replace(
-            default, train=TrainConfig(batch_size=8)
-        )  # one sentence, a row a device
+        default = dataclasses.replace(default, train=TrainConfig(batch_size=8))  # one sentence, a row a device
     flags = _settle(parse(Flags, default=default, description=DESCRIPTION, args=args))
     if saved is not None:
         _refuse_changes(saved, flags)
@@ -184,9 +180,7 @@ def _saved_flags(args: list[str]) -> Flags | None:
             )
         saved = flags_from_dict(values)
     except (TypeError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} is not the config of a run ({error}); choose another --output-dir"
-        ) from None
+        raise ValueError(f"{path} is not the config of a run ({error}); choose another --output-dir") from None
     # A layout is the command's, not the run's.
     layout = {"mode": None, "strategy": None, "mesh": "", "rules": "default"}
     return dataclasses.replace(saved, **(layout if saved.mode != "overfit" else layout | {"mode": "overfit"}))

@@ -77,9 +77,7 @@ def prepare_job(flags: Flags) -> Job:
         require_corpus(folder, corpus.sha256, corpus.edition)
     tokenizer = _tokenizer(flags, folder, corpus)
     flags = _with_sizes(flags, tokenizer, corpus)
-    training, held_out = prepare(
-        corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1
-    )
+    training, held_out = prepare(corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1)
     layout, strategy, step, evaluate = build(flags)
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)

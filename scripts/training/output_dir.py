@@ -56,9 +56,7 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
         return folder  # nothing says beforehand what may be written there
     parent = next(parent for parent in folder.absolute().parents if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(
-            f"--output-dir {folder} cannot be made in {parent}, which is not writable; choose another"
-        )
+        raise ValueError(f"--output-dir {folder} cannot be made in {parent}, which is not writable; choose another")
     return folder
 
 
@@ -130,9 +128,7 @@ class Workspace:
                 if source.exists():
                     copy.write_bytes(source.read_bytes())
                     written = source.stat().mtime
-                    os.utime(
-                        copy, (written, written)
-                    )  # the summary tells from it when a killed attempt ended
+                    os.utime(copy, (written, written))  # the summary tells from it when a killed attempt ended
                     self._sent[copy] = _version(copy)
 
     def send(self) -> None:

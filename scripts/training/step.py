@@ -22,9 +22,7 @@ def bind_state(
     return init_state, state_axes(model, init_state)
 
 
-def bind_step(
-    model: TransformerConfig, train: TrainConfig, learning: OptimizerConfig, gradients: Callable
-) -> Callable:
+def bind_step(model: TransformerConfig, train: TrainConfig, learning: OptimizerConfig, gradients: Callable) -> Callable:
     """The step, (state, batch) -> (state, metrics), with a strategy's gradient function.
 
     Raises:

@@ -115,17 +115,14 @@ def compare_losses(workshop: Workshop) -> tuple[list[str], bool]:
         reordered = "tensor" in str(layout) or "sequence" in str(layout)
         bound, worst = REORDERED_BOUND if reordered else BOUND, difference(layout, "float32")
         holds = holds and worst < bound
-        table.append(
-            f"| {_described(layout)} | {worst:.1e} | {bound:.0e} | {difference(layout, 'bfloat16'):.1e} |"
-        )
+        table.append(f"| {_described(layout)} | {worst:.1e} | {bound:.0e} | {difference(layout, 'bfloat16'):.1e} |")
     return table, holds
 
 
 def compare_parameters(workshop: Workshop) -> tuple[list[str], bool]:
     """The second table, and whether there is one sha256."""
     hashes = {
-        _described(layout): workshop.run(layout, "--reduction", "exact")[1]
-        for layout in track(EXACT, "parameters")
+        _described(layout): workshop.run(layout, "--reduction", "exact")[1] for layout in track(EXACT, "parameters")
     }
     stations = ", killed; ".join(_described(layout) for layout, _ in JOURNEY)
     hashes[stations] = workshop.travel("--reduction", "exact")
@@ -177,9 +174,7 @@ this kind of processor: others round differently, each in one way of its own.
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="the page to write; by default it is printed")
-    parser.add_argument(
-        "--work-dir", type=Path, help="where runs are kept; by default a folder that is removed"
-    )
+    parser.add_argument("--work-dir", type=Path, help="where runs are kept; by default a folder that is removed")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)

@@ -117,9 +117,7 @@ def _damage(scene: Scene, training: Training, alter: Callable[[Path], None]) -> 
     _kill_one(scene, training)
     step = max(scene.trusted())
     folder = scene.run / "checkpoints" / str(step)
-    file = scene.rng.choice(
-        sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    )
+    file = scene.rng.choice(sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size))
     alter(file)
     scene.damaged = [step]
     return f"{file.relative_to(folder.parent)}"

@@ -23,9 +23,7 @@ def take_picture(run: Path, picture: Path) -> None:
         page.run(SET, "max_tokens", 320)
         page.ask(PROMPT)
         # The alternatives stand below and to the right of their token: of a token far right, they hide little text.
-        unsure = [
-            place for place in enumerate(page.run(TOKENS)) if place[1][0] < UNSURE and place[1][1].strip()
-        ]
+        unsure = [place for place in enumerate(page.run(TOKENS)) if place[1][0] < UNSURE and place[1][1].strip()]
         page.hover(max(unsure, key=lambda place: place[1][2])[0])
         page.driver.save_screenshot(str(picture))
 

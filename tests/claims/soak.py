@@ -80,9 +80,7 @@ def report(lines: list[str], args: argparse.Namespace, seconds: float) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "orbax-checkpoint"))
     command = f"python tests/claims/soak.py --faults {args.faults} --seed {args.seed}"
     command += f"{' --mounts' if args.mounts else ''} --output docs/evidence/soak.md"
-    machine = (
-        f"{os.cpu_count()} cores of {platform.machine()}, with Python {platform.python_version()}, {versions}"
-    )
+    machine = f"{os.cpu_count()} cores of {platform.machine()}, with Python {platform.python_version()}, {versions}"
     return f"""# {args.faults} faults
 
 `{command}` did this in {seconds / 60:.0f} minutes
@@ -98,9 +96,7 @@ real process for each process, struck by one fault; `from step` is the checkpoin
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=5)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="decides the faults, their moments and the layouts"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="decides the faults, their moments and the layouts")
     parser.add_argument("--mounts", action="store_true", help="with a full and a read-only disk; needs root")
     parser.add_argument("--output", type=Path, help="the page to write; by default it is printed")
     args = parser.parse_args()

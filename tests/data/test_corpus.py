@@ -15,9 +15,7 @@ def ignore(line):
 
 def test_text_file_is_read_as_it_is(tmp_path):
     text = "Zwei Zeilen:\r\nüber Ω und 🙂\n"
-    (tmp_path / "my notes.txt").write_bytes(
-        text.encode("utf-8-sig")
-    )  # a mark of the byte order is no character
+    (tmp_path / "my notes.txt").write_bytes(text.encode("utf-8-sig"))  # a mark of the byte order is no character
     lines = []
     corpus = load_corpus(str(tmp_path / "my notes.txt"), notify=lines.append)
     assert corpus.documents == (text,)

@@ -34,9 +34,7 @@ def assert_same(first, second):
 
 def test_batches_have_fixed_shapes_and_types(sides):
     train, held_out = sides
-    batches = take(training_batches(train, batch_size=6, seed=0), 3) + list(
-        evaluation_batches(held_out, batch_size=6)
-    )
+    batches = take(training_batches(train, batch_size=6, seed=0), 3) + list(evaluation_batches(held_out, batch_size=6))
     for batch in batches:
         assert batch.keys() == batches[0].keys()
         for name, array in batch.items():
@@ -62,9 +60,7 @@ def test_batch_depends_on_seed_and_k_alone(sides):
 def test_resuming_at_k_continues_exactly(sides, start):
     train, _ = sides
     whole = take(training_batches(train, batch_size=4, seed=1), 10)
-    for one, two in zip(
-        whole[start:], training_batches(train, batch_size=4, seed=1, start=start), strict=False
-    ):
+    for one, two in zip(whole[start:], training_batches(train, batch_size=4, seed=1, start=start), strict=False):
         assert_same(one, two)
 
 
@@ -79,10 +75,7 @@ def test_rows_of_all_hosts_are_the_global_batch(sides, hosts):
     ):
         whole, shares = make(None), [make(rows) for rows in parts]
         for k, batch in enumerate(whole):
-            joined = {
-                name: np.concatenate([share[k][name] for share in shares])[np.argsort(order)]
-                for name in batch
-            }
+            joined = {name: np.concatenate([share[k][name] for share in shares])[np.argsort(order)] for name in batch}
             assert_same(batch, joined)
     assert_same(
         next(training_batches(train, batch_size=8, seed=3, rows=slice(2, 4))),
@@ -214,9 +207,7 @@ def test_windows_are_the_text_and_its_next_characters(make_corpus):
     train, _ = prepare(corpus, tokenizer, SEQ_LEN)
     text = corpus.documents[0]
     for batch in islice(training_batches(train, batch_size=8, seed=0), 20):
-        for start, inputs, targets in zip(
-            batch["sample_ids"], batch["inputs"], batch["targets"], strict=True
-        ):
+        for start, inputs, targets in zip(batch["sample_ids"], batch["inputs"], batch["targets"], strict=True):
             assert tokenizer.decode(inputs) == text[start : start + SEQ_LEN]
             assert tokenizer.decode(targets) == text[start + 1 : start + SEQ_LEN + 1]
 
@@ -247,9 +238,7 @@ def pairs_of(ids, last_target):
 def document_pieces(batches):
     """The (input, target) pairs of each segment of each row."""
     for batch in batches:
-        for inputs, targets, segments in zip(
-            batch["inputs"], batch["targets"], batch["segments"], strict=True
-        ):
+        for inputs, targets, segments in zip(batch["inputs"], batch["targets"], batch["segments"], strict=True):
             assert (targets[segments == 0] == -1).all()
             for segment in range(1, segments.max() + 1):
                 at = np.flatnonzero(segments == segment)
@@ -278,9 +267,7 @@ def test_epoch_holds_every_row_once_in_an_order_of_its_own(make_corpus):
     corpus = make_corpus("documents")
     train, _ = prepare(corpus, tokenizer_for(corpus), SEQ_LEN)
     rows = len(train.all_ids())
-    batches = islice(
-        training_batches(train, batch_size=5, seed=2), 3 * rows // 5 + 1
-    )  # epochs end inside batches
+    batches = islice(training_batches(train, batch_size=5, seed=2), 3 * rows // 5 + 1)  # epochs end inside batches
     ids = np.concatenate([batch["sample_ids"] for batch in batches])[: 3 * rows].reshape(3, rows)
     np.testing.assert_array_equal(np.sort(ids), np.tile(np.arange(rows), (3, 1)))
     assert len({epoch.tobytes() for epoch in ids}) == 3

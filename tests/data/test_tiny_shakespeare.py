@@ -45,9 +45,7 @@ def test_download_is_checked_kept_and_not_repeated(tmp_path, serve, monkeypatch,
 def test_half_a_download_is_refused_and_not_kept(tmp_path, serve, refused):
     content = CANONICAL_TEXT.encode()
     serve(content, sent=len(content) // 2)
-    with refused(
-        tiny_shakespeare.ADDRESS, f"stopped after {len(content) // 2} of {len(content)} bytes", "run again"
-    ):
+    with refused(tiny_shakespeare.ADDRESS, f"stopped after {len(content) // 2} of {len(content)} bytes", "run again"):
         load()
     assert cached(tmp_path) == []
 

@@ -181,9 +181,7 @@ def test_a_parameter_without_a_label_raises(label):
     with pytest.raises(TypeError, match=label):
         axes.param(jax.random.normal, jax.random.key(0), (4, 2), ("embed", "mlp"), **labels)
     with pytest.raises(ValueError, match=rf"shape \(4, 2\) lacks {label}; make it with axes.param"):
-        axes.describe(
-            nnx.Param(jnp.zeros((4, 2)), out_sharding=("embed", "mlp"), eager_sharding=False, **labels)
-        )
+        axes.describe(nnx.Param(jnp.zeros((4, 2)), out_sharding=("embed", "mlp"), eager_sharding=False, **labels))
 
 
 def test_parameters_and_activations_share_no_name():

@@ -114,9 +114,7 @@ def test_broken_rule_is_named_with_its_value_and_a_remedy(kind, values, field):
 
 
 def test_largest_and_smallest_legal_values_are_accepted():
-    TransformerConfig(
-        vocab_size=1, embed_dim=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, mlp_dim=1
-    )
+    TransformerConfig(vocab_size=1, embed_dim=1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2, mlp_dim=1)
     TrainConfig(steps=1, batch_size=1, seq_len=1, seed=2**31 - 1, label_smoothing=0.0, z_loss=0.0)
     OptimizerConfig(warmup_steps=0, final_rate=0.0, weight_decay=0.0, beta1=0.0, beta2=0.0, clip_norm=0.0)
 

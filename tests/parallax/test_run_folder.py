@@ -26,9 +26,7 @@ def params(number):
 @pytest.fixture
 def folder(tmp_path):
     """A run without checkpoints."""
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model": config_to_dict(CONFIG), "train": {"steps": 20}})
-    )
+    (tmp_path / "config.json").write_text(json.dumps({"model": config_to_dict(CONFIG), "train": {"steps": 20}}))
     save_tokenizer(ByteTokenizer(), tmp_path / "tokenizer.json")
     return tmp_path
 
@@ -49,9 +47,7 @@ def test_the_best_checkpoint_or_the_one_asked_for_is_read_and_nothing_changed(fo
         assert run.settings["train"] == {"steps": 20}
         jax.tree.map(np.testing.assert_array_equal, run.params, params(step))
     assert contents() == before
-    with pytest.raises(
-        ValueError, match=r"checkpoint 15 is asked for, but .* has steps 10, 20, 30; name another"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint 15 is asked for, but .* has steps 10, 20, 30; name another"):
         load_run(folder, 15)
 
 

@@ -35,9 +35,7 @@ class Tiny:
         self.config = TransformerConfig(head_dim=4, mlp_dim=24, **sizes)
         bare = optimizer == "gradient"
         self._optimizer = (
-            optax.identity()
-            if bare
-            else make_optimizer(OptimizerConfig(optimizer=optimizer), parameters(self.config))
+            optax.identity() if bare else make_optimizer(OptimizerConfig(optimizer=optimizer), parameters(self.config))
         )
         self._rate = -1.0 if bare else 1e-2
         self._shapes = jax.eval_shape(lambda: init_params(self.config, jax.random.key(0)))

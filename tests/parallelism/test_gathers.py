@@ -41,9 +41,7 @@ def test_whole_forward_and_the_sum_in_shards_back(mesh, array, large, monkeypatc
     spec = PartitionSpec(*(names if name == "embed" else None for name in logical))
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(np.float32)
-    weights = rng.integers(-8, 8, (8, *shape)).astype(
-        np.float32
-    )  # of each device; sums of integers are exact
+    weights = rng.integers(-8, 8, (8, *shape)).astype(np.float32)  # of each device; sums of integers are exact
 
     def on_device(x, weights):
         def objective(x):

@@ -146,8 +146,7 @@ def pair(script):
         port = str(probe.getsockname()[1])
     with contextlib.ExitStack() as stack:
         yield [
-            stack.enter_context(started(START + script, port, number, JAX_NUM_CPU_DEVICES="2"))
-            for number in ("0", "1")
+            stack.enter_context(started(START + script, port, number, JAX_NUM_CPU_DEVICES="2")) for number in ("0", "1")
         ]
 
 

@@ -40,9 +40,7 @@ def test_state_is_born_in_eighths(fsdp, tiny):
     shardings = jax.tree.map(lambda leaf: leaf.sharding, fsdp.abstract())
     memory = jax.jit(tiny.init_state, out_shardings=shardings).lower().compile().memory_analysis()
     assert memory.output_size_in_bytes < 1.2 * size_of(arrays) / 8  # a table of pointers comes with them
-    assert memory.temp_size_in_bytes < size_of(arrays) / 4, (
-        "no device holds the whole while the state is made"
-    )
+    assert memory.temp_size_in_bytes < size_of(arrays) / 4, "no device holds the whole while the state is made"
 
 
 def test_state_is_split_over_fsdp_and_repeated_over_data(tiny):
@@ -81,9 +79,7 @@ def test_local_functions_see_their_shards(placement):
 
     def centred(x_BT, w_T):
         seen.append((x_BT.shape, w_T.shape))
-        return axes.constrain(
-            x_BT * w_T[None], "batch", "length"
-        )  # nothing is bound inside, so this is no error
+        return axes.constrain(x_BT * w_T[None], "batch", "length")  # nothing is bound inside, so this is no error
 
     names = ("batch", "length"), ("length",)
     x, w = np.arange(16.0, dtype=np.float32).reshape(8, 2), np.array([1, -2], np.float32)

@@ -102,11 +102,7 @@ def test_fsdp_gathers_parameters_where_they_are_used_and_scatters_their_gradient
 def test_an_axis_in_two_parts_sends_no_more_than_a_whole_one():
     """Gathered along one part and then along the other: each byte still travels once."""
     whole, parts = (
-        sum(
-            wire_bytes(each) * each.count
-            for each in read_collectives(compiled_text(mesh))
-            if each.bytes >= SMALL
-        )
+        sum(wire_bytes(each) * each.count for each in read_collectives(compiled_text(mesh)) if each.bytes >= SMALL)
         for mesh in ("fsdp=8", "fsdp=2x4")
     )
     assert parts == pytest.approx(whole, rel=0.01)
@@ -129,9 +125,7 @@ def test_tensor_reduces_twice_a_block_and_twice_back():
     assert set(said) == {("all-reduce", ("tensor",), N), ("all-reduce", ("tensor",), 1)}
     vectors, scalars = FLOAT * B * T * D, FLOAT * B * T
     assert said["all-reduce", ("tensor",), N] == (1 + 1) * vectors + (3 + 2) * vectors
-    assert (
-        2 * vectors + 3 * scalars <= said["all-reduce", ("tensor",), 1] <= 2 * vectors + 3 * scalars + SMALL
-    )
+    assert 2 * vectors + 3 * scalars <= said["all-reduce", ("tensor",), 1] <= 2 * vectors + 3 * scalars + SMALL
     largest = max(collective.bytes for collective in read_collectives(compiled_text("tensor=8")))
     assert largest < FLOAT * B * T * V * 2
 
@@ -147,9 +141,7 @@ def test_sequence_gathers_keys_and_values_alone():
     assert TABLE <= said["all-reduce", axes, 1] <= 2 * TABLE + SMALL
 
 
-@pytest.mark.parametrize(
-    "mesh", ["fsdp=2,tensor=4", "data=2,sequence=2,tensor=2", "fsdp=2,sequence=2,tensor=2"]
-)
+@pytest.mark.parametrize("mesh", ["fsdp=2,tensor=4", "data=2,sequence=2,tensor=2", "fsdp=2,sequence=2,tensor=2"])
 def test_combined_axes_say_what_each_says_alone(mesh):
     """Gathers cross fsdp or sequence alone, and nothing changes places: no all-to-all, no permute."""
     for kind, axes, _ in collectives_of(mesh):

@@ -41,9 +41,7 @@ def test_exact_reduction_keeps_to_rows(tiny):
 
 @pytest.mark.parametrize("reduction", ["mean", "exact"])
 def test_no_shape_is_refused_with_a_remedy(tiny, reduction):
-    with pytest.raises(
-        ValueError, match="mesh=auto finds no shape for 8 devices and batch_size=9; "
-    ) as caught:
+    with pytest.raises(ValueError, match="mesh=auto finds no shape for 8 devices and batch_size=9; ") as caught:
         chosen(tiny, 9, seq_len=9, reduction=reduction)
     chosen(tiny, int(str(caught.value).rpartition(" ")[2]), seq_len=9, reduction=reduction)
 

@@ -79,9 +79,7 @@ def test_devices_drop_different_values_of_equal_rows(strategy):
     assert results["tokens"] == 8
     heads = 8 * results["gradient"] / 2
     np.testing.assert_array_equal(heads, np.round(heads))
-    assert 1 < np.var(heads) < 4, (
-        "256 binomials of variance 2, within a factor of two; one key for all would give 16"
-    )
+    assert 1 < np.var(heads) < 4, "256 binomials of variance 2, within a factor of two; one key for all would give 16"
 
 
 def test_constraints_of_the_model_are_off_inside(strategy, tiny):

@@ -17,9 +17,7 @@ CUTS = [(1, 1), (1, 4), (DEVICES, 1), (DEVICES, 2)]
 
 def loss_fn(params, batch, key):
     logits = jnp.einsum("BTD,DV->BTV", batch["x"], params["w"])
-    return token_losses(logits, batch["targets"], vocab_size=V, z_loss=1e-2), jnp.sum(
-        batch["targets"] != NO_TARGET
-    )
+    return token_losses(logits, batch["targets"], vocab_size=V, z_loss=1e-2), jnp.sum(batch["targets"] != NO_TARGET)
 
 
 def batch(seed, densities):

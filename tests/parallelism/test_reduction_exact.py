@@ -47,9 +47,7 @@ def test_every_layout_has_the_same_bits():
     compilers like to dissolve, or of eight. docs/evidence/equivalence.md has many more layouts, and real processes.
     """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     for batch_size, layouts in ((16, 3), (8, 2)):
@@ -62,12 +60,9 @@ def test_every_layout_has_the_same_bits():
 def test_exact_and_mean_are_the_same_gradient(make_tiny):
     tiny = make_tiny("gradient")
     exact, mean = (
-        train(tiny, "pmap", "", 1, batch_size=16, steps=1, reduction=reduction)[1]
-        for reduction in ("exact", "mean")
+        train(tiny, "pmap", "", 1, batch_size=16, steps=1, reduction=reduction)[1] for reduction in ("exact", "mean")
     )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), exact, mean
-    )  # float32 sums
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), exact, mean)  # float32 sums
 
 
 @pytest.mark.parametrize("mesh", ["tensor=2,data=4", "sequence=2,data=4"])

@@ -94,9 +94,7 @@ def test_names_must_be_as_many_as_dims():
 def test_tokens_and_features_of_an_activation_are_split_by_different_axes():
     rules = {"batch": ("data", "fsdp"), "length": ("sequence",), "act_mlp": ("tensor", "fsdp")}
     check_activations(rules, {"data": 4, "tensor": 2})
-    with pytest.raises(
-        ValueError, match="'fsdp' cannot split both 'batch' and 'act_mlp' of one array; remove"
-    ):
+    with pytest.raises(ValueError, match="'fsdp' cannot split both 'batch' and 'act_mlp' of one array; remove"):
         check_activations(rules, {"data": 4, "fsdp": 2})
     with pytest.raises(ValueError, match="'data' cannot split both 'batch' and 'length' of one array"):
         check_activations({"batch": ("data",), "length": ("data",)}, {"data": 8})

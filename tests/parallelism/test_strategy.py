@@ -205,9 +205,7 @@ def test_every_strategy_says_what_it_is_and_waits_to_be_stopped(tiny, name, mesh
 
 
 def test_unknown_strategy_is_refused_with_those_that_are_known(tiny):
-    with pytest.raises(
-        ValueError, match="strategy='ddp' is not one of single, pmap, mesh; try mesh"
-    ) as caught:
+    with pytest.raises(ValueError, match="strategy='ddp' is not one of single, pmap, mesh; try mesh") as caught:
         tiny.strategy("ddp")
     remedy = re.search(r"try (\w+)$", str(caught.value))[1]
     tiny.strategy(remedy)
@@ -215,9 +213,7 @@ def test_unknown_strategy_is_refused_with_those_that_are_known(tiny):
 
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "mesh"])
 def test_a_mesh_for_a_strategy_without_one_is_refused(tiny, name):
-    with pytest.raises(
-        ValueError, match=f"mesh='data=8' needs strategy mesh, not {name}; add --strategy mesh"
-    ):
+    with pytest.raises(ValueError, match=f"mesh='data=8' needs strategy mesh, not {name}; add --strategy mesh"):
         tiny.strategy(name, "data=8")
 
 
@@ -273,9 +269,7 @@ def test_the_gradient_is_that_of_one_device_in_chunks(make_tiny, monkeypatch):
 
 @pytest.fixture
 def placement():
-    mesh = jax.make_mesh(
-        (2, 2, 2), ("data", "sequence", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
-    )
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
     return MeshPlacement(mesh, RULE_SETS["default"])
 
 

@@ -82,9 +82,7 @@ class Cloud:
         self.commit = self.git("rev-parse", "HEAD").strip()
 
     def git(self, *words):
-        return subprocess.run(
-            ["git", "-C", self.checkout, *words], check=True, capture_output=True, text=True
-        ).stdout
+        return subprocess.run(["git", "-C", self.checkout, *words], check=True, capture_output=True, text=True).stdout
 
     def play(self, **scenario):
         (self.world / "scenario.json").write_text(json.dumps({"plays": ["exit 0"], **scenario}))
@@ -122,7 +120,5 @@ class Cloud:
 
 
 def program(path, script, *words):
-    path.write_text(
-        f'#!/bin/sh\nexec {" ".join(map(str, [sys.executable, "-I", "-S", script, *words]))} "$@"\n'
-    )
+    path.write_text(f'#!/bin/sh\nexec {" ".join(map(str, [sys.executable, "-I", "-S", script, *words]))} "$@"\n')
     path.chmod(0o755)

@@ -34,9 +34,7 @@ def sudo(args):
 
 def systemd_run(args):
     at = next(i for i, arg in enumerate(args) if not arg.startswith("--"))
-    given = dict(
-        arg.removeprefix("--setenv=").split("=", 1) for arg in args[:at] if arg.startswith("--setenv=")
-    )
+    given = dict(arg.removeprefix("--setenv=").split("=", 1) for arg in args[:at] if arg.startswith("--setenv="))
     unit = subprocess.Popen(
         args[at:],
         cwd="/",

@@ -57,9 +57,7 @@ def test_it_is_the_sum_over_tokens_with_their_context(score, window, stride):
     assert result["nats"] == pytest.approx(expected, rel=1e-5)  # sums in float32
     assert result["perplexity"] == pytest.approx(math.exp(expected / count), rel=1e-4)
     assert result["bits_per_byte"] == pytest.approx(expected / math.log(2) / count, rel=1e-5)
-    assert out.startswith(
-        f"perplexity {result['perplexity']:.4f} a token, {result['bits_per_byte']:.4f} bits"
-    )
+    assert out.startswith(f"perplexity {result['perplexity']:.4f} a token, {result['bits_per_byte']:.4f} bits")
 
 
 def test_a_mesh_gives_the_same_by_default_in_the_window_of_training_and_half_of_it(score):

@@ -17,9 +17,7 @@ generator = functools.cache(Generator)  # compiles once for all tests
 
 def write_run(folder, letters, embed_dim):
     tokenizer = CharTokenizer(letters)
-    write_untrained(
-        folder, tokenizer, one_layer(tokenizer.vocab_size, embed_dim), step=1, mean=0.5, deviation=0.5
-    )
+    write_untrained(folder, tokenizer, one_layer(tokenizer.vocab_size, embed_dim), step=1, mean=0.5, deviation=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +72,7 @@ def test_the_model_is_the_best_draft_of_itself(call, runs):
 def test_a_draft_of_other_tokens_is_refused(call, runs):
     status, out, err = call("--prompt", "ab", "--draft", str(runs / "other"))
     assert (status, out, len(err)) == (2, "", 1)
-    assert err[0].startswith(
-        f"error: the tokenizer of draft {runs / 'other'} (char, 12 ids) must be that of "
-    )
+    assert err[0].startswith(f"error: the tokenizer of draft {runs / 'other'} (char, 12 ids) must be that of ")
     assert "; train both on the same text with the same --tokenizer" in err[0]
 
 

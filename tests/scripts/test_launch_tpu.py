@@ -27,9 +27,7 @@ def test_up_then_status_then_down(cloud, launch):
         "parallax-dev-tpu does not bill any more",
     ]
     assert cloud.bills() == []
-    assert launch("status")[1] == [
-        "there is no TPU parallax-dev-tpu in us-central1-a, and none of that name bills"
-    ]
+    assert launch("status")[1] == ["there is no TPU parallax-dev-tpu in us-central1-a, and none of that name bills"]
     assert launch("down", *FAST)[2][0] == "there was no TPU parallax-dev-tpu to delete"
 
 
@@ -102,9 +100,7 @@ def test_a_dry_run_shows_what_runs_and_runs_nothing(kind, cloud, launch):
     planned = {masked(line.partition(" | ")[2] if line.startswith("git ") else line) for line in shown[1]}
     # The node of a queued resource goes with it, so nothing is left to delete.
     assert called <= planned
-    assert {
-        line for line in planned - called if " tpu-vm delete " not in line and "delete" not in line
-    } == set()
+    assert {line for line in planned - called if " tpu-vm delete " not in line and "delete" not in line} == set()
     assert {masked(line) for lines in (shown[0], shown[2]) for line in lines} <= planned
 
 

@@ -39,9 +39,7 @@ def test_bad_input_gives_one_line_and_status_2(refuses, monkeypatch, args, words
 def planned(call, monkeypatch):
     """Rows of a plan, with a fake of libtpu, which takes every program and says that it is small."""
     monkeypatch.setattr(planning, "topology_devices", lambda sliced: [])
-    monkeypatch.setattr(
-        planning, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1)
-    )
+    monkeypatch.setattr(planning, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1))
 
     def planned(*flags):
         given = ("--topology", "v4-16", "--batch-size", "16", *flags, "--output", "plan.json")
@@ -76,9 +74,7 @@ def test_an_exhaustive_plan_compiles_every_choice(planned):
 
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimizer(microbatches):
-    layout = Layout(
-        strategy="mesh", mesh="data=2,fsdp=2x2", accumulate=microbatches, batch_size=64, seq_len=32
-    )
+    layout = Layout(strategy="mesh", mesh="data=2,fsdp=2x2", accumulate=microbatches, batch_size=64, seq_len=32)
     changes = {"num_kv_heads": 2, "qk_norm": True, "rope_scaling": RopeScaling(kind="linear", factor=2.0)}
     config, optimizer = PRESETS["nano"].replace(**changes), OptimizerConfig(optimizer="muon", beta2=0.9)
     flags = Flags(config="nano", batch_size=64, seq_len=32, model=config, optimizer=optimizer)

@@ -96,9 +96,7 @@ def as_by_default():
 
 def lower(flags, choice, remat="none", attention="xla"):
     build = make_build(flags, remat, choice.layout.accumulate, attention)
-    strategy = get_strategy(
-        choice.layout, build.init_state, build.axes, topology_devices(accelerator(flags.topology))
-    )
+    strategy = get_strategy(choice.layout, build.init_state, build.axes, topology_devices(accelerator(flags.topology)))
     return build, strategy, strategy.lower(build.make_step(strategy.gradients), build.batch)
 
 
@@ -134,9 +132,7 @@ def test_operations_agree_with_the_compilers_own_count_of_two_layers_without_a_l
 def test_operations_are_those_of_the_program_with_its_loops(remat):
     flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["small"].replace(num_layers=3))
     build, _, lowered = lower(flags, choice_of(flags, "", {"data": 8}), remat)
-    assert read_flops(lowered.compile().as_text()) == pytest.approx(
-        build.cost.product_flops({}) / 8, rel=0.01
-    )
+    assert read_flops(lowered.compile().as_text()) == pytest.approx(build.cost.product_flops({}) / 8, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +142,7 @@ def test_operations_are_those_of_the_program_with_its_loops(remat):
         ("v5p-512", "", {"data": 256}, "full"),
     ],
 )
-def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
-    topology, mesh, sizes, remat, tmp_path
-):
+def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(topology, mesh, sizes, remat, tmp_path):
     """By the same model where a chip keeps a third of it and more, and on v5p, which keeps none."""
     flags = Flags(topology=topology, batch_size=2048, model=PRESETS["small"])
     row = compiled_row(flags, choice_of(flags, mesh, sizes, remat), "splash", tmp_path)
@@ -165,9 +159,7 @@ def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(
 def test_the_memory_of_few_mebibytes_is_estimated_too(mesh, microbatches, remat, tmp_path):
     """Layouts of TINY that err most: casts of shards for all microbatches, heads that fill a quarter of their tiles."""
     flags = Flags(topology="v3-8", batch_size=64, model=PRESETS["tiny"])
-    row = compiled_row(
-        flags, choice_of(flags, mesh, parse_mesh(mesh, 8), remat, microbatches), "xla", tmp_path
-    )
+    row = compiled_row(flags, choice_of(flags, mesh, parse_mesh(mesh, 8), remat, microbatches), "xla", tmp_path)
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.15)
 
 

@@ -103,10 +103,7 @@ def test_folders_tokenizers_and_a_trace(train_small, text, tokenizer):
     for number in range(12):
         words = (text / "text.txt").read_text()[: 90 + 11 * number]
         (text / "plays" / f"{number}.txt").write_text(f"scene {number}: {words}")
-    assert (
-        train_small("--dataset", "plays", "--tokenizer", tokenizer, "--optimizer", "muon", "--profile")[0]
-        == 0
-    )
+    assert train_small("--dataset", "plays", "--tokenizer", tokenizer, "--optimizer", "muon", "--profile")[0] == 0
     run = text / "runs" / "plays-tiny"
     assert json.loads((run / "config.json").read_text())["model"]["vocab_size"] > 256
     assert list((run / "profile").rglob("*.xplane.pb"))

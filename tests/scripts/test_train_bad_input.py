@@ -95,9 +95,7 @@ def test_one_line_and_no_folder(args, words, workplace, refuses):
 @pytest.mark.parametrize("args", ["--steps many", "--accumulate 5"])
 def test_the_same_from_a_shell(args, workplace):
     before = sorted(workplace.rglob("*"))
-    done = run_script(
-        "train.py", "--dataset", "text.txt", *args.split(), cwd=workplace, env={"COLUMNS": "40"}
-    )
+    done = run_script("train.py", "--dataset", "text.txt", *args.split(), cwd=workplace, env={"COLUMNS": "40"})
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert args.split()[1] in done.stderr
     assert sorted(workplace.rglob("*")) == before

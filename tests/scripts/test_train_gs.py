@@ -64,9 +64,7 @@ def flip_a_byte(run, step):
 
 
 def generate(run, folder):
-    done = run_script(
-        "generate.py", "--checkpoint", run, "--prompt", "king", "--max-tokens", "40", cwd=folder
-    )
+    done = run_script("generate.py", "--checkpoint", run, "--prompt", "king", "--max-tokens", "40", cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

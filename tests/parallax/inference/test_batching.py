@@ -56,9 +56,7 @@ def run(batcher, completions, order=None, cancel=lambda under_way: ()):
         came += batcher.step()
         for token in came:
             tokens[token.ticket].append(token)
-        for ticket in cancel(
-            {token.ticket for token in came} - {token.ticket for token in came if token.finish}
-        ):
+        for ticket in cancel({token.ticket for token in came} - {token.ticket for token in came if token.finish}):
             batcher.cancel(ticket)
     return tokens
 
@@ -120,9 +118,7 @@ def test_what_other_slots_hold_does_not_change_a_bit(batcher, slot, number):
     said = []
     for company in (0, 4, None):  # other texts in the other slots, or none that goes on
         for place in range(4):
-            other = completion(
-                place + (company or 8), prompt=prompt(5, place + (company or 8)), max_tokens=20
-            )
+            other = completion(place + (company or 8), prompt=prompt(5, place + (company or 8)), max_tokens=20)
             batcher.admit(place, completion(number) if place == slot else other)
         for place in set(range(4)) - {slot}:
             if company is None:
@@ -216,9 +212,7 @@ def test_logprobs_and_alternatives_are_those_of_the_model_itself(batcher, number
         np.testing.assert_allclose(token.logprob, expected_TV[at, token.token_id], rtol=0, atol=2e-5)
         best = np.argsort(-expected_TV[at])[:TOP]
         assert [token_id for token_id, _ in token.top] == best.tolist()
-        np.testing.assert_allclose(
-            [logprob for _, logprob in token.top], expected_TV[at, best], rtol=0, atol=2e-5
-        )
+        np.testing.assert_allclose([logprob for _, logprob in token.top], expected_TV[at, best], rtol=0, atol=2e-5)
 
 
 def test_a_text_may_be_scored_and_nothing_added(batcher):

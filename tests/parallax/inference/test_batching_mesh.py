@@ -64,9 +64,7 @@ def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
     share = (N, B // 4, G // 2, S, K)
     for x in (cache.keys, cache.values):
         assert {shard.data.shape for shard in x.addressable_shards} == {share}
-    program = (
-        batcher._step.lower(batcher.params, batcher._slots, np.ones(SLOTS, bool), 32).compile().as_text()
-    )
+    program = batcher._step.lower(batcher.params, batcher._slots, np.ones(SLOTS, bool), 32).compile().as_text()
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
     sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
     assert max(sizes, default=0) < math.prod(share[1:]), "less than one layer of a device's share"

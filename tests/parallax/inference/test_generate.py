@@ -72,8 +72,7 @@ def draw(logits_V, seen, position, seed, setting):
     """One token by the definitions, in numpy and in the order of the documentation."""
     logits = np.array(logits_V, np.float64)
     logits[seen] = (
-        np.where(logits[seen] > 0, 1 / setting["repetition_penalty"], setting["repetition_penalty"])
-        * logits[seen]
+        np.where(logits[seen] > 0, 1 / setting["repetition_penalty"], setting["repetition_penalty"]) * logits[seen]
     )
     if setting["temperature"] == 0:
         return int(np.argmax(logits))
@@ -122,9 +121,7 @@ def test_cached_logits_equal_full_recomputation(variant):
     # float32: sums in another order; bfloat16: the same, with 8 bits of mantissa, on logits of a few units
     tolerance = 0.05 if config.dtype == "bfloat16" else 1e-5
     for row, length in enumerate(lengths_B):
-        np.testing.assert_allclose(
-            logits_BTV[row, :length], expected_BTV[row, :length], rtol=0, atol=tolerance
-        )
+        np.testing.assert_allclose(logits_BTV[row, :length], expected_BTV[row, :length], rtol=0, atol=tolerance)
     for rows, at_B in ((np.arange(3), lengths_B + offset) for offset in range(9)):
         logits_B1V, cache = run(params, tokens_BT[rows, at_B][:, None], at_B[:, None], cache)
         np.testing.assert_allclose(logits_B1V[:, 0], expected_BTV[rows, at_B], rtol=0, atol=tolerance)

@@ -32,9 +32,7 @@ def run(q_RV, p_TV, seed=0):
     """What was proposed [R, B], how many passed and the token after them, for rows with the same distributions."""
     q_RBV, p_TBV = for_all_rows(q_RV), for_all_rows(p_TV)
     tokens_RB = jax.vmap(draw)(q_RBV, some_keys(seed, R, ROWS))
-    passed_B, own_B = check(
-        tokens_RB, q_RBV, p_TBV, some_keys(seed + 1, R, ROWS), some_keys(seed + 2, R + 1, ROWS)
-    )
+    passed_B, own_B = check(tokens_RB, q_RBV, p_TBV, some_keys(seed + 1, R, ROWS), some_keys(seed + 2, R + 1, ROWS))
     return np.asarray(tokens_RB), np.asarray(passed_B), np.asarray(own_B)
 
 
@@ -49,9 +47,7 @@ def test_each_place_that_is_reached_is_distributed_as_wanted(zeros):
         np.testing.assert_allclose(frequencies, p_TV[place], rtol=0, atol=TOLERANCE / reached.mean() ** 0.5)
         assert not frequencies[p_TV[place] == 0].any()
     # As many pass as can: a proposal with probability Σ min(p, q).
-    np.testing.assert_allclose(
-        np.mean(passed_B > 0), np.minimum(q_RV[0], p_TV[0]).sum(), rtol=0, atol=TOLERANCE
-    )
+    np.testing.assert_allclose(np.mean(passed_B > 0), np.minimum(q_RV[0], p_TV[0]).sum(), rtol=0, atol=TOLERANCE)
 
 
 def test_all_pass_where_they_were_proposed_as_wanted():

@@ -30,9 +30,7 @@ def draw(logits_BV, settings, seen_BV, keys_B):
     return sample(logits_BV, settings, seen_BV, keys_B, jnp.zeros(len(keys_B), jnp.int32))
 
 
-def allowed_probabilities(
-    logits, seen, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0
-):
+def allowed_probabilities(logits, seen, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
     """What a row should be drawn from, written from the definitions, one token after another, in float64."""
     logits = [float(value) for value in logits]
     for token in range(len(logits)):
@@ -162,9 +160,7 @@ def test_each_position_of_a_row_has_noise_of_its_own():
     keys_B = jnp.repeat(jax.random.split(jax.random.key(14), 1), rows)
     logits_BV, positions_B = jnp.zeros((rows, VOCAB)), jnp.arange(rows)
     tokens = sample(logits_BV, settings, seen_BV, keys_B, positions_B)
-    noise_BV = jnp.stack(
-        [jax.random.gumbel(jax.random.fold_in(keys_B[0], at), (VOCAB,)) for at in range(rows)]
-    )
+    noise_BV = jnp.stack([jax.random.gumbel(jax.random.fold_in(keys_B[0], at), (VOCAB,)) for at in range(rows)])
     assert (tokens == jnp.argmax(noise_BV, axis=1)).all()
 
 

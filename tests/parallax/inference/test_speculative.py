@@ -101,9 +101,7 @@ def test_stops_and_eos_end_a_text_inside_a_run_of_proposals(noise):
 @pytest.mark.parametrize("max_tokens", [1, 2, 5, 40])
 def test_a_text_ends_at_its_last_token_be_it_the_last_of_the_cache(max_tokens):
     params = draw_params(CONFIG, 2)
-    full = request(
-        max_tokens=max_tokens, prompts=[prompt(CONFIG.max_seq_len - max_tokens - n) for n in range(8)]
-    )
+    full = request(max_tokens=max_tokens, prompts=[prompt(CONFIG.max_seq_len - max_tokens - n) for n in range(8)])
     got = texts(speculator().generate(BothParams(params, params), full))
     assert got == texts(generator(CONFIG).generate(params, full))
     assert {len(tokens) for tokens in got} == {max_tokens}
@@ -146,9 +144,7 @@ def test_a_row_is_the_same_alone_and_in_a_ragged_batch():
 @pytest.mark.parametrize("setting", [{}, {"temperature": 0.6, "top_k": 2}], ids=str)
 def test_texts_are_distributed_as_by_the_large_model(setting):
     rows, length, few = 8192, 4, 3
-    tiny = CONFIG.replace(
-        vocab_size=few, embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, max_seq_len=32
-    )
+    tiny = CONFIG.replace(vocab_size=few, embed_dim=8, num_layers=1, num_heads=1, num_kv_heads=1, max_seq_len=32)
     params = draw_params(tiny, 5, scale=0.6)
     asked = Request(
         prompts=[np.array([1, 0], np.int32)] * rows,
@@ -162,9 +158,7 @@ def test_texts_are_distributed_as_by_the_large_model(setting):
     counts = np.bincount([int("".join(map(str, tokens)), few) for tokens in got], minlength=few**length)
     for number, text in enumerate(itertools.product(range(few), repeat=length)):
         logits_TV = logprobs(tiny, params, [1, 0, *text])[1:-1] / setting.get("temperature", 1)
-        weights_TV = np.exp(logits_TV) * (
-            logits_TV >= np.sort(logits_TV, axis=1)[:, [-setting.get("top_k", few)]]
-        )
+        weights_TV = np.exp(logits_TV) * (logits_TV >= np.sort(logits_TV, axis=1)[:, [-setting.get("top_k", few)]])
         chances = (weights_TV / weights_TV.sum(axis=1, keepdims=True))[np.arange(length), text]
         chance = chances.prod()
         # five standard deviations of a frequency, and a draw for the rarest

@@ -57,9 +57,7 @@ def test_packed_stops_have_few_shapes():
     assert pack_stops([]).shape == pack_stops([np.arange(16)] * 4).shape == (4, 16)
     assert pack_stops([np.arange(17)] * 5).shape == (8, 32)
     assert (pack_stops([]) == NO_TOKEN).all()
-    assert not jnp.any(
-        ends_with_stop(jnp.zeros((1, 4), jnp.int32), jnp.ones(1, int), jnp.full(1, 3), pack_stops([]))
-    )
+    assert not jnp.any(ends_with_stop(jnp.zeros((1, 4), jnp.int32), jnp.ones(1, int), jnp.full(1, 3), pack_stops([])))
 
 
 def test_an_empty_stop_is_refused():

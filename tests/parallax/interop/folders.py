@@ -29,8 +29,7 @@ def random_tensors(values, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     entries = named(config_from_hf(values))
     return {
-        name: (rng.integers(-127, 128, entry.shape_there) / 256).astype(dtype)
-        for name, (entry, _) in entries.items()
+        name: (rng.integers(-127, 128, entry.shape_there) / 256).astype(dtype) for name, (entry, _) in entries.items()
     }
 
 
@@ -48,9 +47,7 @@ def write_folder(folder, values=SMALL, tensors=None, files=1, tokenizer=True):
     weight_map = {name: names[at % files] for at, name in enumerate(tensors)}
     for file in names:
         save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return tensors
 
 

@@ -63,9 +63,7 @@ def make_model(family, values, seed, dtype="float32"):
     import torch
     import transformers
 
-    name = {"smollm": "Llama", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[
-        family
-    ]
+    name = {"smollm": "Llama", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
     config = getattr(transformers, f"{name}Config")(
         **values, bos_token_id=None, eos_token_id=None, attn_implementation="eager"
     )

@@ -70,9 +70,7 @@ def test_what_goes_out_comes_in_again(seed):
     if config.attention_out_bias != config.attention_bias or config.sliding_window or odd:
         config = dataclasses.replace(config, attention_bias=False, attention_out_bias=False)
     values = config_to_hf(config)
-    assert config_from_hf(values) == dataclasses.replace(
-        config, rope_scaling=_as_written(config.rope_scaling)
-    )
+    assert config_from_hf(values) == dataclasses.replace(config, rope_scaling=_as_written(config.rope_scaling))
 
 
 def _as_written(scaling: RopeScaling) -> RopeScaling:

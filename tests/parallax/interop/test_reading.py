@@ -49,9 +49,7 @@ def test_tensors_become_parameters(tmp_path, dtype, files):
         out = tensor(prefix + "self_attn.o_proj.weight").T.reshape(H, K, D)
         np.testing.assert_array_equal(block["attention"]["out"], out)
         np.testing.assert_array_equal(block["mlp"]["down"], tensor(prefix + "mlp.down_proj.weight").T)
-        np.testing.assert_array_equal(
-            block["mlp_norm"]["scale"], tensor(prefix + "post_attention_layernorm.weight")
-        )
+        np.testing.assert_array_equal(block["mlp_norm"]["scale"], tensor(prefix + "post_attention_layernorm.weight"))
     table = np.asarray(params["output"]["table"])
     np.testing.assert_array_equal(table[:301], tensor("lm_head.weight"))
     np.testing.assert_array_equal(table[301:], 0)  # padding

@@ -23,9 +23,7 @@ def byte_level(begin="<|begin_of_text|>", size=300):
     model.train_from_iterator([TEXT], trainer)
     begin_id, end_id, turn_id = (model.token_to_id(token or "none") for token in (begin, *special[-2:]))
     if begin:
-        model.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, begin_id)]
-        )
+        model.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, begin_id)])
     return json.loads(model.to_str()), begin_id, end_id, turn_id
 
 

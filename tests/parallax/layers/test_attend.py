@@ -81,9 +81,7 @@ def value_and_gradients(function, arrays, **how):
     return jax.jit(jax.value_and_grad(value, argnums=(0, 1, 2), has_aux=True))(*arrays)
 
 
-@pytest.mark.parametrize(
-    ("case", "chunk"), [("plain", 100), ("both", 2), ("cache, window", 1), ("segments", 5)]
-)
+@pytest.mark.parametrize(("case", "chunk"), [("plain", 100), ("both", 2), ("cache, window", 1), ("segments", 5)])
 def test_chunks_change_neither_values_nor_gradients(case, chunk, x64):
     """Lengths are no multiples of the chunk, and some chunks show a query nothing."""
     arrays, how = example(3, **CASES[case])
@@ -105,9 +103,7 @@ def test_bfloat16_scores_and_sums_are_float32(function):
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
 
 
-@pytest.mark.parametrize(
-    ("case", "chunk"), [*((case, None) for case in CASES), ("both", 2), ("cache, window", 2)]
-)
+@pytest.mark.parametrize(("case", "chunk"), [*((case, None) for case in CASES), ("both", 2), ("cache, window", 2)])
 def test_keys_have_a_gradient_exactly_where_they_are_visible(case, chunk):
     arrays, how = example(7, dtype=np.float32, **CASES[case])
     function = attend if chunk is None else functools.partial(attend_in_chunks, chunk=chunk)

@@ -85,9 +85,7 @@ def test_ragged_rows_padded_on_the_right_then_decoded(variant):
 
 def test_several_tokens_at_once_after_a_prefix():
     config, _, expected, step, _ = model("plain")
-    _, cache = step(
-        TOKENS[:, :4], np.tile(np.arange(4, dtype=np.int32), (B, 1)), KVCache.create(config, B, SLOTS)
-    )
+    _, cache = step(TOKENS[:, :4], np.tile(np.arange(4, dtype=np.int32), (B, 1)), KVCache.create(config, B, SLOTS))
     logits, _ = step(TOKENS[:, 4:8], np.tile(np.arange(4, 8, dtype=np.int32), (B, 1)), cache)
     np.testing.assert_allclose(logits, expected[:, 4:8], rtol=1e-5, atol=1e-5)  # float32 sums
 

@@ -56,9 +56,7 @@ def test_scale_of_the_input_does_not_matter(factor, x64):
 def test_zero_stays_zero_and_has_a_finite_gradient():
     zeros, ones = jnp.zeros((2, DIM)), jnp.ones(DIM)
     assert not normalise(zeros, ones).any()
-    assert jnp.isfinite(
-        jax.grad(lambda x: jnp.sum(normalise(x, ones) ** 2 + normalise(x, ones)))(zeros)
-    ).all()
+    assert jnp.isfinite(jax.grad(lambda x: jnp.sum(normalise(x, ones) ** 2 + normalise(x, ones)))(zeros)).all()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

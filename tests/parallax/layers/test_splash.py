@@ -48,9 +48,7 @@ def test_values_and_gradients_are_those_of_attend(window, segmented):
 
 
 def test_a_model_gives_the_same_logits():
-    config = TransformerConfig(
-        embed_dim=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, mlp_dim=64
-    )
+    config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, mlp_dim=64)
     params = init_params(config, jax.random.key(0))
     tokens = np.random.default_rng(1).integers(0, 65, (B, 128)).astype(np.int32)
 
@@ -77,9 +75,7 @@ def test_positions_or_a_cache_leave_the_kernel_alone(monkeypatch):
 
 def test_lengths_that_no_block_divides_are_refused():
     q, k, v, *_ = example()
-    with pytest.raises(
-        ValueError, match="attention=splash needs seq_len=200 to be a multiple of 128; try 256"
-    ):
+    with pytest.raises(ValueError, match="attention=splash needs seq_len=200 to be a multiple of 128; try 256"):
         attend_in_kernel(q[:, :200], k[:, :200], v[:, :200], None, 0)
     with pytest.raises(ValueError, match="needs whole sequences on a device, not 128 of 256 tokens"):
         attend_in_kernel(q[:, :128], k, v, None, 0)

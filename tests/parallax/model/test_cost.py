@@ -153,9 +153,7 @@ def test_keys_of_a_chunk_are_those_that_scores_are_there_for_at_once():
         return StepCost(config=config, batch_size=8192 // seq_len, seq_len=seq_len).temporary_bytes({}, 0)
 
     a_score = 3 * 4 * TransformerConfig().num_heads
-    assert temporary(2048) - temporary(4096) == pytest.approx(
-        8192 * 512 * (512 / 2048 - 512 / 4096) * a_score
-    )
+    assert temporary(2048) - temporary(4096) == pytest.approx(8192 * 512 * (512 / 2048 - 512 / 4096) * a_score)
     assert temporary(1024) - temporary(2048) == pytest.approx(8192 * (1024 - 512 * 512 / 2048) * a_score)
 
 

@@ -14,15 +14,9 @@ SWITCHED = TransformerConfig(qk_norm=True, attention_bias=True, tie_embeddings=F
 def test_every_parameter_has_a_row_and_the_total_is_stated(config):
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(abstract)
-    axes = jax.tree.leaves(
-        param_axes(config), is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec)
-    )
+    axes = jax.tree.leaves(param_axes(config), is_leaf=lambda leaf: isinstance(leaf, jax.sharding.PartitionSpec))
     lines = parameter_overview(config).splitlines()
-    rows = {
-        cells[0]: cells[1:]
-        for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines)
-        if cells
-    }
+    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines) if cells}
     header = rows.pop("Name")
     assert len(rows) == len(leaves)
     for (path, leaf), names in zip(leaves, axes, strict=True):

@@ -25,9 +25,7 @@ TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
 compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32 sums
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"qk_norm": True, "attention_bias": True}, {"dtype": "bfloat16"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "attention_bias": True}, {"dtype": "bfloat16"}], ids=str)
 def test_listed_equals_stacked(changes):
     config = TransformerConfig(**SIZES | changes)
     params = draw_params(config)

@@ -83,9 +83,7 @@ def test_seed_decides_the_weights_and_layers_differ():
     jax.tree.map(np.testing.assert_array_equal, first, again)
     matrices = [
         (a, b)
-        for (path, a), b in zip(
-            jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(other), strict=True
-        )
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(other), strict=True)
         if "norm" not in jax.tree_util.keystr(path)
     ]
     assert all((a != b).mean() > 0.99 for a, b in matrices)

@@ -31,9 +31,7 @@ def write_run(folder: Path, tokenizer: Tokenizer = LETTERS, config: TransformerC
     """An untrained model, by default a tiny one, with a short history of losses, as a run folder."""
     write_untrained(folder, tokenizer, config or one_layer(tokenizer.vocab_size), step=9)
     rows = [{"step": step, "loss": 4 / step} for step in range(1, 10)] + [{"step": 9, "eval_loss": 0.5}]
-    (folder / "metrics.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "lo'
-    )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "lo')
     return folder
 
 
@@ -67,9 +65,7 @@ class Served:
             raise RuntimeError(f"no server: {self.process.communicate()[1]}")
         self.model = run.name
         self.http = httpx.Client(base_url=self.address, timeout=60)
-        self.openai = openai.OpenAI(
-            base_url=f"{self.address}/v1", api_key=key or "none", max_retries=0, timeout=60
-        )
+        self.openai = openai.OpenAI(base_url=f"{self.address}/v1", api_key=key or "none", max_retries=0, timeout=60)
 
     def post(self, **fields) -> httpx.Response:
         """A completion of this model."""
@@ -80,9 +76,7 @@ class Served:
 
     def gauge(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        found = re.findall(
-            rf"^parallax_{name}(?:{{.*}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE
-        )
+        found = re.findall(rf"^parallax_{name}(?:{{.*}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
         return sum(map(float, found))
 
     def is_idle(self) -> bool:

@@ -28,9 +28,7 @@ def test_usage_counts_tokens(server):
 
 
 def test_an_answer_says_why_it_ended(server):
-    reasons = {
-        server.complete(PROMPT, max_tokens=60, seed=seed).choices[0].finish_reason for seed in range(12)
-    }
+    reasons = {server.complete(PROMPT, max_tokens=60, seed=seed).choices[0].finish_reason for seed in range(12)}
     assert reasons == {"stop", "length"}  # an untrained model soon draws its end of text
 
 
@@ -53,9 +51,7 @@ def test_answer_i_has_seed_plus_i_whatever_stands_beside_it(server):
     together = server.openai.completions.create(
         model=server.model, prompt=["abc", "é"], n=2, seed=2**32 - 1, max_tokens=12
     )
-    alone = [
-        server.complete(text, seed=seed, max_tokens=12) for text in ("abc", "é") for seed in (2**32 - 1, 0)
-    ]
+    alone = [server.complete(text, seed=seed, max_tokens=12) for text in ("abc", "é") for seed in (2**32 - 1, 0)]
     assert [choice.text for choice in together.choices] == [answer.choices[0].text for answer in alone]
     assert [choice.index for choice in together.choices] == [0, 1, 2, 3]
 
@@ -64,8 +60,7 @@ def test_token_ids_are_as_good_as_text(server):
     ids = [LETTERS.encode(PROMPT).tolist(), LETTERS.encode("b").tolist()]
     for prompt, text in ((ids[0], PROMPT), (ids, [PROMPT, "b"])):
         texts = [
-            [choice.text for choice in server.complete(form, seed=4, max_tokens=9).choices]
-            for form in (prompt, text)
+            [choice.text for choice in server.complete(form, seed=4, max_tokens=9).choices] for form in (prompt, text)
         ]
         assert texts[0] == texts[1]
 
@@ -73,9 +68,7 @@ def test_token_ids_are_as_good_as_text(server):
 def test_logprobs_are_of_the_tokens(server):
     logprobs = server.complete(PROMPT, max_tokens=20, seed=5, logprobs=3, temperature=0).choices[0].logprobs
     assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.top_logprobs)
-    for token, logprob, top in zip(
-        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True
-    ):
+    for token, logprob, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert next(iter(top)) == token  # argmax, since the temperature is 0
         assert top[token] == logprob == max(top.values())
         assert len(top) == 3
@@ -114,9 +107,7 @@ def test_a_text_can_go_on_from_any_of_its_tokens(server):
     ids = first.logprobs.token_ids
     rest = server.complete(ids[:10], **asked | {"max_tokens": len(ids) - 10}).choices[0]
     assert rest.text == first.text[10:]
-    assert [len(top) for top in rest.logprobs.top_token_ids] == [
-        len(top) for top in rest.logprobs.top_logprobs
-    ]
+    assert [len(top) for top in rest.logprobs.top_token_ids] == [len(top) for top in rest.logprobs.top_logprobs]
 
 
 def test_events_are_framed_as_openai_frames_them(server):

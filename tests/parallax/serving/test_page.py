@@ -80,9 +80,7 @@ def test_pointing_at_a_token_shows_its_alternatives_and_one_branches(served, pag
     shown = page.hover(at)
     expected = [percent(logprob) for logprob in list(logprobs.top_logprobs[3].values())]
     assert [words.rpartition(", ")[2] for words in shown] == expected
-    others = [
-        rank for rank, spelling in enumerate(logprobs.top_logprobs[3]) if spelling != logprobs.tokens[3]
-    ]
+    others = [rank for rank, spelling in enumerate(logprobs.top_logprobs[3]) if spelling != logprobs.tokens[3]]
     chosen = logprobs.top_token_ids[3][others[1]]
     page.all("#choices button")[others[1]].click()
     page.wait_until_done()
@@ -151,9 +149,7 @@ def test_what_the_server_refuses_is_said(page):
     page.one("#prompt").send_keys("9")
     page.one("#go").click()
     page.wait(lambda: "is not among the" in page.status)
-    complaints = [
-        entry["message"] for entry in page.driver.get_log("browser")
-    ]  # Chromium notes each status 400
+    complaints = [entry["message"] for entry in page.driver.get_log("browser")]  # Chromium notes each status 400
     assert len(complaints) == 1
     assert "400" in complaints[0]
 

@@ -12,15 +12,9 @@ from tests.parallax.serving.server import eventually, serving
 NAN, INFINITY = float("nan"), float("inf")
 FIELDS = [
     *(("model", value) for value in (None, 7, [], {})),
-    *(
-        ("prompt", value)
-        for value in (None, "", [], [""], ["a", ""], [[]], [[1], []], 5, 1.5, True, {"a": 1})
-    ),
+    *(("prompt", value) for value in (None, "", [], [""], ["a", ""], [[]], [[1], []], 5, 1.5, True, {"a": 1})),
     *(("prompt", value) for value in ("z9", "ж", ["a", "9"], "\ud800", "a" * 97, ["a"] * 33)),
-    *(
-        ("prompt", value)
-        for value in ([-1], [59], [1.5], ["a", 1], [[1], "a"], [[[1]]], [2**70], [None], [True])
-    ),
+    *(("prompt", value) for value in ([-1], [59], [1.5], ["a", 1], [[1], "a"], [[[1]]], [2**70], [None], [True])),
     *(("max_tokens", value) for value in (-1, 97, 1.5, "5", True, [1], 2**70, 96)),
     *(("temperature", value) for value in (-0.1, 1e7, "1", True, [1], NAN, INFINITY, -INFINITY)),
     *(("top_p", value) for value in (0, 1.1, -1, "1")),
@@ -106,9 +100,7 @@ def strict(small_run):
 def test_a_body_too_large(strict, announced):
     body = b"[" + b" " * 90000 + b"]"
     content = body if announced else (body[start : start + 9000] for start in range(0, 90000, 9000))
-    response = strict.http.post(
-        "/v1/completions", content=content, headers={"Content-Type": "application/json"}
-    )
+    response = strict.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
     assert "50000" in assert_refused(response, 413)["message"]
     assert strict.post(prompt="a", max_tokens=1).status_code == 200
 
@@ -131,9 +123,7 @@ def test_another_model(server):
     assert (error["param"], error["code"]) == ("model", "model_not_found")
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1", "/v1/completions/", "/v1/chat/completions", "/../etc/passwd", "/page", "/%00"]
-)
+@pytest.mark.parametrize("path", ["/v1", "/v1/completions/", "/v1/chat/completions", "/../etc/passwd", "/page", "/%00"])
 def test_another_address(server, path):
     assert_refused(server.http.get(path), 404)
 

@@ -92,9 +92,7 @@ def test_char_alphabet_is_sorted_and_has_an_end_only_for_several_documents():
     assert several.decode([0, 3, 1]) == "ab"
 
 
-@pytest.mark.parametrize(
-    ("text", "character", "position"), [("abx", "'x'", 2), ("é", "'é'", 0), ("ab\n", r"'\n'", 2)]
-)
+@pytest.mark.parametrize(("text", "character", "position"), [("abx", "'x'", 2), ("é", "'é'", 0), ("ab\n", r"'\n'", 2)])
 def test_unknown_character_is_named(refused, text, character, position):
     with refused(f"character {character} at position {position}", "among the 3", "--tokenizer byte"):
         CharTokenizer("abc").encode(text)

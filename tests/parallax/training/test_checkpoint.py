@@ -31,9 +31,7 @@ def test_restores_the_bits_the_structure_and_the_documents(tmp_path):
     assert restored.step == 12
     assert restored.documents == DOCUMENTS
     assert_same_bits(restored.state, make_state(12))
-    assert_same_bits(
-        reader(tmp_path / "run" / "checkpoints")[0].restore(ABSTRACT, step=3).state, make_state(3)
-    )
+    assert_same_bits(reader(tmp_path / "run" / "checkpoints")[0].restore(ABSTRACT, step=3).state, make_state(3))
 
 
 def test_nothing_saved_restores_nothing(tmp_path):

@@ -37,9 +37,7 @@ def shardings():
 def test_pieces_make_the_array_anywhere(tmp_path, monkeypatch, source, piece):
     monkeypatch.setattr(checkpoint_arrays, "PIECE_BYTES", piece)
     ways = shardings()
-    save(
-        array_handler(), tmp_path / "saved", jax.tree.map(lambda x: jax.device_put(x, ways[source](x)), TREE)
-    )
+    save(array_handler(), tmp_path / "saved", jax.tree.map(lambda x: jax.device_put(x, ways[source](x)), TREE))
     for way in ways.values():
         restored = read_arrays(tmp_path / "saved", abstract(TREE, way))
         assert_same_bits(restored, TREE)

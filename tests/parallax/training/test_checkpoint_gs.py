@@ -129,9 +129,7 @@ def test_a_bucket_that_is_not_there_is_an_error_and_is_not_made(bucket):
         checkpointer.wait()
 
     for _ in range(2):  # had the first made it, the second would do
-        with pytest.raises(
-            OSError, match="checkpoint 1 could not be saved in gs://no-such-bucket/checkpoints"
-        ):
+        with pytest.raises(OSError, match="checkpoint 1 could not be saved in gs://no-such-bucket/checkpoints"):
             save()
     checkpointer.close()
 

@@ -122,9 +122,7 @@ def test_a_request_to_stop_saves_and_leaves_without_a_row_of_its_own(stop_at):
 @pytest.mark.parametrize(("log_interval", "first_bad"), [(1, 0), (1, 4), (100, 4), (7, 4), (7, 5), (3, 9)])
 def test_too_many_bad_steps_in_a_row_end_the_run(log_interval, first_bad):
     """It is noticed at once or, where the host runs ahead, one step later; the bad state is not saved."""
-    config = TrainConfig(
-        steps=50, log_interval=log_interval, eval_interval=10, checkpoint_interval=1, max_bad_steps=3
-    )
+    config = TrainConfig(steps=50, log_interval=log_interval, eval_interval=10, checkpoint_interval=1, max_bad_steps=3)
     for checkpoint_interval in (1, 100):
         run = Harness(bad=range(first_bad, 50))
         with pytest.raises(Diverged, match=f"3 steps in a row up to step {first_bad + 3}") as caught:

@@ -31,9 +31,7 @@ def write_run(writer: MetricsWriter, steps, seconds=1.0):
 
 def timeless(path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        json.dumps({name: value for name, value in row.items() if name not in TIMING_FIELDS}) for row in rows
-    ]
+    return [json.dumps({name: value for name, value in row.items() if name not in TIMING_FIELDS}) for row in rows]
 
 
 def events(folder) -> dict[str, dict[int, float]]:
@@ -108,9 +106,7 @@ def test_a_resumed_record_forgets_events_that_were_not_repeated(tmp_path):
         write_run(writer, steps)
         writer.close()
     assert list(events(tmp_path)["loss"]) == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row] == [
-        *range(1, 7)
-    ]
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row] == [*range(1, 7)]
 
 
 def test_resuming_from_the_start_or_from_nothing_is_a_new_record(tmp_path):
@@ -127,9 +123,7 @@ def test_a_broken_line_inside_is_an_error_that_names_it(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n')
     for act in (lambda: read_metrics(path), lambda: MetricsWriter(tmp_path, resume_step=3)):
-        with pytest.raises(
-            ValueError, match=r"line 2 of .*metrics.jsonl is not a row of metrics; remove that line"
-        ):
+        with pytest.raises(ValueError, match=r"line 2 of .*metrics.jsonl is not a row of metrics; remove that line"):
             act()
     assert path.read_text().count("\n") == 3
 

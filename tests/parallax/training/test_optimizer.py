@@ -114,15 +114,11 @@ def test_gradients_are_clipped_to_the_norm_and_no_further(kind):
     run = functools.partial(OptimizerConfig, optimizer=kind)
     clipped = [updates_of(run(clip_norm=2.0), [gradient, other], params, "few")[1] for gradient in times]
     free = [updates_of(run(clip_norm=0.0), [gradient, other], params, "few")[1] for gradient in times]
-    same = functools.partial(
-        np.testing.assert_allclose, rtol=2e-4, atol=1e-6
-    )  # float32, through 5 Newton-Schulz
+    same = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6)  # float32, through 5 Newton-Schulz
     jax.tree.map(same, clipped[0], free[1])
     jax.tree.map(same, clipped[1], free[1])
     jax.tree.map(same, clipped[2], free[2])
-    assert (
-        max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (free[0], free[1])), strict=True)) > 0.1
-    )
+    assert max(np.abs(a - b).max() for a, b in zip(*map(jax.tree.leaves, (free[0], free[1])), strict=True)) > 0.1
 
 
 def test_adamw_is_its_algorithm():

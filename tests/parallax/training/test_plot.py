@@ -20,13 +20,10 @@ def record(folder, rows):
 
 def curve(count, evaluations=10):
     noise = np.random.default_rng(0).normal(size=count) * 0.2
-    rows = [
-        {"step": 10 * i, "loss": 1.5 + 2.7 * float(np.exp(-i * 5 / count)) + noise[i]} for i in range(count)
-    ]
+    rows = [{"step": 10 * i, "loss": 1.5 + 2.7 * float(np.exp(-i * 5 / count)) + noise[i]} for i in range(count)]
     every = count // evaluations
     return rows + [
-        {"step": 10 * i, "eval_loss": 1.6 + 2.7 * float(np.exp(-i * 5 / count))}
-        for i in range(0, count, every)
+        {"step": 10 * i, "eval_loss": 1.6 + 2.7 * float(np.exp(-i * 5 / count))} for i in range(0, count, every)
     ]
 
 

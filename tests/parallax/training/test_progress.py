@@ -28,9 +28,7 @@ def run(terminal: bool) -> tuple[str, str]:
     """Standard output and standard error of the script, the latter a terminal or a pipe."""
     reading, writing = pty.openpty() if terminal else os.pipe()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=writing, env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=writing, env=environment)
     os.close(writing)
     chunks = []
     while True:

@@ -88,9 +88,7 @@ def test_metrics_are_complete_finite_scalars(transformer):
         assert jnp.isfinite(value), name
     assert metrics["tokens"] == 24
     np.testing.assert_allclose(metrics["loss"], metrics["ce_loss"] + metrics["z_loss"], rtol=1e-6)
-    np.testing.assert_allclose(
-        metrics["param_norm"], optax.tree.norm(state.params), rtol=1e-5
-    )  # float32 sums
+    np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(state.params), rtol=1e-5)  # float32 sums
     assert metrics["learning_rate"] == np.float32(1e-2)
     assert state.step == 1
 
@@ -99,9 +97,7 @@ def test_randomness_follows_from_seed_and_step_alone():
     """`linear_loss` reports its random number as z_loss: it repeats with the step and differs between steps."""
     step, state = linear_step()
     numbers = [
-        float(step(state.replace(step=np.int32(k)), rows(seed))[1]["z_loss"])
-        for seed in (0, 1)
-        for k in range(8)
+        float(step(state.replace(step=np.int32(k)), rows(seed))[1]["z_loss"]) for seed in (0, 1) for k in range(8)
     ]
     assert numbers[:8] == numbers[8:]
     assert len(set(numbers)) == 8
@@ -173,9 +169,7 @@ def test_gradient_norm_is_of_the_averaged_gradient_before_clipping():
         np.testing.assert_allclose(metrics["grad_norm"], expected, rtol=1e-6)
         outcomes.append(new)
     moments = [optax.tree.norm(optax.tree.get(new.opt_state, "mu")) for new in outcomes]
-    np.testing.assert_allclose(
-        moments, [0.1 * 1.0, 0.1 * expected], rtol=1e-5
-    )  # what was clipped is what is kept
+    np.testing.assert_allclose(moments, [0.1 * 1.0, 0.1 * expected], rtol=1e-5)  # what was clipped is what is kept
 
 
 def test_update_is_scaled_by_the_rate_of_the_step():

@@ -17,9 +17,7 @@ def count(function, *shapes):
 
 def test_a_product_takes_two_operations_a_pair():
     assert count(lambda a, b: a @ b, (30, 40), (40, 50)) == 2 * 30 * 40 * 50
-    assert (
-        count(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), (3, 20, 30), (3, 40, 30)) == 2 * 3 * 20 * 30 * 40
-    )
+    assert count(lambda a, b: jnp.einsum("bij,bkj->bik", a, b), (3, 20, 30), (3, 40, 30)) == 2 * 3 * 20 * 30 * 40
     assert count(jnp.sin, (30, 40)) == 0
 
 
@@ -50,9 +48,7 @@ def test_a_convolution_counts_what_falls_on_elements(stride, padding, dilation, 
     size, taps, channels, features = 11, 3, 4, 5
 
     def convolve(x, kernel):
-        return lax.conv_general_dilated(
-            x, kernel, (stride,), (padding,), (spread,), (dilation,), ("NWC", "WIO", "NWC")
-        )
+        return lax.conv_general_dilated(x, kernel, (stride,), (padding,), (spread,), (dilation,), ("NWC", "WIO", "NWC"))
 
     x, kernel = (2, size, channels), (taps, channels, features)
     results = jax.eval_shape(convolve, jnp.zeros(x), jnp.zeros(kernel)).shape[1]

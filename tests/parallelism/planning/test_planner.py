@@ -138,9 +138,7 @@ def test_an_estimate_leaves_out_what_a_chip_keeps_on_itself():
 
 
 def test_what_crosses_two_axes_is_sent_once():
-    found = row(
-        Fixed(), {"data": 8}, Report(flops=1, traffic=(Traffic("all-reduce", ("data", "fsdp.0"), 1, 5.0),))
-    )
+    found = row(Fixed(), {"data": 8}, Report(flops=1, traffic=(Traffic("all-reduce", ("data", "fsdp.0"), 1, 5.0),)))
     assert found.wire_bytes == {"data": 5.0, "fsdp": 5.0}
     assert found.sent_bytes == 5.0
 

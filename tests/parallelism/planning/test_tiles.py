@@ -7,11 +7,7 @@ import pytest
 
 from parallelism.planning.tiles import tiled_size
 
-SHAPES = [
-    shape
-    for rank in range(4)
-    for shape in itertools.product((1, 2, 3, 8, 12, 16, 100, 128, 344), repeat=rank)
-]
+SHAPES = [shape for rank in range(4) for shape in itertools.product((1, 2, 3, 8, 12, 16, 100, 128, 344), repeat=rank)]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_a_second_round_of_large_temporaries_faults_no_pages_in():
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000  # one round without it: 20 × 8192 pages

@@ -41,8 +41,7 @@ def test_the_first_to_fail_is_named_and_ends_the_others(end, status, words, star
     assert group.alive() == []
     # The fourth may have ended before.
     assert err in [
-        [f"process 1 {words}; ending the other {others}; its output: logs/attempt-1/process-1.log"]
-        for others in (2, 3)
+        [f"process 1 {words}; ending the other {others}; its output: logs/attempt-1/process-1.log"] for others in (2, 3)
     ]
 
 

@@ -39,9 +39,7 @@ def test_resume_takes_its_settings_from_the_run_and_accounts_for_all_attempts(fi
     """Of the first, which stands there as one that was killed 100 s after its last word."""
     before = summary_of(finished)
     (first,) = before["attempts"]
-    assert {"startup", "compile", "step", "data", "check", "evaluation", "checkpoint", "other"} == set(
-        first["seconds"]
-    )
+    assert {"startup", "compile", "step", "data", "check", "evaluation", "checkpoint", "other"} == set(first["seconds"])
     assert 0 < before["goodput"] < 1
     last_row = first["began"] + before["wall_seconds"] + 100
     os.utime(finished / "metrics.jsonl", (last_row, last_row))

@@ -24,9 +24,7 @@ from scripts.training.flags import Flags
         ("cpu", {"attention": "splash"}, 256, 1, "splash"),
     ],
 )
-def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(
-    kind, changes, length, parts, expected
-):
+def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(kind, changes, length, parts, expected):
     model = PRESETS["tiny"].replace(**changes)
     assert choose_attention(model, length, parts, generation_of(kind)).attention == expected
 

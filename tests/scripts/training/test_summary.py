@@ -68,9 +68,7 @@ def test_one_attempt_accounts_for_all_of_its_time(attempt, read):
     }
 
 
-@pytest.mark.parametrize(
-    ("end", "failure"), [("stopped", None), ("failed", "stopped: 3 steps in a row"), ("", None)]
-)
+@pytest.mark.parametrize(("end", "failure"), [("stopped", None), ("failed", "stopped: 3 steps in a row"), ("", None)])
 def test_only_a_finished_run_says_so(attempt, read, end, failure):
     attempt(0, step=1.0).write(7, None, end, failure)
     assert (read()["finished"], read()["step"], read()["failure"]) == (False, 7, failure)
@@ -152,9 +150,7 @@ def test_attempts_killed_before_their_first_save_are_time_lost(attempt, read, cl
         b'{"attempts": [{"from_step": 0, "began": null, "to_step": 5, "end": "", "seconds": {"step": 1.0}}]}',
     ],
 )
-def test_a_damaged_file_costs_the_account_of_earlier_attempts_and_nothing_else(
-    attempt, read, tmp_path, content
-):
+def test_a_damaged_file_costs_the_account_of_earlier_attempts_and_nothing_else(attempt, read, tmp_path, content):
     (tmp_path / "summary.json").write_bytes(content)
     attempt(10, startup=1.0, step=2.0).write(20, 20, "finished")
     assert [each["from_step"] for each in read()["attempts"]] == [10]
