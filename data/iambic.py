@@ -34,11 +34,7 @@ PLAYS = (
 LAST_LINE = "Whiles thou art waking."
 """Where the canonical text breaks off, in the middle of the last play."""
 
-REPAIRS = (
-    ("Senators, & C ", "**Senators, &C**\n"),
-    ("ALL SERVING-MEN ", "**ALL SERVING-MEN**\n"),
-    ("& c.", "&c."),
-)
+REPAIRS = (("Senators, & C ", "**Senators, &C**\n"), ("ALL SERVING-MEN ", "**ALL SERVING-MEN**\n"), ("& c.", "&c."))
 """Speech prefixes that the wheel runs into the line before or after, and an ampersand torn from its c."""
 
 HEADING = re.compile(r"^#.*$", re.MULTILINE)

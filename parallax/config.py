@@ -52,10 +52,7 @@ class RopeScaling:
         _require_choices(self, "rope_scaling.")
         _require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1; try 8")
         low, high = self.low_freq_factor, self.high_freq_factor
-        _require(
-            low < high,
-            f"rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}; try 1 and 4",
-        )
+        _require(low < high, f"rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}; try 1 and 4")
         length = self.original_max_seq_len
         _require(length >= 1, f"rope_scaling.original_max_seq_len={length} must be at least 1; try 8192")
         _require(
@@ -258,10 +255,7 @@ class TrainConfig:
                 f"accumulate={self.accumulate} must divide batch_size={self.batch_size}; "
                 f"try {_largest_divisor(self.batch_size, self.accumulate)}",
             )
-        _require(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing={self.label_smoothing} must be in [0, 1); try 0.1",
-        )
+        _require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be in [0, 1); try 0.1")
         _require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative; 0 is off")
 
 

@@ -54,9 +54,7 @@ def abstract_params(config: TransformerConfig, place: PlaceParams | None = None)
 
 
 def load_run(
-    folder: str | os.PathLike,
-    step: int | None = None,
-    place: Callable[[TransformerConfig], Params] = abstract_params,
+    folder: str | os.PathLike, step: int | None = None, place: Callable[[TransformerConfig], Params] = abstract_params
 ) -> Run:
     """Reads a run with the parameters of `step`, by default those of its best checkpoint.
 

@@ -172,9 +172,7 @@ class MeshStrategy:
         return make_state(self._init_state, self._shardings)
 
     def _bind(self, function: Callable) -> Callable:
-        def bound(
-            *arguments,
-        ):  # a fresh closure: jit caches traces by function, and knows nothing of what is bound
+        def bound(*arguments):  # a fresh closure: jit caches traces by function, and knows nothing of what is bound
             with axes.bound(self._placement):
                 return function(*arguments)
 

@@ -144,10 +144,7 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
             def add(sofar, shard):
                 sums, grads = shard
                 summed = jax.tree.map(jnp.add, sofar[0], sums)
-                return (
-                    summed,
-                    jax.tree.map(lambda a, b: a + b * share.astype(b.dtype), sofar[1], grads),
-                ), None
+                return (summed, jax.tree.map(lambda a, b: a + b * share.astype(b.dtype), sofar[1], grads)), None
 
             # One division, and matmuls within the loop, whose results no compiler merges with the optimizer: many
             # divisions become multiplications by a reciprocal, or multiply-adds are fused, on some layouts alone.

@@ -17,14 +17,7 @@ from tests.parallax.interop.folders import SMALL, write_folder
 from tests.parallax.serving.server import serving, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLED = {
-    "max_tokens": 30,
-    "temperature": 0.9,
-    "top_k": 12,
-    "top_p": 0.95,
-    "repetition_penalty": 1.2,
-    "seed": 7,
-}
+SAMPLED = {"max_tokens": 30, "temperature": 0.9, "top_k": 12, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 7}
 AFTERWARDS = """
 import importlib.util, json, os, parallelism, sys
 sampled = json.loads(sys.argv[1])

@@ -187,11 +187,7 @@ def probabilities(logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax
 
 
 def sample(
-    logits_BV: jax.Array,
-    settings: SamplingSettings,
-    seen_BV: jax.Array,
-    keys_B: jax.Array,
-    positions_B: jax.Array,
+    logits_BV: jax.Array, settings: SamplingSettings, seen_BV: jax.Array, keys_B: jax.Array, positions_B: jax.Array
 ) -> jax.Array:
     """One token a row, int32 [B]: repetition penalty, temperature, the filters of `keep`, then the draw.
 

@@ -45,8 +45,7 @@ class Slots:
         """Rows and heads over the devices, where a placement is bound; the same after each call."""
         rows = dataclasses.replace(self, cache=None)
         return dataclasses.replace(
-            jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), rows),
-            cache=self.cache.constrained(),
+            jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), rows), cache=self.cache.constrained()
         )
 
     def insert(self, slot: jax.Array, row: "Slots") -> "Slots":
@@ -73,11 +72,7 @@ class Slots:
 
 
 def prefill(
-    model: TransformerLM,
-    tokens_BP: jax.Array,
-    lengths_B: jax.Array,
-    seeds_B: jax.Array,
-    settings: SamplingSettings,
+    model: TransformerLM, tokens_BP: jax.Array, lengths_B: jax.Array, seeds_B: jax.Array, settings: SamplingSettings
 ) -> tuple[Slots, jax.Array]:
     """Reads prompts, right-padded to P tokens, into slots with room for P; and what the model makes of them, [B, P, D].
 

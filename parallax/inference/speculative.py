@@ -130,11 +130,7 @@ def _check(model: TransformerLM, state: Speculation, proposal: _Proposal, active
     logits_BTV, cache = model(fed_BT, positions_BT, cache=slots.cache)
     p_TBV = jax.vmap(probabilities, (1, None, 0))(logits_BTV, slots.settings, proposal.seen_TBV)
     passed_B, own_B = check_proposals(
-        proposal.tokens_RB,
-        proposal.probs_RBV,
-        p_TBV,
-        _keys(text, count, ACCEPT),
-        _keys(text, count + 1, REPLACE),
+        proposal.tokens_RB, proposal.probs_RBV, p_TBV, _keys(text, count, ACCEPT), _keys(text, count + 1, REPLACE)
     )
     text = dataclasses.replace(text, slots=dataclasses.replace(slots, cache=cache))
     for at in range(count + 1):

@@ -116,9 +116,7 @@ def attend_in_chunks(
         B, t, G, R, K = q.shape
         wide = jnp.promote_types(q.dtype, jnp.float32)
         start = _Running(
-            jnp.full((B, G, R, t), MASKED, wide),
-            jnp.zeros((B, G, R, t), wide),
-            jnp.zeros((B, G, R, t, K), wide),
+            jnp.full((B, G, R, t), MASKED, wide), jnp.zeros((B, G, R, t), wide), jnp.zeros((B, G, R, t, K), wide)
         )
         numbered = (k_chunks, v_chunks, k_at, k_in, jnp.arange(k_chunks.shape[0]))
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)

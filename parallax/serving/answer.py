@@ -175,11 +175,7 @@ class Answer:
     def _usage(self) -> dict[str, int]:
         prompt = sum(map(len, self._ask.prompts))
         completion = sum(text.generated for text in self._texts)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _event(value: Any) -> str:

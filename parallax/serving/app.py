@@ -43,13 +43,7 @@ MAX_POINTS = 400
 
 
 def application(
-    run: Run,
-    engine: Engine,
-    slots: int,
-    capacity: int,
-    limits: Limits,
-    names: frozenset[str] | None,
-    key: str,
+    run: Run, engine: Engine, slots: int, capacity: int, limits: Limits, names: frozenset[str] | None, key: str
 ) -> Guard:
     """The whole server of one model.
 

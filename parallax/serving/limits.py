@@ -35,7 +35,5 @@ class Limits:
     def within(self, capacity: int) -> "Limits":
         """These limits, with lengths that a slot of `capacity` tokens can hold."""
         return dataclasses.replace(
-            self,
-            max_prompt_tokens=min(self.max_prompt_tokens, capacity),
-            max_tokens=min(self.max_tokens, capacity),
+            self, max_prompt_tokens=min(self.max_prompt_tokens, capacity), max_tokens=min(self.max_tokens, capacity)
         )

@@ -24,10 +24,7 @@ class Counts:
         )
         self.tokens = Counter("parallax_tokens", "Tokens read and generated.", ["kind"], registry=registry)
         self.first_token = Histogram(
-            "parallax_first_token_seconds",
-            "From the request to its first token.",
-            buckets=SECONDS,
-            registry=registry,
+            "parallax_first_token_seconds", "From the request to its first token.", buckets=SECONDS, registry=registry
         )
         for name, words, value in (
             ("slots", "Slots that there are.", lambda: slots),

@@ -87,8 +87,7 @@ def _answer_schemas() -> dict[str, Schema]:
         "Completion": completion,
         "Model": _object(id=TEXT, object={"const": "model"}, created=INTEGER, owned_by=TEXT),
         "Models": _object(
-            object={"const": "list"},
-            data={"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+            object={"const": "list"}, data={"type": "array", "items": {"$ref": "#/components/schemas/Model"}}
         ),
     }
 

@@ -206,12 +206,7 @@ def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
         "frequency_penalty": {"enum": [None, 0]},
         "logit_bias": _optional("object", None, maxProperties=0),
     }
-    return {
-        "type": "object",
-        "required": ["model", "prompt"],
-        "properties": properties,
-        "additionalProperties": False,
-    }
+    return {"type": "object", "required": ["model", "prompt"], "properties": properties, "additionalProperties": False}
 
 
 def _optional(kind: str, default: Any, **rules: Any) -> Schema:

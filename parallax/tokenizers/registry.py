@@ -68,11 +68,6 @@ def tokenizer_from_json(definition: dict[str, Any]) -> Tokenizer:
             return ByteTokenizer()
         case {"kind": "bpe", "definition": dict(inner)}:
             return BPETokenizer(inner)
-        case {
-            "kind": "hugging_face",
-            "definition": dict(inner),
-            "vocab_size": int(size),
-            "end_ids": list(ends),
-        }:
+        case {"kind": "hugging_face", "definition": dict(inner), "vocab_size": int(size), "end_ids": list(ends)}:
             return HuggingFaceTokenizer(inner, size, ends)
     raise ValueError("its kind must be char, byte, bpe or hugging_face, with that kind's fields; save it again")

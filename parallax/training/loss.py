@@ -27,12 +27,7 @@ LossFn = Callable[[Any, dict[str, jax.Array], jax.Array | None], tuple[Sums, jax
 
 
 def token_losses(
-    logits_BTW: jax.Array,
-    targets_BT: jax.Array,
-    *,
-    vocab_size: int,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    logits_BTW: jax.Array, targets_BT: jax.Array, *, vocab_size: int, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Sums:
     """Sums over target tokens of the cross-entropy, the z-loss and both, in nats; scalars in the logits' dtype.
 
@@ -72,11 +67,7 @@ def chunked_losses(
 
     def losses(table_WD, x_BTD, targets_BT):
         sums = token_losses(
-            logits(table_WD, x_BTD),
-            targets_BT,
-            vocab_size=vocab_size,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
+            logits(table_WD, x_BTD), targets_BT, vocab_size=vocab_size, label_smoothing=label_smoothing, z_loss=z_loss
         )
         return sums["loss"], sums
 
@@ -153,9 +144,7 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
     return loss_fn
 
 
-def make_evaluation(
-    config: TransformerConfig,
-) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
+def make_evaluation(config: TransformerConfig) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
     """(params, batch) to (summed cross-entropy in nats, number of target tokens): no dropout, smoothing or z-loss."""
     loss_fn = make_loss(config, TrainConfig(label_smoothing=0.0, z_loss=0.0))
 

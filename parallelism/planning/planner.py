@@ -176,11 +176,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
 
 
 def held_bytes(
-    arrays: Any,
-    axes: Any,
-    rules: Rules,
-    sizes: Mapping[str, int],
-    numbers: Callable[[Sequence[int]], int] = math.prod,
+    arrays: Any, axes: Any, rules: Rules, sizes: Mapping[str, int], numbers: Callable[[Sequence[int]], int] = math.prod
 ) -> int:
     """Bytes of a device's shards of arrays with these logical axes; `numbers` says how many a shape takes."""
 

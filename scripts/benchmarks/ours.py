@@ -21,16 +21,7 @@ from parallax.interop.writing import write_params
 from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params
 from parallax.training.loop import Row, Stopwatch, train
-from scripts.benchmarks.settings import (
-    CHECKED_STEPS,
-    LEARNING,
-    MODELS,
-    SEED,
-    Measure,
-    prompts,
-    read_setting,
-    samples,
-)
+from scripts.benchmarks.settings import CHECKED_STEPS, LEARNING, MODELS, SEED, Measure, prompts, read_setting, samples
 from scripts.common.jax_process import keep_large_buffers
 from scripts.training.flags import Flags
 from scripts.training.job import build

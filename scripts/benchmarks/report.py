@@ -76,10 +76,7 @@ def begin() -> float:
     """
     found, busy = machine(), round(busy_cores(), 2)
     if busy > QUIET:
-        print(
-            f"warning: {busy} cores are busy with other work; measure when the machine is quiet",
-            file=sys.stderr,
-        )
+        print(f"warning: {busy} cores are busy with other work; measure when the machine is quiet", file=sys.stderr)
     named = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"{found['processor']}, {found['cores']} cores, {found['memory_gib']:.0f} GiB, {found['system']}; {named}")
     return busy

@@ -102,12 +102,7 @@ def decoding(
     def generate(count: int) -> Any:
         with torch.inference_mode():
             return llama.generate(
-                tokens,
-                attention_mask=mask,
-                max_new_tokens=count,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=0,
+                tokens, attention_mask=mask, max_new_tokens=count, do_sample=False, use_cache=True, pad_token_id=0
             )
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:

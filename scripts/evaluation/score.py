@@ -90,11 +90,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tup
 
 
 def _score(
-    strategy: Strategy,
-    config: TransformerConfig,
-    params: Any,
-    given: Iterator[dict[str, np.ndarray]],
-    total: int,
+    strategy: Strategy, config: TransformerConfig, params: Any, given: Iterator[dict[str, np.ndarray]], total: int
 ) -> tuple[float, int]:
     """Summed nats and number of the targets, with a bar on a terminal."""
     from rich.console import Console

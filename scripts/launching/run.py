@@ -160,12 +160,7 @@ def _plan(
     archive = shlex.join(["git", "-C", str(checkout), "archive", "--format=tar.gz", commands.commit])
     yield f"{archive} | {shlex.join(copy('-', commands.archive))}"
     hosts = [commands.prepare(), commands.start(logs, train_flags), commands.report()]
-    creation = [
-        tpu.describe(),
-        *([tpu.describe_queued()] if tpu.queued else []),
-        tpu.create(),
-        tpu.describe(),
-    ]
+    creation = [tpu.describe(), *([tpu.describe_queued()] if tpu.queued else []), tpu.create(), tpu.describe()]
     deletion = [tpu.describe_queued(), tpu.delete_queued(), tpu.describe(), tpu.delete()]
     for argv in [*creation, *map(tpu.ssh, hosts), *(deletion if flags.autodelete else []), tpu.describe()]:
         yield shlex.join(argv)

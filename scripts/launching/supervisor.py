@@ -16,14 +16,7 @@ from types import FrameType
 
 from parallelism.exit_status import BAD_INPUT
 from scripts.launching.child import Child, Command, say
-from scripts.launching.restarts import (
-    CONSEQUENCES,
-    Death,
-    describe_status,
-    first_to_fail,
-    keep_running,
-    signal_name,
-)
+from scripts.launching.restarts import CONSEQUENCES, Death, describe_status, first_to_fail, keep_running, signal_name
 
 CAUSE_SECONDS = 1.0
 """How long a process that seems to have lost a peer is not blamed, in case another turns out to have died."""

@@ -54,11 +54,7 @@ def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: i
 
 def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
     choice, temporary = row.choice, row.peak_bytes - row.parameter_bytes - row.optimizer_bytes
-    times = {
-        "compute": row.compute_seconds,
-        "memory": row.memory_seconds,
-        "links": row.link_seconds,
-    }
+    times = {"compute": row.compute_seconds, "memory": row.memory_seconds, "links": row.link_seconds}
     return [
         name_of(choice),
         choice.remat,

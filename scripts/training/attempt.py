@@ -54,10 +54,7 @@ class Attempt:
         if job.strategy.is_writer:
             self._workspace.hold()  # before the checkpoints, of which the writer removes what is half-written
         self._checkpoints = Checkpointer(
-            job.folder / "checkpoints",
-            keep=job.flags.train.keep,
-            is_writer=job.strategy.is_writer,
-            notify=say,
+            job.folder / "checkpoints", keep=job.flags.train.keep, is_writer=job.strategy.is_writer, notify=say
         )
         self._stopwatch = Stopwatch()
         self._start = self._step = 0

@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from etils import epath
 
-from parallax.config import (
-    PRESETS,
-    OptimizerConfig,
-    TrainConfig,
-    TransformerConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from parallax.config import PRESETS, OptimizerConfig, TrainConfig, TransformerConfig, config_from_dict, config_to_dict
 from parallax.run_folder import read_settings
 from parallax.storage import open_folder
 from scripts.common.command_line import parse

@@ -17,10 +17,7 @@ def report_overfit(job: Job, params: Params) -> int:
     """Prints the verdict; returns 0 if the sentence was learned, 1 if not."""
     model, ids = job.flags.model, job.tokenizer.encode(job.corpus.documents[0])
     request = Request(
-        prompts=[ids[:1]],
-        settings=SamplingSettings.create(1, temperature=0.0),
-        seeds=[0],
-        max_tokens=len(ids) - 1,
+        prompts=[ids[:1]], settings=SamplingSettings.create(1, temperature=0.0), seeds=[0], max_tokens=len(ids) - 1
     )
     written = np.concatenate([ids[:1], *Generator(model).generate(prepare(model, params), request)])
     print(f"sentence: {job.corpus.documents[0]}\nwritten:  {job.tokenizer.decode(written)}")

@@ -37,10 +37,7 @@ class Summary:
         wall = time.time() - self._began
         seconds = dict(self._stopwatch.seconds)
         seconds["other"] = max(0.0, wall - sum(seconds.values()))
-        attempts = [
-            *self._earlier,
-            self._attempt | {"to_step": step, "end": end, "seconds": _rounded(seconds)},
-        ]
+        attempts = [*self._earlier, self._attempt | {"to_step": step, "end": end, "seconds": _rounded(seconds)}]
         total = _total(attempts)
         wall_seconds = sum(total.values())
         write_json(

@@ -45,13 +45,7 @@ MEAN = [
     *(mesh("data=2,sequence=4"), mesh("fsdp=4,sequence=2"), mesh("sequence=2,tensor=4")),
     *(mesh("data=2,fsdp=2,tensor=2"), mesh("data=2,sequence=2,tensor=2"), mesh("fsdp=2,sequence=2,tensor=2")),
     *(pmap(4, 2), mesh("fsdp=4", 2), mesh("fsdp=2,tensor=2", 2), mesh("data=2,fsdp=2,tensor=2", 2)),
-    *(
-        pmap(4, 4),
-        mesh("data=2,fsdp=2", 4),
-        mesh("data=2,fsdp=4", 4),
-        mesh("tensor=4", 4),
-        mesh("sequence=4", 4),
-    ),
+    *(pmap(4, 4), mesh("data=2,fsdp=2", 4), mesh("data=2,fsdp=4", 4), mesh("tensor=4", 4), mesh("sequence=4", 4)),
 ]
 ACCUMULATED = ("--accumulate", "2")
 EXACT = [

@@ -45,10 +45,7 @@ def test_batches_have_fixed_shapes_and_types(sides):
 def test_batch_depends_on_seed_and_k_alone(sides):
     train, _ = sides
     first = take(training_batches(train, batch_size=6, seed=5), 12)
-    for other in (
-        take(training_batches(train, batch_size=6, seed=5), 12),
-        [train.gather(train.draw(6, 5, 0))],
-    ):
+    for other in (take(training_batches(train, batch_size=6, seed=5), 12), [train.gather(train.draw(6, 5, 0))]):
         for one, two in zip(first, other, strict=False):
             assert_same(one, two)
     assert len({batch["sample_ids"].tobytes() for batch in first}) == 12

@@ -34,15 +34,7 @@ BROKEN = [
     (RopeScaling, {"attention_factor": float("nan")}, "attention_factor"),
     *[
         (TransformerConfig, {name: 0}, name)
-        for name in (
-            "vocab_size",
-            "embed_dim",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_dim",
-        )
+        for name in ("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
     ],
     (TransformerConfig, {"embed_dim": -128}, "embed_dim"),
     (TransformerConfig, {"num_kv_heads": 3}, "num_kv_heads"),

@@ -54,20 +54,12 @@ def test_the_best_checkpoint_or_the_one_asked_for_is_read_and_nothing_changed(fo
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        (
-            "config.json",
-            None,
-            "has no readable config.json (No such file or directory); give the folder that",
-        ),
+        ("config.json", None, "has no readable config.json (No such file or directory); give the folder that"),
         ("config.json", "{", "config.json must be JSON"),
         ("config.json", "[]", "config.json must hold an object with a model config; give the folder that"),
         ("config.json", '{"model": {"depth": 3}}', "unknown field depth; known are"),
         ("config.json", '{"model": {"vocab_size": 99}}', "vocab_size=99 in"),
-        (
-            "tokenizer.json",
-            None,
-            "tokenizer.json must be readable (No such file or directory); check the path",
-        ),
+        ("tokenizer.json", None, "tokenizer.json must be readable (No such file or directory); check the path"),
         ("tokenizer.json", "{}", "must be one that training wrote"),
         ("notes", "", "has no checkpoint; name another"),
     ],

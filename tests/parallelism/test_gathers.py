@@ -12,10 +12,7 @@ from parallax import axes
 from parallelism import gathers
 from parallelism.gathers import ShardPlacement
 
-MESHES = {
-    "flat": ((8,), ("fsdp",)),
-    "in three parts": ((2, 2, 2), ("fsdp.0", "fsdp.1", "fsdp.2")),
-}
+MESHES = {"flat": ((8,), ("fsdp",)), "in three parts": ((2, 2, 2), ("fsdp.0", "fsdp.1", "fsdp.2"))}
 ARRAYS = {
     "rows": ((64, 24), ("embed", "mlp")),
     "columns": ((24, 64), ("mlp", "embed")),

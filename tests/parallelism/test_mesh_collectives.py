@@ -36,13 +36,7 @@ def compiled_text(mesh, reduction="mean"):
     optimizer = make_optimizer(OptimizerConfig(), parameters(config))
     init = make_init(config, optimizer, seed=0)
     name = "mesh" if "=" in mesh else mesh
-    layout = Layout(
-        strategy=name,
-        mesh=mesh if name == "mesh" else "",
-        batch_size=B,
-        seq_len=T,
-        reduction=reduction,
-    )
+    layout = Layout(strategy=name, mesh=mesh if name == "mesh" else "", batch_size=B, seq_len=T, reduction=reduction)
     strategy = get_strategy(layout, init, state_axes(config, init))
     step = functools.partial(
         train_step,

@@ -34,10 +34,7 @@ def compiled(devices, microbatches, loss_fn=loss_fn):
     if devices == 1:
         return jax.jit(reduction.mean(microbatches)(loss_fn))
     function = jax.vmap(
-        reduction.pmean("batch", microbatches)(loss_fn),
-        in_axes=(None, 0, None),
-        axis_name="batch",
-        axis_size=devices,
+        reduction.pmean("batch", microbatches)(loss_fn), in_axes=(None, 0, None), axis_name="batch", axis_size=devices
     )
 
     def dealt(params, batch, key):
@@ -98,10 +95,7 @@ def test_each_microbatch_holds_rows_of_every_block(microbatches):
 
 def coins(params, batch, key):
     """64 coin flips of the key it was given; sums count the heads."""
-    return {
-        "loss": jnp.sum(params["w"]),
-        "heads": jax.random.bernoulli(key, 0.5, (64,)).astype(int),
-    }, jnp.int32(1)
+    return {"loss": jnp.sum(params["w"]), "heads": jax.random.bernoulli(key, 0.5, (64,)).astype(int)}, jnp.int32(1)
 
 
 @pytest.mark.parametrize(("devices", "microbatches"), CUTS[1:])

@@ -52,19 +52,12 @@ def test_shards_are_dealt_evenly_or_refused_with_a_remedy():
     ("mesh", "blocks", "pieces"),
     [
         *(("data=8", 8, 1), ("fsdp=8", 8, 1), ("data=2,fsdp=4", 8, 1), ("tensor=2,data=4", 4, 1)),
-        *(
-            ("sequence=2,data=4", 4, 2),
-            ("sequence=2,tensor=2,fsdp=2", 2, 2),
-            ("sequence=2,tensor=2,data=2", 2, 2),
-        ),
+        *(("sequence=2,data=4", 4, 2), ("sequence=2,tensor=2,fsdp=2", 2, 2), ("sequence=2,tensor=2,data=2", 2, 2)),
     ],
 )
 def test_each_device_holds_its_block_of_rows_and_its_piece_of_them(make_tiny, mesh, blocks, pieces):
     tiny = make_tiny(num_kv_heads=2)
-    strategy, batch = (
-        tiny.strategy("mesh", mesh),
-        tiny.batch(0) | {"sample_ids": np.arange(16, dtype=np.int32)},
-    )
+    strategy, batch = (tiny.strategy("mesh", mesh), tiny.batch(0) | {"sample_ids": np.arange(16, dtype=np.int32)})
     np.testing.assert_array_equal(strategy.rows(16), np.arange(16))
     placed = strategy.put_batch(batch)
     for name, x in placed.items():

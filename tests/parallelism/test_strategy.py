@@ -95,8 +95,7 @@ def reference(nano, first_state):
 
 
 @pytest.mark.parametrize(
-    ("name", "mesh", "accumulate"),
-    [("mesh", "data=8", 1), ("mesh", "data=2,fsdp=4", 1), ("pmap", "", 4)],
+    ("name", "mesh", "accumulate"), [("mesh", "data=8", 1), ("mesh", "data=2,fsdp=4", 1), ("pmap", "", 4)]
 )
 def test_every_layout_has_the_same_curve(nano, first_state, reference, name, mesh, accumulate):
     """1e-5 is what docs/evidence/equivalence.md holds over 100 steps, on all layouts."""

@@ -20,10 +20,7 @@ HOME = Path(os.environ["HOME"])
 
 
 def main(name, args):
-    with (
-        contextlib.suppress(FileNotFoundError),
-        (HOME / "calls.jsonl").open("a") as calls,
-    ):  # of a host that is gone
+    with contextlib.suppress(FileNotFoundError), (HOME / "calls.jsonl").open("a") as calls:  # of a host that is gone
         calls.write(json.dumps([name, *args]) + "\n")
     return PROGRAMS[name](args)
 

@@ -19,14 +19,8 @@ from scripts.launching.local import local_environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPTS = ROOT / "scripts"
-SMALL = [
-    *("--model.num-layers", "1", "--model.embed-dim", "32"),
-    *("--model.mlp-dim", "32", "--model.head-dim", "8"),
-]
-SHORT = [
-    *("--steps", "12", "--batch-size", "16", "--seq-len", "16"),
-    *("--log-interval", "4", "--eval-interval", "6"),
-]
+SMALL = [*("--model.num-layers", "1", "--model.embed-dim", "32"), *("--model.mlp-dim", "32", "--model.head-dim", "8")]
+SHORT = [*("--steps", "12", "--batch-size", "16", "--seq-len", "16"), *("--log-interval", "4", "--eval-interval", "6")]
 TIMING = {"tokens_per_second", "step_time", "mfu"}
 
 
@@ -88,14 +82,7 @@ class Training:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        name: str,
-        layout: Layout,
-        flags: list[str],
-        *,
-        disk: Path | None = None,
-        restarts: int = 0,
+        self, folder: Path, name: str, layout: Layout, flags: list[str], *, disk: Path | None = None, restarts: int = 0
     ):
         self.run, self.layout = (disk or folder) / name, layout
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"

@@ -54,11 +54,7 @@ def tensors_of(folder):
 
 def test_in_and_out_again(converted, tmp_path):
     assert len(converted("import", "hf", "run")) == 1
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "checkpoints",
-        "config.json",
-        "tokenizer.json",
-    }
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "config.json", "tokenizer.json"}
     run = load_run("run")
     assert (run.step, run.config.vocab_size, run.tokenizer.end_ids) == (0, 301, (1, 2, 0))
     assert run.settings["imported"] == {"folder": "hf", "model_type": "llama"}

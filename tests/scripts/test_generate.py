@@ -80,18 +80,7 @@ def test_standard_output_is_prompt_and_continuation_of_the_best_checkpoint(write
 
 
 def test_a_sample_of_several_is_the_one_of_its_seed(write):
-    flags = [
-        "--prompt",
-        "ab",
-        "--max-tokens",
-        "20",
-        "--top-k",
-        "9",
-        "--repetition-penalty",
-        "1.2",
-        "--stop",
-        "é",
-    ]
+    flags = ["--prompt", "ab", "--max-tokens", "20", "--top-k", "9", "--repetition-penalty", "1.2", "--stop", "é"]
     alone = [write(*flags, "--seed", str(seed))[1] for seed in (5, 6, 7)]
     status, together, err = write(*flags, "--seed", "5", "--num-samples", "3")
     assert status == 0

@@ -107,8 +107,7 @@ def test_the_status_says_how_it_ended(ends, status, launch_local):
     found, _, err = launch_local("--processes", "3", "--restarts", str(ends.count(",")), "--", *flags)
     assert found == status
     assert re.match(
-        r"process 2 (exited with status|was killed by SIG).*; ending the other 2; its output: x\.logs/",
-        err[0],
+        r"process 2 (exited with status|was killed by SIG).*; ending the other 2; its output: x\.logs/", err[0]
     )
     assert (err[-1] == "no restart is left of 1") == (ends in ("3,-9", "-6,3"))
 

@@ -58,8 +58,7 @@ def test_without_autodelete_it_says_what_still_bills(cloud, launch):
 
 
 @pytest.mark.parametrize(
-    ("loss", "queued"),
-    [("preempt", True), ("halt", False), ("vanish", False), ("vanish", True), ("cut off", False)],
+    ("loss", "queued"), [("preempt", True), ("halt", False), ("vanish", False), ("vanish", True), ("cut off", False)]
 )
 def test_a_lost_tpu_is_deleted_made_again_and_the_run_goes_on(loss, queued, cloud, finish):
     flags = ["--queued", "--spot"] if queued else ["--spot"]
@@ -78,11 +77,7 @@ def test_a_lost_tpu_is_deleted_made_again_and_the_run_goes_on(loss, queued, clou
 
 @pytest.mark.parametrize(
     ("death", "what"),
-    [
-        ("kill", "was killed by SIGKILL"),
-        ("exit 3", "exited with status 3"),
-        ("crash", "ended without a word"),
-    ],
+    [("kill", "was killed by SIGKILL"), ("exit 3", "exited with status 3"), ("crash", "ended without a word")],
 )
 def test_a_dead_worker_is_started_again_with_the_others_on_the_same_tpu(death, what, cloud, finish):
     status, err = finish(hosts=2, plays=[["wait", death], "exit 0"])

@@ -22,10 +22,7 @@ def test_up_then_status_then_down(cloud, launch):
     assert status == 0
     assert out[0] == "parallax-dev-tpu is READY: v3-32, 4 host(s) HEALTHY"
     assert "it bills until it is deleted" in out[-1]
-    assert launch("down", *FAST)[2] == [
-        "deleted: TPU parallax-dev-tpu",
-        "parallax-dev-tpu does not bill any more",
-    ]
+    assert launch("down", *FAST)[2] == ["deleted: TPU parallax-dev-tpu", "parallax-dev-tpu does not bill any more"]
     assert cloud.bills() == []
     assert launch("status")[1] == ["there is no TPU parallax-dev-tpu in us-central1-a, and none of that name bills"]
     assert launch("down", *FAST)[2][0] == "there was no TPU parallax-dev-tpu to delete"
@@ -66,10 +63,7 @@ def test_status_says_what_the_hosts_do(cloud, launch):
     cloud.play(hosts=2, plays=["exit 0"])
     launch("run", "--bucket", "bkt", *FAST, "--", "--steps", "1")
     _, out, _ = launch("status")
-    assert [line for line in out if line.startswith("parallax ")] == [
-        "parallax 0 exited 0",
-        "parallax 1 exited 0",
-    ]
+    assert [line for line in out if line.startswith("parallax ")] == ["parallax 0 exited 0", "parallax 1 exited 0"]
 
 
 def test_logs_are_those_of_the_newest_attempt(cloud, launch):

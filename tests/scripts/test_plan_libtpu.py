@@ -150,11 +150,7 @@ def test_the_memory_of_a_small_step_is_estimated_without_what_the_chip_keeps(top
 
 
 @pytest.mark.parametrize(
-    ("mesh", "microbatches", "remat"),
-    [
-        ("fsdp=2,tensor=4", 8, "full"),
-        ("data=2,tensor=4", 1, "dots"),
-    ],
+    ("mesh", "microbatches", "remat"), [("fsdp=2,tensor=4", 8, "full"), ("data=2,tensor=4", 1, "dots")]
 )
 def test_the_memory_of_few_mebibytes_is_estimated_too(mesh, microbatches, remat, tmp_path):
     """Layouts of TINY that err most: casts of shards for all microbatches, heads that fill a quarter of their tiles."""
@@ -175,11 +171,7 @@ def test_pmap_spans_every_host_of_a_slice():
 
 @pytest.mark.parametrize(
     ("mesh", "sizes"),
-    [
-        ("", {"data": 8}),
-        ("fsdp=2x2x2", {"fsdp": 8}),
-        ("data=2,fsdp=2,tensor=2", {"data": 2, "fsdp": 2, "tensor": 2}),
-    ],
+    [("", {"data": 8}), ("fsdp=2x2x2", {"fsdp": 8}), ("data=2,fsdp=2,tensor=2", {"data": 2, "fsdp": 2, "tensor": 2})],
 )
 def test_bytes_of_parameters_and_optimizer_are_those_of_the_arrays_and_of_their_tiles(mesh, sizes):
     flags = Flags(topology="v3-8", batch_size=16, model=PRESETS["tiny"])

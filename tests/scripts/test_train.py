@@ -30,14 +30,7 @@ def test_a_run_explains_itself(train_small, text, template, layout):
     assert (status, out) == (0, "")
     folder = text / "runs" / "text-tiny"
     names = {path.name for path in folder.iterdir()}
-    assert names >= {
-        "checkpoints",
-        "config.json",
-        "tokenizer.json",
-        "metrics.jsonl",
-        "loss.png",
-        "summary.json",
-    }
+    assert names >= {"checkpoints", "config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "summary.json"}
     assert list(folder.glob("events.out.tfevents.*"))
     assert [row["step"] for row in rows(folder) if "loss" in row] == [1, 4, 8, 12]
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [6, 12]
@@ -69,12 +62,7 @@ def test_microbatches_that_are_chosen_are_named_and_leave_the_curve_as_it_is(tra
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [
-        ("--learning-rate", "0.0123"),
-        ("--model.norm-eps", "0.0123"),
-        ("--z-loss", "0.0123"),
-        ("--reduction", "exact"),
-    ],
+    [("--learning-rate", "0.0123"), ("--model.norm-eps", "0.0123"), ("--z-loss", "0.0123"), ("--reduction", "exact")],
 )
 def test_resume_refuses_another_run(refuses, finished, flag, value):
     before = (finished / "config.json").read_bytes()

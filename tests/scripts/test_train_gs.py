@@ -93,14 +93,7 @@ def test_kills_and_a_flipped_byte_cost_a_run_nothing(folder, whole, bucket):
     assert (summary["finished"], summary["step"]) == (True, 40)
     assert [attempt["end"] for attempt in summary["attempts"]] == ["killed", "killed", "finished"]
     names = {path.name for path in run.iterdir()}
-    assert names >= {
-        "checkpoints",
-        "config.json",
-        "tokenizer.json",
-        "metrics.jsonl",
-        "loss.png",
-        "summary.json",
-    }
+    assert names >= {"checkpoints", "config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "summary.json"}
     assert sum("tfevents" in name for name in names) >= 2
     assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert generate(run, folder) == generate(whole[0], folder)

@@ -72,10 +72,7 @@ def test_there_is_room_for_the_padded_prompts_and_for_the_whole():
         ({"seeds": [1]}, "2 prompts have 1 seeds and 2 settings; give one a prompt"),
         ({"seeds": [1, -1]}, "seed=-1 must be in [0, 2^32); try 0"),
         ({"seeds": [1, 2**32]}, "seed=4294967296 must be in [0, 2^32); try 0"),
-        (
-            {"settings": SamplingSettings.create(3)},
-            "2 prompts have 2 seeds and 3 settings; give one a prompt",
-        ),
+        ({"settings": SamplingSettings.create(3)}, "2 prompts have 2 seeds and 3 settings; give one a prompt"),
     ],
 )
 def test_a_bad_request_names_rule_value_and_remedy(changes, message):

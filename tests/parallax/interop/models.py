@@ -35,10 +35,7 @@ def random_values(family, seed):
     if family in ("qwen2", "qwen3") and rng.integers(2):
         values |= {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
     if family == "smollm":
-        values |= {
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e5},
-        }
+        values |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
     return values
 
 

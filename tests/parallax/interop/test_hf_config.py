@@ -86,10 +86,7 @@ def _as_written(scaling: RopeScaling) -> RopeScaling:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"model_type": "gemma"},
-            "model_type='gemma' in config.json is not one of llama, mistral, qwen2, qwen3;",
-        ),
+        ({"model_type": "gemma"}, "model_type='gemma' in config.json is not one of llama, mistral, qwen2, qwen3;"),
         ({"model_type": None}, "model_type=None in config.json is not one of"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' in config.json must be silu"),
         ({"mlp_bias": True}, "mlp_bias=true in config.json is not supported;"),
@@ -204,15 +201,9 @@ def test_the_factor_of_attention_follows_from_what_is_given():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_type='dynamic' in config.json is not",
-        ),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' in config.json is not"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor=None in config.json must be a number"),
-        (
-            {"rope_scaling": {**YARN, "rope_type": "llama3"}},
-            "low_freq_factor=None in config.json must be a number",
-        ),
+        ({"rope_scaling": {**YARN, "rope_type": "llama3"}}, "low_freq_factor=None in config.json must be a number"),
         (
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "original_max_position_embeddings=None in config.json must be a whole number",

@@ -40,10 +40,7 @@ def test_tensors_become_parameters(tmp_path, dtype, files):
 
     D, H, K = CONFIG.embed_dim, CONFIG.num_heads, CONFIG.head_dim
     for layer in range(CONFIG.num_layers):
-        prefix, block = (
-            f"model.layers.{layer}.",
-            jax.tree.map(lambda leaf, at=layer: leaf[at], params["blocks"]),
-        )
+        prefix, block = (f"model.layers.{layer}.", jax.tree.map(lambda leaf, at=layer: leaf[at], params["blocks"]))
         query = tensor(prefix + "self_attn.q_proj.weight").T.reshape(D, H, K)
         np.testing.assert_array_equal(block["attention"]["query"], query)
         out = tensor(prefix + "self_attn.o_proj.weight").T.reshape(H, K, D)

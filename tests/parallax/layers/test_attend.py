@@ -34,11 +34,7 @@ def example(seed=0, T=7, S=None, window=0, segmented=False, dtype=np.float64):
         at = np.sort(rng.permuted(np.tile(np.arange(S), (B, 1)), axis=1)[:, :T], axis=1)
     positions = (at.astype(np.int32), np.arange(S or T, dtype=np.int32)[None])
     cuts = np.sort(rng.integers(0, 3, (B, T)), axis=1)
-    return (q, k, v), {
-        "positions": positions,
-        "segments": (cuts, cuts) if segmented else None,
-        "window": window,
-    }
+    return (q, k, v), {"positions": positions, "segments": (cuts, cuts) if segmented else None, "window": window}
 
 
 def defined(q, k, v, positions, segments, window):

@@ -75,8 +75,7 @@ def test_memory_is_linear_in_a_length_of_many_parts(remat):
     def memory(T):
         q, k, v, w = arrays(T, H=2, G=2, B=1)
         value = jax.checkpoint(
-            lambda q, k, v: jnp.sum(attend_by_blocks(q, k, v, None, 0) * w),
-            policy=REMAT_POLICIES[remat],
+            lambda q, k, v: jnp.sum(attend_by_blocks(q, k, v, None, 0) * w), policy=REMAT_POLICIES[remat]
         )
         analysis = jax.jit(jax.grad(value, (0, 1, 2))).lower(q, k, v).compile().memory_analysis()
         assert analysis is not None

@@ -163,10 +163,7 @@ def test_decoding_neither_drops_nor_recomputes():
     ("given", "message"),
     [
         ({}, "positions=None .*cache.*; give positions"),
-        (
-            {"positions": np.zeros((B, 1), np.int32), "segments": np.ones((B, 1), np.int32)},
-            "segments .*cache.*; give ",
-        ),
+        ({"positions": np.zeros((B, 1), np.int32), "segments": np.ones((B, 1), np.int32)}, "segments .*cache.*; give "),
     ],
     ids=["positions", "segments"],
 )

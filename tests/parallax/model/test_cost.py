@@ -159,12 +159,7 @@ def test_keys_of_a_chunk_are_those_that_scores_are_there_for_at_once():
 
 @pytest.mark.parametrize(
     ("attention", "head_dim", "sizes", "times"),
-    [
-        ("xla", 32, {}, 1),
-        ("xla", 32, {"sequence": 4}, 4),
-        ("xla", 64, {"sequence": 4}, 2),
-        ("splash", 64, {}, 2),
-    ],
+    [("xla", 32, {}, 1), ("xla", 32, {"sequence": 4}, 4), ("xla", 64, {"sequence": 4}, 2), ("splash", 64, {}, 2)],
 )
 def test_heads_that_a_block_keeps_fill_tiles_with_tokens_or_heads(attention, head_dim, sizes, times):
     def temporary(num_layers):

@@ -200,12 +200,7 @@ def test_open_to_other_machines_with_a_key(locked):
 
 def test_bytes_that_are_no_request(server):
     host, port = server.address.removeprefix("http://").split(":")
-    for raw in (
-        b"\x00\xff\r\n\r\n",
-        b"GET\r\n\r\n",
-        b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n",
-        b"A" * 70000,
-    ):
+    for raw in (b"\x00\xff\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -5\r\n\r\n", b"A" * 70000):
         connection = socket.create_connection((host, int(port)), timeout=10)
         with connection, contextlib.suppress(ConnectionError):
             connection.sendall(raw)

@@ -99,14 +99,8 @@ def broken(change, make=byte_level):
     [
         ({"a": 1}, "its tokenizer.json is damaged ("),
         (broken(lambda d: d.update(decoder=None)), "must spell any text by bytes (decoder none);"),
-        (
-            broken(lambda d: d.update(decoder={"type": "Fuse"})),
-            "must spell any text by bytes (decoder Fuse);",
-        ),
-        (
-            broken(lambda d: d.update(post_processor=None), sentencepiece),
-            "puts a space before a text and no id",
-        ),
+        (broken(lambda d: d.update(decoder={"type": "Fuse"})), "must spell any text by bytes (decoder Fuse);"),
+        (broken(lambda d: d.update(post_processor=None), sentencepiece), "puts a space before a text and no id"),
     ],
 )
 def test_another_kind_is_refused(definition, message):

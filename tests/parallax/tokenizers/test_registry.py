@@ -126,13 +126,7 @@ def test_wrong_files_are_refused(tmp_path, refused):
     path = tmp_path / "tokenizer.json"
     with refused(str(path), "No such file"):
         load_tokenizer(path)
-    for content in (
-        "{",
-        "[]",
-        '{"kind": "word"}',
-        '{"kind": "char"}',
-        '{"kind": "bpe", "definition": {"a": 1}}',
-    ):
+    for content in ("{", "[]", '{"kind": "word"}', '{"kind": "char"}', '{"kind": "bpe", "definition": {"a": 1}}'):
         path.write_text(content)
         with refused(str(path), "must be one that training wrote"):
             load_tokenizer(path)

@@ -28,10 +28,7 @@ def make_state(seed: int) -> State:
     key = jax.random.key(seed)
     params = {
         "embed": jax.random.normal(key, (16, 8)),
-        "layers": {
-            "w": jax.random.normal(key, (4, 8, 8)).astype(jnp.bfloat16),
-            "scale": jnp.full(8, float(seed)),
-        },
+        "layers": {"w": jax.random.normal(key, (4, 8, 8)).astype(jnp.bfloat16), "scale": jnp.full(8, float(seed))},
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     _, opt_state = optimizer.update(params, optimizer.init(params), params)

@@ -38,11 +38,7 @@ def test_nothing_saved_restores_nothing(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         checkpointer, lines = reader(folder)
         assert checkpointer.restore(ABSTRACT) is None
-        assert (checkpointer.steps(), checkpointer.latest_step(), checkpointer.best_step()) == (
-            [],
-            None,
-            None,
-        )
+        assert (checkpointer.steps(), checkpointer.latest_step(), checkpointer.best_step()) == ([], None, None)
         assert lines == []
         with pytest.raises(ValueError, match="has no checkpoint"):
             checkpointer.restore_params(ABSTRACT.params)
@@ -54,10 +50,7 @@ def test_a_save_holds_the_values_of_its_moment_though_buffers_are_donated(tmp_pa
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     advance = jax.jit(lambda x: x * 3 + 1, donate_argnums=0)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    state = {
-        "one": jnp.arange(2.0**22),
-        "sharded": jax.device_put(np.arange(2**22, dtype=np.float32), sharding),
-    }
+    state = {"one": jnp.arange(2.0**22), "sharded": jax.device_put(np.arange(2**22, dtype=np.float32), sharding)}
     documents = {"progress": {"next_batch": 0}}
     checkpointer, _ = reader(tmp_path)
     expected = {}
@@ -79,10 +72,7 @@ def test_a_save_holds_the_values_of_its_moment_though_buffers_are_donated(tmp_pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"embed": np.zeros((8, 8), np.float32)},
-            r"params/embed is float32\[16, 8\] .* float32\[8, 8\] here",
-        ),
+        ({"embed": np.zeros((8, 8), np.float32)}, r"params/embed is float32\[16, 8\] .* float32\[8, 8\] here"),
         ({"embed": np.zeros((16, 8), jnp.bfloat16)}, r"params/embed .* bfloat16\[16, 8\] here"),
         ({"layers": {}}, r"params/layers/scale is float32\[8\] .* absent here"),
         ({"more": np.zeros(3, np.float32)}, r"params/more is absent in checkpoint 10 but float32\[3\] here"),

@@ -149,10 +149,7 @@ def test_a_damaged_step_that_was_asked_for_is_an_error_and_stays(tmp_path):
     saved(tmp_path, [10, 20])
     damage(next((tmp_path / "20").rglob("_METADATA")), "truncate")
     before = listing(tmp_path)
-    for restore in (
-        lambda c: c.restore(ABSTRACT, step=20),
-        lambda c: c.restore_params(ABSTRACT.params, step=20),
-    ):
+    for restore in (lambda c: c.restore(ABSTRACT, step=20), lambda c: c.restore_params(ABSTRACT.params, step=20)):
         with pytest.raises(ValueError, match="checkpoint 20 is damaged: state/_METADATA has"):
             restore(reader(tmp_path)[0])
     with pytest.raises(ValueError, match=r"checkpoint 15 is asked for, .* has steps 10, 20"):

@@ -85,17 +85,9 @@ from parallax.training.plot import plot_loss
 plot_loss(sys.argv[1])
 assert "matplotlib.pyplot" not in sys.modules
 """
-    environment = {
-        "MPLCONFIGDIR": str(tmp_path / "empty"),
-        "PATH": "",
-        "HOME": str(tmp_path),
-        "PYTHONPATH": ".",
-    }
+    environment = {"MPLCONFIGDIR": str(tmp_path / "empty"), "PATH": "", "HOME": str(tmp_path), "PYTHONPATH": "."}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script, str(tmp_path)],
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-W", "error", "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert logging.getLogger("matplotlib").level in (logging.NOTSET, logging.ERROR)

@@ -253,10 +253,7 @@ def test_a_loop_of_fused_and_asynchronous_collectives_without_a_trip_count():
     ("line", "match"),
     [
         ("%r = s8[4] ragged-all-to-all(%p), replica_groups={}", "ragged-all-to-all is not counted; known"),
-        (
-            '%r = (s8[4]) send(%p), x={_xla_megascale_transfer_type="ALL_REDUCE"}',
-            "send is not counted; known",
-        ),
+        ('%r = (s8[4]) send(%p), x={_xla_megascale_transfer_type="ALL_REDUCE"}', "send is not counted; known"),
         ("%r = s8[4] all-reduce(%p), replica_groups=new", "in no known notation: replica_groups=new"),
     ],
 )

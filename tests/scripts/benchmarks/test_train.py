@@ -93,10 +93,7 @@ def test_a_checkout_before_runs_its_own_code(call, tmp_path):
     assert "before has the loss" in err
     status, out, err = call(*f"{SHORT} single --against {TREE}".split())
     assert status == 0, err
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("| ")][-2:] == [
-        "single",
-        "before",
-    ]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("| ")][-2:] == ["single", "before"]
 
 
 def test_what_is_no_checkout_is_refused(call, tmp_path):

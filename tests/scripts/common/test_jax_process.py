@@ -24,11 +24,7 @@ print(sum("cache_hits" in name for name in events))
 
 def compile_once(folder, **settings):
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    asked = {
-        "XDG_CACHE_HOME": str(folder),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    asked = {"XDG_CACHE_HOME": str(folder), "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE, str(ROOT)],
         env=inherited | asked | settings,

@@ -114,10 +114,7 @@ def test_a_log_that_cannot_be_written_is_given_up_and_the_run_goes_on(start):
 
 
 def test_a_closed_screen_ends_all(start):
-    group = start(
-        "print('line', flush=True); hang()",
-        "wait('up-0'); wait('go'); print('more', flush=True); hang()",
-    )
+    group = start("print('line', flush=True); hang()", "wait('up-0'); wait('go'); print('more', flush=True); hang()")
     group.until("up-0")
     group.driver.stdout.close()
     group.mark("go")

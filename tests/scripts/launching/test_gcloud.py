@@ -90,8 +90,7 @@ def test_all_hosts_are_called_through_a_tunnel_unless_they_have_addresses():
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"name": "T1"}, {"name": "-x"}, {"zone": "us"}, {"accelerator": "v3"}, {"accelerator": "v9-8"}],
+    "changes", [{"name": "T1"}, {"name": "-x"}, {"zone": "us"}, {"accelerator": "v3"}, {"accelerator": "v9-8"}]
 )
 def test_values_that_google_cloud_does_not_know_are_refused(changes):
     (value,) = changes.values()

@@ -65,11 +65,7 @@ def test_what_may_pass_is_started_again(start):
     assert status == 0
     assert [line for line in err if line.startswith("restart")] == ["restart 1 of 3", "restart 2 of 3"]
     assert group.out.decode().splitlines() == [f"[1] attempt {attempt}" for attempt in (1, 2, 3)]
-    assert [group.log(1, attempt) for attempt in (1, 2, 3)] == [
-        b"attempt 1\n",
-        b"attempt 2\n",
-        b"attempt 3\n",
-    ]
+    assert [group.log(1, attempt) for attempt in (1, 2, 3)] == [b"attempt 1\n", b"attempt 2\n", b"attempt 3\n"]
     assert group.alive() == []
 
 
@@ -157,7 +153,7 @@ def test_the_second_kills(second, start):
 def test_it_is_passed_on_while_nobody_reads_the_output(start):
     group = start(
         "signal.signal(signal.SIGTERM, lambda *_: (mark('asked'), os._exit(0))); mark('up-0')\n"
-        "while True: os.write(1, b'x' * 999 + b'\\n')",
+        "while True: os.write(1, b'x' * 999 + b'\\n')"
     )
     group.until("up-0")
     unread = array.array("i", [0])
