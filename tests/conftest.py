@@ -55,3 +55,20 @@ def refused():
             assert part in message
 
     return expect
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A run folder to serve: an untrained model of a few letters."""
+    from tests.parallax.serving.server import write_run
+
+    return write_run(tmp_path_factory.mktemp("served") / "small-run")
+
+
+@pytest.fixture(scope="session")
+def server(small_run):
+    """One server for all tests that leave it as it was."""
+    from tests.parallax.serving.server import serving
+
+    with serving(small_run) as served:
+        yield served

@@ -80,14 +80,15 @@ def test_packages_import_along_the_arrows_alone():
 
 def test_no_circle_of_imports():
     files = {dotted(path): path for path in MODULES}
-    # `from a.b import c` imports module a.b.c where there is one, else a.b.
-    needs = {
-        name: {found for target in imports(path) for found in (target, target.rpartition(".")[0]) if found in files}
-        - {name}
-        for name, path in files.items()
-    }  # fmt: skip
-    while free := {name for name, needed in needs.items() if not needed}:
-        needs = {name: needed - free for name, needed in needs.items() if name not in free}
+
+    def needed(name):
+        """`from a.b import c` imports module a.b.c where there is one, else a.b."""
+        found = (target if target in files else target.rpartition(".")[0] for target in imports(files[name]))
+        return {module for module in found if module in files and module != name}
+
+    needs = {name: needed(name) for name in files}
+    while free := {name for name, others in needs.items() if not others}:
+        needs = {name: others - free for name, others in needs.items() if name not in free}
     assert needs == {}
 
 

@@ -82,6 +82,8 @@ class SamplingSettings:
         Raises:
           ValueError: a value is out of its range, or there is not one value a row.
         """
+        if unknown := given.keys() - SETTINGS.keys():
+            raise TypeError(f"{min(unknown)} is not one of {', '.join(SETTINGS)}")
         off = {name: setting.off for name, setting in SETTINGS.items()}
         return cls(**{name: _column(name, value, num_rows) for name, value in (off | given).items()})
 

@@ -80,7 +80,7 @@ def test_a_hugging_face_folder_is_the_run_that_it_becomes(hugging_face, tmp_path
     import_model(hugging_face, tmp_path / "run")
     direct, imported = parallax.load(hugging_face), load_run(tmp_path / "run")
     assert (direct.config, direct.tokenizer.to_json()) == (imported.config, imported.tokenizer.to_json())
-    jax.tree.map(np.testing.assert_array_equal, direct.params, imported.params)
+    jax.tree.map(np.testing.assert_array_equal, direct.params, imported.prepared().params)
 
 
 def test_a_mesh_and_a_dtype_leave_the_text(run, model):

@@ -91,10 +91,10 @@ def test_the_environment_is_overridden_where_it_speaks_of_devices_or_clusters(la
 @pytest.mark.parametrize("given", [[], ["--resume"]])
 def test_a_restart_goes_on_in_the_run_on_another_port(given, launch_local):
     flags = ["--output-dir", "runs/x/", *given, "--ends", "-9,3,0"]
-    status, given, err = launch_local("--processes", "1", "--restarts", "2", "--", *flags)
+    status, reports, err = launch_local("--processes", "1", "--restarts", "2", "--", *flags)
     assert status == 0
     assert [line for line in err if "restart" in line] == ["restart 1 of 2", "restart 2 of 2"]
-    found, addresses, _, _ = zip(*(cluster(args) for _, args, _ in given), strict=True)
+    found, addresses, _, _ = zip(*(cluster(args) for _, args, _ in reports), strict=True)
     resumed = flags if given else [*flags, "--resume"]
     assert found == (flags, resumed, resumed)
     assert len(set(addresses)) == 3
