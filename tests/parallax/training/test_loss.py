@@ -10,9 +10,10 @@ from flax import nnx
 
 from parallax.config import TrainConfig, TransformerConfig
 from parallax.layers.embedding import Embedding
-from parallax.model.transformer import TransformerLM, init_params
+from parallax.model.transformer import TransformerLM
 from parallax.training import loss as loss_module
 from parallax.training.loss import NO_TARGET, chunked_losses, make_evaluation, make_loss
+from tests.parallax.inference.models import draw_params
 
 B, T, D, V, W = 2, 7, 6, 11, 16
 KINDS = [{}, {"label_smoothing": 0.3}, {"z_loss": 0.2}, {"label_smoothing": 0.1, "z_loss": 0.05}]
@@ -42,12 +43,7 @@ def example(dtype, softcap):
     return nnx.merge(graph, state).logits, jnp.asarray(table), jnp.asarray(rng.normal(size=(B, T, D)), dtype), targets
 
 
-@functools.cache
-def params(config=CONFIG):
-    """Weights from numpy, since compiling an initialisation takes longer than the tests."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+params = functools.cache(functools.partial(draw_params, scale=0.3))
 
 
 def batch(seed, rows=4):
@@ -159,7 +155,7 @@ def test_objective_takes_logits_in_chunks_when_a_row_of_them_is_large(monkeypatc
         return whole, make_loss(CONFIG, settings)(params, data, None)
 
     monkeypatch.setattr(loss_module, "chunked_losses", recorded)
-    whole, chunked = jax.jit(both)(params(), data)
+    whole, chunked = jax.jit(both)(params(CONFIG), data)
     assert sizes[0] >= T
     assert sizes[1] == 3
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), chunked, whole)  # float32 sums
@@ -174,7 +170,7 @@ def test_objective_counts_its_targets_and_follows_its_settings():
     def both(params, data):
         return [make_loss(CONFIG, setting)(params, data, None) for setting in settings]
 
-    (plain, tokens), (full, same_tokens) = both(params(), data)
+    (plain, tokens), (full, same_tokens) = both(params(CONFIG), data)
     assert tokens == same_tokens == counted
     assert plain["loss"] == plain["ce_loss"]
     assert plain["z_loss"] == 0
@@ -197,7 +193,7 @@ def test_packed_documents_cost_what_they_cost_apart():
         loss_fn = make_loss(CONFIG, TrainConfig())
         return loss_fn(params, data | {"segments": segments}, None), loss_fn(params, apart, None)
 
-    (packed, tokens), (expected, same_tokens) = both(params())
+    (packed, tokens), (expected, same_tokens) = both(params(CONFIG))
     assert tokens == same_tokens
     for name, value in expected.items():
         # float32 sums; rotary angles are those of other positions
@@ -216,7 +212,7 @@ def test_evaluation_is_plain_cross_entropy():
         return logits, make_evaluation(config)(params, data), dropped
 
     keys = jax.vmap(jax.random.key)(jnp.array([0, 0, 1]))
-    logits, (total, tokens), dropped = all_of_them(params(), keys)
+    logits, (total, tokens), dropped = all_of_them(params(CONFIG), keys)
     counted = data["targets"] != NO_TARGET
     hits = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), data["targets"][..., None], -1)
     assert tokens == counted.sum()
