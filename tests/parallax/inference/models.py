@@ -69,6 +69,14 @@ def by_generator(config, params, completion):
     return generator(config).generate(params, completion)[0].tolist()
 
 
+def ended(tokens, stops, eos_id):
+    """What is left of a text that ends where a stop or the end of text first occurs, and why it ends."""
+    for end in range(1, len(tokens) + 1):
+        if tokens[end - 1] == eos_id or any(tokens[:end][-len(stop) :] == stop for stop in stops):
+            return tokens[:end], "stop"
+    return tokens, "length"
+
+
 @functools.cache
 def _full(config):
     return jax.jit(lambda params, tokens_BT: TransformerLM.from_params(config, params)(tokens_BT)[0])

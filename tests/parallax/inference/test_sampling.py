@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.inference.sampling import SamplingSettings, keep, penalise, probabilities, sample
+from parallax.inference.sampling import SamplingSettings, probabilities, sample
 
 VOCAB = 12
 DRAWS = 8192
@@ -74,48 +74,28 @@ def test_frequencies_are_the_probabilities(setting):
     assert chi_square < 35  # for 11 degrees of freedom, chance exceeds this with probability 2e-4
 
 
+DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
 def test_probabilities_are_what_is_drawn_from():
-    logits_BV = random_logits(3, len(SETTINGS) + 1)
+    """Under the settings above, many combinations of filters, and temperature 0."""
+    rng, combinations = np.random.default_rng(0), 256
+    filters = rng.integers(0, VOCAB + 2, combinations), *rng.uniform(0.01, 0.9, (2, combinations))
+    drawn = [
+        dict(zip(("top_k", "top_p", "min_p"), row, strict=True))
+        for row in zip(*map(np.ndarray.tolist, filters), strict=True)
+    ]
+    rows = [DEFAULTS | setting for setting in [*SETTINGS, *drawn, {"temperature": 0.0, "repetition_penalty": 2.0}]]
+    logits_BV = random_logits(3, len(rows))
     seen_BV = jax.random.bernoulli(jax.random.key(4), 0.4, logits_BV.shape)
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    rows = [defaults | setting for setting in [*SETTINGS, {"temperature": 0.0, "repetition_penalty": 2.0}]]
-    columns = {name: [row[name] for row in rows] for name in defaults}
-    got_BV = probabilities(logits_BV, SamplingSettings.create(len(rows), **columns), seen_BV)
+    columns = {name: [row[name] for row in rows] for name in DEFAULTS}
+    got_BV = np.asarray(probabilities(logits_BV, SamplingSettings.create(len(rows), **columns), seen_BV))
     for row, setting in enumerate(rows):
-        greedy = setting["temperature"] == 0
-        expected_V = allowed_probabilities(
-            logits_BV[row], seen_BV[row], **setting | ({"temperature": 1e-9} if greedy else {})
-        )
-        assert ((np.asarray(got_BV[row]) > 0) == (expected_V > 0)).all()
-        # float32 against float64
-        np.testing.assert_allclose(got_BV[row], expected_V, rtol=0, atol=1e-6)
+        setting |= {"temperature": setting["temperature"] or 1e-9}
+        expected_V = allowed_probabilities(logits_BV[row], seen_BV[row], **setting)
+        assert ((got_BV[row] > 0) == (expected_V > 0)).all()
+        np.testing.assert_allclose(got_BV[row], expected_V, rtol=0, atol=1e-6)  # float32 against float64
     assert sorted(got_BV[-1].tolist()) == [0.0] * (VOCAB - 1) + [1.0]
-
-
-def test_every_filter_keeps_what_its_definition_says():
-    rng, rows = np.random.default_rng(0), 256
-    logits_BV = np.asarray(random_logits(3, rows))
-    values = {
-        "top_k": rng.integers(0, VOCAB + 2, rows).tolist(),
-        "top_p": rng.uniform(0.01, 1.0, rows).tolist(),
-        "min_p": rng.uniform(0.0, 0.9, rows).tolist(),
-    }
-    kept_BV = jax.jit(keep)(jnp.asarray(logits_BV), SamplingSettings.create(rows, **values))
-    for row, logits_V in enumerate(logits_BV):
-        setting = {name: column[row] for name, column in values.items()}
-        expected = allowed_probabilities(logits_V, np.zeros(VOCAB, bool), **setting)
-        assert (np.asarray(kept_BV[row]) == (expected > 0)).all()
-
-
-def test_temperature_zero_is_the_argmax_of_penalised_logits():
-    rows = 64
-    logits_BV = random_logits(4, rows)
-    seen_BV = jax.random.bernoulli(jax.random.key(5), 0.5, (rows, VOCAB))
-    settings = SamplingSettings.create(rows, temperature=0.0, top_p=0.3, min_p=0.5, repetition_penalty=1.7)
-    tokens = draw(logits_BV, settings, seen_BV, jax.random.split(jax.random.key(6), rows))
-    expected = jnp.argmax(penalise(logits_BV, jnp.full(rows, 1.7), seen_BV), axis=1)
-    assert (tokens == expected).all()
-    assert (tokens != jnp.argmax(logits_BV, axis=1)).any()
 
 
 @pytest.mark.parametrize("temperature", [1e-42, 1e-38, 2e-38, 1e-12, 1e-3])
@@ -152,31 +132,6 @@ def test_the_token_of_logits_that_are_not_numbers_is_still_one_of_the_vocabulary
     tokens = draw(logits_BV, settings, jnp.zeros((3, VOCAB), bool), jax.random.split(jax.random.key(13), 3))
     assert tokens.dtype == jnp.int32
     assert ((tokens >= 0) & (tokens < VOCAB)).all()
-
-
-def test_each_position_of_a_row_has_noise_of_its_own():
-    rows = 64
-    settings, seen_BV = SamplingSettings.create(rows), jnp.zeros((rows, VOCAB), bool)
-    keys_B = jnp.repeat(jax.random.split(jax.random.key(14), 1), rows)
-    logits_BV, positions_B = jnp.zeros((rows, VOCAB)), jnp.arange(rows)
-    tokens = sample(logits_BV, settings, seen_BV, keys_B, positions_B)
-    noise_BV = jnp.stack([jax.random.gumbel(jax.random.fold_in(keys_B[0], at), (VOCAB,)) for at in range(rows)])
-    assert (tokens == jnp.argmax(noise_BV, axis=1)).all()
-
-
-def test_a_row_ignores_its_neighbours_and_settings_need_no_compilation():
-    rows = len(SETTINGS)
-    logits_BV, keys_B = random_logits(10, rows), jax.random.split(jax.random.key(11), rows)
-    seen_BV = jax.random.bernoulli(jax.random.key(12), 0.4, (rows, VOCAB))
-    defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    mixed = {name: [setting.get(name, value) for setting in SETTINGS] for name, value in defaults.items()}
-    together = draw(logits_BV, SamplingSettings.create(rows, **mixed), seen_BV, keys_B)
-    alone = jax.jit(lambda *args: draw(*args))  # its own cache
-    for row, setting in enumerate(SETTINGS):
-        at = slice(row, row + 1)
-        token = alone(logits_BV[at], SamplingSettings.create(1, **setting), seen_BV[at], keys_B[at])
-        assert token[0] == together[row]
-    assert alone._cache_size() == 1
 
 
 @pytest.mark.parametrize(

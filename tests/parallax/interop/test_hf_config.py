@@ -78,8 +78,6 @@ def _as_written(scaling: RopeScaling) -> RopeScaling:
     read = {"none": (), "linear": ("factor",), "llama3": ("factor", "original_max_seq_len")}
     if scaling.kind != "yarn":
         return RopeScaling(kind=scaling.kind, **{name: getattr(scaling, name) for name in read[scaling.kind]})
-    from parallax.layers.rotary import magnitude
-
     return dataclasses.replace(scaling, attention_factor=magnitude(scaling))
 
 

@@ -10,7 +10,6 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from parallax.config import TransformerConfig
-from parallax.layers import attention
 from parallax.layers.attention import Attention
 
 B, T = 2, 6
@@ -89,31 +88,6 @@ def test_value_is_that_of_the_definition(variant, x64):
     for b in range(B):
         expected = by_hand(module, np.asarray(x[b]), np.arange(T))
         np.testing.assert_allclose(y[b], expected, rtol=1e-5, atol=1e-6)  # float32 ω
-
-
-def test_only_distances_matter():
-    graph, weights, x = example("everything")
-    y = apply(graph, weights, x)
-    np.testing.assert_allclose(apply(graph, weights, x, POSITIONS + 300), y, rtol=1e-3, atol=1e-4)  # ω at 300
-    assert np.abs(apply(graph, weights, x, 2 * POSITIONS) - y).max() > 0.01
-
-
-def test_long_sequences_go_in_chunks_and_give_the_same(monkeypatch):
-    graph, weights, x = example("everything")
-    segments = np.array([[1, 1, 1, 2, 2, 2], [1] * 6])
-
-    def traced():
-        """Under a new name each time, since JAX remembers traces by function."""
-        return jax.jit(lambda x: apply.__wrapped__(graph, weights, x, segments=segments)).trace(x)
-
-    dense = traced()
-    monkeypatch.setattr(attention, "CHUNK", 2)
-    chunked = traced()
-    scores = f"{SIZES['num_heads']},{T},{T}]"  # of a whole row of the batch
-    assert scores in str(dense.jaxpr)
-    assert scores not in str(chunked.jaxpr)
-    results = [each.lower().compile()(x) for each in (dense, chunked)]
-    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)  # float32 sums in another order
 
 
 def test_dropout_needs_a_key_and_a_rate():

@@ -157,47 +157,6 @@ def test_keys_of_a_chunk_are_those_that_scores_are_there_for_at_once():
     assert temporary(1024) - temporary(2048) == pytest.approx(8192 * (1024 - 512 * 512 / 2048) * a_score)
 
 
-@pytest.mark.parametrize(
-    ("attention", "head_dim", "sizes", "times"),
-    [("xla", 32, {}, 1), ("xla", 32, {"sequence": 4}, 4), ("xla", 64, {"sequence": 4}, 2), ("splash", 64, {}, 2)],
-)
-def test_heads_that_a_block_keeps_fill_tiles_with_tokens_or_heads(attention, head_dim, sizes, times):
-    def temporary(num_layers):
-        config = TransformerConfig(
-            attention=attention, head_dim=head_dim, num_layers=num_layers, remat="dots", dtype="bfloat16"
-        )
-        return StepCost(config=config, batch_size=8, seq_len=128).temporary_bytes(sizes, 0)
-
-    scores = 2 * (3 * 128 + times * 3 * 4 * head_dim + 2 * 344)
-    assert temporary(5) - temporary(4) == pytest.approx(8 * 128 / sizes.get("sequence", 1) * scores)
-
-
-def test_heads_at_work_fill_tiles_with_the_tokens_of_a_row():
-    config = TransformerConfig(remat="full", dtype="bfloat16")
-    cost = StepCost(config=config, batch_size=8, seq_len=128)
-    added = cost.temporary_bytes({"sequence": 4}, 0) - cost.temporary_bytes({"data": 4}, 0)
-    heads = 2 * 6 * 128  # of queries, keys and values
-    gathered = 4 * 2 * 2 * 128 * 4  # keys and values of all tokens, in tiles of one head
-    assert added == pytest.approx(8 * 128 / 4 * (heads * (4 - 1) + gathered / 4))
-
-
-@pytest.mark.parametrize(("attention", "again"), [("xla", 3 * 4 * 128), ("splash", 6 * 4 * 344)])
-def test_what_is_no_product_of_one_block_is_there_again(attention, again):
-    """A norm beside scores, or beside hidden units where a kernel has the scores."""
-
-    def temporary(remat):
-        config = TransformerConfig(
-            attention=attention, head_dim=128, num_heads=1, num_kv_heads=1, remat=remat, num_layers=1
-        )
-        return StepCost(config=config, batch_size=8, seq_len=128).temporary_bytes({}, 0)
-
-    kept_by_dots, kept_by_full = 4 * (3 * 128 + 3 * 128 + 2 * 344), 4 * 128
-    full = 8 * 128 + 4 * 6 * 128 + 2 * 4 * (344 + (128 if attention == "xla" else 0))
-    assert temporary("dots") - temporary("full") == pytest.approx(
-        8 * 128 * (kept_by_dots + 4 * 128 + again - kept_by_full - full)
-    )
-
-
 def test_shards_are_cast_once_for_all_microbatches_where_the_compiler_gathers():
     config = TransformerConfig(remat="full", dtype="bfloat16", num_heads=4, num_kv_heads=4)
 

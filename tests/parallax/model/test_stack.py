@@ -6,28 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.config import TransformerConfig
 from parallax.model.stack import is_listed, prepare
 from parallax.model.transformer import TransformerLM
-from tests.parallax.inference.models import draw_params
+from tests.parallax.inference.models import CONFIG, VOCAB, draw_params
 
-B, T, V = 3, 4, 13
-SIZES = {
-    "vocab_size": V,
-    "embed_dim": 16,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 4,
-    "mlp_dim": 24,
-}
-TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
+B, T = 3, 4
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, (B, T))
 compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32 sums
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "attention_bias": True}, {"dtype": "bfloat16"}], ids=str)
 def test_listed_equals_stacked(changes):
-    config = TransformerConfig(**SIZES | changes)
+    config = CONFIG.replace(**changes)
     params = draw_params(config)
 
     @jax.jit
@@ -43,15 +33,14 @@ def test_listed_equals_stacked(changes):
 
 
 def test_listed_blocks_drop_as_their_stack_does():
-    config = TransformerConfig(**SIZES, dropout_rate=0.3)
+    config = CONFIG.replace(dropout_rate=0.3)
     params = draw_params(config)
     run = jax.jit(lambda p: TransformerLM.from_params(config, p)(TOKENS, dropout_key=jax.random.key(0))[0])
     compare(run(prepare(config, params)), run(params))
 
 
 def test_preparing_copies_blocks_alone_and_once():
-    config = TransformerConfig(**SIZES)
-    params = draw_params(config)
+    config, params = CONFIG, draw_params(CONFIG)
     listed = prepare(config, params)
     assert listed["embedding"]["table"] is params["embedding"]["table"]
     assert prepare(config, listed) is listed
@@ -61,6 +50,6 @@ def test_preparing_copies_blocks_alone_and_once():
 
 
 def test_a_deep_model_keeps_its_stack():
-    config = TransformerConfig(**SIZES | {"num_layers": 13})
+    config = CONFIG.replace(num_layers=13)
     params = draw_params(config)
     assert prepare(config, params) is params

@@ -14,42 +14,19 @@ from parallax.config import NANO_CONFIG, PRESETS, SMALL_CONFIG, TINY_CONFIG, Tra
 from parallax.layers.dropout import dropout
 from parallax.model.block import TransformerBlock
 from parallax.model.transformer import TransformerLM, init_params, param_axes
+from tests.parallax.inference.models import CONFIG, draw_params
 
 B, T, V, W = 2, 8, 13, 16
-SIZES = {
-    "vocab_size": V,
-    "embed_dim": 16,
-    "num_layers": 3,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 4,
-    "mlp_dim": 24,
-}
-# Most of the time goes into compiling, and what is compiled runs for milliseconds.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SMALL = CONFIG.replace(vocab_size=V, embed_dim=16, num_layers=3, head_dim=4, mlp_dim=24, tie_embeddings=True)
+weights = functools.partial(draw_params, scale=0.3)
 TOKENS = np.random.default_rng(1).integers(0, V, (B, T))
-
-
-def configured(**changes):
-    return TransformerConfig(**{**SIZES, **changes})
-
-
-def weights(config):
-    """Weights from numpy, since compiling an initialisation takes longer than the tests."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-    def drawn(path, leaf):
-        return rng.normal("norm" in jax.tree_util.keystr(path), 0.3, leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(drawn, shapes)
 
 
 def forward(config, params, tokens, key=None):
     return TransformerLM.from_params(config, params)(tokens, dropout_key=key)[0]
 
 
-logits = quick_jit(forward, static_argnums=0)
+logits = jax.jit(forward, static_argnums=0)
 
 
 def loss(config, params, tokens, key=None):
@@ -58,7 +35,7 @@ def loss(config, params, tokens, key=None):
     return -jnp.mean(jnp.take_along_axis(predicted, tokens[:, 1:, None], axis=-1))
 
 
-loss_and_gradients = quick_jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +50,12 @@ loss_and_gradients = quick_jit(jax.value_and_grad(loss, argnums=1), static_argnu
 )
 def test_first_loss_is_that_of_a_uniform_guess(config, length):
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (4, length))
-    first = quick_jit(lambda key: loss(config, init_params(config, key), tokens))(jax.random.key(0))
+    first = jax.jit(lambda key: loss(config, init_params(config, key), tokens))(jax.random.key(0))
     assert first == pytest.approx(math.log(config.vocab_size), rel=0.02)
 
 
 def test_seed_decides_the_weights_and_layers_differ():
-    initialise = quick_jit(functools.partial(init_params, configured()))
+    initialise = jax.jit(functools.partial(init_params, SMALL))
     first, again, other = (initialise(jax.random.key(seed)) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, first, again)
     matrices = [
@@ -92,11 +69,11 @@ def test_seed_decides_the_weights_and_layers_differ():
 
 
 def test_scan_equals_a_loop_over_the_blocks():
-    config = configured(dropout_rate=0.3, qk_norm=True, attention_bias=True)
+    config = SMALL.replace(dropout_rate=0.3, qk_norm=True, attention_bias=True)
     params, key = weights(config), jax.random.key(4)
     graph, _ = nnx.split(nnx.eval_shape(lambda: TransformerBlock(config, rngs=nnx.Rngs(0))))
 
-    @quick_jit
+    @jax.jit
     def looped(params):
         model = TransformerLM.from_params(config, params)
         stacked = nnx.state(model.blocks)
@@ -114,7 +91,7 @@ def test_scan_equals_a_loop_over_the_blocks():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_program_does_not_grow_with_depth(remat):
     def size(depth):
-        config = configured(num_layers=depth, remat=remat)
+        config = SMALL.replace(num_layers=depth, remat=remat)
         params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         return len(loss_and_gradients.lower(config, params, TOKENS).as_text())
 
@@ -122,9 +99,9 @@ def test_program_does_not_grow_with_depth(remat):
 
 
 def test_unrolled_layers_compute_what_scanned_ones_do():
-    params, key = weights(configured()), jax.random.key(6)
+    params, key = weights(SMALL), jax.random.key(6)
     scanned, unrolled = (
-        loss_and_gradients(configured(layer_loop=loop, dropout_rate=0.2), params, TOKENS, key)
+        loss_and_gradients(SMALL.replace(layer_loop=loop, dropout_rate=0.2), params, TOKENS, key)
         for loop in ("scan", "unroll")
     )
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # fused in another way
@@ -135,7 +112,7 @@ def test_rematerialisation_changes_memory_and_nothing_else():
     """Values saved for the backward pass shrink from none over dots to full; loss and gradients stay."""
     results, memory, key = {}, {}, jax.random.key(5)
     for remat in ("none", "dots", "full"):
-        config = configured(remat=remat, dropout_rate=0.2, num_layers=6)
+        config = SMALL.replace(remat=remat, dropout_rate=0.2, num_layers=6)
         params, tokens = weights(config), np.tile(TOKENS, (4, 8))
         compiled = loss_and_gradients.lower(config, params, tokens, key).compile()
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
@@ -152,7 +129,7 @@ def test_rematerialisation_changes_memory_and_nothing_else():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_scores_in_chunks_take_memory_linear_in_the_tokens_whatever_is_rematerialised(remat):
     def memory(length):
-        config = configured(remat=remat, attention="xla", num_layers=1)
+        config = SMALL.replace(remat=remat, attention="xla", num_layers=1)
         params, tokens = weights(config), np.zeros((1, length), np.int32)
         compiled = loss_and_gradients.lower(config, params, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -161,17 +138,17 @@ def test_scores_in_chunks_take_memory_linear_in_the_tokens_whatever_is_remateria
 
 
 def test_bfloat16_gives_float32_logits_close_to_those_of_float32():
-    config = configured(tie_embeddings=False)
+    config = SMALL.replace(tie_embeddings=False)
     params = weights(config)
     exact = logits(config, params, TOKENS)
-    low = logits(configured(tie_embeddings=False, dtype="bfloat16"), params, TOKENS)
+    low = logits(SMALL.replace(tie_embeddings=False, dtype="bfloat16"), params, TOKENS)
     assert exact.dtype == low.dtype == jnp.float32
     assert np.abs(low - exact).max() < 0.05 * np.abs(exact).max()  # a dozen roundings of 2⁻⁸ in sequence
     assert np.abs(low - exact).max() > 1e-4  # bfloat16 was used at all
 
 
 def test_bfloat16_compute_leaves_gradients_float32():
-    config = configured(dtype="bfloat16")
+    config = SMALL.replace(dtype="bfloat16")
     _, gradients = jax.eval_shape(
         functools.partial(jax.value_and_grad(loss, argnums=1), config), weights(config), TOKENS
     )
@@ -179,51 +156,51 @@ def test_bfloat16_compute_leaves_gradients_float32():
 
 
 def test_soft_cap_bounds_the_logits():
-    params = weights(configured())
-    plain, capped = (logits(configured(logit_softcap=cap), params, TOKENS) for cap in (0.0, 1.5))
+    params = weights(SMALL)
+    plain, capped = (logits(SMALL.replace(logit_softcap=cap), params, TOKENS) for cap in (0.0, 1.5))
     assert np.abs(plain).max() > 1.5 > np.abs(capped).max()
     np.testing.assert_allclose(capped, 1.5 * np.tanh(plain / 1.5), rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
 def test_dropout_follows_its_key_and_only_a_key():
-    params, config = weights(configured()), configured(dropout_rate=0.4)
-    plain = logits(configured(), params, TOKENS)
+    params, config = weights(SMALL), SMALL.replace(dropout_rate=0.4)
+    plain = logits(SMALL, params, TOKENS)
     first, again, other = (logits(config, params, TOKENS, jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.1
     np.testing.assert_array_equal(logits(config, params, TOKENS), plain)
-    np.testing.assert_array_equal(logits(configured(), params, TOKENS, jax.random.key(1)), plain)
+    np.testing.assert_array_equal(logits(SMALL, params, TOKENS, jax.random.key(1)), plain)
 
 
 def test_rows_of_a_batch_drop_different_values():
-    params, config = weights(configured()), configured(dropout_rate=0.4)
+    params, config = weights(SMALL), SMALL.replace(dropout_rate=0.4)
     same = logits(config, params, np.tile(TOKENS[:1], (2, 1)), jax.random.key(3))
     assert np.abs(same[0] - same[1]).max() > 0.1
 
 
 def test_tied_and_untied_trees_differ_by_the_output_table():
     def paths(tie):
-        leaves = jax.tree_util.tree_leaves_with_path(weights(configured(tie_embeddings=tie)))
+        leaves = jax.tree_util.tree_leaves_with_path(weights(SMALL.replace(tie_embeddings=tie)))
         return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
     tied, untied = paths(True), paths(False)
-    assert set(untied.items()) - set(tied.items()) == {("output/table", (W, SIZES["embed_dim"]))}
+    assert set(untied.items()) - set(tied.items()) == {("output/table", (W, 16))}
     assert set(tied) <= set(untied)
 
 
 def test_untied_output_is_the_table_that_makes_the_logits():
-    params = weights(configured(tie_embeddings=False))
+    params = weights(SMALL.replace(tie_embeddings=False))
     tied = {name: tree for name, tree in params.items() if name != "output"}
     equal = {**tied, "output": tied["embedding"]}
-    expected = logits(configured(), tied, TOKENS)
-    np.testing.assert_array_equal(logits(configured(tie_embeddings=False), equal, TOKENS), expected)
+    expected = logits(SMALL, tied, TOKENS)
+    np.testing.assert_array_equal(logits(SMALL.replace(tie_embeddings=False), equal, TOKENS), expected)
     silent = {**tied, "output": jax.tree.map(np.zeros_like, tied["embedding"])}
-    assert not logits(configured(tie_embeddings=False), silent, TOKENS).any()
+    assert not logits(SMALL.replace(tie_embeddings=False), silent, TOKENS).any()
 
 
 @pytest.mark.parametrize(
     "config",
-    [*PRESETS.values(), configured(qk_norm=True, attention_bias=True, tie_embeddings=False)],
+    [*PRESETS.values(), SMALL.replace(qk_norm=True, attention_bias=True, tie_embeddings=False)],
     ids=[*PRESETS, "switched"],
 )
 def test_every_dim_of_every_parameter_has_one_known_name(config):
@@ -250,7 +227,7 @@ def test_every_dim_of_every_parameter_has_one_known_name(config):
 
 def test_a_model_is_made_afresh_from_each_tree_of_parameters():
     """The structure is remembered between calls; the arrays must not be."""
-    config = configured()
+    config = SMALL
     ones, twos = (jax.tree.map(lambda leaf, n=n: np.full_like(leaf, n), weights(config)) for n in (1, 2))
     models = [TransformerLM.from_params(config, params) for params in (ones, twos)]
     for n, model in enumerate(models, start=1):

@@ -7,69 +7,54 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.config import TransformerConfig
 from parallax.layers import attention
-from parallax.model.transformer import TransformerLM, init_params
+from parallax.model.transformer import TransformerLM
+from tests.parallax.inference.models import CONFIG, draw_params
 
 T = 10
-SIZES = {
-    "vocab_size": T,
-    "embed_dim": 16,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 4,
-    "mlp_dim": 24,
-    "tie_embeddings": False,
-}
-# Most of the time goes into compiling, and what is compiled runs for milliseconds.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+SMALL = CONFIG.replace(vocab_size=T, embed_dim=16, head_dim=4, mlp_dim=24)
+weights = functools.cache(functools.partial(draw_params, scale=0.4))
 # Each token once, so that a row of the table is the vector of one position.
 TOKENS = np.random.default_rng(3).permutation(T)[None]
 DOCUMENTS = np.array([[1] * 4 + [2] * 5 + [0]])
 
 
-@functools.cache
-def weights(layers=2):
-    """Weights from numpy, since compiling an initialisation takes longer than the tests."""
-    rng, config = np.random.default_rng(0), TransformerConfig(**{**SIZES, "num_layers": layers})
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-
-    def drawn(path, leaf):
-        return rng.normal("norm" in jax.tree_util.keystr(path), 0.4, leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(drawn, shapes)
-
-
 def reached(segments=None, layers=2, window=0):
     """Whether the logits at t have a gradient with regard to the embedding of the token at s: [T, T] booleans."""
-    config = TransformerConfig(**{**SIZES, "num_layers": layers, "sliding_window": window})
-    params = weights(layers)
+    config = SMALL.replace(num_layers=layers, sliding_window=window)
+    params = weights(SMALL.replace(num_layers=layers))
     mixture = np.random.default_rng(4).normal(size=T).astype(np.float32)  # no logit may cancel another
 
     def outputs(table):
         model = TransformerLM.from_params(config, {**params, "embedding": {"table": table}})
         return model(TOKENS, segments=segments)[0][0] @ mixture
 
-    jacobian = quick_jit(jax.jacrev(outputs))(params["embedding"]["table"])
+    jacobian = jax.jit(jax.jacrev(outputs))(params["embedding"]["table"])
     return np.asarray(jacobian != 0)[:, TOKENS[0]].any(-1)
 
 
 LATER = np.arange(T)[:, None] - np.arange(T)
 
 
-@pytest.mark.parametrize("chunk", [None, 2], ids=["dense", "chunked"])
-def test_a_logit_depends_on_all_earlier_tokens_and_no_later_one(chunk, monkeypatch):
-    if chunk:
-        monkeypatch.setattr(attention, "CHUNK", chunk)
+@pytest.fixture(params=[None, 2], ids=["dense", "chunked"])
+def chunk(request, monkeypatch):
+    """Whether scores are taken all at once or, as those of long sequences, in chunks."""
+    if request.param:
+        monkeypatch.setattr(attention, "CHUNK", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+def test_a_logit_depends_on_all_earlier_tokens_and_no_later_one():
     np.testing.assert_array_equal(reached(), LATER >= 0)
 
 
+@pytest.mark.usefixtures("chunk")
 def test_a_logit_depends_on_its_own_document_alone():
     same = DOCUMENTS.T == DOCUMENTS
     np.testing.assert_array_equal(reached(segments=DOCUMENTS), same & (LATER >= 0))
 
 
+@pytest.mark.usefixtures("chunk")
 @pytest.mark.parametrize(("window", "layers"), [(1, 2), (3, 1), (3, 2), (2, 3)])
 def test_windows_add_up_over_the_layers(window, layers):
     """Each layer reaches window - 1 tokens further back."""
@@ -78,9 +63,8 @@ def test_windows_add_up_over_the_layers(window, layers):
 
 
 def test_packed_documents_have_the_logits_of_each_alone():
-    config = TransformerConfig(**SIZES)
-    model = TransformerLM.from_params(config, weights())
-    forward = quick_jit(lambda tokens, segments: model(tokens, segments=segments)[0])
+    model = TransformerLM.from_params(SMALL, weights(SMALL))
+    forward = jax.jit(lambda tokens, segments: model(tokens, segments=segments)[0])
     packed = forward(TOKENS, DOCUMENTS)
     for document in (1, 2):
         own = DOCUMENTS[0] == document
@@ -91,8 +75,8 @@ def test_packed_documents_have_the_logits_of_each_alone():
 
 
 def test_only_distances_between_positions_matter():
-    model = TransformerLM.from_params(TransformerConfig(**SIZES), weights())
-    forward = quick_jit(lambda positions: model(TOKENS, positions)[0])
+    model = TransformerLM.from_params(SMALL, weights(SMALL))
+    forward = jax.jit(lambda positions: model(TOKENS, positions)[0])
     plain, shifted = (forward(jnp.arange(T)[None] + start) for start in (0, 100))
-    np.testing.assert_array_equal(quick_jit(lambda: model(TOKENS)[0])(), plain)
+    np.testing.assert_array_equal(jax.jit(lambda: model(TOKENS)[0])(), plain)
     np.testing.assert_allclose(shifted, plain, rtol=1e-3, atol=1e-3)  # float32 angles of up to 100

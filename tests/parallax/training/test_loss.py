@@ -1,4 +1,4 @@
-"""The loss is a sum over target tokens: its values in closed form, its gradient, and what may not change it."""
+"""The loss is a sum over target tokens: its values and gradients by definition, and what may not change them."""
 
 import functools
 
@@ -6,48 +6,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from parallax.config import TrainConfig, TransformerConfig
-from parallax.model.transformer import TransformerLM, init_params
+from parallax.layers.embedding import Embedding
+from parallax.model.transformer import TransformerLM
 from parallax.training import loss as loss_module
-from parallax.training.loss import NO_TARGET, chunked_losses, make_evaluation, make_loss, token_losses
+from parallax.training.loss import NO_TARGET, chunked_losses, make_evaluation, make_loss
+from tests.parallax.inference.models import draw_params
 
-B, T, D, V = 2, 7, 5, 11
+B, T, D, V, W = 2, 7, 6, 11, 16
 KINDS = [{}, {"label_smoothing": 0.3}, {"z_loss": 0.2}, {"label_smoothing": 0.1, "z_loss": 0.05}]
 CONFIG = TransformerConfig(
     vocab_size=V, embed_dim=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24
 )
 
 
-SETTINGS = ("label_smoothing", "z_loss")
-losses = jax.jit(functools.partial(token_losses, vocab_size=V), static_argnames=SETTINGS)
+def definition(logits_BTV, targets_BT, label_smoothing=0.0, z_loss=0.0):
+    """Cross-entropy against a mixture of the target's one-hot and the uniform distribution; weight times log²Z."""
+    counted = targets_BT != NO_TARGET
+    log_Z = jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
+    mixture = (1 - label_smoothing) * np.eye(V)[np.where(counted, targets_BT, 0)] + label_smoothing / V
+    ce = jnp.sum(jnp.where(counted, log_Z - jnp.sum(mixture * logits_BTV, axis=-1), 0))
+    z = jnp.sum(jnp.where(counted, z_loss * log_Z**2, 0))
+    return {"loss": ce + z, "ce_loss": ce, "z_loss": z}
 
 
-def objective(logits, targets, **kind):
-    return token_losses(logits, targets, vocab_size=V, **kind)["loss"]
-
-
-value_and_gradient = jax.jit(jax.value_and_grad(objective), static_argnames=SETTINGS)
-
-
-def example(seed, masked=0.3):
-    """Logits [B, T, V] in float64 and targets [B, T], a share of them masked."""
-    rng = np.random.default_rng(seed)
-    targets = np.where(rng.random((B, T)) < masked, NO_TARGET, rng.integers(0, V, (B, T))).astype(np.int32)
-    return rng.normal(0, 2, (B, T, V)), targets
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-@functools.cache
-def params():
-    """Weights from numpy, since compiling an initialisation takes longer than the tests."""
+def example(dtype, softcap):
+    """A table whose last rows hold anything, input [B, T, D], and targets of which some are masked."""
+    config = CONFIG.replace(embed_dim=D, logit_softcap=softcap)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Embedding(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+    table = np.concatenate([rng.normal(size=(V, D)), rng.normal(0, 1e3, (W - V, D))]).astype(dtype)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    targets[:, 2] = targets[0, 5] = NO_TARGET
+    return nnx.merge(graph, state).logits, jnp.asarray(table), jnp.asarray(rng.normal(size=(B, T, D)), dtype), targets
+
+
+params = functools.cache(functools.partial(draw_params, scale=0.3))
 
 
 def batch(seed, rows=4):
@@ -57,90 +53,79 @@ def batch(seed, rows=4):
     return {"inputs": inputs, "targets": targets.astype(np.int32)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_gradient_matches_finite_differences(kind, x64):
-    logits, targets = example(0)
-    step = 1e-5  # truncation ~1e-10, rounding ~1e-11: far below the tolerance
+@pytest.mark.parametrize(("dtype", "softcap"), [(np.float64, 0.0), (np.float64, 2.0), (np.float32, 2.0)])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_values_and_gradients_are_those_of_the_definition_in_chunks_of_any_size(kind, dtype, softcap):
+    """A table with more rows than tokens counts by its first rows alone, and a masked position not at all."""
+    with jax.enable_x64(dtype == np.float64):
+        logits, table, x, targets = example(dtype, softcap)
+
+        def padded(table, x, chunk):
+            sums = chunked_losses(logits, table, x, targets, chunk=chunk, vocab_size=V, **kind)
+            return sums["loss"], sums
+
+        def plain(table, x):
+            plain = jnp.einsum("BTD,VD->BTV", x, table)
+            sums = definition(softcap * jnp.tanh(plain / softcap) if softcap else plain, targets, **kind)
+            return sums["loss"], sums
+
+        @jax.jit
+        def both(table, x):
+            differentiated = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+            chunks = (1, 3, T - 1, T, T + 4)
+            found = [differentiated(functools.partial(padded, chunk=chunk))(table, x) for chunk in chunks]
+            return found, differentiated(plain)(table[:V], x)
+
+        found, ((_, expected), (of_table, of_x)) = both(table, x)
+        close = {"rtol": 1e-11, "atol": 1e-13} if dtype == np.float64 else {"rtol": 1e-5, "atol": 1e-5}
+        for (_, sums), (found_of_table, found_of_x) in found:
+            assert sums.keys() == expected.keys()
+            for name, value in expected.items():
+                assert sums[name].dtype == dtype
+                np.testing.assert_allclose(sums[name], value, **close)
+            np.testing.assert_allclose(found_of_table[:V], of_table, **close)
+            np.testing.assert_allclose(found_of_x, of_x, **close)
+            assert np.abs(of_table).max() > 0.1
+            np.testing.assert_array_equal(found_of_table[V:], 0)
+            np.testing.assert_array_equal(found_of_x[targets == NO_TARGET], 0)
+
+
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", False)])
+def test_what_stands_in_rows_without_a_token_changes_no_bit_of_a_step(dtype, tied):
+    """Of loss, evaluation and the gradients of all parameters; those of these rows are zero."""
+    config, data = CONFIG.replace(tie_embeddings=tied, dtype=dtype), batch(1)
+    loss_fn = make_loss(config, TrainConfig(label_smoothing=0.2, z_loss=0.1))
 
     @jax.jit
-    @jax.vmap
-    def value(flat):
-        return objective(flat.reshape(B, T, V), targets, **kind)
+    def all_of_it(params):
+        value_and_gradient = jax.value_and_grad(lambda params: loss_fn(params, data, None)[0]["loss"])
+        return value_and_gradient(params), make_evaluation(config)(params, data)
 
-    nudges = step * np.eye(logits.size)
-    flat = logits.reshape(1, -1)
-    differences = (value(flat + nudges) - value(flat - nudges)) / (2 * step)
-    _, gradient = value_and_gradient(logits, targets, **kind)
-    assert np.abs(gradient).max() > 0.1
-    np.testing.assert_allclose(gradient.ravel(), differences, atol=1e-8)
+    def filled(value):
+        def fill(path, leaf):
+            table = path[-1].key == "table"
+            return np.concatenate([leaf[:V], np.full_like(leaf[V:], value)]) if table else leaf
 
+        return jax.tree_util.tree_map_with_path(fill, params(config))
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_values_are_those_of_the_definition(kind, x64):
-    """Cross-entropy against a mixture of the target's one-hot and the uniform distribution; weight times log²Z."""
-    logits, targets = example(1)
-    smoothing, weight = kind.get("label_smoothing", 0.0), kind.get("z_loss", 0.0)
-    counted = targets != NO_TARGET
-    mixture = (1 - smoothing) * np.eye(V)[np.where(counted, targets, 0)] + smoothing / V
-    ce = -np.sum(mixture * log_softmax(logits), axis=-1)[counted].sum()
-    z = weight * np.sum(np.log(np.exp(logits).sum(-1))[counted] ** 2)
-    sums = losses(logits, targets, **kind)
-    expected = {"loss": ce + z, "ce_loss": ce, "z_loss": z}
-    assert set(sums) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_allclose(sums[name], value, rtol=1e-12, err_msg=name)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_masked_positions_count_for_nothing(kind, x64):
-    logits, targets = example(2)
-    masked = targets == NO_TARGET
-    assert masked.any()
-    value, gradient = value_and_gradient(logits, targets, **kind)
-    other = np.where(masked[..., None], 50 * np.random.default_rng(3).normal(size=logits.shape), logits)
-    value_other, gradient_other = value_and_gradient(other, targets, **kind)
-    assert value == value_other
-    np.testing.assert_array_equal(gradient, gradient_other)
-    assert not gradient[masked].any()
-    assert gradient[~masked].all()
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_additive_over_any_split_of_the_tokens(seed, x64):
-    logits, targets = example(seed)
-    part = np.random.default_rng(seed).integers(0, 3, targets.shape)
-    kind = {"label_smoothing": 0.1, "z_loss": 0.05}
-    whole = losses(logits, targets, **kind)
-    parts = [losses(logits, np.where(part == i, targets, NO_TARGET), **kind) for i in range(3)]
-    for name, value in whole.items():
-        np.testing.assert_allclose(sum(sums[name] for sums in parts), value, rtol=1e-12, err_msg=name)
-
-
-def logits(table_WD, x_BTD):
-    return jnp.einsum("BTD,WD->BTW", x_BTD, table_WD)
-
-
-@pytest.mark.parametrize("chunk", [1, 3, T - 1, T, T + 4])
-def test_chunks_change_neither_value_nor_gradient(chunk, x64):
-    rng = np.random.default_rng(5)
-    x, table = rng.normal(size=(B, T, D)), rng.normal(size=(V, D))
-    targets = example(5)[1]
-
-    def sums(x, table, chunk):
-        kind = {"label_smoothing": 0.1, "z_loss": 0.01}
-        values = chunked_losses(logits, table, x, targets, chunk=chunk, vocab_size=V, **kind)
-        return values["loss"], values
-
-    value = jax.jit(jax.value_and_grad(sums, argnums=(0, 1), has_aux=True), static_argnums=2)
-    results = value(x, table, chunk)
-    (whole, _), _ = expected = value(x, table, T)
-    assert jnp.isfinite(whole)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-14), results, expected)
+    zero, small, large = (all_of_it(filled(value)) for value in (0.0, -3.0, 1e9))
+    assert np.isfinite(zero[0][0])
+    for other in (small, large):
+        jax.tree.map(np.testing.assert_array_equal, other, zero)
+    tables = [leaf for path, leaf in jax.tree.leaves_with_path(zero[0][1]) if path[-1].key == "table"]
+    assert len(tables) == 2 - tied
+    assert tables[-1][:V].any(axis=1).all(), "the output gives every token a gradient"
+    for table in tables:
+        assert not table[V:].any()
 
 
 def test_chunks_save_memory():
-    """Going back holds the logits of one chunk and not of all tokens."""
+    """The backward pass holds the logits of one chunk and not of all tokens."""
     long, wide = 64, 4096
+
+    def logits(table_WD, x_BTD):
+        return jnp.einsum("BTD,WD->BTW", x_BTD, table_WD)
+
     shapes = (jax.ShapeDtypeStruct((B, long, D), jnp.float32), jax.ShapeDtypeStruct((wide, D), jnp.float32))
     targets = np.zeros((B, long), np.int32)
 
@@ -170,7 +155,7 @@ def test_objective_takes_logits_in_chunks_when_a_row_of_them_is_large(monkeypatc
         return whole, make_loss(CONFIG, settings)(params, data, None)
 
     monkeypatch.setattr(loss_module, "chunked_losses", recorded)
-    whole, chunked = jax.jit(both)(params(), data)
+    whole, chunked = jax.jit(both)(params(CONFIG), data)
     assert sizes[0] >= T
     assert sizes[1] == 3
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), chunked, whole)  # float32 sums
@@ -185,7 +170,7 @@ def test_objective_counts_its_targets_and_follows_its_settings():
     def both(params, data):
         return [make_loss(CONFIG, setting)(params, data, None) for setting in settings]
 
-    (plain, tokens), (full, same_tokens) = both(params(), data)
+    (plain, tokens), (full, same_tokens) = both(params(CONFIG), data)
     assert tokens == same_tokens == counted
     assert plain["loss"] == plain["ce_loss"]
     assert plain["z_loss"] == 0
@@ -208,7 +193,7 @@ def test_packed_documents_cost_what_they_cost_apart():
         loss_fn = make_loss(CONFIG, TrainConfig())
         return loss_fn(params, data | {"segments": segments}, None), loss_fn(params, apart, None)
 
-    (packed, tokens), (expected, same_tokens) = both(params())
+    (packed, tokens), (expected, same_tokens) = both(params(CONFIG))
     assert tokens == same_tokens
     for name, value in expected.items():
         # float32 sums; rotary angles are those of other positions
@@ -227,9 +212,9 @@ def test_evaluation_is_plain_cross_entropy():
         return logits, make_evaluation(config)(params, data), dropped
 
     keys = jax.vmap(jax.random.key)(jnp.array([0, 0, 1]))
-    logits, (total, tokens), dropped = all_of_them(params(), keys)
+    logits, (total, tokens), dropped = all_of_them(params(CONFIG), keys)
     counted = data["targets"] != NO_TARGET
-    hits = np.take_along_axis(log_softmax(np.asarray(logits, np.float64)), data["targets"][..., None], -1)
+    hits = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), data["targets"][..., None], -1)
     assert tokens == counted.sum()
     np.testing.assert_allclose(total, -hits[..., 0][counted].sum(), rtol=1e-6)  # float32 sum of 20 numbers
     assert dropped[0] == dropped[1]
