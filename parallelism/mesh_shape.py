@@ -21,9 +21,8 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     """Axis sizes from text like "data=2,fsdp=4"; "" means every device along data, "all" whatever is left.
 
     "fsdp=4x8" is an axis of 32 devices laid along two dims of the network, and becomes the two axes fsdp.0 and fsdp.1.
-
-    Raises:
-      ValueError: an axis is unknown or repeated, a size is not a positive number, or the product is not `devices`.
+    Raises ValueError if an axis is unknown or repeated, a size is not a positive number, or the product is not
+    `devices`.
     """
     sizes: dict[str, tuple[int, ...]] = {}
     wild = None
@@ -67,12 +66,9 @@ def choose_mesh(
 ) -> tuple[dict[str, int], str]:
     """A legal shape for --mesh auto, and why.
 
-    As many devices as the batch allows share its rows, since that costs one reduction a step: along data, or along
-    fsdp where the whole state would fill too much of a device. Devices that are left share the model (tensor), or else
-    the sequence, in the largest numbers that divide them.
-
-    Raises:
-      ValueError: no shape uses every device.
+    As many devices as the batch allows share its rows, since that costs one reduction a step: along data, or along fsdp
+    where the whole state would fill too much of a device. Devices that are left share the model (tensor), or else the
+    sequence, in the largest numbers that divide them. Raises ValueError if no shape uses every device.
     """
     count = len(devices)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -218,8 +218,7 @@ class Batcher:
     def warm_up(self) -> None:
         """Compiles prompts and steps of every length, so that no request waits for a compiler.
 
-        Raises:
-          ValueError: a completion is under way.
+        Raises ValueError if a completion is under way.
         """
         if self.free < len(self._running):
             raise ValueError("completions are under way; warm up before the first")

@@ -128,8 +128,7 @@ class Generator:
     def generate(self, params: Params, request: Request) -> list[np.ndarray]:
         """The tokens that follow each prompt, int32, in one call of the device.
 
-        Raises:
-          ValueError: from `Request.arrays`.
+        Raises ValueError from `Request.arrays`.
         """
         arrays, capacity = request.arrays(self.config)
         tokens, lengths = (np.array(x) for x in self._whole(params, arrays, capacity=capacity))

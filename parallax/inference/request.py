@@ -52,8 +52,7 @@ class Request:
     def arrays(self, config: TransformerConfig) -> tuple[tuple, int]:
         """The arguments of `generate.read_prompts`, and its `capacity`.
 
-        Raises:
-          ValueError: from `check`, or nothing is to be generated.
+        Raises ValueError from `check`, or if nothing is to be generated.
         """
         self.check(config)
         if self.max_tokens < 1:
@@ -78,9 +77,8 @@ class Request:
     def check(self, config: TransformerConfig, slot: int | None = None) -> None:
         """Whether a model can run it, in slots of so many tokens if they are limited.
 
-        Raises:
-          ValueError: a prompt is empty, too long or holds foreign ids, a number is out of range, or there is not one
-            seed and setting a row.
+        Raises ValueError if a prompt is empty, too long or holds foreign ids, a number is out of range, or there is not
+        one seed and setting a row.
         """
         num_rows, num_settings = len(self.prompts), len(self.settings.temperature)
         if not num_rows or not all(len(prompt) for prompt in self.prompts):

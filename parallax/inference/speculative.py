@@ -149,10 +149,8 @@ class SpeculativeGenerator:
     """The compiled functions of two model shapes, used as a `Generator` whose parameters are `BothParams`.
 
     Texts at temperature 0 are those of `Generator` (but for ties: logits of several positions at once may differ in the
-    last bits from those of one). Others are other draws from the same distribution, and depend on the draft too.
-
-    Raises:
-      ValueError: the vocabularies differ, or `draft_tokens` is below 1.
+    last bits from those of one). Others are other draws from the same distribution, and depend on the draft too. Raises
+    ValueError if the vocabularies differ, or `draft_tokens` is below 1.
     """
 
     def __init__(self, config: TransformerConfig, draft: TransformerConfig, draft_tokens: int = 4):
@@ -173,11 +171,7 @@ class SpeculativeGenerator:
         self._extend = jax.jit(go_on, donate_argnums=1)
 
     def generate(self, params: BothParams, request: Request) -> list[np.ndarray]:
-        """The tokens that follow each prompt, int32.
-
-        Raises:
-          ValueError: from `Request.arrays`, of either model.
-        """
+        """The tokens that follow each prompt, int32. Raises ValueError from `Request.arrays`, of either model."""
         rows: list[list[int]] = [[] for _ in request.prompts]
         for row, token in self.stream(params, request, chunk=request.max_tokens):
             rows[row].append(token)

@@ -20,8 +20,7 @@ DTYPES = ("F32", "F16", "BF16")
 class TensorFiles:
     """All tensors of a folder by name.
 
-    Raises:
-      ValueError: there are no such files, one is damaged, or they are not what their index says.
+    Raises ValueError if there are no such files, one is damaged, or they are not what their index says.
     """
 
     def __init__(self, folder: Path):

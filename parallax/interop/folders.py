@@ -58,8 +58,7 @@ def import_model(source: Path, run: str | Path, place: Place = abstract_params) 
 def read_model(source: Path, place: Place = abstract_params) -> Run:
     """The model of a Hugging Face folder, as the run that `import_model` makes of it: step 0, nothing of training.
 
-    Raises:
-      ValueError: `source` is no folder of a model that can be run here.
+    Raises ValueError if `source` is no folder of a model that can be run here.
     """
     _check_folder(source)
     values = _read_json(source / "config.json")

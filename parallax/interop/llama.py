@@ -45,8 +45,7 @@ NAMES = {
 def tensors(config: TransformerConfig) -> tuple[Tensor, ...]:
     """One entry for each parameter of the config. Tables have V rows, without their padding.
 
-    Raises:
-      ValueError: the model has a parameter that these architectures lack.
+    Raises ValueError if the model has a parameter that these architectures lack.
     """
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): parameter

@@ -39,10 +39,7 @@ def write_params(
 ) -> None:
     """Writes model.safetensors, or several files of at most `max_file_bytes` with their index.
 
-    A tensor that is larger alone gets a file of its own.
-
-    Raises:
-      OSError: a file cannot be written.
+    A tensor that is larger alone gets a file of its own. Raises OSError if a file cannot be written.
     """
     _, kind = DTYPES[dtype]
     entries = named(config)

@@ -28,8 +28,7 @@ SAFETY = {
 def listen(host: str, port: int, key: str) -> socket.socket:
     """A bound socket, which listens once the server answers.
 
-    Raises:
-      ValueError: the address is unknown or in use, or open to other machines without a key.
+    Raises ValueError if the address is unknown or in use, or open to other machines without a key.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(

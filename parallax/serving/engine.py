@@ -58,8 +58,7 @@ class Engine:
     def submit(self, completions: Sequence[Request]) -> "Job":
         """Puts completions into the queue, all or none.
 
-        Raises:
-          Refusal: one can never run here (400), the queue is full (429), or the server ends (503).
+        Raises Refusal if one can never run here (400), the queue is full (429), or the server ends (503).
         """
         for completion in completions:
             try:
@@ -164,8 +163,7 @@ class Job:
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
         """(number of the completion, token) as they come, until each completion ended or was dropped.
 
-        Raises:
-          Refusal: the server ends.
+        Raises Refusal if the server ends.
         """
         while self._open:
             token = await self.inbox.get()

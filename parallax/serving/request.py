@@ -81,11 +81,7 @@ class Form:
         }
 
     def read(self, body: bytes) -> Ask:
-        """What a body asks for.
-
-        Raises:
-          Refusal: status 404 for another model, 400 for all else.
-        """
+        """What a body asks for. Raises Refusal, with status 404 for another model and 400 for all else."""
         data = _parse(body)
         self._check(data)
         fields = {

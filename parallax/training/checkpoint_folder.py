@@ -34,11 +34,7 @@ class CheckpointFolder:
         return self.root / str(step)
 
     def newest_first(self) -> list[int]:
-        """Every step that has a folder, trusted or not.
-
-        Raises:
-          ValueError: the root is a file.
-        """
+        """Every step that has a folder, trusted or not. Raises ValueError if the root is a file."""
         if not self.root.exists():
             return []
         if not self.root.is_dir():
@@ -83,11 +79,7 @@ class CheckpointFolder:
         return None
 
     def make_room(self, step: int) -> None:
-        """Makes the root, and clears the way for a save of `step`.
-
-        Raises:
-          ValueError: the root cannot be made.
-        """
+        """Makes the root, and clears the way for a save of `step`. Raises ValueError if the root cannot be made."""
         try:
             make_folder(self.root)
         except OSError as error:

@@ -38,8 +38,7 @@ def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """The facts and `files` of a folder's manifest, itself checked; the files are not read.
 
-    Raises:
-      DamageError: the manifest is missing or not as it was written.
+    Raises DamageError if the manifest is missing or not as it was written.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text())
@@ -56,8 +55,7 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 def verify(folder: epath.Path, under: str = "") -> None:
     """Compares every file whose relative name starts with `under` to the manifest.
 
-    Raises:
-      DamageError: a file is missing, left over, of another length or of other contents.
+    Raises DamageError if a file is missing, left over, of another length or of other contents.
     """
     entries = read_manifest(folder)["files"]
     expected = {name: entry for name, entry in entries.items() if name.startswith(under)}

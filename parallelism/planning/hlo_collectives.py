@@ -36,9 +36,8 @@ class Collective:
 def read_collectives(hlo_text: str) -> list[Collective]:
     """The collectives in `compiled.as_text()`, one for each instruction that runs.
 
-    Raises:
-      ValueError: there is no entry computation, a loop with collectives has no fixed length, or a collective or its
-        groups are written in a way that is not known here.
+    Raises ValueError if there is no entry computation, a loop with collectives has no fixed length, or a collective or
+    its groups are written in a way that is not known here.
     """
     program = Program(hlo_text)
     found = program.walk(_Finder(program), wire_bytes)

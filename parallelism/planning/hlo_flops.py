@@ -16,8 +16,7 @@ from parallelism.planning.hlo import Op, Program, numbers
 def read_flops(hlo_text: str) -> int:
     """Operations of `compiled.as_text()` on one device.
 
-    Raises:
-      ValueError: there is no entry computation, or a loop with matmuls has no fixed length.
+    Raises ValueError if there is no entry computation, or a loop with matmuls has no fixed length.
     """
     program = Program(hlo_text)
 

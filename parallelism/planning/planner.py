@@ -227,8 +227,7 @@ def compile_choice(
 ) -> Report:
     """What the compiler says of a choice.
 
-    Raises:
-      ValueError: the layout does not fit the devices, the batch or the model.
+    Raises ValueError if the layout does not fit the devices, the batch or the model.
     """
     strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
     lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)

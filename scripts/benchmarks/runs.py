@@ -73,8 +73,7 @@ def runs(args: Sequence[str]) -> int:
 def run_train(flags: Sequence[str], folder: Path, limit: float = SECONDS) -> Curve:
     """Runs train.py into `folder` until it ends or `limit` seconds are over. It compiles everything itself.
 
-    Raises:
-      ValueError: train.py refused its flags or failed; with its last line.
+    Raises ValueError if train.py refused its flags or failed; with its last line.
     """
     log, curve, began = folder.with_name("log"), [], time.monotonic()
     command = [sys.executable, str(TREE / "scripts/train.py"), *flags, "--output-dir", str(folder)]

@@ -62,8 +62,7 @@ class Setting:
 def read_setting(name: str) -> Setting:
     """`nano-12x64` as a Setting.
 
-    Raises:
-      ValueError: the model is not one of MODELS, or the sizes are not two positive numbers.
+    Raises ValueError if the model is not one of MODELS, or the sizes are not two positive numbers.
     """
     model_name, _, sizes = name.rpartition("-")
     numbers = sizes.split("x")

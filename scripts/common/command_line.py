@@ -24,8 +24,7 @@ def parse(
 ) -> Flags:
     """The command line as an instance of a dataclass, whose field docstrings are the help.
 
-    Raises:
-      ValueError: a flag is unknown, or its value breaks a rule.
+    Raises ValueError if a flag is unknown, or its value breaks a rule.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     keywords = {} if default is None else {"default": default}

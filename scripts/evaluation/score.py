@@ -29,8 +29,7 @@ USUAL_WINDOW = 1024
 def evaluate(flags: Flags) -> dict[str, Any]:
     """What evaluate.py prints, and writes as JSON: nats, tokens and bytes scored, and the rates that follow.
 
-    Raises:
-      ValueError: the run, the text or the mesh cannot be used, or the window does not fit the model.
+    Raises ValueError if the run, the text or the mesh cannot be used, or the window does not fit the model.
     """
     settings = read_settings(open_folder(flags.checkpoint))
     config = config_from_dict(settings["model"])

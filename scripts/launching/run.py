@@ -67,8 +67,7 @@ class RunFlags(ChangeFlags):
 def run(args: Sequence[str], checkout: Path = CHECKOUT) -> int:
     """Trains on a TPU; `args` are what follows the command's name, `checkout` is what it ships.
 
-    Raises:
-      ValueError: a flag is wrong, the checkout has changes, or the TPU is another one than was asked for.
+    Raises ValueError if a flag is wrong, the checkout has changes, or the TPU is another one than was asked for.
     """
     own, marker, train_flags = split(args)
     flags = parse(RunFlags, description=DESCRIPTION, args=own)

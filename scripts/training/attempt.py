@@ -62,8 +62,7 @@ class Attempt:
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
 
-        Raises:
-          ValueError: the folder's checkpoints are all damaged, or it cannot be written.
+        Raises ValueError if the folder's checkpoints are all damaged, or it cannot be written.
         """
         job, strategy = self._job, self._job.strategy
         restored = self._checkpoints.restore(strategy.abstract()) if job.flags.resume else None
@@ -88,8 +87,7 @@ class Attempt:
     def _begin_from(self, run: str) -> TrainState:
         """The first state, with the parameters of another run's best checkpoint in it.
 
-        Raises:
-          ValueError: it has no intact checkpoint, or one of other shapes.
+        Raises ValueError if it has no intact checkpoint, or one of other shapes.
         """
         strategy = self._job.strategy
         # Moments begin at zero, whatever the parameters; these go before the others come.

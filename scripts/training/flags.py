@@ -92,8 +92,7 @@ class Flags:
 def read_flags(args: list[str] | None = None) -> Flags:
     """The command line, settled: strategy named, short flags folded into the model config.
 
-    Raises:
-      ValueError: a flag is unknown, breaks a rule, contradicts another, or differs from the run that is resumed.
+    Raises ValueError if a flag is unknown, breaks a rule, contradicts another, or differs from the run that is resumed.
     """
     args = list(sys.argv[1:] if args is None else args)
     saved = _saved_flags(args)
