@@ -17,8 +17,7 @@ import numpy as np
 from etils import epath
 
 from parallax.training.checkpoint_arrays import array_handler, read_arrays
-from parallax.training.checkpoint_folder import CheckpointFolder
-from parallax.training.manifest import read_manifest
+from parallax.training.checkpoint_folder import CheckpointFolder, read_manifest
 
 Documents = dict[str, dict[str, Any]]
 

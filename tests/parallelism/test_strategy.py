@@ -11,10 +11,9 @@ from parallax import axes
 from parallax.config import NANO_CONFIG, OptimizerConfig, TrainConfig
 from parallax.layers import attention
 from parallax.model.transformer import parameters
-from parallax.training.fingerprint import params_sha256
 from parallax.training.loss import make_evaluation, make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
-from parallax.training.state import make_init, state_axes
+from parallax.training.state import make_init, params_sha256, state_axes
 from parallax.training.step import train_step
 from parallelism.mesh import MeshPlacement
 from parallelism.rules import RULE_SETS
