@@ -50,10 +50,7 @@ class Request:
         return cls(prompts=[prompt], settings=settings, seeds=[seed], max_tokens=max_tokens, **others)
 
     def arrays(self, config: TransformerConfig) -> tuple[tuple, int]:
-        """The arguments of `generate.read_prompts`, and its `capacity`.
-
-        Raises ValueError from `check`, or if nothing is to be generated.
-        """
+        """The arguments of `generate.read_prompts`, and `capacity`; raises ValueError as `check`, or for no tokens."""
         self.check(config)
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1; try 200")

@@ -16,16 +16,15 @@ import numpy as np
 from jsonschema_rs import Draft202012Validator, ValidationError
 from jsonschema_rs import ValidationErrorKind as Kind
 
-from parallax.inference.report import TOP
+from parallax.inference.batching import TOP
 from parallax.inference.request import Request
 from parallax.inference.sampling import SETTINGS
+from parallax.serving.access import Limits
 from parallax.serving.errors import Refusal
-from parallax.serving.limits import Limits
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.plain import CharTokenizer
 
 Schema = dict[str, Any]
-
 TYPES = {int: "integer", float: "number"}
 MASK = "value"
 """Stands for the value in the validator's messages: the value itself may be long."""
