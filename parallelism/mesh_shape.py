@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from parallelism.rows import canonical_shards
-from parallelism.rules import MESH_AXES, Rules, partition_spec, parts_of, split_by
+from parallelism.rules import MESH_AXES, Rules, check_used, partition_spec, parts_of, split_by
 from parallelism.strategy import Layout, State
 
 STATE_SHARE = 0.5
@@ -108,9 +108,6 @@ def _divisors(number: int) -> list[int]:
 
 def is_legal(sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout) -> bool:
     """Whether these sizes of mesh axes suit the rules, the batch, the length and every array of the state."""
-    used = {axis for mesh_axes in rules.values() for axis in mesh_axes}
-    if any(size > 1 and axis not in used for axis, size in sizes.items()):
-        return False
     parts = math.prod(split_by("batch", rules, sizes).values())
     if layout.reduction == "exact":
         if canonical_shards(layout.batch_size) % parts or parts != math.prod(sizes.values()):
@@ -118,6 +115,7 @@ def is_legal(sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: 
     elif layout.batch_size % (parts * layout.accumulate):
         return False
     try:
+        check_used(rules, sizes)
         partition_spec((None, "length"), (1, layout.seq_len), rules, sizes)
         jax.tree.map(lambda leaf, names: partition_spec(names, leaf.shape, rules, sizes), shapes, state_axes)
     except ValueError:

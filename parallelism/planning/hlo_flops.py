@@ -50,11 +50,8 @@ def _of_convolution(op: Op, left: list[int], right: list[int]) -> int:
     kernel, result = rest.split("->")
     out = _dims(op.shape)
     flops = 2 * out[result.index("b")] * out[result.index("f")] * right[kernel.index("i")]
-    window = (
-        dict(part.split("=") for part in re.findall(r"window=\{(.*?)\}", op.attributes)[0].split())
-        if ("window={" in op.attributes)
-        else {}
-    )
+    found = re.search(r"window=\{(.*?)\}", op.attributes)
+    window = dict(part.split("=") for part in found[1].split()) if found else {}
     for place, label in enumerate(label for label in sorted(result) if label.isdigit()):
 
         def part(name: str, default: str, place: int = place) -> str:
