@@ -15,9 +15,8 @@ from typing import Any
 from etils import epath
 
 from parallax.config import TransformerConfig, config_to_dict
-from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf, config_to_hf
-from parallax.interop.reading import read_params
+from parallax.interop.reading import TensorFiles, read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
 from parallax.model.transformer import Params
 from parallax.run_folder import Run, abstract_params, load_run

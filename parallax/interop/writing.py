@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
-from parallax.interop.files import INDEX, SINGLE
-from parallax.interop.llama import named
-from parallax.interop.tensor import Tensor
+from parallax.interop.llama import Tensor, named
+from parallax.interop.reading import INDEX, SINGLE
 from parallax.model.transformer import Params
 
 DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
