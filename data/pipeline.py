@@ -84,13 +84,6 @@ def evaluation_batches(samples: Samples, *, batch_size: int, rows: Rows | None =
     return _prefetched(lambda k: samples.gather(ids[k][held]), 0, len(ids))
 
 
-def count_target_bytes(samples: Samples, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes that all targets of `samples` together stand for: what bits per byte are divided by."""
-    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
-    targets = (batch["targets"] for batch in evaluation_batches(samples, batch_size=64))
-    return sum(int(sizes[row[row >= 0]].sum()) for row in targets)
-
-
 def _prepare_text(
     corpus: Corpus, tokenizer: Tokenizer, seq_len: int, held_out_fraction: float
 ) -> tuple[Samples, Samples]:

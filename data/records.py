@@ -38,10 +38,7 @@ class TokenRecords(Sequence[np.ndarray]):
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Opens the files.
-
-        Raises ValueError if a file is damaged or empty, or no `tokenizer.json` stands beside the first one.
-        """
+        """Opens the files. Raises ValueError if one is damaged or empty, or no `tokenizer.json` is beside the first."""
         from grain.sources import ArrayRecordDataSource
 
         self._files = files
