@@ -157,10 +157,7 @@ def names_of(variable: Any) -> tuple[str | None, ...]:
 
 
 def describe(variable: nnx.Variable) -> Parameter:
-    """What `param` was given, of a parameter that may be stacked or abstract by now.
-
-    Raises ValueError if it was made in another way.
-    """
+    """What `param` was given, of a parameter that may be stacked or abstract by now; raises ValueError for others."""
     known = variable.get_metadata()
     if missing := [label for label in ("out_sharding", "inputs", "decays", "role") if label not in known]:
         raise ValueError(f"a parameter of shape {variable.shape} lacks {', '.join(missing)}; make it with axes.param")

@@ -68,10 +68,7 @@ class Model:
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
-        """What `generate` gives for one prompt, in pieces as it is drawn, none of them empty.
-
-        Raises ValueError as `generate`, at the call.
-        """
+        """What `generate` gives for one prompt, in pieces as it is drawn; raises ValueError as that, at the call."""
         pairs = self._generator.stream(self.params, make_request(self.tokenizer, [prompt], **options))
         pieces = decode((token for _, token in pairs), self.tokenizer, options.get("stop", ()))
         return (piece for piece in pieces if piece)

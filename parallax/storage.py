@@ -87,10 +87,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_whole(file: epath.Path, text: str) -> None:
-    """Writes a file, local or on gs://, so that a reader finds all of it or nothing new.
-
-    Raises OSError if it cannot be written.
-    """
+    """Writes a file, local or on gs://, so that a reader finds all of it or nothing new; else raises OSError."""
     if is_remote(file):
         file.write_text(text)  # an object appears when it is complete
     else:
