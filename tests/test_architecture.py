@@ -82,10 +82,10 @@ def test_no_circle_of_imports():
     files = {dotted(path): path for path in MODULES}
     # `from a.b import c` imports module a.b.c where there is one, else a.b.
     needs = {
-        name: {found for target in imports(path) for found in (target, target.rpartition(".")[0]) if found in files}
-        - {name}
+        name: {target if target in files else target.rpartition(".")[0] for target in imports(path)}
+        & files.keys() - {name}
         for name, path in files.items()
-    }  # fmt: skip
+    }
     while free := {name for name, needed in needs.items() if not needed}:
         needs = {name: needed - free for name, needed in needs.items() if name not in free}
     assert needs == {}
