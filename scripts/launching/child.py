@@ -15,8 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from scripts.common.command_line import tell
-
 _CHUNK = 65536  # bytes; what a pipe holds by default
 _LAST_CHUNKS = 16  # a pipe never holds more, unless root made it larger
 
@@ -135,9 +133,14 @@ class Child:
             except OSError as error:  # a full disk, say: the run is worth more than its log
                 self._kept.close()
                 self._kept = None
-                tell(f"{self.log} is not written any more: {error.strerror}")
+                say(f"{self.log} is not written any more: {error.strerror}")
         lines = text.removesuffix(b"\n").split(b"\n")
         _write_all(screen, b"".join(b"[%d] %b\n" % (self.index, line) for line in lines))
+
+
+def say(line: str) -> None:
+    """A line for the person who watches, on standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _write_all(descriptor: int, text: bytes) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from parallelism.exit_status import BAD_INPUT, LOST_PEER, OUTSIDE_FAILURE
-from scripts.common.command_line import tell
-from scripts.launching.child import Child, Command
+from scripts.launching.child import Child, Command, say
 
 CAUSE_SECONDS = 1.0
 """How long a process that seems to have lost a peer is not blamed, in case another turns out to have died."""
@@ -63,9 +62,9 @@ def keep_running(
             return death.exit_status
         if number > restarts:
             if restarts:
-                tell(f"no restart is left of {restarts}")
+                say(f"no restart is left of {restarts}")
             return death.exit_status
-        tell(f"restart {number} of {restarts}")
+        say(f"restart {number} of {restarts}")
 
 
 CONSEQUENCES = (-signal.SIGABRT, LOST_PEER)
@@ -130,13 +129,13 @@ def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, lo
         folder = _make_attempt(log_dir)
         death = _run(commands(number), folder, interrupts)
         if death is not None and interrupts.count > 1:
-            tell(f"{signal_name(interrupts.number)} came second; the processes were killed")
+            say(f"{signal_name(interrupts.number)} came second; the processes were killed")
             return Death(-interrupts.number, "")
         if death is not None and death.status == BAD_INPUT:
             _remove(folder, missing)
-            tell(death.what)
+            say(death.what)
         elif death is not None:
-            tell(f"{death.what}; its output: {death.log}")
+            say(f"{death.what}; its output: {death.log}")
         return death
 
     with interrupts.noticed():
@@ -189,7 +188,7 @@ class _Interrupts:
             os.read(self.woken, 65536)
         if self.count and not self._reported:
             self._reported = True
-            tell(f"{signal_name(self.number)}: waiting for the processes to stop; a second one kills them")
+            say(f"{signal_name(self.number)}: waiting for the processes to stop; a second one kills them")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Acts here, since the loop may be held up by a terminal that takes no output, but leaves output to the loop.
