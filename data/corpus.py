@@ -47,12 +47,11 @@ class Corpus:
         return digest.hexdigest()
 
 
-def _print_to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 def load_corpus(
-    name_or_path: str, data_dir: str | None = None, *, notify: Callable[[str], None] = _print_to_stderr
+    name_or_path: str,
+    data_dir: str | None = None,
+    *,
+    notify: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Corpus:
     """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md) or ArrayRecord token files.
 

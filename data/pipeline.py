@@ -22,8 +22,7 @@ ENDLESS = 2**40  # batches; a source must have a length
 def tokenizer_for(corpus: Corpus, spec: str | None = None) -> Tokenizer:
     """The corpus's tokenizer: trained on its texts as `spec` says (None: `char`), or its records' own.
 
-    Raises:
-        ValueError: the spec is unknown, or is given for records, whose tokens are made already.
+    Raises ValueError if the spec is unknown, or is given for records, whose tokens are made already.
     """
     if corpus.records is None:
         return train_tokenizer(spec or "char", corpus.documents)
@@ -37,13 +36,10 @@ def prepare(
 ) -> tuple[Samples, Samples]:
     """Splits the corpus into (train, held out) and lays it out for rows of `seq_len` tokens.
 
-    One document is split by its characters, at the same place for every tokenizer, and trained on in random
-    windows; several are split by whole documents, at least one to each side, and packed. The last ones are
-    held out. With `held_out_fraction=0` both sides are the whole corpus.
-
-    Raises:
-        ValueError: a text is shorter than one sequence, it holds a character that the tokenizer does not
-            know, or an argument or a record is out of range.
+    One document is split by its characters, at the same place for every tokenizer, and trained on in random windows;
+    several are split by whole documents, at least one to each side, and packed. The last ones are held out. With
+    `held_out_fraction=0` both sides are the whole corpus. Raises ValueError if a text is shorter than one sequence, it
+    holds a character that the tokenizer does not know, or an argument or a record is out of range.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1; try 256")
@@ -67,8 +63,7 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Global batches start, start + 1, ... without end; of each the rows `rows` (None: all), made ahead.
 
-    Raises:
-        ValueError: the batch size, the seed or the start is out of range.
+    Raises ValueError if the batch size, the seed or the start is out of range.
     """
     _check_batch_size(batch_size)
     if seed < 0 or start < 0:
@@ -80,8 +75,7 @@ def training_batches(
 def evaluation_batches(samples: Samples, *, batch_size: int, rows: Rows | None = None) -> Iterator[Batch]:
     """Every target of `samples` once, in order; the last batch is filled up with rows of padding.
 
-    Raises:
-        ValueError: the batch size is not positive.
+    Raises ValueError if the batch size is not positive.
     """
     _check_batch_size(batch_size)
     held = slice(None) if rows is None else rows

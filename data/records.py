@@ -17,8 +17,7 @@ READ_AT_ONCE = 1024
 def write_token_records(path: str | Path, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
     """Writes documents of token ids as one ArrayRecord file, without end-of-text ids: the pipeline adds them.
 
-    Raises:
-        ValueError: a document is empty, or an id is negative or does not fit into 32 bits.
+    Raises ValueError if a document is empty, or an id is negative or does not fit into 32 bits.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -39,11 +38,7 @@ class TokenRecords(Sequence[np.ndarray]):
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Opens the files.
-
-        Raises:
-            ValueError: a file is damaged or empty, or no `tokenizer.json` stands beside the first one.
-        """
+        """Opens the files. Raises ValueError if one is damaged or empty, or no `tokenizer.json` is beside the first."""
         from grain.sources import ArrayRecordDataSource
 
         self._files = files
@@ -71,8 +66,7 @@ class TokenRecords(Sequence[np.ndarray]):
     def lengths(self, vocab_size: int) -> np.ndarray:
         """Reads everything once: the number of ids in each document, int64 [documents].
 
-        Raises:
-            ValueError: a record is not a row of ids below `vocab_size`.
+        Raises ValueError if a record is not a row of ids below `vocab_size`.
         """
         lengths = np.zeros(len(self), np.int64)
         for first in range(0, len(self), READ_AT_ONCE):

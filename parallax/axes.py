@@ -93,8 +93,7 @@ def check_names(names: Names) -> None:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Says which logical axis each dim of `x` carries; the bound placement decides how it is sharded.
 
-    Raises:
-      ValueError: a name is unknown, or there is not one name a dim.
+    Raises ValueError if a name is unknown, or there is not one name a dim.
     """
     check_names(names)
     if len(names) != x.ndim:
@@ -158,11 +157,7 @@ def names_of(variable: Any) -> tuple[str | None, ...]:
 
 
 def describe(variable: nnx.Variable) -> Parameter:
-    """What `param` was given, of a parameter that may be stacked or abstract by now.
-
-    Raises:
-      ValueError: it was made in another way.
-    """
+    """What `param` was given, of a parameter that may be stacked or abstract by now; raises ValueError for others."""
     known = variable.get_metadata()
     if missing := [label for label in ("out_sharding", "inputs", "decays", "role") if label not in known]:
         raise ValueError(f"a parameter of shape {variable.shape} lacks {', '.join(missing)}; make it with axes.param")

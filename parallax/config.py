@@ -70,8 +70,7 @@ class RopeScaling:
 class TransformerConfig:
     """The shape of a decoder-only Transformer. Sizes are counts, not bytes.
 
-    Raises:
-      ValueError: a rule is broken; the message names the rule, the value and a remedy.
+    Raises ValueError if a rule is broken; the message names the rule, the value and a remedy.
     """
 
     vocab_size: int = 65
@@ -288,11 +287,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
-    """The model config that `config_to_dict` wrote.
-
-    Raises:
-      ValueError: a field is unknown, or the values break a rule of the config.
-    """
+    """The model config that `config_to_dict` wrote. Raises ValueError if a field is unknown or a rule is broken."""
     _refuse_unknown(values, TransformerConfig, "model config")
     scaling = values.get("rope_scaling") or {}
     _refuse_unknown(scaling, RopeScaling, "rope_scaling")

@@ -68,11 +68,7 @@ class Model:
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
-        """What `generate` gives for one prompt, in pieces as it is drawn, none of them empty.
-
-        Raises:
-          ValueError: as `generate`, at the call.
-        """
+        """What `generate` gives for one prompt, in pieces as it is drawn; raises ValueError as that, at the call."""
         pairs = self._generator.stream(self.params, make_request(self.tokenizer, [prompt], **options))
         pieces = decode((token for _, token in pairs), self.tokenizer, options.get("stop", ()))
         return (piece for piece in pieces if piece)
@@ -81,10 +77,8 @@ class Model:
         """Log-probabilities of the tokens of a text.
 
         The first token has nothing before it and is left out, unless the tokenizer begins a text with an id of its own,
-        such as <s>: then that one is left out.
-
-        Raises:
-          ValueError: the text cannot be spelled, or is longer than the model sees at once.
+        such as <s>: then that one is left out. Raises ValueError if the text cannot be spelled, or is longer than the
+        model sees at once.
         """
         ids = np.asarray(self.tokenizer.encode(text), np.int32)
         inputs, targets, limit = ids[:-1], ids[1:], self.config.max_seq_len

@@ -26,8 +26,7 @@ def is_remote(folder: str | os.PathLike) -> bool:
 def open_folder(folder: str | os.PathLike) -> epath.Path:
     """A local folder or one at a gs:// address, with the same path calls for both. Makes nothing.
 
-    Raises:
-      ValueError: the address is not of gs://, gcsfs is not installed, or the bucket does not answer.
+    Raises ValueError if the address is not of gs://, gcsfs is not installed, or the bucket does not answer.
     """
     address = os.fspath(folder)
     if not is_remote(address):
@@ -53,8 +52,7 @@ def open_folder(folder: str | os.PathLike) -> epath.Path:
 def make_folder(folder: epath.Path) -> None:
     """Makes a local folder and its parents; an object store has none, and gcsfs would make a missing bucket.
 
-    Raises:
-      OSError: it cannot be made.
+    Raises OSError if it cannot be made.
     """
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,8 +62,7 @@ def make_folder(folder: epath.Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; what is written there takes the place of `path` on success.
 
-    Raises:
-        OSError: the folder cannot be made or written.
+    Raises OSError if the folder cannot be made or written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -90,11 +87,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def write_whole(file: epath.Path, text: str) -> None:
-    """Writes a file, local or on gs://, so that a reader finds all of it or nothing new.
-
-    Raises:
-      OSError: it cannot be written.
-    """
+    """Writes a file, local or on gs://, so that a reader finds all of it or nothing new; else raises OSError."""
     if is_remote(file):
         file.write_text(text)  # an object appears when it is complete
     else:

@@ -36,10 +36,8 @@ def make_request(
 ) -> Request:
     """The request that `Options` describe, one row a prompt, at temperature 0.8 by default.
 
-    Rows end with any id that ends a text.
-
-    Raises:
-      ValueError: the tokenizer cannot spell a prompt or a stop, or a setting is out of its range.
+    Rows end with any id that ends a text. Raises ValueError if the tokenizer cannot spell a prompt or a stop, or a
+    setting is out of its range.
     """
     rows = len(prompts)
     other_ends = [np.array([token], np.int32) for token in tokenizer.end_ids if token != tokenizer.eos_id]

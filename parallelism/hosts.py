@@ -38,8 +38,7 @@ class Cluster:
 def join(cluster: Cluster) -> None:
     """Starts `jax.distributed` when flags, the environment or TPU metadata ask for it; must come before any device.
 
-    Raises:
-      ValueError: the address or the numbers are not usable, or some are missing.
+    Raises ValueError if the address or the numbers are not usable, or some are missing.
     """
     found = _from_environment(cluster)
     if found == Cluster():

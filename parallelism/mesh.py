@@ -15,7 +15,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
-from parallelism.first_state import make_state
 from parallelism.gathers import ShardPlacement
 from parallelism.hosts import StopRequest
 from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
@@ -30,7 +29,7 @@ from parallelism.rules import (
     partition_spec,
     split_by,
 )
-from parallelism.strategy import Layout, State
+from parallelism.strategy import Layout, State, make_state
 
 
 class MeshPlacement:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from parallelism.rows import canonical_shards
-from parallelism.rules import MESH_AXES, Rules, partition_spec, parts_of, split_by
+from parallelism.rules import MESH_AXES, Rules, check_used, partition_spec, parts_of, split_by
 from parallelism.strategy import Layout, State
 
 STATE_SHARE = 0.5
@@ -21,9 +21,8 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
     """Axis sizes from text like "data=2,fsdp=4"; "" means every device along data, "all" whatever is left.
 
     "fsdp=4x8" is an axis of 32 devices laid along two dims of the network, and becomes the two axes fsdp.0 and fsdp.1.
-
-    Raises:
-      ValueError: an axis is unknown or repeated, a size is not a positive number, or the product is not `devices`.
+    Raises ValueError if an axis is unknown or repeated, a size is not a positive number, or the product is not
+    `devices`.
     """
     sizes: dict[str, tuple[int, ...]] = {}
     wild = None
@@ -67,12 +66,9 @@ def choose_mesh(
 ) -> tuple[dict[str, int], str]:
     """A legal shape for --mesh auto, and why.
 
-    As many devices as the batch allows share its rows, since that costs one reduction a step: along data, or along
-    fsdp where the whole state would fill too much of a device. Devices that are left share the model (tensor), or else
-    the sequence, in the largest numbers that divide them.
-
-    Raises:
-      ValueError: no shape uses every device.
+    As many devices as the batch allows share its rows, since that costs one reduction a step: along data, or along fsdp
+    where the whole state would fill too much of a device. Devices that are left share the model (tensor), or else the
+    sequence, in the largest numbers that divide them. Raises ValueError if no shape uses every device.
     """
     count = len(devices)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
@@ -112,9 +108,6 @@ def _divisors(number: int) -> list[int]:
 
 def is_legal(sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout) -> bool:
     """Whether these sizes of mesh axes suit the rules, the batch, the length and every array of the state."""
-    used = {axis for mesh_axes in rules.values() for axis in mesh_axes}
-    if any(size > 1 and axis not in used for axis, size in sizes.items()):
-        return False
     parts = math.prod(split_by("batch", rules, sizes).values())
     if layout.reduction == "exact":
         if canonical_shards(layout.batch_size) % parts or parts != math.prod(sizes.values()):
@@ -122,6 +115,7 @@ def is_legal(sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: 
     elif layout.batch_size % (parts * layout.accumulate):
         return False
     try:
+        check_used(rules, sizes)
         partition_spec((None, "length"), (1, layout.seq_len), rules, sizes)
         jax.tree.map(lambda leaf, names: partition_spec(names, leaf.shape, rules, sizes), shapes, state_axes)
     except ValueError:

@@ -22,10 +22,8 @@ def on_mesh(mesh: str) -> Callable[[Callable[[], Any], Any], Any]:
     """A function of (init, axes) to what `init` gives, as ShapeDtypeStructs with shardings; nothing is computed.
 
     `axes` has the tree of `init()`, with a PartitionSpec of logical names for each array. Used as
-    `parallax.load(folder, mesh=on_mesh("fsdp=8"))`.
-
-    Raises:
-      ValueError: from that function, where the mesh does not fit the devices or the model.
+    `parallax.load(folder, mesh=on_mesh("fsdp=8"))`. Raises ValueError from that function, where the mesh does not fit
+    the devices or the model.
     """
 
     def place(init: Callable[[], Any], axes: Any) -> Any:

@@ -15,10 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
-from parallelism.first_state import make_state
 from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
-from parallelism.strategy import Layout, State
+from parallelism.strategy import Layout, State, make_state
 
 AXIS = "batch"
 

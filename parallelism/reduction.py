@@ -47,14 +47,11 @@ def _deal(x: jax.Array, parts: int) -> jax.Array:
 def mean(microbatches: int = 1) -> Callable[[Callable], Callable]:
     """The gradient function where one program sees the whole batch: on one device, and on a mesh under jit."""
 
-    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
-        def function(params, batch, key):
-            sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
-            return sums, tokens, _divide(grads, tokens)
+    def gradients(loss_fn, params, batch, key):
+        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+        return sums, tokens, _divide(grads, tokens)
 
-        return function
-
-    return gradients
+    return lambda loss_fn: functools.partial(gradients, loss_fn)
 
 
 def pmean(axis_name: str, microbatches: int = 1) -> Callable[[Callable], Callable]:
@@ -64,17 +61,14 @@ def pmean(axis_name: str, microbatches: int = 1) -> Callable[[Callable], Callabl
     quotient is the global mean. Each device folds its index into the dropout key.
     """
 
-    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
-        def function(params, batch, key):
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-            sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
-            grads, mean_tokens = jax.lax.pmean((grads, tokens.astype(jnp.float32)), axis_name)
-            sums, tokens = jax.lax.psum((sums, tokens), axis_name)
-            return sums, tokens, _divide(grads, mean_tokens)
+    def gradients(loss_fn, params, batch, key):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+        grads, mean_tokens = jax.lax.pmean((grads, tokens.astype(jnp.float32)), axis_name)
+        sums, tokens = jax.lax.psum((sums, tokens), axis_name)
+        return sums, tokens, _divide(grads, mean_tokens)
 
-        return function
-
-    return gradients
+    return lambda loss_fn: functools.partial(gradients, loss_fn)
 
 
 def scatter(axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1) -> Callable[[Callable], Callable]:
@@ -88,22 +82,19 @@ def scatter(axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1) 
       unreduced: a tree like the parameters, of the axes over which a gradient is still to be added up.
     """
 
-    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
-        def function(params, batch, key):
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_names))
-            sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
-            leaves, structure = jax.tree.flatten(grads)
-            over = structure.flatten_up_to(unreduced)
-            for group in filter(None, dict.fromkeys(over)):  # in one order in every process
-                places = [place for place, each in enumerate(over) if each == group]
-                for place, leaf in zip(places, jax.lax.psum([leaves[i] for i in places], group), strict=True):
-                    leaves[place] = leaf
-            sums, tokens = jax.lax.psum((sums, tokens), axis_names)
-            return sums, tokens, _divide(structure.unflatten(leaves), tokens)
+    def gradients(loss_fn, params, batch, key):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis_names))
+        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+        leaves, structure = jax.tree.flatten(grads)
+        over = structure.flatten_up_to(unreduced)
+        for group in filter(None, dict.fromkeys(over)):  # in one order in every process
+            places = [place for place, each in enumerate(over) if each == group]
+            for place, leaf in zip(places, jax.lax.psum([leaves[i] for i in places], group), strict=True):
+                leaves[place] = leaf
+        sums, tokens = jax.lax.psum((sums, tokens), axis_names)
+        return sums, tokens, _divide(structure.unflatten(leaves), tokens)
 
-        return function
-
-    return gradients
+    return lambda loss_fn: functools.partial(gradients, loss_fn)
 
 
 def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[[Callable], Callable]:
@@ -122,39 +113,36 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
       devices: how many those axes hold.
     """
 
-    def gradients(loss_fn: Callable) -> Callable[[Any, Any, jax.Array], tuple]:
-        def function(params, batch, key):
-            held = jax.tree.leaves(batch)[0].shape[0]
-            shards = canonical_shards(held * devices) // devices
-            first = jax.lax.axis_index(axis_names) * shards if axis_names else 0
-            parts = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), batch)
-            one = _of_sums(loss_fn, 1)
+    def gradients(loss_fn, params, batch, key):
+        held = jax.tree.leaves(batch)[0].shape[0]
+        shards = canonical_shards(held * devices) // devices
+        first = jax.lax.axis_index(axis_names) * shards if axis_names else 0
+        parts = jax.tree.map(lambda x: x.reshape(shards, -1, *x.shape[1:]), batch)
+        one = _of_sums(loss_fn, 1)
 
-            def of_shard(numbered):
-                number, rows = numbered
-                return one(params, rows, jax.random.fold_in(key, first + number))
+        def of_shard(numbered):
+            number, rows = numbered
+            return one(params, rows, jax.random.fold_in(key, first + number))
 
-            results = jax.lax.map(of_shard, (jnp.arange(shards), parts))
-            if axis_names:
-                results = jax.lax.all_gather(results, axis_names, tiled=True)
-            sums, tokens, grads = results
-            total = jnp.sum(tokens)
-            share = 1 / _at_least_one(total).astype(jnp.float32)
+        results = jax.lax.map(of_shard, (jnp.arange(shards), parts))
+        if axis_names:
+            results = jax.lax.all_gather(results, axis_names, tiled=True)
+        sums, tokens, grads = results
+        total = jnp.sum(tokens)
+        share = 1 / _at_least_one(total).astype(jnp.float32)
 
-            def add(sofar, shard):
-                sums, grads = shard
-                summed = jax.tree.map(jnp.add, sofar[0], sums)
-                return (summed, jax.tree.map(lambda a, b: a + b * share.astype(b.dtype), sofar[1], grads)), None
+        def add(sofar, shard):
+            sums, grads = shard
+            summed = jax.tree.map(jnp.add, sofar[0], sums)
+            return (summed, jax.tree.map(lambda a, b: a + b * share.astype(b.dtype), sofar[1], grads)), None
 
-            # One division, and matmuls within the loop, whose results no compiler merges with the optimizer: many
-            # divisions become multiplications by a reciprocal, or multiply-adds are fused, on some layouts alone.
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), (sums, grads))
-            (sums, grads), _ = jax.lax.scan(add, zeros, (sums, grads))
-            return jax.lax.optimization_barrier((sums, total, grads))
+        # One division, and matmuls within the loop, whose results no compiler merges with the optimizer: many
+        # divisions become multiplications by a reciprocal, or multiply-adds are fused, on some layouts alone.
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), (sums, grads))
+        (sums, grads), _ = jax.lax.scan(add, zeros, (sums, grads))
+        return jax.lax.optimization_barrier((sums, total, grads))
 
-        return function
-
-    return gradients
+    return lambda loss_fn: functools.partial(gradients, loss_fn)
 
 
 def _divide(grads: Any, tokens: jax.Array) -> Any:

@@ -68,7 +68,6 @@ def check_canonical(batch_size: int, devices: int, what: str) -> None:
         size = next((size for size in range(batch_size + 1, 2 * batch_size + 17) if size % 16 == 0), 16)
         remedy = f"try --batch-size {size}" if 16 % devices == 0 else "use 1, 2, 4, 8 or 16 devices"
         raise ValueError(
-            f"reduction=exact cuts batch_size={batch_size} into {shards} equal shards at most, "
-            f"of which {what}={devices} cannot each get as many; "
-            f"{remedy}"
+            f"reduction=exact cuts batch_size={batch_size} into {shards} equal shards at most, of which "
+            f"{what}={devices} cannot each get as many; {remedy}"
         )

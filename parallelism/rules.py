@@ -38,8 +38,7 @@ RULE_SETS: dict[str, Rules] = {
 def load_rules(name_or_path: str) -> Rules:
     """The rule set of that name, or of a JSON file such as {"batch": ["data", "fsdp"], "mlp": ["tensor"]}.
 
-    Raises:
-      ValueError: there is neither, or the file does not hold rules.
+    Raises ValueError if there is neither, or the file does not hold rules.
     """
     if name_or_path in RULE_SETS:
         return RULE_SETS[name_or_path]
@@ -64,8 +63,7 @@ def _is_names(value: object) -> bool:
 def check_rules(rules: Rules) -> Rules:
     """The rules themselves.
 
-    Raises:
-      ValueError: a rule names an axis that does not exist or names one twice, or parts heads from their keys.
+    Raises ValueError if a rule names an axis that does not exist or names one twice, or parts heads from their keys.
     """
     for name, mesh_axes in rules.items():
         if name not in LOGICAL_AXES:
@@ -130,8 +128,7 @@ def partition_spec(
 ) -> PartitionSpec:
     """How an array with these logical names and this shape is cut over a mesh of these axis sizes.
 
-    Raises:
-      ValueError: two dims would use the same mesh axis, or a dim is not divisible by the devices that split it.
+    Raises ValueError if two dims would use the same mesh axis, or a dim is not divisible by the devices that split it.
     """
     spec, used = [], {}
     for name, size in zip(names, shape, strict=True):

@@ -10,10 +10,9 @@ import jax
 import numpy as np
 
 from parallelism import reduction
-from parallelism.first_state import make_state
 from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, check_dealing
-from parallelism.strategy import Layout, State
+from parallelism.strategy import Layout, State, make_state
 
 
 class Single:

@@ -3,14 +3,12 @@
 Invariant: a command is looked up by its name and does its own work; this file knows no more than that.
 """
 
-import importlib
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-from scripts.common.command_line import dispatch
+from scripts.common.command_line import dispatch, late
 
 HELP = """usage: benchmark.py COMMAND ...
 
@@ -28,14 +26,7 @@ train, decode and serve --against FOLDER also measure the checkout in that folde
 benchmark.py COMMAND --help says more. torch and transformers come with pip install -e ".[bench]"."""
 
 
-def _command(name: str) -> Callable[[Sequence[str]], int]:
-    def command(args: Sequence[str]) -> int:
-        return getattr(importlib.import_module(f"scripts.benchmarks.{name}"), name)(args)
-
-    return command
-
-
-COMMANDS = {name: _command(name) for name in ("train", "decode", "serve", "runs", "limits")}
+COMMANDS = {name: late(f"scripts.benchmarks.{name}", name) for name in ("train", "decode", "serve", "runs", "limits")}
 
 
 def main() -> int:

@@ -4,12 +4,11 @@ Invariant: a command is looked up by its name and does its own work; this file k
 """
 
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-from scripts.common.command_line import dispatch
+from scripts.common.command_line import dispatch, late
 
 HELP = """usage: launch.py COMMAND ...
 
@@ -26,40 +25,16 @@ commands:
 launch.py COMMAND --help says more; docs/launch.md tells how they go together."""
 
 
+IN_TPU = ("up", "status", "logs", "down")
+COMMANDS = {
+    name: late(f"scripts.launching.{'tpu' if name in IN_TPU else name}", name)
+    for name in ("local", "up", "run", "status", "logs", "down")
+}
+
+
 def main() -> int:
     """Exit status: 2 bad input; else that of the command, as its --help describes it."""
     return dispatch("launch.py", HELP, COMMANDS)
-
-
-def _local(args: Sequence[str]) -> int:
-    from scripts.launching.local import local
-
-    return local(args)
-
-
-def _run(args: Sequence[str]) -> int:
-    from scripts.launching.run import run
-
-    return run(args)
-
-
-def _tpu(name: str) -> Callable[[Sequence[str]], int]:
-    def command(args: Sequence[str]) -> int:
-        from scripts.launching import tpu as launch_tpu
-
-        return getattr(launch_tpu, name)(args)
-
-    return command
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "local": _local,
-    "up": _tpu("up"),
-    "run": _run,
-    "status": _tpu("status"),
-    "logs": _tpu("logs"),
-    "down": _tpu("down"),
-}
 
 
 if __name__ == "__main__":

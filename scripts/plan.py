@@ -20,8 +20,7 @@ def main() -> int:
     with errors_in_one_line():
         preset = PRESETS.get(flag_value(sys.argv[1:], "--config"), PRESETS["tiny"])
         flags = parse(Flags, default=Flags(model=preset), description=DESCRIPTION)
-        plan = Plan(flags)
-        return plan.run()
+        return Plan(flags).run()
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 import tyro
 
-from parallax.serving.access import listen
-from parallax.serving.limits import Limits
+from parallax.serving.access import Limits, listen
 from scripts.common.command_line import errors_in_one_line, parse, tell
 
 DESCRIPTION = (

@@ -126,11 +126,7 @@ class Generator:
         self._extend = jax.jit(functools.partial(extend, config), donate_argnums=1)
 
     def generate(self, params: Params, request: Request) -> list[np.ndarray]:
-        """The tokens that follow each prompt, int32, in one call of the device.
-
-        Raises:
-          ValueError: from `Request.arrays`.
-        """
+        """The tokens after each prompt, int32, in one call of the device. Raises ValueError as `Request.arrays`."""
         arrays, capacity = request.arrays(self.config)
         tokens, lengths = (np.array(x) for x in self._whole(params, arrays, capacity=capacity))
         return [tokens[row, len(prompt) : lengths[row]] for row, prompt in enumerate(request.prompts)]

@@ -50,11 +50,7 @@ class Request:
         return cls(prompts=[prompt], settings=settings, seeds=[seed], max_tokens=max_tokens, **others)
 
     def arrays(self, config: TransformerConfig) -> tuple[tuple, int]:
-        """The arguments of `generate.read_prompts`, and its `capacity`.
-
-        Raises:
-          ValueError: from `check`, or nothing is to be generated.
-        """
+        """The arguments of `generate.read_prompts`, and `capacity`; raises ValueError as `check`, or for no tokens."""
         self.check(config)
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 1; try 200")
@@ -78,9 +74,8 @@ class Request:
     def check(self, config: TransformerConfig, slot: int | None = None) -> None:
         """Whether a model can run it, in slots of so many tokens if they are limited.
 
-        Raises:
-          ValueError: a prompt is empty, too long or holds foreign ids, a number is out of range, or there is not one
-            seed and setting a row.
+        Raises ValueError if a prompt is empty, too long or holds foreign ids, a number is out of range, or there is not
+        one seed and setting a row.
         """
         num_rows, num_settings = len(self.prompts), len(self.settings.temperature)
         if not num_rows or not all(len(prompt) for prompt in self.prompts):

@@ -79,8 +79,7 @@ class SamplingSettings:
     def create(cls, num_rows: int, **given: Unpack[Sampling]) -> "SamplingSettings":
         """Settings of `num_rows` rows, from one value for all of them or one value each.
 
-        Raises:
-          ValueError: a value is out of its range, or there is not one value a row.
+        Raises ValueError if a value is out of its range, or there is not one value a row.
         """
         if unknown := given.keys() - SETTINGS.keys():
             raise TypeError(f"{min(unknown)} is not one of {', '.join(SETTINGS)}")

@@ -18,7 +18,6 @@ import numpy as np
 
 from parallax.config import TransformerConfig
 from parallax.inference.generate import Generation, read_prompts, stream
-from parallax.inference.rejection import check_proposals, draw
 from parallax.inference.request import Request
 from parallax.inference.sampling import probabilities
 from parallax.layers.cache import KVCache
@@ -149,10 +148,8 @@ class SpeculativeGenerator:
     """The compiled functions of two model shapes, used as a `Generator` whose parameters are `BothParams`.
 
     Texts at temperature 0 are those of `Generator` (but for ties: logits of several positions at once may differ in the
-    last bits from those of one). Others are other draws from the same distribution, and depend on the draft too.
-
-    Raises:
-      ValueError: the vocabularies differ, or `draft_tokens` is below 1.
+    last bits from those of one). Others are other draws from the same distribution, and depend on the draft too. Raises
+    ValueError if the vocabularies differ, or `draft_tokens` is below 1.
     """
 
     def __init__(self, config: TransformerConfig, draft: TransformerConfig, draft_tokens: int = 4):
@@ -173,11 +170,7 @@ class SpeculativeGenerator:
         self._extend = jax.jit(go_on, donate_argnums=1)
 
     def generate(self, params: BothParams, request: Request) -> list[np.ndarray]:
-        """The tokens that follow each prompt, int32.
-
-        Raises:
-          ValueError: from `Request.arrays`, of either model.
-        """
+        """The tokens that follow each prompt, int32. Raises ValueError from `Request.arrays`, of either model."""
         rows: list[list[int]] = [[] for _ in request.prompts]
         for row, token in self.stream(params, request, chunk=request.max_tokens):
             rows[row].append(token)
@@ -194,3 +187,37 @@ class SpeculativeGenerator:
 
         begin = functools.partial(self._start, params, arrays, capacity=capacity)
         return stream(request, begin, functools.partial(self._extend, params), chunk, counted)
+
+
+def check_proposals(
+    tokens_RB: jax.Array, q_RBV: jax.Array, p_TBV: jax.Array, accept_RB: jax.Array, replace_TB: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """How many proposals of each row pass, int32 [B], and the token after these, int32 [B].
+
+    A proposal x passes with probability min(1, p(x) / q(x)). In place of the first that does not, a token is drawn from
+    max(0, p - q); after the last, if all pass, one from p (Leviathan et al. 2023, arXiv:2211.17192, algorithm 1): the
+    tokens that pass and the one after them are distributed as p has it, whatever q is (appendix A.1).
+
+    Args:
+      tokens_RB: R proposals a row, the first drawn from q[0], the next from q[1] and so on.
+      q_RBV: by which distributions they were proposed.
+      p_TBV: those that are wanted at the places of the proposals and, T = R + 1, behind them.
+      accept_RB: keys for the first draw.
+      replace_TB: keys for the second.
+    """
+    q_TBV, at_RB1 = jnp.pad(q_RBV, ((0, 1), (0, 0), (0, 0))), tokens_RB[:, :, None]
+    p_RB, q_RB = (jnp.take_along_axis(probs_TBV[:-1], at_RB1, axis=2)[:, :, 0] for probs_TBV in (p_TBV, q_TBV))
+    passes_RB = jax.vmap(jax.vmap(jax.random.uniform))(accept_RB) * q_RB < p_RB
+    passed_B = jnp.sum(jnp.cumprod(passes_RB.astype(jnp.int32), axis=0), axis=0)
+    rows = jnp.arange(len(passed_B))
+    p_BV = p_TBV[passed_B, rows]
+    excess_BV = jnp.maximum(p_BV - q_TBV[passed_B, rows], 0)
+    # Where p and q differ by rounding alone, a proposal that was rejected may leave no excess at all.
+    weights_BV = jnp.where(jnp.any(excess_BV > 0, axis=1, keepdims=True), excess_BV, p_BV)
+    return passed_B, draw(weights_BV, replace_TB[passed_B, rows])
+
+
+def draw(weights_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """A token a row with probability proportional to its weight, never one of weight 0, int32 [B]."""
+    noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, weights_BV.shape[1:], weights_BV.dtype))(keys_B)
+    return jnp.argmax(jnp.log(weights_BV) + noise_BV, axis=1).astype(jnp.int32)

@@ -16,10 +16,8 @@ NO_TOKEN = -1
 def pack_stops(stops: Sequence[np.ndarray]) -> np.ndarray:
     """Token sequences as one array int32 [R, L], padded with -1 on the left and with empty rows.
 
-    R and L are at least 4 and 16 and powers of two, so that most sets of stops have the same shape.
-
-    Raises:
-      ValueError: a stop is empty.
+    R and L are at least 4 and 16 and powers of two, so that most sets of stops have the same shape. Raises ValueError
+    if a stop is empty.
     """
     for number, stop in enumerate(stops):
         if len(stop) == 0:

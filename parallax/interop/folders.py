@@ -15,9 +15,8 @@ from typing import Any
 from etils import epath
 
 from parallax.config import TransformerConfig, config_to_dict
-from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf, config_to_hf
-from parallax.interop.reading import read_params
+from parallax.interop.reading import TensorFiles, read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
 from parallax.model.transformer import Params
 from parallax.run_folder import Run, abstract_params, load_run
@@ -58,8 +57,7 @@ def import_model(source: Path, run: str | Path, place: Place = abstract_params) 
 def read_model(source: Path, place: Place = abstract_params) -> Run:
     """The model of a Hugging Face folder, as the run that `import_model` makes of it: step 0, nothing of training.
 
-    Raises:
-      ValueError: `source` is no folder of a model that can be run here.
+    Raises ValueError if `source` is no folder of a model that can be run here.
     """
     _check_folder(source)
     values = _read_json(source / "config.json")

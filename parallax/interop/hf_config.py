@@ -36,8 +36,7 @@ ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn":
 def config_from_hf(values: Values) -> TransformerConfig:
     """The model that a config.json describes, with float32 as its compute dtype.
 
-    Raises:
-      ValueError: the architecture is not known, a size is missing, or the model computes what this one cannot.
+    Raises ValueError if the architecture is not known, a size is missing, or the model computes what this one cannot.
     """
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
@@ -69,8 +68,7 @@ def config_from_hf(values: Values) -> TransformerConfig:
 def config_to_hf(config: TransformerConfig) -> Values:
     """The config.json of the plainest architecture that computes what `config` does.
 
-    Raises:
-      ValueError: none does; the message names the field.
+    Raises ValueError if none does; the message names the field.
     """
     if config.logit_softcap:
         raise ValueError(
@@ -173,8 +171,7 @@ def _window(kind: str, values: Values) -> int:
 def rope_from_hf(values: Values) -> tuple[float, RopeScaling]:
     """(theta, scaling) of a config.json.
 
-    Raises:
-      ValueError: the scaling is of another kind, lacks a number, or turns a part of each head alone.
+    Raises ValueError if the scaling is of another kind, lacks a number, or turns a part of each head alone.
     """
     # As transformers reads them: the older spelling, where there is one, counts alone.
     rope = _given(_mapping(values, "rope_scaling") or _mapping(values, "rope_parameters"))

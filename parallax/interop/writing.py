@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
-from parallax.interop.files import INDEX, SINGLE
-from parallax.interop.llama import named
-from parallax.interop.tensor import Tensor
+from parallax.interop.llama import Tensor, named
+from parallax.interop.reading import INDEX, SINGLE
 from parallax.model.transformer import Params
 
 DTYPES = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(jnp.bfloat16))}
@@ -39,10 +38,7 @@ def write_params(
 ) -> None:
     """Writes model.safetensors, or several files of at most `max_file_bytes` with their index.
 
-    A tensor that is larger alone gets a file of its own.
-
-    Raises:
-      OSError: a file cannot be written.
+    A tensor that is larger alone gets a file of its own. Raises OSError if a file cannot be written.
     """
     _, kind = DTYPES[dtype]
     entries = named(config)

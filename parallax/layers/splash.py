@@ -28,10 +28,8 @@ def attend_in_kernel(
 ) -> jax.Array:
     """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K].
 
-    Lowered for anything but a TPU the kernel is interpreted, slowly.
-
-    Raises:
-      ValueError: T is not a multiple of 128, or a device holds a part of each sequence.
+    Lowered for anything but a TPU the kernel is interpreted, slowly. Raises ValueError if T is not a multiple of 128,
+    or a device holds a part of each sequence.
     """
     T, S = q_BTHK.shape[1], k_BTGK.shape[1]
     if T != S:

@@ -106,11 +106,7 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
 
 
 def parameters(config: TransformerConfig) -> Params:
-    """The tree of `init_params` with an `axes.Parameter` for each array.
-
-    Raises:
-      ValueError: a parameter was not made by `axes.param`.
-    """
+    """The tree of `init_params` with an `axes.Parameter` for each array; raises ValueError as `axes.describe`."""
     _, abstract = _abstract(config, False)
     return nnx.to_pure_dict(jax.tree.map(describe, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 

@@ -14,9 +14,8 @@ from typing import Any
 
 from parallax.inference.batching import Token
 from parallax.inference.stopping import StopFilter
-from parallax.serving.engine import Job
+from parallax.serving.engine import Counts, Job
 from parallax.serving.errors import Refusal, to_json
-from parallax.serving.metrics import Counts
 from parallax.serving.request import Ask
 from parallax.tokenizers.base import StreamDecoder, Tokenizer
 

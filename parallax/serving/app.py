@@ -22,12 +22,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from parallax.run_folder import Run
-from parallax.serving.access import Guard
+from parallax.serving.access import Guard, Limits
 from parallax.serving.answer import Answer
-from parallax.serving.engine import Engine
+from parallax.serving.engine import Counts, Engine
 from parallax.serving.errors import CLIENT_GONE, Refusal, json_response, say_refusal
-from parallax.serving.limits import Limits
-from parallax.serving.metrics import Counts
 from parallax.serving.openapi import describe_server
 from parallax.serving.request import Form
 
@@ -201,13 +199,10 @@ def _rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _curve(rows: Iterable[dict[str, Any]], name: str) -> list[list[float]]:
-    points = [[row["step"], row[name]] for row in rows if _is_finite(row.get(name)) and "step" in row]
+    numbers = (row for row in rows if isinstance(row.get(name), int | float) and "step" in row)
+    points = [[row["step"], row[name]] for row in numbers if math.isfinite(row[name])]
     every = -(-len(points) // MAX_POINTS)
     return [*points[:-1:every], *points[-1:]] if points else []
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The thread that owns the Batcher, and what the server's event loop sees of it.
+"""The thread that owns the Batcher, what the server's event loop sees of it, and what is counted for Prometheus.
 
 Invariant: the Batcher is touched by that one thread alone; orders go in by a queue, tokens come out by the event loop's
 own. An answer that nobody waits for holds no slot longer than the step under way. If the thread dies, every answer
@@ -11,6 +11,8 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from parallax.inference.batching import Batcher, Token
 from parallax.inference.request import Request
@@ -58,8 +60,7 @@ class Engine:
     def submit(self, completions: Sequence[Request]) -> "Job":
         """Puts completions into the queue, all or none.
 
-        Raises:
-          Refusal: one can never run here (400), the queue is full (429), or the server ends (503).
+        Raises Refusal if one can never run here (400), the queue is full (429), or the server ends (503).
         """
         for completion in completions:
             try:
@@ -164,8 +165,7 @@ class Job:
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
         """(number of the completion, token) as they come, until each completion ended or was dropped.
 
-        Raises:
-          Refusal: the server ends.
+        Raises Refusal if the server ends.
         """
         while self._open:
             token = await self.inbox.get()
@@ -186,3 +186,35 @@ class Job:
         for ticket in self._open:
             self._engine.drop(ticket)
         self._open.clear()
+
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+class Counts:
+    """The numbers of one server, in a registry of its own, so that two servers in one process count apart."""
+
+    def __init__(self, engine: Engine, slots: int):
+        self._registry = registry = CollectorRegistry()
+        self.requests = Counter("parallax_requests", "Requests answered.", ["status"], registry=registry)
+        self.answers = Counter(
+            "parallax_answers",
+            "Completions that ended, by how: stop, length, or unfinished (the client or the server went away).",
+            ["finish"],
+            registry=registry,
+        )
+        self.tokens = Counter("parallax_tokens", "Tokens read and generated.", ["kind"], registry=registry)
+        self.first_token = Histogram(
+            "parallax_first_token_seconds", "From the request to its first token.", buckets=SECONDS, registry=registry
+        )
+        for name, words, value in (
+            ("slots", "Slots that there are.", lambda: slots),
+            ("slots_busy", "Slots in use.", lambda: engine.busy),
+            ("answers_waiting", "Completions that wait for a slot.", lambda: engine.waiting),
+            ("answers_open", "Completions that wait or are under way.", lambda: engine.under_way),
+        ):
+            Gauge(f"parallax_{name}", words, registry=registry).set_function(value)
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -17,10 +17,9 @@ import uvicorn
 
 from parallax.inference.batching import Batcher
 from parallax.run_folder import load_run
-from parallax.serving.access import Guard, address_of, is_loopback, start_listening
+from parallax.serving.access import Guard, Limits, address_of, is_loopback, start_listening
 from parallax.serving.app import application
 from parallax.serving.engine import Engine
-from parallax.serving.limits import Limits
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 3

@@ -16,16 +16,15 @@ import numpy as np
 from jsonschema_rs import Draft202012Validator, ValidationError
 from jsonschema_rs import ValidationErrorKind as Kind
 
-from parallax.inference.report import TOP
+from parallax.inference.batching import TOP
 from parallax.inference.request import Request
 from parallax.inference.sampling import SETTINGS
+from parallax.serving.access import Limits
 from parallax.serving.errors import Refusal
-from parallax.serving.limits import Limits
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.plain import CharTokenizer
 
 Schema = dict[str, Any]
-
 TYPES = {int: "integer", float: "number"}
 MASK = "value"
 """Stands for the value in the validator's messages: the value itself may be long."""
@@ -81,11 +80,7 @@ class Form:
         }
 
     def read(self, body: bytes) -> Ask:
-        """What a body asks for.
-
-        Raises:
-          Refusal: status 404 for another model, 400 for all else.
-        """
+        """What a body asks for. Raises Refusal, with status 404 for another model and 400 for all else."""
         data = _parse(body)
         self._check(data)
         fields = {

@@ -61,8 +61,7 @@ class BPETokenizer(Tokenizer):
 def train_bpe(size: int, documents: Sequence[str]) -> BPETokenizer:
     """Learns merges until there are `size` ids in all, or no pair is left to merge.
 
-    Raises:
-        ValueError: `size` is too small for all bytes and the end of text.
+    Raises ValueError if `size` is too small for all bytes and the end of text.
     """
     if size < SMALLEST_SIZE:
         rule = f"bpe:{size} must be at least {SMALLEST_SIZE} to hold all bytes and the end of text"

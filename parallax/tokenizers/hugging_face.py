@@ -30,8 +30,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int]) -> None:
         """Takes a tokenizer.json, the rows of the model's embedding, and the ids that end a text, `eos_id` first.
 
-        Raises:
-          ValueError: it is damaged, of another kind, or has ids that the model has not.
+        Raises ValueError if it is damaged, of another kind, or has ids that the model has not.
         """
         import tokenizers
 

@@ -23,8 +23,7 @@ DEFAULT_BPE_SIZE = 1024
 def train_tokenizer(spec: str, documents: Sequence[str]) -> Tokenizer:
     """Makes the tokenizer that `spec` names: `char`, `byte`, `bpe` (1024 ids) or `bpe:N` (at most N ids).
 
-    Raises:
-        ValueError: the spec is unknown, N is too small, or there is no text.
+    Raises ValueError if the spec is unknown, N is too small, or there is no text.
     """
     if not any(documents):
         raise ValueError("a tokenizer is trained on text and there is none; give a text file")
@@ -46,8 +45,7 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Reads what `save_tokenizer` wrote, from a local path or a gs:// address.
 
-    Raises:
-        ValueError: there is no such file, or it holds no tokenizer.
+    Raises ValueError if there is no such file, or it holds no tokenizer.
     """
     try:
         return tokenizer_from_json(json.loads(epath.Path(path).read_text("utf-8")))

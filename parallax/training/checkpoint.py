@@ -17,8 +17,7 @@ import numpy as np
 from etils import epath
 
 from parallax.training.checkpoint_arrays import array_handler, read_arrays
-from parallax.training.checkpoint_folder import CheckpointFolder
-from parallax.training.manifest import read_manifest
+from parallax.training.checkpoint_folder import CheckpointFolder, read_manifest
 
 Documents = dict[str, dict[str, Any]]
 
@@ -143,8 +142,7 @@ class Checkpointer:
     def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[int, Any, Documents]:
         """(step, params, documents) of the best intact checkpoint, or of `step`; no other array is read.
 
-        Raises:
-          ValueError: no checkpoint is intact, `step` is not there, or its params are not those asked for.
+        Raises ValueError if no checkpoint is intact, `step` is not there, or its params are not those asked for.
         """
         self.wait()
         folder = self._folder
@@ -155,8 +153,7 @@ class Checkpointer:
     def read_documents(self, step: int | None = None) -> Documents:
         """The JSON documents of `step`, by default of the best step, without its arrays.
 
-        Raises:
-          ValueError: the step is not there, or its documents are damaged.
+        Raises ValueError if the step is not there, or its documents are damaged.
         """
         import orbax.checkpoint as ocp
 

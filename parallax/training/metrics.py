@@ -114,8 +114,7 @@ def _hidden(module: str) -> Iterator[None]:
 def read_metrics(path: str | os.PathLike) -> list[Row]:
     """The rows of a metrics.jsonl in order; a torn last line is left out; no file is no rows.
 
-    Raises:
-      ValueError: another line is not a JSON object with a step.
+    Raises ValueError if another line is not a JSON object with a step.
     """
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")

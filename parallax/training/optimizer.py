@@ -26,10 +26,8 @@ def warmup_steps(config: OptimizerConfig, steps: int) -> int:
 def make_learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
     """Step, from 0, to rate: linear to the peak, then a cosine to `final_rate` of it at the last step.
 
-    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5. The first step of a warm-up already moves.
-
-    Raises:
-      ValueError: the warm-up is longer than the run.
+    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5. The first step of a warm-up already moves. Raises ValueError if
+    the warm-up is longer than the run.
     """
     warmup, peak = warmup_steps(config, steps), config.learning_rate
     if warmup > steps:

@@ -3,12 +3,14 @@
 Invariant: together with the seed and the batch of its step, a state determines the next state.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
@@ -44,9 +46,10 @@ def state_axes(config: TransformerConfig, init_state: Callable[[], TrainState]) 
 
     Optimizer moments mirror the tree of parameters: a leaf whose path ends in a parameter's path is placed like it.
     """
-    names = {
-        tuple(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(param_axes(config), is_leaf=_is_spec)
-    }
+    specs = jax.tree_util.tree_leaves_with_path(
+        param_axes(config), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
+    )
+    names = {tuple(path): spec for path, spec in specs}
 
     def of(path, leaf) -> PartitionSpec:
         suffixes = (tuple(path[start:]) for start in range(len(path)))
@@ -55,5 +58,12 @@ def state_axes(config: TransformerConfig, init_state: Callable[[], TrainState]) 
     return jax.tree_util.tree_map_with_path(of, jax.eval_shape(init_state))
 
 
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
+def params_sha256(params: Any) -> str:
+    """sha256 in hexadecimal over the leaves of a tree of fully addressable arrays, in the order of their paths."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
+        array = np.asarray(jax.device_get(leaf), order="C")  # ascontiguousarray would make a scalar [1]
+        digest.update(f"{jax.tree_util.keystr(path)} {array.shape} {array.dtype.name}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

@@ -61,8 +61,7 @@ class Report:
 def topology_devices(accelerator: Accelerator) -> list[Any]:
     """The devices of a slice that is not here: good to lower and compile for.
 
-    Raises:
-      ValueError: libtpu is not installed, or does not know the slice.
+    Raises ValueError if libtpu is not installed, or does not know the slice.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError('libtpu, the compiler for TPUs, is not installed; try pip install -e ".[plan]"')

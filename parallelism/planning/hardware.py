@@ -98,8 +98,7 @@ class Accelerator:
 def accelerator(name: str) -> Accelerator:
     """The slice of that name, such as v3-8, v4-64, v5litepod-256, v5p-1024 or v6e-256.
 
-    Raises:
-      ValueError: there is no such generation, or no slice of that size.
+    Raises ValueError if there is no such generation, or no slice of that size.
     """
     match = re.fullmatch(r"(v\w+)-(\d+)", name)
     generation = GENERATIONS.get(ALIASES.get(match[1], match[1])) if match else None

@@ -36,13 +36,25 @@ class Collective:
 def read_collectives(hlo_text: str) -> list[Collective]:
     """The collectives in `compiled.as_text()`, one for each instruction that runs.
 
-    Raises:
-      ValueError: there is no entry computation, a loop with collectives has no fixed length, or a collective or its
-        groups are written in a way that is not known here.
+    Raises ValueError if there is no entry computation, a loop with collectives has no fixed length, or a collective or
+    its groups are written in a way that is not known here.
     """
     program = Program(hlo_text)
-    found = program.walk(_Finder(program), wire_bytes)
-    return [dataclasses.replace(each, count=count) for each, count in found]
+
+    def find(op: Op, computation: str, path: str) -> Collective | None:
+        kind = op.opcode.removesuffix("-start")
+        if kind in _PASSES:
+            # A TPU's compiler may spread an asynchronous collective over fusions and repeat it in each; one starts it.
+            ops = program.computations[computation].values()
+            starts = any("AsyncCollectiveStart" in each.attributes for each in ops)
+            repeated = "chain_id=" in op.attributes and not starts
+            return None if repeated else _collective(program, op, kind, computation, path)
+        named = re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes)
+        if named and not op.opcode.endswith(("-update", "-done")):
+            raise ValueError(f"{kind} is not counted; known collectives are {', '.join(_PASSES)}")
+        return None
+
+    return [dataclasses.replace(each, count=count) for each, count in program.walk(find, wire_bytes)]
 
 
 def wire_bytes(collective: Collective) -> float:
@@ -58,38 +70,19 @@ def crossed_axes(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple
     return tuple(axis for i, axis in enumerate(mesh_shape) if any(np.ptp(place[i]) for place in places))
 
 
-class _Finder:
-    """Tells the collectives among the instructions of a program."""
-
-    def __init__(self, program: Program):
-        self._program = program
-
-    def __call__(self, op: Op, computation: str, path: str) -> Collective | None:
-        kind = op.opcode.removesuffix("-start")
-        if kind in _PASSES:
-            # A TPU's compiler may spread an asynchronous collective over fusions and repeat it in each; one starts it.
-            ops = self._program.computations[computation].values()
-            starts = any("AsyncCollectiveStart" in each.attributes for each in ops)
-            repeated = "chain_id=" in op.attributes and not starts
-            return None if repeated else self._collective(op, kind, computation, path)
-        named = re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes)
-        if named and not op.opcode.endswith(("-update", "-done")):
-            raise ValueError(f"{kind} is not counted; known collectives are {', '.join(_PASSES)}")
-        return None
-
-    def _collective(self, op: Op, kind: str, computation: str, path: str) -> Collective:
-        # The bits and the dims of each array: 16 and 4,8 of bf16[4,8]{1,0}; pred names no bits and takes 8.
-        arrays = re.findall(r"[a-z]+(\d*)\w*\[([^\]]*)\]", op.shape)
-        operands = len(op.arguments())
-        if op.opcode.endswith("-start") and len(arrays) > operands:
-            arrays = arrays[operands : 2 * operands]  # operands, results, what the device keeps to itself
-        size = sum(-(-math.prod(numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays)
-        groups = _groups(op.attributes, self._program.devices)
-        if kind == "reduce-scatter":
-            size *= len(groups[0])
-        elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # written as an all-reduce and a slice, fused, which a TPU runs as one
-        return Collective(kind, 1, size, groups, path)
+def _collective(program: Program, op: Op, kind: str, computation: str, path: str) -> Collective:
+    # The bits and the dims of each array: 16 and 4,8 of bf16[4,8]{1,0}; pred names no bits and takes 8.
+    arrays = re.findall(r"[a-z]+(\d*)\w*\[([^\]]*)\]", op.shape)
+    operands = len(op.arguments())
+    if op.opcode.endswith("-start") and len(arrays) > operands:
+        arrays = arrays[operands : 2 * operands]  # operands, results, what the device keeps to itself
+    size = sum(-(-math.prod(numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays)
+    groups = _groups(op.attributes, program.devices)
+    if kind == "reduce-scatter":
+        size *= len(groups[0])
+    elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+        kind = "reduce-scatter"  # written as an all-reduce and a slice, fused, which a TPU runs as one
+    return Collective(kind, 1, size, groups, path)
 
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:

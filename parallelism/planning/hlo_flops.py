@@ -16,8 +16,7 @@ from parallelism.planning.hlo import Op, Program, numbers
 def read_flops(hlo_text: str) -> int:
     """Operations of `compiled.as_text()` on one device.
 
-    Raises:
-      ValueError: there is no entry computation, or a loop with matmuls has no fixed length.
+    Raises ValueError if there is no entry computation, or a loop with matmuls has no fixed length.
     """
     program = Program(hlo_text)
 
@@ -51,11 +50,8 @@ def _of_convolution(op: Op, left: list[int], right: list[int]) -> int:
     kernel, result = rest.split("->")
     out = _dims(op.shape)
     flops = 2 * out[result.index("b")] * out[result.index("f")] * right[kernel.index("i")]
-    window = (
-        dict(part.split("=") for part in re.findall(r"window=\{(.*?)\}", op.attributes)[0].split())
-        if ("window={" in op.attributes)
-        else {}
-    )
+    found = re.search(r"window=\{(.*?)\}", op.attributes)
+    window = dict(part.split("=") for part in found[1].split()) if found else {}
     for place, label in enumerate(label for label in sorted(result) if label.isdigit()):
 
         def part(name: str, default: str, place: int = place) -> str:

@@ -16,7 +16,6 @@ import jax
 from parallelism.mesh_shape import show_mesh
 from parallelism.planning.compiler import Report, compile_step
 from parallelism.planning.hardware import Accelerator
-from parallelism.planning.tiles import tiled_size
 from parallelism.rules import MESH_AXES, Rules, load_rules, parts_of, split_by
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
@@ -225,11 +224,7 @@ def name_of(choice: Choice) -> str:
 def compile_choice(
     choice: Choice, build: Build, accelerator: Accelerator, devices: Sequence[Any], cache: Path
 ) -> Report:
-    """What the compiler says of a choice.
-
-    Raises:
-      ValueError: the layout does not fit the devices, the batch or the model.
-    """
+    """What the compiler says of a choice; raises ValueError if it does not fit the devices, the batch or the model."""
     strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
     lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)
     return compile_step(lowered, accelerator.topology, strategy.mesh_shape, cache)
@@ -238,3 +233,31 @@ def compile_choice(
 def mesh_text(sizes: Mapping[str, int], accelerator: Accelerator) -> str:
     """The --mesh for these sizes on this slice."""
     return show_mesh(along_torus(sizes, accelerator)) or "data=1"
+
+
+LANES = 128
+SUBLANES = 8
+
+
+def tiled_size(shape: Sequence[int]) -> int:
+    """Numbers that an array of this shape takes where one dim fills lanes and another sublanes.
+
+    The compiler chooses both dims so that the least is wasted: f32[4,16,4,32] is stored as if it were [4, 16, 4, 128].
+    """
+    dims = [1] * (2 - len(shape)) + list(shape)
+    sizes = []
+    for lanes, sublanes in itertools.permutations(range(len(dims)), 2):
+        laid = list(dims)
+        laid[lanes] = _whole(dims[lanes], LANES)
+        laid[sublanes] = _whole(dims[sublanes], _rows(dims[sublanes]))
+        sizes.append(math.prod(laid))
+    return min(sizes)
+
+
+def _rows(size: int) -> int:
+    """Rows of a tile; a short dim gets one of 1, 2 or 4 rows."""
+    return min(SUBLANES, 1 << max(0, size - 1).bit_length())
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

@@ -68,8 +68,7 @@ def decode(args: Sequence[str]) -> int:
 def compare(model: str, batch_size: int, flags: Flags) -> dict[str, Any]:
     """Starts the contenders one after another, compares their tokens, measures them in turn and shows the table.
 
-    Raises:
-      ValueError: two contenders begin with different tokens.
+    Raises ValueError if two contenders begin with different tokens.
     """
     spec = {"model": model, "batch_size": batch_size}
     spec |= {"prompt_tokens": flags.prompt_tokens, "new_tokens": flags.new_tokens}

@@ -121,7 +121,6 @@ def write_report(output: str | None, command: str, results: Any, *, busy: float)
         "results": results,
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, report)
     except OSError as error:
         raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None

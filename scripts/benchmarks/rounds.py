@@ -177,9 +177,5 @@ def measure(contenders: Sequence[Contender], timing: Timing, what: str) -> Round
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """The quotients of two contenders' numbers, round by round.
-
-    Raises:
-      ValueError: there are not as many of one as of the other.
-    """
+    """The quotients of two contenders' numbers, round by round; raises ValueError for unequal numbers of rounds."""
     return [a / b for a, b in zip(above, below, strict=True)]

@@ -5,7 +5,6 @@ had when it can be read in metrics.jsonl.
 """
 
 import dataclasses
-import json
 import math
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from parallax.training.metrics import METRICS_FILE, read_metrics
 from scripts.benchmarks.report import begin, show, write_report
 from scripts.benchmarks.rounds import TREE, environment, progress
 from scripts.common.command_line import parse
@@ -73,8 +73,7 @@ def runs(args: Sequence[str]) -> int:
 def run_train(flags: Sequence[str], folder: Path, limit: float = SECONDS) -> Curve:
     """Runs train.py into `folder` until it ends or `limit` seconds are over. It compiles everything itself.
 
-    Raises:
-      ValueError: train.py refused its flags or failed; with its last line.
+    Raises ValueError if train.py refused its flags or failed; with its last line.
     """
     log, curve, began = folder.with_name("log"), [], time.monotonic()
     command = [sys.executable, str(TREE / "scripts/train.py"), *flags, "--output-dir", str(folder)]
@@ -86,7 +85,8 @@ def run_train(flags: Sequence[str], folder: Path, limit: float = SECONDS) -> Cur
             while running and seconds < limit:
                 time.sleep(LOOK)
                 running, seconds = process.poll() is None, time.monotonic() - began
-                curve += [(seconds, *each) for each in _evaluations(folder / "metrics.jsonl")[len(curve) :]]
+                evaluations = [row for row in read_metrics(folder / METRICS_FILE) if "eval_loss" in row]
+                curve += [(seconds, row["step"], row["eval_loss"]) for row in evaluations[len(curve) :]]
                 show_progress(f"evaluation loss {curve[-1][2]:.4f}" if curve else "training", int(seconds))
         finally:
             process.kill()
@@ -95,16 +95,6 @@ def run_train(flags: Sequence[str], folder: Path, limit: float = SECONDS) -> Cur
         last = (log.read_text().splitlines() or ["it wrote nothing"])[-1]
         raise ValueError(f"train.py ended with status {process.returncode}: {last}")
     return curve
-
-
-def _evaluations(path: Path) -> list[tuple[int, float]]:
-    """Steps and losses so far; a line that is still being written is left for the next look."""
-    try:
-        lines = path.read_text().split("\n")[:-1]
-    except FileNotFoundError:
-        return []
-    rows = [json.loads(line) for line in lines if '"eval_loss"' in line]
-    return [(row["step"], row["eval_loss"]) for row in rows]
 
 
 FORMS = {f"seconds to a loss of {LOSS}": ".1f", f"loss after {SECONDS:.0f} seconds": ".4f"}

@@ -68,8 +68,7 @@ class Flags(Timing):
 class Server:
     """serve.py of a checkout under way, from its start until `close`; it answers when the constructor returns.
 
-    Raises:
-      ValueError: it did not start; with its last line.
+    Raises ValueError if it did not start; with its last line.
     """
 
     def __init__(self, tree: Path, run: Path, flags: Flags):

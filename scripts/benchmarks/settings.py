@@ -60,11 +60,7 @@ class Setting:
 
 
 def read_setting(name: str) -> Setting:
-    """`nano-12x64` as a Setting.
-
-    Raises:
-      ValueError: the model is not one of MODELS, or the sizes are not two positive numbers.
-    """
+    """`nano-12x64` as a Setting. Raises ValueError if the model is not in MODELS, or a size is no positive number."""
     model_name, _, sizes = name.rpartition("-")
     numbers = sizes.split("x")
     if model_name not in MODELS or len(numbers) != 2 or not all(n.isdecimal() and int(n) for n in numbers):

@@ -63,8 +63,7 @@ def check_contenders(names: list[str]) -> None:
 def compare(setting: Setting, flags: Flags) -> dict[str, Any]:
     """Starts the contenders one after another, compares their work, measures them in turn and shows the table.
 
-    Raises:
-      ValueError: two contenders do not do the same work.
+    Raises ValueError if two contenders do not do the same work.
     """
     first, *others = flags.contenders.split(",")
     with contextlib.ExitStack() as stack:

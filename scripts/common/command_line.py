@@ -5,6 +5,7 @@ Invariant: bad input gives exactly one line on standard error, with rule, value 
 
 import contextlib
 import functools
+import importlib
 import io
 import os
 import re
@@ -24,8 +25,7 @@ def parse(
 ) -> Flags:
     """The command line as an instance of a dataclass, whose field docstrings are the help.
 
-    Raises:
-      ValueError: a flag is unknown, or its value breaks a rule.
+    Raises ValueError if a flag is unknown, or its value breaks a rule.
     """
     arguments = list(sys.argv[1:] if args is None else args)
     keywords = {} if default is None else {"default": default}
@@ -76,6 +76,11 @@ def errors_in_one_line() -> Iterator[None]:
         raise SystemExit(141) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def late(module: str, name: str) -> Callable[[Sequence[str]], int]:
+    """A command by its module, which is imported when it is called: help and bad input answer at once."""
+    return lambda args: getattr(importlib.import_module(module), name)(args)
 
 
 def dispatch(script: str, help: str, commands: Mapping[str, Callable[[Sequence[str]], int]]) -> int:

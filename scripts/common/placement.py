@@ -21,8 +21,7 @@ from parallelism.strategy import Layout, Strategy
 def place_model(config: TransformerConfig, mesh: str = "", *, batch_size: int, seq_len: int) -> Strategy:
     """A strategy without an optimizer: one device, or a mesh such as fsdp=8. Nothing is computed.
 
-    Raises:
-      ValueError: the mesh does not fit the devices, the model or the batch.
+    Raises ValueError if the mesh does not fit the devices, the model or the batch.
     """
 
     def init_state() -> TrainState:

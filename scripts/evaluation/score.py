@@ -4,7 +4,7 @@ Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whateve
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,11 @@ from parallax.config import TransformerConfig, config_from_dict
 from parallax.run_folder import load_run, read_settings
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
-from parallax.training.loss import make_evaluation
+from parallax.training.loss import NO_TARGET, make_evaluation
 from parallelism.strategy import Strategy
 from scripts.common.command_line import tell
 from scripts.common.placement import place_model
 from scripts.evaluation.flags import Flags
-from scripts.evaluation.windows import batches, count_windows, windows
 
 USUAL_WINDOW = 1024
 
@@ -29,8 +28,7 @@ USUAL_WINDOW = 1024
 def evaluate(flags: Flags) -> dict[str, Any]:
     """What evaluate.py prints, and writes as JSON: nats, tokens and bytes scored, and the rates that follow.
 
-    Raises:
-      ValueError: the run, the text or the mesh cannot be used, or the window does not fit the model.
+    Raises ValueError if the run, the text or the mesh cannot be used, or the window does not fit the model.
     """
     settings = read_settings(open_folder(flags.checkpoint))
     config = config_from_dict(settings["model"])
@@ -103,3 +101,46 @@ def _score(
         loss, count = jax.device_get(compiled(params, batch))
         nats, tokens = nats + float(loss), tokens + int(count)
     return nats, tokens
+
+
+def windows(documents: Sequence[np.ndarray], window: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(inputs, targets), each int32 [window]; targets are NO_TARGET where nothing is scored.
+
+    A document's first window scores all of its targets, each further one the last `stride`. Windows are filled up
+    with padding at their end, which no earlier token sees.
+    """
+    for tokens in documents:
+        last = len(tokens) - 1  # targets
+        start = 0
+        scored = 0
+        while scored < last:
+            stop = min(start + window, last)
+            inputs, targets = np.zeros(window, np.int32), np.full(window, NO_TARGET, np.int32)
+            inputs[: stop - start] = tokens[start:stop]
+            targets[scored - start : stop - start] = tokens[scored + 1 : stop + 1]
+            yield inputs, targets
+            scored, start = stop, stop + stride - window
+
+
+def count_windows(lengths: Sequence[int], window: int, stride: int) -> int:
+    """How many `windows` gives for documents of so many tokens."""
+    rest = (max(length - 1 - window, 0) for length in lengths)
+    return sum((length > 1) + -(-more // stride) for length, more in zip(lengths, rest, strict=True))
+
+
+def batches(rows: Iterator[tuple[np.ndarray, np.ndarray]], size: int, window: int) -> Iterator[dict[str, np.ndarray]]:
+    """Windows by the batch; the last batch is filled up with rows in which nothing is scored."""
+    batch: list[tuple[np.ndarray, np.ndarray]] = []
+    padding = (np.zeros(window, np.int32), np.full(window, NO_TARGET, np.int32))
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield _stacked(batch)
+            batch = []
+    if batch:
+        yield _stacked(batch + [padding] * (size - len(batch)))
+
+
+def _stacked(batch: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    inputs, targets = zip(*batch, strict=True)
+    return {"inputs": np.stack(inputs), "targets": np.stack(targets)}

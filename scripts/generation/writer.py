@@ -21,11 +21,7 @@ from scripts.generation.flags import Flags
 
 
 class Writer:
-    """Writes continuations by one model, or by one and the draft that proposes to it.
-
-    Raises:
-      ValueError: the draft has another tokenizer.
-    """
+    """Writes continuations by one model, or with a draft that proposes to it; raises ValueError for two tokenizers."""
 
     def __init__(self, run: Run, draft: Run | None = None, draft_tokens: int = 4):
         self._run, self._draft, self._warm = run, draft, False
@@ -38,11 +34,7 @@ class Writer:
             self._params = BothParams(run.params, draft.params)
 
     def stream(self, flags: Flags) -> None:
-        """One sample, as it is drawn.
-
-        Raises:
-          ValueError: from `request_of` and `Generator.stream`, before anything is shown.
-        """
+        """One sample, as it is drawn. Raises ValueError as `request_of` and `Generator.stream`, before any output."""
         request, began, drawn = request_of(flags, self._run.tokenizer), time.perf_counter(), []
         pairs = self._generator.stream(self._params, request)
         self._introduce()
@@ -66,8 +58,7 @@ class Writer:
     def write_samples(self, flags: Flags) -> None:
         """All samples, drawn in one batch. A new line stands between two.
 
-        Raises:
-          ValueError: from `request_of` and `Generator.generate`, before anything is shown.
+        Raises ValueError from `request_of` and `Generator.generate`, before anything is shown.
         """
         request, began = request_of(flags, self._run.tokenizer), time.perf_counter()
         rows = self._generator.generate(self._params, request)
@@ -112,11 +103,7 @@ def check_same_tokenizer(run: Run, draft: Run) -> None:
 
 
 def request_of(flags: Flags, tokenizer: Tokenizer) -> Request:
-    """The request that the flags describe.
-
-    Raises:
-      ValueError: from `make_request`.
-    """
+    """The request that the flags describe. Raises ValueError from `make_request`."""
     return make_request(
         tokenizer,
         [flags.prompt] * flags.num_samples,

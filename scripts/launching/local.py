@@ -61,8 +61,7 @@ class LocalFlags:
 def local(args: Sequence[str], train: Path = TRAIN) -> int:
     """Runs train.py on this machine; `args` are what follows the command's name, `train` is the program.
 
-    Raises:
-      ValueError: a flag is wrong, or the log folder cannot be made.
+    Raises ValueError if a flag is wrong, or the log folder cannot be made.
     """
     own, marker, train_flags = split(args)
     flags = parse(LocalFlags, description=DESCRIPTION, args=own)

@@ -1,11 +1,13 @@
 """`launch.py run`: one training run on a TPU, started again after it was preempted, ended on time, paid for no longer.
 
-Invariant: however it ends, its last lines say whether anything bills, and with --autodelete nothing does.
+Invariant: however it ends, its last lines say whether anything bills, and with --autodelete nothing does. Once a
+TPU is being deleted, no signal stops that.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import os
 import re
 import shlex
 import signal
@@ -13,14 +15,14 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from scripts.common.command_line import parse
 from scripts.launching.gcloud import GcloudError, copy, find_node
 from scripts.launching.gcloud import run as run_gcloud
 from scripts.launching.local import OWN_FLAGS, flag_name, split
-from scripts.launching.restarts import keep_running, signal_name
-from scripts.launching.signals import Interrupted, Signals
+from scripts.launching.supervisor import keep_running, signal_name
 from scripts.launching.tpu import ChangeFlags, Switch, say, show
 from scripts.launching.watch import HostCommands, Training
 
@@ -36,6 +38,45 @@ lets it save and stop, the second does not wait for that.
 
 Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, 4 lost a
 process of the run, and either may be started again; 128 + n if a process, or this program, was ended by signal n."""
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+
+
+class Interrupted(BaseException):
+    """A signal asks for the end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """Turns signals into Interrupted, until closing: then none comes between a TPU and its deletion."""
+
+    def __init__(self):
+        self.closing = False
+
+    @contextlib.contextmanager
+    def noticed(self, hours: float | None) -> Iterator[None]:
+        """Handles signals within, and gives SIGALRM after some hours. What was ignored, as by nohup, stays so."""
+        before = {number: signal.getsignal(number) for number in SIGNALS}
+        for number, handler in before.items():
+            if handler is not signal.SIG_IGN:
+                signal.signal(number, self._note)
+        signal.setitimer(signal.ITIMER_REAL, (hours or 0) * 3600)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.closing:
+            raise Interrupted(number)
+        with contextlib.suppress(OSError):  # not by print, which this may have interrupted
+            os.write(2, f"{signal_name(number)}: not now, since a TPU bills until it is deleted\n".encode())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +108,7 @@ class RunFlags(ChangeFlags):
 def run(args: Sequence[str], checkout: Path = CHECKOUT) -> int:
     """Trains on a TPU; `args` are what follows the command's name, `checkout` is what it ships.
 
-    Raises:
-      ValueError: a flag is wrong, the checkout has changes, or the TPU is another one than was asked for.
+    Raises ValueError if a flag is wrong, the checkout has changes, or the TPU is another one than was asked for.
     """
     own, marker, train_flags = split(args)
     flags = parse(RunFlags, description=DESCRIPTION, args=own)

@@ -1,6 +1,7 @@
 """Runs several processes as one: they end together, and start again when what ended them may pass.
 
-Invariant: no process outlives the attempt that started it, and nothing but a living process is waited for.
+Invariant: no process outlives the attempt that started it, and nothing but a living process is waited for. What would
+fail again by itself is not started again, and nothing is after it was asked to stop.
 """
 
 import contextlib
@@ -10,16 +11,94 @@ import selectors
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from parallelism.exit_status import BAD_INPUT
+from parallelism.exit_status import BAD_INPUT, LOST_PEER, OUTSIDE_FAILURE
 from scripts.launching.child import Child, Command, say
-from scripts.launching.restarts import CONSEQUENCES, Death, describe_status, first_to_fail, keep_running, signal_name
 
 CAUSE_SECONDS = 1.0
 """How long a process that seems to have lost a peer is not blamed, in case another turns out to have died."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Death:
+    """How an attempt ended that did not end well."""
+
+    status: int
+    """-n for signal n."""
+    what: str
+    """Who died of what, in words."""
+
+    @property
+    def may_pass(self) -> bool:
+        return self.status < 0 or self.status in (OUTSIDE_FAILURE, LOST_PEER)
+
+    @property
+    def exit_status(self) -> int:
+        return self.status if self.status > 0 else 128 - self.status
+
+
+def keep_running(
+    attempt: Callable[[int], Death | None], *, restarts: int, stopping: Callable[[], bool] = lambda: False
+) -> int:
+    """Makes attempts until one ends well, or ends in a way that would not pass, or `restarts` are used up.
+
+    Args:
+      attempt: from its number, 1 at first, to how it died; None if it ended well.
+      stopping: whether nothing is to be started any more.
+
+    Returns:
+      An exit status: 0, that of the last death, or 128 + n where signal n was the cause.
+    """
+    number = 0
+    while True:
+        number += 1
+        death = attempt(number)
+        if death is None:
+            return 0
+        if stopping() or not death.may_pass:
+            return death.exit_status
+        if number > restarts:
+            if restarts:
+                say(f"no restart is left of {restarts}")
+            return death.exit_status
+        say(f"restart {number} of {restarts}")
+
+
+CONSEQUENCES = (-signal.SIGABRT, LOST_PEER)
+"""Statuses of a process whose peer is gone, of which the first may also be its own fault: JAX aborts a process that has
+lost the one that coordinates the run."""
+
+
+def first_to_fail(statuses: Mapping[int, int | None]) -> int | None:
+    """Which process is to blame, by its index; None if none failed.
+
+    Of several found dead at once, one that lost a peer is not the cause.
+
+    Args:
+      statuses: by index; None while it runs, -n for signal n.
+    """
+
+    def rank(index: int) -> int:
+        status = statuses[index]
+        return CONSEQUENCES.index(status) if status in CONSEQUENCES else -1
+
+    return min((index for index, status in statuses.items() if status), key=rank, default=None)
+
+
+def describe_status(status: int) -> str:
+    """How a process ended, as a predicate."""
+    return f"was killed by {signal_name(-status)}" if status < 0 else f"exited with status {status}"
+
+
+def signal_name(number: int) -> str:
+    """SIGTERM for 15."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, log_dir: Path) -> int:

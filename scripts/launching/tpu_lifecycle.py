@@ -59,8 +59,7 @@ class Keeper:
     def delete(self) -> list[str]:
         """Deletes the node and the queued resource, each whatever becomes of the other; what there was to delete.
 
-        Raises:
-          GcloudError: one of them may still be there.
+        Raises GcloudError if one of them may still be there.
         """
         parts = {
             f"queued resource {self.tpu.name}": (find_queued, self.tpu.delete_queued()),

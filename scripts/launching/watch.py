@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from scripts.launching.gcloud import GcloudError, Node, find_node, run
-from scripts.launching.restarts import Death, describe_status, first_to_fail
+from scripts.launching.supervisor import Death, describe_status, first_to_fail
 from scripts.launching.tpu_lifecycle import Keeper
 
 PATIENCE = 5

@@ -61,16 +61,14 @@ class Plan:
         devices = topology_devices(sliced)
         # Programs for devices that are not here cannot be read back.
         jax.config.update("jax_enable_compilation_cache", False)
-        choices = self._choices()
         memory = sliced.device_memory
-        rows = rank([self._row(choice) for choice in choices], memory)
+        rows = rank([self._row(choice) for choice in self._choices()], memory)
         if not rows:
             raise ValueError(
                 f"batch_size={flags.batch_size} can be shared by no layout of {sliced.devices} devices; "
                 f"try --batch-size {sliced.devices * math.ceil(flags.batch_size / sliced.devices)}"
             )
-        count = len(rows) if flags.exhaustive else flags.compile
-        chosen = choose_to_compile(rows, memory, count)
+        chosen = choose_to_compile(rows, memory, len(rows) if flags.exhaustive else flags.compile)
         compiled: list[Row] = []
         for rows_of_layout in track(chosen, f"compiling for {flags.topology}", console=console):
             compiled += self._compile(rows_of_layout, devices)
@@ -142,7 +140,7 @@ class Plan:
         Console(width=None if sys.stdout.isatty() else 200).print(plan_table(rows, sliced, flags, ranked))
         name = f"{flags.topology}-{flags.config}-{flags.batch_size}x{flags.seq_len}.json"
         path = Path(flags.output or Path("plans") / name)
-        commands = {name_of(row.choice): self.command(row) for row in rows}
+        commands = {name_of(row.choice): run_command(row.choice, flags) for row in rows}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan_to_json(rows, sliced, flags, commands), indent=1) + "\n")
@@ -155,12 +153,9 @@ class Plan:
             print("No layout that was compiled fits; try a smaller --batch-size, or a larger slice.")
             return 1
         print("The best that fits, on the slice, and rehearsed here without computing anything:")
-        print(self.command(fitting[0]))
-        print(f"JAX_NUM_CPU_DEVICES={sliced.devices} {self.command(fitting[0])} --lower-only")
+        best = run_command(fitting[0].choice, flags)
+        print(f"{best}\nJAX_NUM_CPU_DEVICES={sliced.devices} {best} --lower-only")
         return 0
-
-    def command(self, row: Row) -> str:
-        return run_command(row.choice, self._flags)
 
 
 def length_parts(sizes: Mapping[str, int], rules: Rules) -> int:

@@ -18,6 +18,7 @@ from scripts.planning.flags import Flags
 PRICES = "https://cloud.google.com/tpu/pricing"
 SHOWN = 20
 """Rows of the table; the JSON has all."""
+NUMBERS = ("HBM", "params", "optimizer", "temporary", "TFLOP", "GB sent", "compute", "memory", "links", "tokens/s")
 LACKING = 4
 """Rows beside these of layouts that do not fit, of which those that lack the least."""
 
@@ -33,18 +34,7 @@ def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: i
     )
     for name in ("layout", "remat", "micro", "attention", "source", "fits"):
         table.add_column(name, no_wrap=True)
-    for name in (
-        "HBM",
-        "params",
-        "optimizer",
-        "temporary",
-        "TFLOP",
-        "GB sent",
-        "compute",
-        "memory",
-        "links",
-        "tokens/s",
-    ):
+    for name in NUMBERS:
         table.add_column(name, justify="right", no_wrap=True)
     lacking = [row for row in rows[SHOWN:] if _verdict(row, sliced).startswith(("no", "lacks"))]
     for row in [*rows[:SHOWN], *lacking[:LACKING]]:

@@ -9,28 +9,34 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from data.pipeline import evaluation_batches, training_batches
+from parallax.inference.generate import Generator
+from parallax.inference.request import Request
+from parallax.inference.sampling import SamplingSettings
 from parallax.model.cost import step_flops
+from parallax.model.stack import prepare
+from parallax.model.transformer import Params
 from parallax.storage import open_folder, reason_of, write_json
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.fingerprint import params_sha256
-from parallax.training.loop import Diverged, Observer, Stopwatch, train
-from parallax.training.profile import Profiler
-from parallax.training.state import TrainState
+from parallax.training.loop import Diverged, Observer, Row, Stopwatch, train
+from parallax.training.metrics import MetricsWriter
+from parallax.training.plot import plot_loss
+from parallax.training.progress import Profiler, Terminal
+from parallax.training.state import TrainState, params_sha256
 from parallelism import sentinel
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from parallelism.hosts import fetch
 from parallelism.planning.hardware import peak_flops
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
-from scripts.training.observers import Files, Terminal
 from scripts.training.output_dir import Workspace
-from scripts.training.overfit import report_overfit
 from scripts.training.summary import Summary, describe_time
 
 EVALUATED_TOKENS = 8192
@@ -62,8 +68,7 @@ class Attempt:
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
 
-        Raises:
-          ValueError: the folder's checkpoints are all damaged, or it cannot be written.
+        Raises ValueError if the folder's checkpoints are all damaged, or it cannot be written.
         """
         job, strategy = self._job, self._job.strategy
         restored = self._checkpoints.restore(strategy.abstract()) if job.flags.resume else None
@@ -88,8 +93,7 @@ class Attempt:
     def _begin_from(self, run: str) -> TrainState:
         """The first state, with the parameters of another run's best checkpoint in it.
 
-        Raises:
-          ValueError: it has no intact checkpoint, or one of other shapes.
+        Raises ValueError if it has no intact checkpoint, or one of other shapes.
         """
         strategy = self._job.strategy
         # Moments begin at zero, whatever the parameters; these go before the others come.
@@ -249,8 +253,47 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class Files:
+    """metrics.jsonl, TensorBoard events and, at each evaluation, loss.png."""
+
+    def __init__(self, folder: Path, start: int):
+        self._folder = folder
+        self._writer = MetricsWriter(folder, resume_step=start)
+
+    def step(self, step: int, metrics: Row) -> None:
+        pass
+
+    def row(self, row: Row) -> None:
+        self._writer.write(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
+        if "eval_loss" in row:
+            plot_loss(self._folder)
+
+    def close(self) -> None:
+        self._writer.close()
+        plot_loss(self._folder)
+
+
 def describe_run(job: Job) -> dict[str, Any]:
     """What config.json holds."""
     corpus = {"edition": job.corpus.edition, "sha256": job.corpus.sha256}
     versions = {"python": sys.version.split()[0], "jax": jax.__version__}
     return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions}
+
+
+def report_overfit(job: Job, params: Params) -> int:
+    """Prints the verdict; returns 0 if the sentence was learned, 1 if not."""
+    model, ids = job.flags.model, job.tokenizer.encode(job.corpus.documents[0])
+    request = Request(
+        prompts=[ids[:1]], settings=SamplingSettings.create(1, temperature=0.0), seeds=[0], max_tokens=len(ids) - 1
+    )
+    written = np.concatenate([ids[:1], *Generator(model).generate(prepare(model, params), request)])
+    print(f"sentence: {job.corpus.documents[0]}\nwritten:  {job.tokenizer.decode(written)}")
+    if np.array_equal(written, ids):
+        print("✅ OVERFIT TEST PASSED - Model is mathematically correct!", flush=True)
+        return 0
+    right = int(np.sum(written == ids))
+    print(
+        f"❌ OVERFIT TEST FAILED - {right} of {len(ids)} characters are right after {job.flags.train.steps} steps",
+        flush=True,
+    )
+    return 1

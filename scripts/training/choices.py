@@ -51,10 +51,8 @@ def choose_attention(
 def choose_layer_loop(model: TransformerConfig, platform: str, reduction: str) -> TransformerConfig:
     """The model with its layers unrolled on CPUs, unless there are many, or results are to be exact.
 
-    There a step of NANO takes 0.81 to 0.91 of the time of one that scans. Other devices were not measured.
-
-    Raises:
-      ValueError: layers are to be unrolled and results exact: what is unrolled is fused by the layout.
+    There a step of NANO takes 0.81 to 0.91 of the time of one that scans. Other devices were not measured. Raises
+    ValueError if layers are to be unrolled and results exact: what is unrolled is fused by the layout.
     """
     if model.layer_loop == "unroll" and reduction == "exact":
         raise ValueError(

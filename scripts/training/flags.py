@@ -22,18 +22,8 @@ DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a
 LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
 """What a resumed run may change without changing what it computes, but that `accumulate` changes dropout's masks."""
 FREE = (
-    *LAYOUT,
-    "steps",
-    "attention",
-    "layer_loop",
-    "data_dir",
-    "log_interval",
-    "check_interval",
-    "keep",
-    "max_bad_steps",
-    "profile",
-    "print_param_hash",
-    "lower_only",
+    *(*LAYOUT, "steps", "attention", "layer_loop", "data_dir", "log_interval", "check_interval", "keep"),
+    *("max_bad_steps", "profile", "print_param_hash", "lower_only"),
 )
 
 if TYPE_CHECKING:
@@ -92,8 +82,7 @@ class Flags:
 def read_flags(args: list[str] | None = None) -> Flags:
     """The command line, settled: strategy named, short flags folded into the model config.
 
-    Raises:
-      ValueError: a flag is unknown, breaks a rule, contradicts another, or differs from the run that is resumed.
+    Raises ValueError if a flag is unknown, breaks a rule, contradicts another, or differs from the run that is resumed.
     """
     args = list(sys.argv[1:] if args is None else args)
     saved = _saved_flags(args)

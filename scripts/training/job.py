@@ -66,8 +66,7 @@ class Job:
 def prepare_job(flags: Flags) -> Job:
     """Checks all input and builds what a run needs. Returns once every process has found its input good.
 
-    Raises:
-      ValueError: whatever is wrong with the input.
+    Raises ValueError for whatever is wrong with the input.
     """
     overfit = flags.mode == "overfit"
     notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
@@ -103,8 +102,7 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
 def build(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
     """The settled layout, the strategy, the step with everything bound but state and batch, and the evaluation.
 
-    Raises:
-      ValueError: the layout does not fit the devices, the batch or the model.
+    Raises ValueError if the layout does not fit the devices, the batch or the model.
     """
     layout = settle_layout(flags)
     init_state, axes = bind_state(flags.model, flags.train, flags.learning)

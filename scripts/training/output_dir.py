@@ -35,8 +35,7 @@ PATIENCE = 5.0
 def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: bool) -> epath.Path:
     """The folder to write: `output_dir`, or the next free runs/DATASET-CONFIG[-N]. Makes nothing.
 
-    Raises:
-      ValueError: it exists and is not to be resumed, is not a run, or is on gs:// and cannot be reached.
+    Raises ValueError if it exists and is not to be resumed, is not a run, or is on gs:// and cannot be reached.
     """
     if output_dir is None:
         base = epath.Path("runs") / f"{dataset}-{config}"
@@ -92,9 +91,7 @@ class Workspace:
         """Keeps a local folder, where there is one yet, from others that would hold it, until it is released.
 
         A process that ends, however it ends, releases it. Another one that holds it has `patience` seconds to end.
-
-        Raises:
-          ValueError: another process holds it.
+        Raises ValueError if another process holds it.
         """
         if self._is_remote or self._lock is not None or not self.path.is_dir():
             return
@@ -134,8 +131,7 @@ class Workspace:
     def send(self) -> None:
         """Copies what was written since the last time to the run folder; nothing to do where that is local.
 
-        Raises:
-          OSError: a file cannot be written there.
+        Raises OSError if a file cannot be written there.
         """
         for file in sorted(self.path.rglob("*")) if self._is_remote else ():
             if file.is_file() and self._sent.get(file) != (version := _version(file)):

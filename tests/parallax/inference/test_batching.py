@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.inference.batching import Batcher
-from parallax.inference.report import TOP
+from parallax.inference.batching import TOP, Batcher
 from parallax.model.stack import prepare
 from tests.parallax.inference.models import (
     CONFIG,

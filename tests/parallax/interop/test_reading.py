@@ -1,15 +1,16 @@
 """Parameters from files: as they were written, wherever they are placed, and nothing but what is needed."""
 
+import json
 import math
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from parallax.config import TransformerConfig
-from parallax.interop.files import TensorFiles
 from parallax.interop.hf_config import config_from_hf
-from parallax.interop.reading import check_tensors, read_params
+from parallax.interop.reading import INDEX, TensorFiles, check_tensors, read_params
 from parallax.model.transformer import init_params
 from scripts.common.placement import place_model
 from tests.parallax.interop.folders import BFLOAT16, SMALL, random_tensors, write_folder
@@ -147,3 +148,64 @@ def test_every_parameter_of_any_config_is_a_tensor():
             shape = (config.table_rows, *entry.shape[1:]) if entry.path[-1] == "table" else entry.shape
             wanted[entry.path] = (config.num_layers, *shape) if entry.is_stacked else shape
         assert found == wanted
+
+
+FIRST = "model-00001-of-00002.safetensors"
+
+
+def _drop_file(folder):
+    (folder / FIRST).unlink()
+
+
+def _cut_file(folder):
+    content = (folder / FIRST).read_bytes()
+    (folder / FIRST).write_bytes(content[: len(content) // 2])
+
+
+def _append(folder):
+    (folder / FIRST).write_bytes((folder / FIRST).read_bytes() + b"more")
+
+
+def _add_to_file(folder):
+    """A second copy of a tensor, in the other file."""
+    names = json.loads((folder / INDEX).read_text())["weight_map"]
+    (other,) = set(names.values()) - {names["model.norm.weight"]}
+    held = load_file(folder / other)
+    save_file({**held, "model.norm.weight": next(iter(held.values()))}, folder / other)
+
+
+def _reindex(change):
+    def damage(folder):
+        index = json.loads((folder / INDEX).read_text())
+        change(index["weight_map"])
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_drop_file, f"{FIRST} is not a whole safetensors file"),
+        (_cut_file, f"{FIRST} is not a whole safetensors file"),
+        (_reindex(lambda names: names.pop("model.norm.weight")), "tensor model.norm.weight of"),
+        (_reindex(lambda names: names.update(more=FIRST)), f"tensor more of {INDEX} is not in"),
+        (_reindex(lambda names: names.update(more=5)), "has more in 5, which must be a safetensors file"),
+        (
+            _reindex(lambda names: names.update(more=f"../{FIRST}")),
+            f"has more in '../{FIRST}', which must be a safetensors file beside it",
+        ),
+        (_add_to_file, "tensor model.norm.weight of"),
+        (_append, f"{FIRST} is not a whole safetensors file"),
+        (lambda folder: (folder / INDEX).write_text("{}"), f"{INDEX} must hold a weight_map"),
+        (lambda folder: (folder / INDEX).unlink(), "holds neither model.safetensors nor"),
+    ],
+)
+def test_damage_is_named(tmp_path, damage, message):
+    write_folder(tmp_path, files=2)
+    damage(tmp_path)
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is compared below)
+        TensorFiles(tmp_path)
+    assert message in str(refused.value)
+    assert "; " in str(refused.value)
+    assert "\n" not in str(refused.value)

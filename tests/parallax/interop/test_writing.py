@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from parallax.interop.files import INDEX, TensorFiles
 from parallax.interop.hf_config import config_from_hf
-from parallax.interop.reading import read_params
+from parallax.interop.reading import INDEX, TensorFiles, read_params
 from parallax.interop.writing import write_params
 from parallax.model.transformer import init_params
 from scripts.common.placement import place_model

@@ -12,7 +12,7 @@ from flax import nnx
 from parallax.axes import PARAM_AXES
 from parallax.config import NANO_CONFIG, PRESETS, SMALL_CONFIG, TINY_CONFIG, TransformerConfig
 from parallax.layers.dropout import dropout
-from parallax.model.block import TransformerBlock
+from parallax.model.stack import TransformerBlock
 from parallax.model.transformer import TransformerLM, init_params, param_axes
 from tests.parallax.inference.models import CONFIG, draw_params
 

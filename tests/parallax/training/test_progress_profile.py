@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from parallax.training.profile import SKIPPED, TRACED, Profiler
+from parallax.training.progress import SKIPPED, TRACED, Profiler
 
 
 @pytest.fixture
