@@ -1,7 +1,7 @@
-"""Contenders measured in turn, A B A B, and what their numbers say.
+"""Contenders measured in turn, A B B A, and what their numbers say.
 
-Invariant: no two contenders compute at the same time, and ratios are taken within a round, so that a machine whose
-speed drifts favours nobody.
+Invariant: no two contenders compute at the same time, ratios are taken within a round, and every other round goes
+backwards, so that neither a machine whose speed drifts nor a place in the order favours anybody.
 """
 
 import contextlib
@@ -155,7 +155,7 @@ def progress(total: int) -> Iterator[Callable[[str, int], None]]:
 
 
 def measure(contenders: Sequence[Contender], timing: Timing, what: str) -> Rounds:
-    """Results of each contender, taken in turn after a round that is not counted.
+    """Results of each contender, taken in turn, there and back, after a round that is not counted.
 
     A round is as many units of work as last `timing.seconds`; to what a contender reports come its `units` and the
     seconds of `each` of them.
@@ -167,7 +167,7 @@ def measure(contenders: Sequence[Contender], timing: Timing, what: str) -> Round
     results: Rounds = {contender.name: [] for contender in contenders}
     with progress(timing.rounds + 1) as show:
         for number in range(timing.rounds + 1):
-            for contender in contenders:
+            for contender in contenders if number % 2 else reversed(contenders):
                 show(f"{what}: {contender.name}", number)
                 count = units[contender.name]
                 found = contender.ask(count)
