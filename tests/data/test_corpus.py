@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data.corpus import load_corpus, overfit_corpus
+from data.corpus import Corpus, load_corpus, overfit_corpus
+from data.pipeline import prepare, tokenizer_for
 from data.records import write_token_records
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer
@@ -84,6 +85,41 @@ def test_records_come_back_in_order(record_folder):
     single = load_corpus(str(folder / "part-1.arrayrecord"), notify=ignore)
     assert single.name == "part-1"
     np.testing.assert_array_equal(single.records[0], documents[25])
+
+
+class Counting:
+    """A source of records that notes the sizes of reads."""
+
+    def __init__(self, source):
+        self._source, self.reads = source, []
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, numbers):
+        self.reads.append(len(numbers))
+        return self._source.__getitems__(numbers)
+
+
+def test_records_are_read_many_at_a_time(record_folder, monkeypatch):
+    """A read costs time in the number of records of its file."""
+    folder, documents = record_folder
+    corpus = load_corpus(str(folder), notify=ignore)
+    records = corpus.records
+    records._source = source = Counting(records._source)
+    monkeypatch.setattr("data.records.READ_AT_ONCE", 30)
+    assert corpus.sha256 == Corpus("x", "x", tuple(documents)).sha256
+    assert source.reads == [30, 10]
+    train, _ = prepare(corpus, tokenizer_for(corpus), 16)
+    assert source.reads == [30, 10] * 2
+    batch = train.gather(train.draw(6, 0, 0))
+    assert len(source.reads) == 5
+    held = {number for row in batch["sample_ids"].tolist() for number, _, _ in train.index.pieces(row)}
+    assert source.reads[-1] == len(held)
+    np.testing.assert_array_equal(records[39], documents[39])
 
 
 def test_ids_beyond_the_vocabulary_are_refused(record_folder, refused):
