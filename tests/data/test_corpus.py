@@ -44,6 +44,41 @@ def test_folder_is_read_in_the_order_of_its_paths(tmp_path):
     assert corpus.name == "folder"
 
 
+def test_hidden_files_and_the_folder_s_own_description_are_left_out(tmp_path):
+    names = ["b.txt", "sub/README.md", "README.md", "._b.txt", ".git/a.md", "sub/.ipynb_checkpoints/c.txt"]
+    for name in names:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text(name)
+    lines = []
+    corpus = load_corpus(str(tmp_path / "folder"), notify=lines.append)
+    assert corpus.documents == ("b.txt", "sub/README.md")
+    assert lines == [f"dataset folder {tmp_path}/folder, text files: 2 (left out: README.md and 3 hidden)"]
+    for name in names[:2]:
+        (tmp_path / "folder" / name).unlink()
+    assert load_corpus(str(tmp_path / "folder"), notify=ignore).documents == ("README.md",)
+
+
+def test_a_hidden_record_file_is_left_out(record_folder):
+    folder, _ = record_folder
+    (folder / "._part-0.array_record").write_bytes(b"of a Mac")
+    assert len(load_corpus(str(folder), notify=ignore).records) == 40
+
+
+@pytest.mark.parametrize(("count", "more"), [(10, None), (13, " and 3 more; ")])
+def test_all_files_that_are_no_text_are_named(tmp_path, refused, count, more):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "00.txt").touch()
+    for number in range(1, count):
+        (tmp_path / f"{number:02}.txt").write_bytes(b"caf\xe9")
+    with refused(
+        f"{count} text files: {tmp_path}/00.txt must hold text and is empty, ",
+        *(f"{tmp_path}/{number:02}.txt must be UTF-8 and has byte 0xe9 at offset 3" for number in range(1, 10)),
+        more or "offset 3; ",
+        "; convert to UTF-8 what is text, and remove the rest",
+    ):
+        load_corpus(str(tmp_path), notify=ignore)
+
+
 def test_overfit_corpus_is_one_short_sentence():
     (text,) = overfit_corpus().documents
     assert 50 <= len(text) <= 70
