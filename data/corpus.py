@@ -4,6 +4,7 @@ Invariant: a Corpus is never empty and is the same on every host that reads the 
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def overfit_corpus() -> Corpus:
 def _load_file(path: Path) -> Corpus:
     if path.suffix.lower() in RECORD_SUFFIXES:
         return _load_records(path, [path])
-    return Corpus(_short_name(path.stem), f"text file {path}", _read_texts([path]))
+    return Corpus(_short_name(path.stem), f"text file {_spelled(path)}", _read_texts([path]))
 
 
 def _load_folder(folder: Path) -> Corpus:
@@ -105,14 +106,14 @@ def _load_folder(folder: Path) -> Corpus:
     texts.sort(key=lambda path: path.relative_to(folder).as_posix())
     left_out = ["README.md"] if len(texts) < len(shown) else []
     left_out += [f"{len(found) - len(shown)} hidden"] if len(shown) < len(found) else []
-    edition = f"folder {folder}, text files: {len(texts)}"
+    edition = f"folder {_spelled(folder)}, text files: {len(texts)}"
     edition += f" (left out: {' and '.join(left_out)})" if left_out else ""
     return Corpus(_short_name(folder.resolve().name), edition, _read_texts(texts))
 
 
 def _load_records(path: Path, files: list[Path]) -> Corpus:
     records = TokenRecords(files)
-    edition = f"token records {path}: {len(records)} documents, files: {len(files)}"
+    edition = f"token records {_spelled(path)}: {len(records)} documents, files: {len(files)}"
     return Corpus(_short_name(path.resolve().stem), edition, records=records)
 
 
@@ -143,6 +144,11 @@ def _read_text(path: Path) -> str:
     if not text:
         raise ValueError("must hold text and is empty")
     return text
+
+
+def _spelled(path: Path) -> str:
+    """A path as text: of a name that is not UTF-8, bytes as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _short_name(stem: str) -> str:

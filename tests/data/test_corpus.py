@@ -1,5 +1,7 @@
 """Names and paths become checked text or token records; what is wrong is refused in one line."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,15 @@ def test_all_files_that_are_no_text_are_named(tmp_path, refused, count, more):
         "; convert to UTF-8 what is text, and remove the rest",
     ):
         load_corpus(str(tmp_path), notify=ignore)
+
+
+def test_a_name_that_is_not_utf_8_is_spelled_out(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "w") as file:
+        file.write("text")
+    corpus = load_corpus(os.fsdecode(path), notify=ignore)
+    assert corpus.edition == rf"text file {tmp_path}/caf\xe9.txt"
+    assert corpus.name == "caf_"
 
 
 def test_overfit_corpus_is_one_short_sentence():
