@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from parallax.tokenizers.base import Tokenizer, check_id, to_utf8
+from parallax.tokenizers.base import Tokenizer, check_id
 from parallax.tokenizers.bpe import byte_of_character
+from parallax.tokenizers.native import encode
 
 SPACE = "▁"
 """How SentencePiece spells a space."""
@@ -77,8 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.concatenate([np.array(self._begin, np.int32), self.encode_part(text)])
 
     def encode_part(self, text: str) -> np.ndarray:
-        to_utf8(text)  # for its error: the library's own is no ValueError
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        return encode(self._model, text)
 
     def token_bytes(self, token_id: int) -> bytes:
         check_id(token_id, self._vocab_size)
