@@ -1,5 +1,6 @@
 """Models of transformers compute the same here, and go back to it with the same bits."""
 
+import json
 import warnings
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
-from parallax.interop.folders import export_model, import_model
+from parallax.interop.folders import export_model, import_model, read_model
 from parallax.model.transformer import TransformerLM
 from parallax.run_folder import load_run
 from tests.parallax.interop.models import FAMILIES, make_model, random_values, save
@@ -45,6 +46,42 @@ def test_logits_continuations_and_the_way_back(family, seed, tmp_path):
         np.testing.assert_array_equal(states[1][name].numpy(), tensor.numpy(), err_msg=name)
     # As llama, a mistral without a window computes the same in another class.
     np.testing.assert_array_equal(logits_of(back, ids), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("layout", ["the head alone", "no head", "both", "single and index", "index without a tensor"])
+def test_what_transformers_reads_as_the_same_model_is_read(family, layout, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    values = {**random_values(family, 3), "tie_word_embeddings": True}
+    theirs = make_model(family, values, 3)
+    folder, one = tmp_path / "hf", layout != "index without a tensor"
+    save(theirs, folder, max_shard_size="50GB" if one else "20KB")
+    file, metadata = folder / "model.safetensors", {"format": "pt"}
+    table = "model.embed_tokens.weight"
+    if layout == "the head alone":
+        held = load_file(file)
+        save_file({"lm_head.weight" if name == table else name: held[name] for name in held}, file, metadata)
+    if layout == "no head":
+        held = load_file(file)
+        save_file({name.removeprefix("model."): held[name] for name in held}, file, metadata)
+    if layout == "both":
+        held = load_file(file)
+        save_file({**held, "lm_head.weight": held[table].copy()}, file, metadata)
+    if layout == "single and index":
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    if layout == "index without a tensor":
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert len(set(index["weight_map"].values())) > 1
+        index["weight_map"].pop("model.norm.weight")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    ids = np.random.default_rng(0).integers(0, values["vocab_size"], (1, 20)).astype(np.int32)
+    expected = logits_of(theirs, ids)
+    np.testing.assert_array_equal(logits_of(load(folder), ids), expected)  # so this is a layout that it reads
+    run = read_model(folder)
+    ours = TransformerLM.from_params(run.config, run.params)(ids)[0]
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
 def test_bfloat16_rounds_to_nearest(tmp_path):
