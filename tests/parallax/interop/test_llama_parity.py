@@ -84,6 +84,20 @@ def test_what_transformers_reads_as_the_same_model_is_read(family, layout, tmp_p
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "scaling", [{"rope_type": "linear"}, {"rope_type": "yarn", "original_max_position_embeddings": 48}]
+)
+def test_a_scaled_model_continues_up_to_the_length_that_it_is_scaled_to(scaling, tmp_path):
+    rope = {"rope_theta": 1e4, "factor": 2.0, **scaling}
+    values = {**random_values("llama", 1), "max_position_embeddings": 48, "rope_parameters": rope}
+    theirs = make_model("llama", values, 1)
+    save(theirs, tmp_path / "hf")
+    run = read_model(tmp_path / "hf")
+    assert run.config.max_seq_len == 96
+    prompts = np.random.default_rng(0).integers(0, values["vocab_size"], (2, 96 - NEW)).astype(np.int32)
+    np.testing.assert_array_equal(greedy(run, prompts), greedy_of(theirs, prompts))
+
+
 def test_bfloat16_rounds_to_nearest(tmp_path):
     import torch
 
