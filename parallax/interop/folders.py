@@ -22,7 +22,7 @@ from parallax.model.transformer import Params
 from parallax.run_folder import Run, abstract_params, load_run
 from parallax.storage import is_remote, write_json
 from parallax.tokenizers.base import Tokenizer
-from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_from_hf, tokenizer_to_hf
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 
@@ -152,7 +152,7 @@ def _read_tokenizer(source: Path, values: dict[str, Any], config: TransformerCon
     if not all(type(token) is int for token in ends):
         raise ValueError(f"eos_token_id={ends!r} of {source} must be one id or several; restore the model's files")
     try:
-        return HuggingFaceTokenizer(definition, config.vocab_size, tuple(dict.fromkeys(ends)))
+        return tokenizer_from_hf(definition, config.vocab_size, tuple(dict.fromkeys(ends)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from parallax.tokenizers.base import Tokenizer, check_id
-from parallax.tokenizers.bpe import byte_of_character
+from parallax.tokenizers.bpe import BPETokenizer, byte_of_character
 from parallax.tokenizers.native import encode
+from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
 SPACE = "▁"
 """How SentencePiece spells a space."""
@@ -136,28 +137,69 @@ class HuggingFaceTokenizer(Tokenizer):
         return spelled | literal | dict.fromkeys(silent, b""), drops_space
 
 
+END_OF_TEXT = "<|endoftext|>"
+
+
 def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Any tokenizer of this project as a tokenizer.json with the same ids."""
+    """Any tokenizer of this project as a tokenizer.json with the same ids.
+
+    One of characters refuses those that it does not know, as it does here, and does not drop them.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return copy.deepcopy(tokenizer.to_json()["definition"])
     ours = tokenizer.to_json()
+    splitter: Any
     if ours["kind"] == "bpe":
         model = tokenizers.Tokenizer.from_str(json.dumps(ours["definition"]))
     elif ours["kind"] == "byte":
         model = tokenizers.Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
-        splitter: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         model.pre_tokenizer = splitter
     else:
         vocab = {character: token for token, character in enumerate(ours["alphabet"])}
-        model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        # Where <unk> is no word either, this model raises an error for an unknown one; BPE would leave it out.
+        model = tokenizers.Tokenizer(models.WordLevel(vocab=vocab))
+        splitter = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        model.pre_tokenizer = splitter
     decoder: Any = decoders.Fuse() if ours["kind"] == "char" else decoders.ByteLevel()
     model.decoder = decoder
     if tokenizer.eos_id is not None:
-        model.add_special_tokens(["<|endoftext|>"])  # takes the next id, which is ours
+        model.add_special_tokens([END_OF_TEXT])  # takes the next id, which is ours
     return json.loads(model.to_str())
+
+
+def tokenizer_from_hf(definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int]) -> Tokenizer:
+    """The tokenizer that `tokenizer_to_hf` made a tokenizer.json of, or else a HuggingFaceTokenizer of it.
+
+    Raises ValueError as that does.
+    """
+    ours = _exported_here(definition)
+    if ours is not None and (ours.vocab_size, ours.end_ids) == (vocab_size, tuple(end_ids)):
+        return ours
+    return HuggingFaceTokenizer(definition, vocab_size, end_ids)
+
+
+def _exported_here(definition: dict[str, Any]) -> Tokenizer | None:
+    match definition:
+        case {"added_tokens": [{"content": content}]} if content != END_OF_TEXT:
+            return None
+        case {"added_tokens": [_, _, *_]}:  # models of others have many, and large vocabularies to compare
+            return None
+        case {"added_tokens": list(added), "model": {"type": "WordLevel", "vocab": dict(vocab)}}:
+            ours: Tokenizer = CharTokenizer("".join(vocab), has_eos=bool(added))
+        case {"pre_tokenizer": {"use_regex": False}, "model": {"type": "BPE", "merges": []}}:
+            ours = ByteTokenizer()
+        case {"model": {"type": "BPE"}}:
+            try:
+                ours = BPETokenizer(definition | {"decoder": None, "added_tokens": []})
+            except ValueError:
+                return None
+        case _:
+            return None
+    return ours if tokenizer_to_hf(ours) == definition else None
 
 
 def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

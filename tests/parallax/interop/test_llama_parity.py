@@ -13,7 +13,9 @@ from parallax.inference.sampling import SamplingSettings
 from parallax.interop.folders import export_model, import_model, read_model
 from parallax.model.transformer import TransformerLM
 from parallax.run_folder import load_run
+from parallax.tokenizers.plain import CharTokenizer
 from tests.parallax.interop.models import FAMILIES, make_model, random_values, save
+from tests.scripts.untrained import one_layer, write_untrained
 
 pytestmark = pytest.mark.external
 LENGTH, NEW = 100, 64
@@ -122,6 +124,21 @@ def test_the_tokenizer_gives_the_ids_of_transformers(tmp_path):
     for text in ("To be, or not", " 🙂\n\nça <|im_start|>user", ""):
         assert ours.encode(text).tolist() == back(text)["input_ids"]
     assert back.bos_token == "<|begin_of_text|>"
+
+
+def test_an_exported_tokenizer_of_characters_refuses_what_it_does_not_know(tmp_path):
+    tokenizer = CharTokenizer("\n Tabenotv", has_eos=True)
+    write_untrained(tmp_path / "run", tokenizer, one_layer(tokenizer.vocab_size), step=1)
+    export_model(str(tmp_path / "run"), tmp_path / "hf")
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "To be\nnot  "
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
+    assert theirs.decode(tokenizer.encode(text)) == text
+    assert theirs.eos_token_id == tokenizer.eos_id
+    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+        theirs("naïve")
 
 
 def logits_of(model, ids):
