@@ -23,14 +23,18 @@ SPACE = "▁"
 class HuggingFaceTokenizer(Tokenizer):
     """Byte-level pairs (Llama 3, Qwen, SmolLM), or SentencePiece's with bytes to fall back on (Llama 2, Mistral).
 
-    A text begins with the ids that the tokenizer puts before one, such as <s>, which stand for no bytes; nor do the ids
-    that end one. Text that spells an added token, such as <|im_start|>, gets its id, as in the library: in a prompt it
-    is meant. decode(encode(text)) == text but for these, and as far as the tokenizer leaves text as it is: some put
-    accents and letters together (NFC).
+    A text begins with the ids that the tokenizer puts before one, such as <s>, once, also where the text spells them
+    itself; where it puts none, an empty text is the id that the model begins with. Ids that the tokenizer puts there
+    stand for no bytes, nor do those that end a text. Text that spells an added token, such as <|im_start|>, gets its
+    id, as in the library: in a prompt it is meant. decode(encode(text)) == text but for these, and as far as the
+    tokenizer leaves text as it is: some put accents and letters together (NFC).
     """
 
-    def __init__(self, definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int]) -> None:
-        """Takes a tokenizer.json, the rows of the model's embedding, and the ids that end a text, `eos_id` first.
+    def __init__(
+        self, definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int], bos_id: int | None = None
+    ) -> None:
+        """Takes a tokenizer.json, the rows of the model's embedding, the ids that end a text, `eos_id` first, and the
+        one that the model begins with.
 
         Raises ValueError if it is damaged, of another kind, or has ids that the model has not.
         """
@@ -45,13 +49,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self._definition, self._vocab_size = definition, vocab_size
         self._end_ids = tuple(int(token) for token in end_ids)
         largest = max(self._model.get_vocab().values(), default=-1)
-        for token in (largest, *self._end_ids):
+        bos = () if bos_id is None else (bos_id,)
+        for token in (largest, *self._end_ids, *bos):
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"its id {token} must be from 0 to {vocab_size - 1}, the rows of the embedding; "
                     "take the tokenizer.json and config.json of one model"
                 )
         self._begin = self._begin_ids()
+        self._begin_of_nothing: tuple[int, ...] = self._begin or bos
         self._bytes, self._drops_space = self._spellings()
 
     @property
@@ -72,11 +78,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
-        """What stands before a text."""
-        return self._begin
+        """What a text of nothing is."""
+        return self._begin_of_nothing
 
     def encode(self, text: str) -> np.ndarray:
-        return np.concatenate([np.array(self._begin, np.int32), self.encode_part(text)])
+        if not text:
+            return np.array(self._begin_of_nothing, np.int32)
+        ids = self.encode_part(text)
+        if tuple(ids[: len(self._begin)].tolist()) == self._begin:
+            return ids  # the text spells them itself
+        return np.concatenate([np.array(self._begin, np.int32), ids])
 
     def encode_part(self, text: str) -> np.ndarray:
         return encode(self._model, text)
@@ -93,12 +104,15 @@ class HuggingFaceTokenizer(Tokenizer):
         return text.removeprefix(" ") if whole else text
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        values = {
             "kind": "hugging_face",
             "definition": self._definition,
             "vocab_size": self._vocab_size,
             "end_ids": list(self._end_ids),
         }
+        if self._begin_of_nothing != self._begin:
+            values["bos_id"] = self._begin_of_nothing[0]
+        return values
 
     def _begin_ids(self) -> tuple[int, ...]:
         plain, ids = (self._model.encode("a", add_special_tokens=special).ids for special in (False, True))
@@ -171,7 +185,9 @@ def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
     return json.loads(model.to_str())
 
 
-def tokenizer_from_hf(definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int]) -> Tokenizer:
+def tokenizer_from_hf(
+    definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int], bos_id: int | None = None
+) -> Tokenizer:
     """The tokenizer that `tokenizer_to_hf` made a tokenizer.json of, or else a HuggingFaceTokenizer of it.
 
     Raises ValueError as that does.
@@ -179,7 +195,7 @@ def tokenizer_from_hf(definition: dict[str, Any], vocab_size: int, end_ids: Sequ
     ours = _exported_here(definition)
     if ours is not None and (ours.vocab_size, ours.end_ids) == (vocab_size, tuple(end_ids)):
         return ours
-    return HuggingFaceTokenizer(definition, vocab_size, end_ids)
+    return HuggingFaceTokenizer(definition, vocab_size, end_ids, bos_id)
 
 
 def _exported_here(definition: dict[str, Any]) -> Tokenizer | None:

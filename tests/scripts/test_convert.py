@@ -153,6 +153,16 @@ def test_any_run_goes_out_and_comes_back_as_it_was(converted, tmp_path, files, s
     jax.tree.map(np.testing.assert_array_equal, mine.params, again.params)
 
 
+def test_what_the_model_begins_with_goes_along(converted, tmp_path):
+    """Where the tokenizer puts nothing before a text, as that of SmolLM and Qwen."""
+    (tmp_path / "hf/config.json").write_text(json.dumps(SMALL | {"bos_token_id": 0}))
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(byte_level(begin=None)[0]))
+    converted("import", "hf", "run")
+    converted("export", "run", "back")
+    assert load_run("run").tokenizer.encode("").tolist() == [0]
+    assert json.loads((tmp_path / "back/config.json").read_text())["bos_token_id"] == 0
+
+
 def test_a_run_goes_out_in_bfloat16(converted, train_small, tmp_path):
     assert train_small("--steps", "1", "--output-dir", "mine")[0] == 0
     converted("export", "mine", "hf-mine", "--dtype", "bfloat16")
@@ -186,6 +196,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, args, words):
         ({"num_hidden_layers": 4}, "tensor model.layers.3.input_layernorm.weight is"),
         ({"vocab_size": 200}, "tokenizer.json: its id 299 must be from 0 to 199"),
         ({"eos_token_id": [[1]]}, "eos_token_id=[[1], 2, 0] of hf must be one id"),
+        ({"bos_token_id": [0]}, "bos_token_id=[0] of hf must be one id"),
         ({"eos_token_id": 999}, "tokenizer.json: its id 999 must be"),
     ],
 )

@@ -166,6 +166,36 @@ def test_unknown_characters_are_refused_by_what_goes_out_too():
         library.encode("naïve")
 
 
+def test_a_text_that_spells_its_beginning_has_it_once(made):
+    ours, library, begin, _ = made
+    spelled = library.id_to_token(begin)
+    for text in ("To be", "", " be\n"):
+        np.testing.assert_array_equal(ours.encode(spelled + text), [begin, *ours.encode_part(text)])
+        np.testing.assert_array_equal(ours.encode(spelled + text), ours.encode(text))
+    assert ours.encode(f"To{spelled}").tolist().count(begin) == 2  # what stands inside is meant
+
+
+def test_a_text_without_a_beginning_of_its_own_has_the_one_that_it_spells():
+    definition, *_ = byte_level()
+    definition["post_processor"] = None
+    ours = HuggingFaceTokenizer(definition, 300, [1])
+    assert ours.encode("<|begin_of_text|>To").tolist() == [0, *ours.encode("To")]
+    assert ours.encode("").tolist() == []
+
+
+def test_an_empty_text_is_what_the_model_begins_with(tmp_path):
+    definition, *_ = byte_level(begin=None)
+    ours = HuggingFaceTokenizer(definition, 300, [0], bos_id=1)
+    save_tokenizer(ours, tmp_path / "tokenizer.json")
+    for tokenizer in (ours, load_tokenizer(tmp_path / "tokenizer.json")):
+        assert tokenizer.encode("").tolist() == [1]
+        assert tokenizer.encode("To").tolist() == tokenizer.encode_part("To").tolist()
+    begins, *_ = byte_level()
+    assert HuggingFaceTokenizer(begins, 300, [1], bos_id=1).encode("").tolist() == [0]
+    with pytest.raises(ValueError, match="its id 300 must be from 0 to 299"):
+        HuggingFaceTokenizer(definition, 300, [0], bos_id=300)
+
+
 def test_the_one_of_an_imported_model_goes_out_as_it_came(made):
     definition = made[0].to_json()["definition"]
     assert tokenizer_to_hf(made[0]) == definition
