@@ -39,7 +39,7 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
     and cannot be reached.
     """
     name = output_dir or config
-    if name.encode(errors="replace").decode() != name:  # Orbax would find out at the first save
+    if name.encode(errors="replace").decode() != name:  # loss.png could not have it as its title
         raise ValueError(f"run folder {name!r} must have a name in UTF-8; choose another with --output-dir")
     if output_dir is None:
         base = epath.Path("runs") / f"{dataset}-{config}"
