@@ -4,6 +4,7 @@ Invariant: a Corpus is never empty and is the same on every host that reads the 
 """
 
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from data.tiny_shakespeare import load_tiny_shakespeare
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".array_record", ".arrayrecord")
+NAMED = 10
+"""Files at most that one message names."""
 OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way."
 
 
@@ -55,8 +58,9 @@ def load_corpus(
 ) -> Corpus:
     """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md) or ArrayRecord token files.
 
-    A folder with record files in it is read as records, any other as text, with all its subfolders. The
-    records' `tokenizer.json` stands beside them.
+    A folder with record files in it is read as records, any other as text, with all its subfolders, but for what is
+    hidden (a name with a dot first) and a README.md at its top, where that is not all. The records' `tokenizer.json`
+    stands beside them.
 
     Args:
         name_or_path: the `--dataset` flag.
@@ -86,26 +90,47 @@ def overfit_corpus() -> Corpus:
 def _load_file(path: Path) -> Corpus:
     if path.suffix.lower() in RECORD_SUFFIXES:
         return _load_records(path, [path])
-    return Corpus(_short_name(path.stem), f"text file {path}", (_read_text(path),))
+    return Corpus(_short_name(path.stem), f"text file {_spelled(path)}", _read_texts([path]))
 
 
 def _load_folder(folder: Path) -> Corpus:
-    records = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in RECORD_SUFFIXES)
-    if records:
+    records = sorted(path for path in folder.iterdir() if path.suffix.lower() in RECORD_SUFFIXES)
+    if records := [path for path in records if not path.name.startswith(".")]:
         return _load_records(folder, records)
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
-    if not files:
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
+    shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    texts = [path for path in shown if path.parent != folder or path.name.lower() != "readme.md"] or shown
+    if not texts:
         kinds = ", ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES + RECORD_SUFFIXES)
         raise ValueError(f"dataset folder {folder} must hold a text or record file ({kinds}) and holds none")
-    files.sort(key=lambda path: path.relative_to(folder).as_posix())
-    edition = f"folder {folder}, text files: {len(files)}"
-    return Corpus(_short_name(folder.resolve().name), edition, tuple(_read_text(path) for path in files))
+    texts.sort(key=lambda path: path.relative_to(folder).as_posix())
+    left_out = ["README.md"] if len(texts) < len(shown) else []
+    left_out += [f"{len(found) - len(shown)} hidden"] if len(shown) < len(found) else []
+    edition = f"folder {_spelled(folder)}, text files: {len(texts)}"
+    edition += f" (left out: {' and '.join(left_out)})" if left_out else ""
+    return Corpus(_short_name(folder.resolve().name), edition, _read_texts(texts))
 
 
 def _load_records(path: Path, files: list[Path]) -> Corpus:
     records = TokenRecords(files)
-    edition = f"token records {path}: {len(records)} documents, files: {len(files)}"
+    edition = f"token records {_spelled(path)}: {len(records)} documents, files: {len(files)}"
     return Corpus(_short_name(path.resolve().stem), edition, records=records)
+
+
+def _read_texts(paths: list[Path]) -> tuple[str, ...]:
+    """All of the files. Raises ValueError that names those which hold no text, the first NAMED of them."""
+    texts, faults = [], []
+    for path in paths:
+        try:
+            texts.append(_read_text(path))
+        except ValueError as error:
+            faults.append(f"{path} {error}")
+    if faults:
+        what = "text file" if len(faults) == 1 else f"{len(faults)} text files:"
+        more = f" and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+        remedy = "convert to UTF-8 what is text, and remove the rest"
+        raise ValueError(f"{what} {', '.join(faults[:NAMED])}{more}; {remedy}")
+    return tuple(texts)
 
 
 def _read_text(path: Path) -> str:
@@ -113,12 +138,17 @@ def _read_text(path: Path) -> str:
         text = path.read_bytes().decode("utf-8-sig")  # drops a byte order mark, keeps line ends as they are
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
-        raise ValueError(f"text file {path} must be UTF-8 and has {found}; convert it to UTF-8") from None
+        raise ValueError(f"must be UTF-8 and has {found}") from None
     except OSError as error:
-        raise ValueError(f"text file {path} must be readable ({error.strerror}); check its permissions") from None
+        raise ValueError(f"must be readable ({error.strerror})") from None
     if not text:
-        raise ValueError(f"text file {path} must hold text and is empty; remove it or choose another")
+        raise ValueError("must hold text and is empty")
     return text
+
+
+def _spelled(path: Path) -> str:
+    """A path as text: of a name that is not UTF-8, bytes as \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _short_name(stem: str) -> str:

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from data.packing import PackingIndex
+from data.records import TokenRecords
 
 Batch = dict[str, np.ndarray]
 
@@ -96,17 +97,24 @@ class PackedDocuments:
             "sample_ids": sample_ids.astype(np.int32),
             "segments": np.zeros(shape, np.int32),
         }
-        for row, sample_id in enumerate(sample_ids.tolist()):
+        rows = [self.index.pieces(sample_id) if sample_id >= 0 else [] for sample_id in sample_ids.tolist()]
+        documents = self._read(sorted({number for pieces in rows for number, _, _ in pieces}))
+        for row, pieces in enumerate(rows):
             at = 0
-            pieces = self.index.pieces(sample_id) if sample_id >= 0 else []
             for segment, (number, start, length) in enumerate(pieces, start=1):
-                tokens = self.documents[number][start : start + length + 1]  # with the target beyond the piece
+                tokens = documents[number][start : start + length + 1]  # with the target beyond the piece
                 place = (row, slice(at, at + length))
                 batch["inputs"][place] = tokens[:length]
                 batch["targets"][place] = np.append(tokens[1:], self.last_target)[:length]
                 batch["segments"][place] = segment
                 at += length
         return batch
+
+    def _read(self, numbers: list[int]) -> dict[int, np.ndarray]:
+        """All documents of a batch by their numbers, from records in one read."""
+        if isinstance(self.documents, TokenRecords):
+            return dict(zip(numbers, self.documents.read(numbers), strict=True))
+        return {number: self.documents[number] for number in numbers}
 
 
 @lru_cache(maxsize=4)

@@ -82,8 +82,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes whole or not at all."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Writes whole or not at all.
+
+    A file's name that is not UTF-8 is text with lone surrogates; JSON has an escape for each, and so it comes back.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_whole(file: epath.Path, text: str) -> None:

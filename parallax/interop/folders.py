@@ -22,7 +22,7 @@ from parallax.model.transformer import Params
 from parallax.run_folder import Run, abstract_params, load_run
 from parallax.storage import is_remote, write_json
 from parallax.tokenizers.base import Tokenizer
-from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_from_hf, tokenizer_to_hf
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 
@@ -151,8 +151,11 @@ def _read_tokenizer(source: Path, values: dict[str, Any], config: TransformerCon
         ends += [] if given is None else given if isinstance(given, list) else [given]
     if not all(type(token) is int for token in ends):
         raise ValueError(f"eos_token_id={ends!r} of {source} must be one id or several; restore the model's files")
+    begin = values.get("bos_token_id")
+    if begin is not None and type(begin) is not int:
+        raise ValueError(f"bos_token_id={begin!r} of {source} must be one id; restore the model's files")
     try:
-        return HuggingFaceTokenizer(definition, config.vocab_size, tuple(dict.fromkeys(ends)))
+        return tokenizer_from_hf(definition, config.vocab_size, tuple(dict.fromkeys(ends)), begin)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

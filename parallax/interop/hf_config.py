@@ -27,8 +27,12 @@ SIZES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "mlp_dim": "intermediate_size",
-    "max_seq_len": "max_position_embeddings",
 }
+
+LIMIT = "max_position_embeddings"
+FIRST_LIMIT = "original_max_position_embeddings"
+EXACT_LIMIT = "max_seq_len"
+"""In what is exported here, where LIMIT would be read as a length that is yet to be stretched."""
 
 ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
 
@@ -52,6 +56,7 @@ def config_from_hf(values: Values) -> TransformerConfig:
     biased = bool(values.get("attention_bias", False)) and kind in ("llama", "qwen3")
     return TransformerConfig(
         **sizes,
+        max_seq_len=_longest(values, scaling),
         num_kv_heads=heads if ungrouped else _whole_number(values, "num_key_value_heads"),
         head_dim=_head_dim(kind, values, sizes),
         norm_eps=_number(values, "rms_norm_eps", 1e-6),
@@ -85,8 +90,11 @@ def config_to_hf(config: TransformerConfig) -> Values:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": config.dropout_rate,
+        LIMIT: config.max_seq_len,
         **rope_to_hf(config.rope_theta, config.rope_scaling),
     }
+    if _longest(values, config.rope_scaling) != config.max_seq_len:
+        values[EXACT_LIMIT] = config.max_seq_len
     if kind in ("llama", "qwen3"):
         values["attention_bias"] = config.attention_bias
     window = config.sliding_window or None
@@ -173,9 +181,7 @@ def rope_from_hf(values: Values) -> tuple[float, RopeScaling]:
 
     Raises ValueError if the scaling is of another kind, lacks a number, or turns a part of each head alone.
     """
-    # As transformers reads them: the older spelling, where there is one, counts alone.
-    rope = _given(_mapping(values, "rope_scaling") or _mapping(values, "rope_parameters"))
-    values = _given(values)
+    rope, values = _rope(values), _given(values)
     for name, value in rope.items():
         if isinstance(value, dict):
             raise ValueError(
@@ -192,6 +198,31 @@ def rope_from_hf(values: Values) -> tuple[float, RopeScaling]:
     return theta, _scaling(rope, values)
 
 
+def _longest(values: Values, scaling: RopeScaling) -> int:
+    """Tokens up to which the model is meant to be used: the length before scaling times the factor.
+
+    LIMIT is the length before scaling with linear, and with yarn at most a little more (Qwen 2.5 and 3). With llama3 it
+    is the length after scaling, which may be less than the factor gives: Llama 3.2 states 131,072, and not 32 × 8192.
+    """
+    if values.get(EXACT_LIMIT) is not None:
+        return _whole_number(values, EXACT_LIMIT)
+    limit = _whole_number(values, LIMIT)
+    first = _first_limit(_rope(values), _given(values)) if scaling.kind != "none" else limit
+    if scaling.kind == "llama3" and limit > first:
+        return limit
+    return max(limit, int(first * scaling.factor))
+
+
+def _rope(values: Values) -> Values:
+    """As transformers reads it: the older spelling, where there is one, counts alone."""
+    return _given(_mapping(values, "rope_scaling") or _mapping(values, "rope_parameters"))
+
+
+def _first_limit(rope: Values, values: Values) -> int:
+    """The length before scaling, as transformers reads it: beside the rope, in it, or what the model takes."""
+    return _whole_number({FIRST_LIMIT: values.get(LIMIT)} | rope | values, FIRST_LIMIT)
+
+
 def _scaling(rope: Values, values: Values) -> RopeScaling:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
@@ -202,11 +233,9 @@ def _scaling(rope: Values, values: Values) -> RopeScaling:
         return RopeScaling()
     fields: Values = {"kind": ROPE_KINDS[kind]}
     if kind in ("llama3", "yarn"):
-        # As transformers reads it: beside the rope, in it, or what the model takes.
-        first = {"original_max_position_embeddings": values.get("max_position_embeddings")} | rope | values
-        fields["original_max_seq_len"] = _whole_number(first, "original_max_position_embeddings")
+        fields["original_max_seq_len"] = _first_limit(rope, values)
     if kind == "yarn" and "factor" not in rope:
-        longest = _whole_number(values, "max_position_embeddings")
+        longest = _whole_number(values, LIMIT)
         rope = rope | {"factor": longest / max(1, fields["original_max_seq_len"])}
     fields["factor"] = _number(rope, "factor")
     if kind == "llama3":
@@ -227,7 +256,7 @@ def rope_to_hf(theta: float, scaling: RopeScaling) -> Values:
         return {"rope_theta": theta, "rope_scaling": None}
     rope: Values = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind in ("llama3", "yarn"):
-        rope["original_max_position_embeddings"] = scaling.original_max_seq_len
+        rope[FIRST_LIMIT] = scaling.original_max_seq_len
     if scaling.kind == "llama3":
         rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
     if scaling.kind == "yarn":

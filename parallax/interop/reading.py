@@ -4,8 +4,9 @@ Invariant: beside the parameters themselves no more than a few pieces of PIECE e
 shard is filled with what it needs alone. Every tensor of the files is used once, or the error names it.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,36 +22,47 @@ from parallax.model.transformer import Params
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
+HEAD = "lm_head.weight"
+
+WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
+"""How names begin where a model was saved without its head, as LlamaModel and not LlamaForCausalLM; else model. stands
+before them."""
+
+OTHER_FILES = {
+    "adapter_model.safetensors": "an adapter; merge it into its model with peft's merge_and_unload",
+    "pytorch_model*.bin": "pickled weights; load the model with transformers and save it with save_pretrained",
+    "consolidated*.safetensors": "weights under the names of their first authors; take the files for transformers",
+    "*.gguf": "weights for llama.cpp; take the files for transformers",
+    "model.*.safetensors": "another edition of the weights; rename it to model.safetensors",
+}
+"""What a folder without the files that are read may hold instead, and what to do about it."""
 
 
 class TensorFiles:
-    """All tensors of a folder by name.
+    """All tensors of a folder by the name that they have in a whole model.
 
-    Raises ValueError if there are no such files, one is damaged, or they are not what their index says.
+    As transformers does, it takes the single file where there is one, and else all tensors of the files that the index
+    names. Raises ValueError if there are no such files, one is damaged, or two tensors have one name.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._files: dict[str, safe_open] = {}
-        self._file_of: dict[str, str] = {}
-        indexed = self._index()
-        for file in sorted(set(indexed.values())) if indexed is not None else [SINGLE]:
-            for name in self._open(file):
-                if indexed is not None and indexed.get(name) != file:
-                    raise ValueError(
-                        f"tensor {name} of {folder / file} is not of that file in {INDEX}; restore the model's files"
-                    )
-                self._file_of[name] = file
-        for name in sorted((indexed or {}).keys() - self._file_of.keys()):
-            raise ValueError(f"tensor {name} of {INDEX} is not in {folder}; restore the model's files")
+        self._places: dict[str, tuple[str, str]] = {}
+        for file in [SINGLE] if (folder / SINGLE).exists() else self._indexed():
+            for there in self._open(file):
+                name = f"model.{there}" if there.startswith(WITHOUT_HEAD) else there
+                if name in self._places:
+                    raise ValueError(f"tensor {name} is in {self.place(name)} and in {file}; remove one of them")
+                self._places[name] = file, there
 
     @property
     def names(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._places)
 
     def place(self, name: str) -> Path:
         """The file that holds it."""
-        return self.folder / self._file_of[name]
+        return self.folder / self._places[name][0]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -67,26 +79,31 @@ class TensorFiles:
             raise ValueError(f"{self.place(name)} cannot be read ({error}); restore it") from None
 
     def _slice(self, name: str):
-        return self._files[self._file_of[name]].get_slice(name)
+        file, there = self._places[name]
+        return self._files[file].get_slice(there)
 
-    def _index(self) -> Mapping[str, str] | None:
+    def _indexed(self) -> list[str]:
+        """The files that the index names."""
         path = self.folder / INDEX
-        if path.exists():
-            try:
-                weight_map = dict(json.loads(path.read_text("utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                raise ValueError(f"{path} must hold a weight_map ({error}); restore it") from None
-            for name, file in weight_map.items():
-                if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                    raise ValueError(
-                        f"{path} has {name} in {file!r}, which must be a safetensors file beside it; restore it"
-                    )
-            return weight_map
-        if not (self.folder / SINGLE).exists():
-            raise ValueError(
-                f"{self.folder} holds neither {SINGLE} nor {INDEX}; save the model with transformers' save_pretrained"
-            )
-        return None
+        if not path.exists():
+            raise ValueError(self._what_is_there())
+        try:
+            weight_map = dict(json.loads(path.read_text("utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(f"{path} must hold a weight_map ({error}); restore it") from None
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(
+                    f"{path} has {name} in {file!r}, which must be a safetensors file beside it; restore it"
+                )
+        return sorted(set(weight_map.values()))
+
+    def _what_is_there(self) -> str:
+        rule = f"{self.folder} holds neither {SINGLE} nor {INDEX}"
+        for pattern, what in OTHER_FILES.items():
+            for found in sorted(self.folder.glob(pattern)):
+                return f"{rule} but {found.name}, which is {what}"
+        return f"{rule}; save the model with transformers' save_pretrained"
 
     def _open(self, file: str) -> list[str]:
         path = self.folder / file
@@ -118,6 +135,7 @@ def read_params(files: TensorFiles, config: TransformerConfig, abstract: Params,
     check_tensors(files, config, piece)
     params: Params = {}
     for entry in tensors(config):
+        entry = dataclasses.replace(entry, name=_name_in(files, config, entry.name))
         leaf: Any = abstract
         *parents, last = entry.path
         target = params
@@ -129,12 +147,9 @@ def read_params(files: TensorFiles, config: TransformerConfig, abstract: Params,
 
 def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PIECE) -> None:
     """Raises ValueError unless the files hold the tensors of the config and no others."""
-    wanted = named(config)
+    wanted = {_name_in(files, config, name): entry for name, (entry, _) in named(config).items()}
     if missing := [name for name in wanted if name not in files.names]:
-        raise ValueError(
-            f"tensor {missing[0]} is missing in {files.folder}, of {len(missing)} in all that config.json asks for; "
-            "restore the model's files"
-        )
+        raise ValueError(_missing(files, missing, len(wanted)))
     for name in sorted(files.names - wanted.keys()):
         if name.endswith(DERIVED) or _is_tied(files, config, name, piece):
             continue
@@ -142,7 +157,7 @@ def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PI
             f"tensor {name} of {files.place(name)} has no place in the model of config.json; "
             "convert a model of these architectures alone"
         )
-    for name, (entry, _) in wanted.items():
+    for name, entry in wanted.items():
         if files.shape(name) != entry.shape_there:
             raise ValueError(
                 f"tensor {name} has shape {list(files.shape(name))} and must have {list(entry.shape_there)} by "
@@ -155,9 +170,33 @@ def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PI
             )
 
 
+def _name_in(files: TensorFiles, config: TransformerConfig, name: str) -> str:
+    """What a tensor is called there: of a tied table, safetensors' save_model keeps the name of the head alone."""
+    is_table = config.tie_embeddings and name == tensors(config)[0].name
+    return HEAD if is_table and name not in files.names and HEAD in files.names else name
+
+
+def _missing(files: TensorFiles, names: list[str], wanted: int) -> str:
+    first, others = names[0], sorted(files.names)
+    if len(names) == wanted and others:
+        return (
+            f"{files.folder} has tensors such as {others[0]} and none such as {first}, which config.json asks for; "
+            "load the model with transformers and save it with save_pretrained"
+        )
+    if names == [HEAD]:
+        return (
+            f"tensor {HEAD} is missing in {files.folder}; restore it, or set tie_word_embeddings to true in "
+            "config.json if the input embedding is the output embedding too"
+        )
+    return (
+        f"tensor {first} is missing in {files.folder}, of {len(names)} in all that config.json asks for; "
+        "restore the model's files"
+    )
+
+
 def _is_tied(files: TensorFiles, config: TransformerConfig, name: str, piece: int) -> bool:
     """Whether a second copy of a tied table stands there, and equals the first."""
-    if name != "lm_head.weight" or not config.tie_embeddings:
+    if name != HEAD or not config.tie_embeddings:
         return False
     table = tensors(config)[0]
     if files.shape(name) == files.shape(table.name) == table.shape_there:

@@ -165,7 +165,7 @@ class Form:
 
 
 def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
-    text: Schema = {"type": "string", "minLength": 1}
+    text: Schema = {"type": "string", "minLength": 0 if len(tokenizer.encode("")) else 1}
     if isinstance(tokenizer, CharTokenizer):
         text |= {"pattern": _only(tokenizer.alphabet), "maxLength": limits.max_prompt_tokens}
     token = {"type": "integer", "minimum": 0, "maximum": tokenizer.vocab_size - 1}

@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from parallax.tokenizers.base import Tokenizer, check_id, to_utf8
+from parallax.tokenizers.base import Tokenizer, check_id
+from parallax.tokenizers.native import encode, interruptible
 
 SMALLEST_SIZE = 257  # all bytes and the end of text
+
+LONGEST_WORD = 1024
+"""Bytes: a longer word is cut into such pieces for training, whose time grows with the square of a word's length."""
 
 
 class BPETokenizer(Tokenizer):
@@ -47,8 +51,7 @@ class BPETokenizer(Tokenizer):
         return self.vocab_size - 1
 
     def encode(self, text: str) -> np.ndarray:
-        to_utf8(text)  # for its error: the library's own is no ValueError
-        return np.array(self._model.encode(text).ids, np.int32)
+        return encode(self._model, text)
 
     def token_bytes(self, token_id: int) -> bytes:
         check_id(token_id, self.vocab_size)
@@ -61,7 +64,8 @@ class BPETokenizer(Tokenizer):
 def train_bpe(size: int, documents: Sequence[str]) -> BPETokenizer:
     """Learns merges until there are `size` ids in all, or no pair is left to merge.
 
-    Raises ValueError if `size` is too small for all bytes and the end of text.
+    Merges are learned inside words, of which a text without spaces or punctuation is one; in training a word ends after
+    LONGEST_WORD bytes. Raises ValueError if `size` is too small for all bytes and the end of text.
     """
     if size < SMALLEST_SIZE:
         rule = f"bpe:{size} must be at least {SMALLEST_SIZE} to hold all bytes and the end of text"
@@ -71,10 +75,12 @@ def train_bpe(size: int, documents: Sequence[str]) -> BPETokenizer:
 
     model = tokenizers.Tokenizer(models.BPE())
     splitter: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its stub lacks the base class
-    model.pre_tokenizer = splitter
+    pieces: Any = pre_tokenizers.Sequence([splitter, pre_tokenizers.FixedLength(LONGEST_WORD)])
+    model.pre_tokenizer = pieces
     alphabet = sorted(byte_of_character())
     trainer = trainers.BpeTrainer(vocab_size=size - 1, initial_alphabet=alphabet, show_progress=False)
-    model.train_from_iterator(documents, trainer)
+    interruptible(lambda: model.train_from_iterator(documents, trainer))
+    model.pre_tokenizer = splitter
     return BPETokenizer(json.loads(model.to_str()))
 
 

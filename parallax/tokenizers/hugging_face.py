@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from parallax.tokenizers.base import Tokenizer, check_id, to_utf8
-from parallax.tokenizers.bpe import byte_of_character
+from parallax.tokenizers.base import Tokenizer, check_id
+from parallax.tokenizers.bpe import BPETokenizer, byte_of_character
+from parallax.tokenizers.native import encode
+from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
 SPACE = "▁"
 """How SentencePiece spells a space."""
@@ -21,14 +23,18 @@ SPACE = "▁"
 class HuggingFaceTokenizer(Tokenizer):
     """Byte-level pairs (Llama 3, Qwen, SmolLM), or SentencePiece's with bytes to fall back on (Llama 2, Mistral).
 
-    A text begins with the ids that the tokenizer puts before one, such as <s>, which stand for no bytes; nor do the ids
-    that end one. Text that spells an added token, such as <|im_start|>, gets its id, as in the library: in a prompt it
-    is meant. decode(encode(text)) == text but for these, and as far as the tokenizer leaves text as it is: some put
-    accents and letters together (NFC).
+    A text begins with the ids that the tokenizer puts before one, such as <s>, once, also where the text spells them
+    itself; where it puts none, an empty text is the id that the model begins with. Ids that the tokenizer puts there
+    stand for no bytes, nor do those that end a text. Text that spells an added token, such as <|im_start|>, gets its
+    id, as in the library: in a prompt it is meant. decode(encode(text)) == text but for these, and as far as the
+    tokenizer leaves text as it is: some put accents and letters together (NFC).
     """
 
-    def __init__(self, definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int]) -> None:
-        """Takes a tokenizer.json, the rows of the model's embedding, and the ids that end a text, `eos_id` first.
+    def __init__(
+        self, definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int], bos_id: int | None = None
+    ) -> None:
+        """Takes a tokenizer.json, the rows of the model's embedding, the ids that end a text, `eos_id` first, and the
+        one that the model begins with.
 
         Raises ValueError if it is damaged, of another kind, or has ids that the model has not.
         """
@@ -43,13 +49,15 @@ class HuggingFaceTokenizer(Tokenizer):
         self._definition, self._vocab_size = definition, vocab_size
         self._end_ids = tuple(int(token) for token in end_ids)
         largest = max(self._model.get_vocab().values(), default=-1)
-        for token in (largest, *self._end_ids):
+        bos = () if bos_id is None else (bos_id,)
+        for token in (largest, *self._end_ids, *bos):
             if not 0 <= token < vocab_size:
                 raise ValueError(
                     f"its id {token} must be from 0 to {vocab_size - 1}, the rows of the embedding; "
                     "take the tokenizer.json and config.json of one model"
                 )
         self._begin = self._begin_ids()
+        self._begin_of_nothing: tuple[int, ...] = self._begin or bos
         self._bytes, self._drops_space = self._spellings()
 
     @property
@@ -70,15 +78,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def begin_ids(self) -> tuple[int, ...]:
-        """What stands before a text."""
-        return self._begin
+        """What a text of nothing is."""
+        return self._begin_of_nothing
 
     def encode(self, text: str) -> np.ndarray:
-        return np.concatenate([np.array(self._begin, np.int32), self.encode_part(text)])
+        if not text:
+            return np.array(self._begin_of_nothing, np.int32)
+        ids = self.encode_part(text)
+        if tuple(ids[: len(self._begin)].tolist()) == self._begin:
+            return ids  # the text spells them itself
+        return np.concatenate([np.array(self._begin, np.int32), ids])
 
     def encode_part(self, text: str) -> np.ndarray:
-        to_utf8(text)  # for its error: the library's own is no ValueError
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        return encode(self._model, text)
 
     def token_bytes(self, token_id: int) -> bytes:
         check_id(token_id, self._vocab_size)
@@ -92,12 +104,15 @@ class HuggingFaceTokenizer(Tokenizer):
         return text.removeprefix(" ") if whole else text
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        values = {
             "kind": "hugging_face",
             "definition": self._definition,
             "vocab_size": self._vocab_size,
             "end_ids": list(self._end_ids),
         }
+        if self._begin_of_nothing != self._begin:
+            values["bos_id"] = self._begin_of_nothing[0]
+        return values
 
     def _begin_ids(self) -> tuple[int, ...]:
         plain, ids = (self._model.encode("a", add_special_tokens=special).ids for special in (False, True))
@@ -136,28 +151,71 @@ class HuggingFaceTokenizer(Tokenizer):
         return spelled | literal | dict.fromkeys(silent, b""), drops_space
 
 
+END_OF_TEXT = "<|endoftext|>"
+
+
 def tokenizer_to_hf(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Any tokenizer of this project as a tokenizer.json with the same ids."""
+    """Any tokenizer of this project as a tokenizer.json with the same ids.
+
+    One of characters refuses those that it does not know, as it does here, and does not drop them.
+    """
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return copy.deepcopy(tokenizer.to_json()["definition"])
     ours = tokenizer.to_json()
+    splitter: Any
     if ours["kind"] == "bpe":
         model = tokenizers.Tokenizer.from_str(json.dumps(ours["definition"]))
     elif ours["kind"] == "byte":
         model = tokenizers.Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
-        splitter: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         model.pre_tokenizer = splitter
     else:
         vocab = {character: token for token, character in enumerate(ours["alphabet"])}
-        model = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        # Where <unk> is no word either, this model raises an error for an unknown one; BPE would leave it out.
+        model = tokenizers.Tokenizer(models.WordLevel(vocab=vocab))
+        splitter = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+        model.pre_tokenizer = splitter
     decoder: Any = decoders.Fuse() if ours["kind"] == "char" else decoders.ByteLevel()
     model.decoder = decoder
     if tokenizer.eos_id is not None:
-        model.add_special_tokens(["<|endoftext|>"])  # takes the next id, which is ours
+        model.add_special_tokens([END_OF_TEXT])  # takes the next id, which is ours
     return json.loads(model.to_str())
+
+
+def tokenizer_from_hf(
+    definition: dict[str, Any], vocab_size: int, end_ids: Sequence[int], bos_id: int | None = None
+) -> Tokenizer:
+    """The tokenizer that `tokenizer_to_hf` made a tokenizer.json of, or else a HuggingFaceTokenizer of it.
+
+    Raises ValueError as that does.
+    """
+    ours = _exported_here(definition)
+    if ours is not None and (ours.vocab_size, ours.end_ids) == (vocab_size, tuple(end_ids)):
+        return ours
+    return HuggingFaceTokenizer(definition, vocab_size, end_ids, bos_id)
+
+
+def _exported_here(definition: dict[str, Any]) -> Tokenizer | None:
+    match definition:
+        case {"added_tokens": [{"content": content}]} if content != END_OF_TEXT:
+            return None
+        case {"added_tokens": [_, _, *_]}:  # models of others have many, and large vocabularies to compare
+            return None
+        case {"added_tokens": list(added), "model": {"type": "WordLevel", "vocab": dict(vocab)}}:
+            ours: Tokenizer = CharTokenizer("".join(vocab), has_eos=bool(added))
+        case {"pre_tokenizer": {"use_regex": False}, "model": {"type": "BPE", "merges": []}}:
+            ours = ByteTokenizer()
+        case {"model": {"type": "BPE"}}:
+            try:
+                ours = BPETokenizer(definition | {"decoder": None, "added_tokens": []})
+            except ValueError:
+                return None
+        case _:
+            return None
+    return ours if tokenizer_to_hf(ours) == definition else None
 
 
 def _steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

@@ -67,5 +67,5 @@ def tokenizer_from_json(definition: dict[str, Any]) -> Tokenizer:
         case {"kind": "bpe", "definition": dict(inner)}:
             return BPETokenizer(inner)
         case {"kind": "hugging_face", "definition": dict(inner), "vocab_size": int(size), "end_ids": list(ends)}:
-            return HuggingFaceTokenizer(inner, size, ends)
+            return HuggingFaceTokenizer(inner, size, ends, definition.get("bos_id"))
     raise ValueError("its kind must be char, byte, bpe or hugging_face, with that kind's fields; save it again")

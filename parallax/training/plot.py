@@ -39,7 +39,8 @@ def plot_loss(run_dir: str | os.PathLike) -> None:
         best = int(np.argmin(eval_losses))
         label = f"best: {eval_losses[best]:.4f} at step {eval_steps[best]:.0f}"
         axes.plot(eval_steps[best], eval_losses[best], "*", color="tab:red", markersize=13, zorder=3, label=label)
-    axes.set(xlabel="step", ylabel="loss (nats/token)", title=folder.resolve().name)
+    axes.set(xlabel="step", ylabel="loss (nats/token)")
+    axes.set_title(folder.resolve().name, parse_math=False)  # between two $ of a name it would look for a formula
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -16,7 +16,7 @@ class Flags:
     checkpoint: str
     """The run folder that train.py wrote, local or on gs://."""
     prompt: str = ""
-    """The text to continue."""
+    """The text to continue; none where the model begins a text with a token of its own."""
     max_tokens: int = 200
     """How many tokens to add at most."""
     temperature: float = 0.8
@@ -56,5 +56,3 @@ def check(flags: Flags) -> None:
         raise ValueError(f"--num-samples {flags.num_samples} must be 1 with --interactive; leave it out")
     if flags.interactive and flags.prompt:
         raise ValueError("--prompt cannot go with --interactive, which reads prompts itself; leave one out")
-    if not flags.interactive and not flags.prompt:
-        raise ValueError("--prompt is empty and must hold text to continue; try --prompt ROMEO:, or --interactive")

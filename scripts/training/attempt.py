@@ -79,10 +79,12 @@ class Attempt:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
         if strategy.is_writer:
+            description = describe_run(job)
             try:
                 self._workspace.fetch()
+                # In this order: --resume takes a folder with a config, and makes the tokenizer that is not there yet.
+                write_json(self._workspace.path / "config.json", description)
                 save_tokenizer(job.tokenizer, self._workspace.path / "tokenizer.json")
-                write_json(self._workspace.path / "config.json", describe_run(job))
                 self._workspace.send()
             except OSError as error:
                 raise ValueError(

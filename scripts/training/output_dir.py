@@ -35,8 +35,12 @@ PATIENCE = 5.0
 def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: bool) -> epath.Path:
     """The folder to write: `output_dir`, or the next free runs/DATASET-CONFIG[-N]. Makes nothing.
 
-    Raises ValueError if it exists and is not to be resumed, is not a run, or is on gs:// and cannot be reached.
+    Raises ValueError if it exists and is not to be resumed, is not a run, has a name that is not UTF-8, or is on gs://
+    and cannot be reached.
     """
+    name = output_dir or config
+    if name.encode(errors="replace").decode() != name:  # loss.png could not have it as its title
+        raise ValueError(f"run folder {name!r} must have a name in UTF-8; choose another with --output-dir")
     if output_dir is None:
         base = epath.Path("runs") / f"{dataset}-{config}"
         folder, number = base, 1
@@ -49,7 +53,8 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
         raise ValueError(f"--output-dir {folder} must be a folder and is a file; choose another")
     if folder.exists() and not resume:
         raise ValueError(f"--output-dir {folder} exists already; add --resume, or choose another")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    shown = folder.exists() and [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if shown and not (folder / "config.json").exists():
         raise ValueError(f"--output-dir {folder} holds files but no config.json of a run; choose another")
     if is_remote(folder):
         return folder  # nothing says beforehand what may be written there

@@ -1,9 +1,12 @@
 """Names and paths become checked text or token records; what is wrong is refused in one line."""
 
+import os
+
 import numpy as np
 import pytest
 
-from data.corpus import load_corpus, overfit_corpus
+from data.corpus import Corpus, load_corpus, overfit_corpus
+from data.pipeline import prepare, tokenizer_for
 from data.records import write_token_records
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer
@@ -41,6 +44,50 @@ def test_folder_is_read_in_the_order_of_its_paths(tmp_path):
     corpus = load_corpus(str(tmp_path / "folder"), notify=ignore)
     assert corpus.documents == ("1", "2", "3")
     assert corpus.name == "folder"
+
+
+def test_hidden_files_and_the_folder_s_own_description_are_left_out(tmp_path):
+    names = ["b.txt", "sub/README.md", "README.md", "._b.txt", ".git/a.md", "sub/.ipynb_checkpoints/c.txt"]
+    for name in names:
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).write_text(name)
+    lines = []
+    corpus = load_corpus(str(tmp_path / "folder"), notify=lines.append)
+    assert corpus.documents == ("b.txt", "sub/README.md")
+    assert lines == [f"dataset folder {tmp_path}/folder, text files: 2 (left out: README.md and 3 hidden)"]
+    for name in names[:2]:
+        (tmp_path / "folder" / name).unlink()
+    assert load_corpus(str(tmp_path / "folder"), notify=ignore).documents == ("README.md",)
+
+
+def test_a_hidden_record_file_is_left_out(record_folder):
+    folder, _ = record_folder
+    (folder / "._part-0.array_record").write_bytes(b"of a Mac")
+    assert len(load_corpus(str(folder), notify=ignore).records) == 40
+
+
+@pytest.mark.parametrize(("count", "more"), [(10, None), (13, " and 3 more; ")])
+def test_all_files_that_are_no_text_are_named(tmp_path, refused, count, more):
+    (tmp_path / "good.txt").write_text("good")
+    (tmp_path / "00.txt").touch()
+    for number in range(1, count):
+        (tmp_path / f"{number:02}.txt").write_bytes(b"caf\xe9")
+    with refused(
+        f"{count} text files: {tmp_path}/00.txt must hold text and is empty, ",
+        *(f"{tmp_path}/{number:02}.txt must be UTF-8 and has byte 0xe9 at offset 3" for number in range(1, 10)),
+        more or "offset 3; ",
+        "; convert to UTF-8 what is text, and remove the rest",
+    ):
+        load_corpus(str(tmp_path), notify=ignore)
+
+
+def test_a_name_that_is_not_utf_8_is_spelled_out(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.txt"
+    with open(path, "w") as file:
+        file.write("text")
+    corpus = load_corpus(os.fsdecode(path), notify=ignore)
+    assert corpus.edition == rf"text file {tmp_path}/caf\xe9.txt"
+    assert corpus.name == "caf_"
 
 
 def test_overfit_corpus_is_one_short_sentence():
@@ -84,6 +131,41 @@ def test_records_come_back_in_order(record_folder):
     single = load_corpus(str(folder / "part-1.arrayrecord"), notify=ignore)
     assert single.name == "part-1"
     np.testing.assert_array_equal(single.records[0], documents[25])
+
+
+class Counting:
+    """A source of records that notes the sizes of reads."""
+
+    def __init__(self, source):
+        self._source, self.reads = source, []
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, numbers):
+        self.reads.append(len(numbers))
+        return self._source.__getitems__(numbers)
+
+
+def test_records_are_read_many_at_a_time(record_folder, monkeypatch):
+    """A read costs time in the number of records of its file."""
+    folder, documents = record_folder
+    corpus = load_corpus(str(folder), notify=ignore)
+    records = corpus.records
+    records._source = source = Counting(records._source)
+    monkeypatch.setattr("data.records.READ_AT_ONCE", 30)
+    assert corpus.sha256 == Corpus("x", "x", tuple(documents)).sha256
+    assert source.reads == [30, 10]
+    train, _ = prepare(corpus, tokenizer_for(corpus), 16)
+    assert source.reads == [30, 10] * 2
+    batch = train.gather(train.draw(6, 0, 0))
+    assert len(source.reads) == 5
+    held = {number for row in batch["sample_ids"].tolist() for number, _, _ in train.index.pieces(row)}
+    assert source.reads[-1] == len(held)
+    np.testing.assert_array_equal(records[39], documents[39])
 
 
 def test_ids_beyond_the_vocabulary_are_refused(record_folder, refused):

@@ -1,10 +1,12 @@
 """Addresses refused before anything is asked of the network, and local files written whole."""
 
 import importlib.util
+import json
+import os
 
 import pytest
 
-from parallax.storage import is_remote, open_folder, replacing, write_atomically, write_whole
+from parallax.storage import is_remote, open_folder, replacing, write_atomically, write_json, write_whole
 
 
 def test_local_paths_stay_as_they_are(tmp_path):
@@ -45,6 +47,13 @@ def test_content_replaces_what_was_there_and_leaves_nothing_else(tmp_path):
         write_atomically(path, content)
         assert path.read_bytes() == content
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_holds_names_of_files_that_are_not_utf_8(tmp_path):
+    value = {"dataset": os.fsdecode(b"caf\xe9.txt"), "edition": "Ünicode 🙂 \\udce9"}
+    write_json(tmp_path / "file.json", value)
+    assert json.loads((tmp_path / "file.json").read_text("utf-8")) == value
+    assert "Ünicode 🙂" in (tmp_path / "file.json").read_text("utf-8")
 
 
 def test_failure_half_way_changes_nothing(tmp_path):

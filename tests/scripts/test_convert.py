@@ -1,5 +1,6 @@
 """convert.py: folders in and out, used and trained on, and what it refuses with nothing left behind."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,10 +10,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from parallax.run_folder import load_run
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
+from parallax.tokenizers.registry import train_tokenizer
 from scripts import convert, generate, train
 from tests.parallax.interop.folders import SMALL, random_tensors, write_folder
-from tests.parallax.interop.tokenizers import TEXT
+from tests.parallax.interop.tokenizers import TEXT, byte_level
 from tests.scripts.cases import read_cases
+from tests.scripts.untrained import one_layer, write_untrained
 
 TRAIN = [
     *("--dataset", "text.txt", "--init-from", "run", "--batch-size", "16", "--seq-len", "16"),
@@ -129,11 +133,39 @@ def test_an_imported_model_trains_on_and_goes_back(call, converted, tmp_path, la
     assert "\nresume    from step 4" in err
 
 
-def test_any_run_goes_out(converted, refuses, train_small, tmp_path):
-    """One that was trained here, with its own tokenizer."""
+@pytest.mark.parametrize(
+    ("files", "spec"), [(1, "char"), (2, "char"), (1, "byte"), (2, "bpe:300"), (1, "bpe:257"), (0, None)]
+)
+def test_any_run_goes_out_and_comes_back_as_it_was(converted, tmp_path, files, spec):
+    """Of each tokenizer, that of an imported model too; rows of the tables that stand for no token go nowhere."""
+    tokenizer = train_tokenizer(spec, [TEXT] * files) if spec else HuggingFaceTokenizer(byte_level()[0], 301, [1, 2])
+    config = dataclasses.replace(one_layer(tokenizer.vocab_size), qk_norm=True, sliding_window=7)
+    write_untrained(tmp_path / "mine", tokenizer, config, step=3)
+    converted("export", "mine", "out")
+    converted("import", "out", "again")
+    mine, again = load_run("mine"), load_run("again")
+    assert again.tokenizer.to_json() == mine.tokenizer.to_json()
+    np.testing.assert_array_equal(again.tokenizer.encode(TEXT), mine.tokenizer.encode(TEXT))
+    assert dataclasses.replace(again.config, max_seq_len=mine.config.max_seq_len) == mine.config
+    for run in (mine, again):
+        for name in ("embedding", "output"):
+            run.params[name]["table"] = run.params[name]["table"][: tokenizer.vocab_size]
+    jax.tree.map(np.testing.assert_array_equal, mine.params, again.params)
+
+
+def test_what_the_model_begins_with_goes_along(converted, tmp_path):
+    """Where the tokenizer puts nothing before a text, as that of SmolLM and Qwen."""
+    (tmp_path / "hf/config.json").write_text(json.dumps(SMALL | {"bos_token_id": 0}))
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps(byte_level(begin=None)[0]))
+    converted("import", "hf", "run")
+    converted("export", "run", "back")
+    assert load_run("run").tokenizer.encode("").tolist() == [0]
+    assert json.loads((tmp_path / "back/config.json").read_text())["bos_token_id"] == 0
+
+
+def test_a_run_goes_out_in_bfloat16(converted, train_small, tmp_path):
     assert train_small("--steps", "1", "--output-dir", "mine")[0] == 0
     converted("export", "mine", "hf-mine", "--dtype", "bfloat16")
-    refuses(convert, ["import", "hf-mine", "again"], "hf-mine")  # characters spell no other text
     assert tensors_of(tmp_path / "hf-mine")["model.norm.weight"].dtype.name == "bfloat16"
 
 
@@ -164,6 +196,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, args, words):
         ({"num_hidden_layers": 4}, "tensor model.layers.3.input_layernorm.weight is"),
         ({"vocab_size": 200}, "tokenizer.json: its id 299 must be from 0 to 199"),
         ({"eos_token_id": [[1]]}, "eos_token_id=[[1], 2, 0] of hf must be one id"),
+        ({"bos_token_id": [0]}, "bos_token_id=[0] of hf must be one id"),
         ({"eos_token_id": 999}, "tokenizer.json: its id 999 must be"),
     ],
 )

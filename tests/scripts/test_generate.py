@@ -11,11 +11,13 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.run_folder import load_run
 from parallax.text import decode
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from parallax.training.checkpoint import Checkpointer
 from scripts import generate
 from scripts.generation import writer
 from scripts.generation.writer import Writer
+from tests.parallax.interop.tokenizers import byte_level
 from tests.scripts.cases import read_cases
 from tests.scripts.runs import run_script
 from tests.scripts.untrained import one_layer, write_untrained
@@ -152,9 +154,22 @@ def test_an_interrupt_ends_a_continuation_and_not_the_loop(write, monkeypatch):
     assert out.startswith("b")
 
 
+def test_a_text_may_begin_with_nothing_where_the_model_begins_it(tmp_path, call):
+    definition, begin, end, _ = byte_level()
+    tokenizer = HuggingFaceTokenizer(definition, 300, [end])
+    write_untrained(tmp_path / "begins", tokenizer, one_layer(300), step=1)
+    flags = ("--max-tokens", "5", "--temperature", "0")
+    status, out, err = call(generate, "--checkpoint", "begins", *flags)
+    assert status == 0, err
+    request = Request.one(np.array([begin], np.int32), max_tokens=5, temperature=0.0, eos_id=end)
+    run = load_run(tmp_path / "begins")
+    (tokens,) = Generator(run.config).generate(run.params, request)
+    assert out == "".join(decode(tokens, tokenizer))
+
+
 BAD = f"""
 --prompt az | character 'z' at position 1 is not among the 12
---prompt '' | --prompt is empty and must hold text to continue; try
+--prompt '' | prompt is empty (0 tokens); give at least one token to continue from
 --interactive | --prompt cannot go with --interactive
 --prompt '' --interactive --num-samples 2 | --num-samples 2 must be 1 with --interactive
 --num-samples 0 | --num-samples 0 must be at least 1; try 1

@@ -62,6 +62,40 @@ def test_what_an_architecture_means(changes, expected):
     assert {name: getattr(config, name) for name in expected} == expected
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("limit", "rope", "expected"),
+    [
+        (4096, None, 4096),
+        (4096, {"type": "linear", "factor": 2.0}, 8192),  # Vicuna 1.5
+        (4096, {"type": "linear", "factor": 2.5}, 10240),
+        (16384, {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        (32768, {**YARN, "original_max_position_embeddings": 32768}, 131072),  # Qwen 2.5
+        (40960, {**YARN, "original_max_position_embeddings": 32768}, 131072),  # Qwen 3
+        (163840, {**YARN, "factor": 40.0, "original_max_position_embeddings": 4096}, 163840),  # DeepSeek
+        (200000, {**YARN, "original_max_position_embeddings": 32768}, 200000),
+        (32768, {"type": "yarn", "factor": 4.0}, 131072),  # its first length is the one given
+        (131072, {"type": "yarn", "factor": None, "original_max_position_embeddings": 32768}, 131072),
+        (131072, {**LLAMA3, "original_max_position_embeddings": 8192}, 131072),  # Llama 3.1: 8 × 8192 is less,
+        (131072, {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192}, 131072),  # 3.2: and 32 is more
+        (8192, {**LLAMA3, "original_max_position_embeddings": 8192}, 65536),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_a_model_reaches_what_its_scaling_is_for(limit, rope, expected, spelling):
+    values = {**SMALL, "max_position_embeddings": limit, spelling: rope}
+    config = config_from_hf(values)
+    assert config.max_seq_len == expected
+    assert config_from_hf(config_to_hf(config)).max_seq_len == expected
+
+
+def test_the_first_length_may_stand_beside_the_rope():
+    values = {**SMALL, "max_position_embeddings": 64, "rope_scaling": {**YARN, "original_max_position_embeddings": 16}}
+    assert config_from_hf({**values, "original_max_position_embeddings": 32}).max_seq_len == 128
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_what_goes_out_comes_in_again(seed):
     plain = {name: getattr(TransformerConfig(), name) for name in EXPORTED}

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from parallax.config import TransformerConfig
 from parallax.interop.hf_config import config_from_hf
-from parallax.interop.reading import INDEX, TensorFiles, check_tensors, read_params
+from parallax.interop.reading import HEAD, INDEX, SINGLE, TensorFiles, check_tensors, read_params
 from parallax.model.transformer import init_params
 from scripts.common.placement import place_model
 from tests.parallax.interop.folders import BFLOAT16, SMALL, random_tensors, write_folder
@@ -103,11 +103,74 @@ def test_old_frequencies_and_a_second_copy_of_a_tied_table_are_no_parameters(tmp
         read_params(TensorFiles(tmp_path), config, abstract(config))
 
 
+TIED = {**SMALL, "tie_word_embeddings": True}
+TABLE = "model.embed_tokens.weight"
+ALONE = {
+    "the head": lambda tensors: {HEAD if name == TABLE else name: tensor for name, tensor in tensors.items()},
+    "no head": lambda tensors: {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+    "no head, old": lambda tensors: (
+        ALONE["no head"](tensors)
+        | {"rotary_emb.inv_freq": np.ones(4, np.float32), "layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
+    ),
+}
+"""Names under which a tied model is also saved: by safetensors' save_model, and as a LlamaModel."""
+
+
+@pytest.mark.parametrize("names", ALONE)
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_tied_model_is_read_under_every_set_of_names(tmp_path, names, files):
+    tensors = write_folder(tmp_path / "usual", TIED)
+    write_folder(tmp_path / "other", TIED, ALONE[names](tensors), files)
+    config = config_from_hf(TIED)
+    usual, other = (
+        read_params(TensorFiles(tmp_path / name), config, abstract(config), 100) for name in ("usual", "other")
+    )
+    assert same(other, usual)
+    np.testing.assert_array_equal(np.asarray(other["embedding"]["table"])[:301], tensors[TABLE])
+
+
+def test_the_single_file_comes_before_an_index_and_the_files_before_what_the_index_says_of_them(tmp_path):
+    tensors = write_folder(tmp_path, files=3)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"].pop("model.norm.weight")
+    index["weight_map"]["model.layers.0.attention.bias"] = "model-00001-of-00003.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    whole = read_params(TensorFiles(tmp_path), CONFIG, abstract())
+    np.testing.assert_array_equal(whole["final_norm"]["scale"], tensors["model.norm.weight"])
+    index["weight_map"]["model.norm.weight"] = "model-00004-of-00003.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    save_file(tensors, tmp_path / SINGLE)
+    assert same(read_params(TensorFiles(tmp_path), CONFIG, abstract()), whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapter_model.safetensors", "an adapter; merge it into its model"),
+        ("pytorch_model.bin", "pickled weights; load the model with transformers and save it"),
+        ("pytorch_model-00001-of-00002.bin", "pickled weights;"),
+        ("consolidated.00.safetensors", "weights under the names of their first authors;"),
+        ("model.fp16.safetensors", "another edition of the weights; rename it"),
+        ("llama.Q4_K_M.gguf", "weights for llama.cpp;"),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path, refused, name, words):
+    (tmp_path / name).touch()
+    with refused(f"holds neither {SINGLE} nor {INDEX} but {name}, which is {words}"):
+        TensorFiles(tmp_path)
+
+
+def test_other_names_are_called_what_they_are(tmp_path, refused):
+    write_folder(tmp_path, tensors={"tok_embeddings.weight": np.ones((3, 4), np.float32)})
+    with refused("tensors such as tok_embeddings.weight and none such as model.embed_tokens.weight", "save_pretrained"):
+        check_tensors(TensorFiles(tmp_path), CONFIG)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: t.pop("model.norm.weight"), "tensor model.norm.weight is missing in"),
-        (lambda t: t.pop("lm_head.weight"), "tensor lm_head.weight is missing in"),
+        (lambda t: t.pop("lm_head.weight"), "restore it, or set tie_word_embeddings to true in config.json if"),
         (
             lambda t: t.update({"model.layers.0.mlp.experts.weight": np.ones(3, np.float32)}),
             "tensor model.layers.0.mlp.experts.weight of",
@@ -174,6 +237,11 @@ def _add_to_file(folder):
     save_file({**held, "model.norm.weight": next(iter(held.values()))}, folder / other)
 
 
+def _name_twice(folder):
+    """A tensor under its name in a model and under that in one without a head."""
+    save_file({**load_file(folder / FIRST), "norm.weight": np.ones(48, np.float32)}, folder / FIRST)
+
+
 def _reindex(change):
     def damage(folder):
         index = json.loads((folder / INDEX).read_text())
@@ -188,14 +256,13 @@ def _reindex(change):
     [
         (_drop_file, f"{FIRST} is not a whole safetensors file"),
         (_cut_file, f"{FIRST} is not a whole safetensors file"),
-        (_reindex(lambda names: names.pop("model.norm.weight")), "tensor model.norm.weight of"),
-        (_reindex(lambda names: names.update(more=FIRST)), f"tensor more of {INDEX} is not in"),
         (_reindex(lambda names: names.update(more=5)), "has more in 5, which must be a safetensors file"),
         (
             _reindex(lambda names: names.update(more=f"../{FIRST}")),
             f"has more in '../{FIRST}', which must be a safetensors file beside it",
         ),
-        (_add_to_file, "tensor model.norm.weight of"),
+        (_add_to_file, "tensor model.norm.weight is in"),
+        (_name_twice, "tensor model.norm.weight is in"),
         (_append, f"{FIRST} is not a whole safetensors file"),
         (lambda folder: (folder / INDEX).write_text("{}"), f"{INDEX} must hold a weight_map"),
         (lambda folder: (folder / INDEX).unlink(), "holds neither model.safetensors nor"),

@@ -7,6 +7,12 @@ import sys
 
 import pytest
 
+from parallax.serving.access import Limits
+from parallax.serving.errors import Refusal
+from parallax.serving.request import Form
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
+from parallax.tokenizers.plain import ByteTokenizer
+from tests.parallax.interop.tokenizers import byte_level
 from tests.parallax.serving.server import eventually, serving
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -67,6 +73,15 @@ def test_a_bad_field(server, name, value):
 def json_of(body):
     """As a client might send it that knows no rules: with NaN, and with half of a surrogate pair."""
     return {"content": json.dumps(body), "headers": {"Content-Type": "application/json"}}
+
+
+def test_an_empty_prompt_is_taken_where_the_model_begins_a_text():
+    definition, begin, end, _ = byte_level()
+    body = json.dumps({"model": "m", "prompt": ""}).encode()
+    ask = Form("m", HuggingFaceTokenizer(definition, 300, [end]), Limits()).read(body)
+    assert [ids.tolist() for ids in ask.prompts] == [[begin]]
+    with pytest.raises(Refusal, match="prompt"):
+        Form("m", ByteTokenizer(), Limits()).read(body)
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:16]))

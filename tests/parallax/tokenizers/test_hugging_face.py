@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from parallax.tokenizers.base import StreamDecoder
-from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_to_hf
+from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_from_hf, tokenizer_to_hf
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from parallax.tokenizers.registry import load_tokenizer, save_tokenizer, train_tokenizer
 from tests.parallax.interop.tokenizers import TEXT, byte_level, sentencepiece
@@ -129,6 +129,71 @@ def test_our_own_have_a_tokenizer_json_with_the_same_ids(ours):
         assert library.decode(ids) == text
     assert library.token_to_id("<|endoftext|>") == ours.eos_id
     assert library.get_vocab_size() == ours.vocab_size
+
+
+OURS = {
+    "char": CharTokenizer("\n Tbenot☃🙂"),
+    "char of documents": CharTokenizer("\n Tbenot", has_eos=True),
+    "byte": ByteTokenizer(),
+    "bpe": train_tokenizer("bpe:300", [TEXT]),
+    "bpe without merges": train_tokenizer("bpe:257", [TEXT]),
+}
+
+
+@pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
+def test_our_own_come_back_as_they_were(ours):
+    definition = json.loads(json.dumps(tokenizer_to_hf(ours)))
+    back = tokenizer_from_hf(definition, ours.vocab_size, ours.end_ids)
+    assert back.to_json() == ours.to_json()
+    assert type(back) is type(ours)
+
+
+def test_the_one_of_an_imported_model_comes_back_as_it_was(made):
+    ours = made[0]
+    back = tokenizer_from_hf(tokenizer_to_hf(ours), ours.vocab_size, ours.end_ids)
+    assert back.to_json() == ours.to_json()
+
+
+def test_another_end_or_size_makes_it_a_tokenizer_of_others():
+    definition = tokenizer_to_hf(ByteTokenizer())
+    assert tokenizer_from_hf(definition, 264, [256]).name == "hugging_face:264"
+    assert tokenizer_from_hf(definition, 257, []).eos_id is None
+
+
+def test_unknown_characters_are_refused_by_what_goes_out_too():
+    library = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_to_hf(CharTokenizer("aenv"))))
+    with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
+        library.encode("naïve")
+
+
+def test_a_text_that_spells_its_beginning_has_it_once(made):
+    ours, library, begin, _ = made
+    spelled = library.id_to_token(begin)
+    for text in ("To be", "", " be\n"):
+        np.testing.assert_array_equal(ours.encode(spelled + text), [begin, *ours.encode_part(text)])
+        np.testing.assert_array_equal(ours.encode(spelled + text), ours.encode(text))
+    assert ours.encode(f"To{spelled}").tolist().count(begin) == 2  # what stands inside is meant
+
+
+def test_a_text_without_a_beginning_of_its_own_has_the_one_that_it_spells():
+    definition, *_ = byte_level()
+    definition["post_processor"] = None
+    ours = HuggingFaceTokenizer(definition, 300, [1])
+    assert ours.encode("<|begin_of_text|>To").tolist() == [0, *ours.encode("To")]
+    assert ours.encode("").tolist() == []
+
+
+def test_an_empty_text_is_what_the_model_begins_with(tmp_path):
+    definition, *_ = byte_level(begin=None)
+    ours = HuggingFaceTokenizer(definition, 300, [0], bos_id=1)
+    save_tokenizer(ours, tmp_path / "tokenizer.json")
+    for tokenizer in (ours, load_tokenizer(tmp_path / "tokenizer.json")):
+        assert tokenizer.encode("").tolist() == [1]
+        assert tokenizer.encode("To").tolist() == tokenizer.encode_part("To").tolist()
+    begins, *_ = byte_level()
+    assert HuggingFaceTokenizer(begins, 300, [1], bos_id=1).encode("").tolist() == [0]
+    with pytest.raises(ValueError, match="its id 300 must be from 0 to 299"):
+        HuggingFaceTokenizer(definition, 300, [0], bos_id=300)
 
 
 def test_the_one_of_an_imported_model_goes_out_as_it_came(made):

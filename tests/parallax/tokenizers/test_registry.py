@@ -1,9 +1,13 @@
 """Tokenizers: round trips, streams, files, refusals."""
 
+import json
+import threading
+
 import numpy as np
 import pytest
 
 from parallax.tokenizers.base import StreamDecoder
+from parallax.tokenizers.bpe import LONGEST_WORD
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from parallax.tokenizers.registry import load_tokenizer, save_tokenizer, tokenizer_from_json, train_tokenizer
 
@@ -81,6 +85,45 @@ def test_bpe_sizes():
     assert 257 < default.vocab_size <= 1024  # fewer where nothing is left to merge
     assert default.eos_id == default.vocab_size - 1
     assert len(default.encode(documents[1])) < len(documents[1]) / 3
+
+
+def test_a_word_is_no_longer_than_training_bears():
+    letters = "".join(np.random.default_rng(0).choice(list("ACGT"), 50_000))
+    tokenizer = train_tokenizer("bpe:300", [letters])
+    assert tokenizer.decode(tokenizer.encode(letters)) == letters
+    longest = max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+    assert 1 < longest < 10
+    same = train_tokenizer("bpe", ["a" * 5000])  # as a single word it is merged into one token
+    assert max(len(same.token_bytes(token)) for token in range(same.vocab_size)) == LONGEST_WORD
+
+
+def test_words_that_are_short_enough_are_learned_as_ever():
+    """The ids of a text do not depend on where words would be cut."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    documents = [TEXT, "x" * LONGEST_WORD + " ☃" * 30]
+    model.train_from_iterator(
+        documents, trainers.BpeTrainer(vocab_size=349, initial_alphabet=alphabet, show_progress=False)
+    )
+    ours = train_tokenizer("bpe:350", documents)
+    assert ours.to_json()["definition"] == json.loads(model.to_str())
+
+
+def test_native_calls_leave_signals_to_the_main_thread():
+    threads = []
+
+    class Documents(list):
+        def __iter__(self):
+            threads.append(threading.current_thread())
+            return super().__iter__()
+
+    train_tokenizer("bpe:257", Documents([TEXT]))
+    assert threads
+    assert threading.main_thread() not in threads[-1:]
 
 
 def test_char_alphabet_is_sorted_and_has_an_end_only_for_several_documents():

@@ -59,6 +59,14 @@ def test_draws_what_there_is(tmp_path, name):
     assert (count_of(image, ORANGE) > 0) == (name == "eval_loss")
 
 
+def test_the_folder_s_name_is_no_formula(tmp_path):
+    folder = tmp_path / "$^$"
+    folder.mkdir()
+    record(folder, curve(20))
+    plot_loss(folder)
+    assert (folder / "loss.png").exists()
+
+
 def test_without_a_record_there_is_no_picture(tmp_path):
     plot_loss(tmp_path)
     record(tmp_path, [{"step": 1, "loss": None}])

@@ -35,6 +35,17 @@ def test_a_folder_cut_off_before_its_config_can_be_resumed(tmp_path):
     assert choose_folder(str(tmp_path), "text", "tiny", resume=True) == tmp_path
 
 
+def test_what_a_kill_left_of_the_first_file_does_not_stand_in_the_way(tmp_path):
+    (tmp_path / ".config.json.8c5f").touch()
+    assert choose_folder(str(tmp_path), "text", "tiny", resume=True) == tmp_path
+
+
+@pytest.mark.parametrize("flag", ["caf\udce9", None])
+def test_a_folder_whose_name_is_not_utf_8_is_refused(refused, flag):
+    with refused("run folder 'caf\\udce9' must have a name in UTF-8; choose another"):
+        choose_folder(flag, "text", "caf\udce9", resume=False)
+
+
 def test_a_local_folder_is_written_in_place(tmp_path):
     folder = open_folder(tmp_path / "runs" / "x")
     workspace = Workspace(folder)
