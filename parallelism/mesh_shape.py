@@ -17,12 +17,12 @@ STATE_SHARE = 0.5
 """Share of a device's memory for parameters and optimizer before they are sharded: the rest is activations."""
 
 
-def parse_mesh(text: str, devices: int) -> dict[str, int]:
+def parse_mesh(text: str, devices: int, platform: str = "") -> dict[str, int]:
     """Axis sizes from text like "data=2,fsdp=4"; "" means every device along data, "all" whatever is left.
 
     "fsdp=4x8" is an axis of 32 devices laid along two dims of the network, and becomes the two axes fsdp.0 and fsdp.1.
     Raises ValueError if an axis is unknown or repeated, a size is not a positive number, or the product is not
-    `devices`.
+    `devices`; on the platform cpu, whose devices are as many as one asks for, the remedy is to ask for them.
     """
     sizes: dict[str, tuple[int, ...]] = {}
     wild = None
@@ -44,7 +44,13 @@ def parse_mesh(text: str, devices: int) -> dict[str, int]:
         sizes[wild] = (max(1, devices // product),)
         product *= sizes[wild][0]
     if product != devices:
-        raise ValueError(f"mesh={text!r} needs {product} devices but {devices} are visible; try --mesh data={devices}")
+        simulated, rest = divmod(product, jax.process_count())
+        each = " in each process" if jax.process_count() > 1 else ""
+        remedy = f"JAX_NUM_CPU_DEVICES={simulated}{each}, or " if platform == "cpu" and not rest else ""
+        raise ValueError(
+            f"mesh={text!r} needs {product} devices but {devices} {'is' if devices == 1 else 'are'} visible; "
+            f"try {remedy}--mesh data={devices}"
+        )
     shape: dict[str, int] = {}
     for axis in MESH_AXES:
         factors = sizes.get(axis, (1,))

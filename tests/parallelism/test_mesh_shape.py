@@ -108,7 +108,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_a_remedy(text, complaint):
     assert "\n" not in message
     assert repr(text) in message
     assert complaint in message
-    whole, part = re.search(r"try --mesh (\S+)$", message), re.search(r"try (\w+)=(\w+)$", message)
+    whole, part = re.search(r"--mesh (\S+)$", message), re.search(r"try (\w+)=(\w+)$", message)
     if whole:
         parse_mesh(whole[1], 8)
     elif part:
@@ -117,3 +117,18 @@ def test_a_mesh_that_cannot_be_is_refused_with_a_remedy(text, complaint):
         parse_mesh(",".join(f"{axis}={size}" for axis, size in mended.items()), 8)
     else:
         assert re.search(r"known are data, fsdp, sequence, tensor$|give each axis once$", message)
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "processes", "remedy"),
+    [
+        ("cpu", 1, 1, "1 is visible; try JAX_NUM_CPU_DEVICES=8, or --mesh data=1"),
+        ("cpu", 4, 2, "4 are visible; try JAX_NUM_CPU_DEVICES=4 in each process, or --mesh data=4"),
+        ("cpu", 3, 3, "3 are visible; try --mesh data=3"),  # which no number in each makes 8
+        ("tpu", 1, 1, "1 is visible; try --mesh data=1"),
+    ],
+)
+def test_devices_that_lack_are_asked_for_where_they_are_simulated(platform, devices, processes, remedy, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(ValueError, match=rf"^mesh='data=8' needs 8 devices but {remedy}$"):
+        parse_mesh("data=8", devices, platform)
