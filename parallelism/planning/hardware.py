@@ -95,6 +95,11 @@ class Accelerator:
         return self.chips * self.generation.devices_per_chip
 
     @property
+    def network(self) -> tuple[int, ...]:
+        """Devices along each dim of the network, those of a chip last."""
+        return (*self.shape, self.generation.devices_per_chip)
+
+    @property
     def topology(self) -> str:
         """The name by which its compiler knows it, such as v3:4x4."""
         return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"

@@ -34,6 +34,7 @@ START = """
     import json, sys
     import jax, numpy as np
     from jax.experimental import multihost_utils
+    from parallelism import mesh_shape
     from parallelism.hosts import Cluster, agree, fetch, join, run_process
     from scripts.common.command_line import errors_in_one_line
     from tests.parallelism.conftest import Tiny
@@ -44,6 +45,8 @@ TOGETHER = """
     def main():
         join(cluster)
         found, tiny = {"said": agree(f"by {number}")}, Tiny(num_kv_heads=2)
+        mesh_shape._own_memory = lambda devices: 2**12 if number else 2**40
+        found["auto"] = tiny.strategy("mesh", "auto").describe().partition(" (")[0]
         for mesh in ("data=4", "tensor=2,data=2", "sequence=4", "fsdp=2,tensor=2"):
             strategy = tiny.strategy("mesh", mesh, seq_len=8)
             rows, batch = strategy.rows(16), tiny.batch(0, length=8)
@@ -151,7 +154,8 @@ def pair(script):
 
 
 def test_two_processes_are_one_run():
-    """The agreement, and which rows of a batch each holds. tests/scripts trains in several processes."""
+    """The agreement, one mesh for both though process 1 has less memory than a state takes, and which rows of a batch
+    each holds. tests/scripts trains in several processes."""
     with pair(TOGETHER) as processes:
         ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
@@ -159,6 +163,7 @@ def test_two_processes_are_one_run():
         half, writes = list(range(8 * number, 8 * number + 8)), number == 0
         assert json.loads(out.splitlines()[-1]) == {
             "said": "by 0",
+            "auto": "mesh: 4 cpu devices of 2 processes as fsdp=4",
             "data=4": [half, True, writes],
             "tensor=2,data=2": [half, True, writes],
             "sequence=4": [list(range(16)), True, writes],  # both hold pieces of all rows
