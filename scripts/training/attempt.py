@@ -73,8 +73,13 @@ class Attempt:
         job, strategy = self._job, self._job.strategy
         restored = self._checkpoints.restore(strategy.abstract()) if job.flags.resume else None
         if restored is not None:
-            say(f"resume    from step {restored.step} of {job.folder}")
-            state, self._start = strategy.adopt(restored.state), restored.step
+            done, steps = restored.step, job.flags.train.steps
+            if done > steps:
+                raise ValueError(
+                    f"--steps {steps} must be at least {done}, the steps that {job.folder} has done; try --steps {done}"
+                )
+            say(f"resume    from step {done} of {job.folder}")
+            state, self._start = strategy.adopt(restored.state), done
         else:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start

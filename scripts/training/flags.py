@@ -22,7 +22,8 @@ DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a
 LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
 """What a resumed run may change without changing what it computes, but that `accumulate` changes dropout's masks."""
 FREE = (
-    *(*LAYOUT, "steps", "attention", "layer_loop", "data_dir", "log_interval", "check_interval", "keep"),
+    *(*LAYOUT, "steps", "schedule_steps", "attention", "layer_loop", "data_dir", "log_interval", "check_interval"),
+    *("keep",),
     *("max_bad_steps", "profile", "print_param_hash", "lower_only"),
 )
 
@@ -107,11 +108,12 @@ def flags_to_dict(flags: Flags) -> dict[str, Any]:
 
 
 def flags_from_dict(values: dict[str, Any]) -> Flags:
-    """The flags that `flags_to_dict` wrote."""
+    """The flags that `flags_to_dict` wrote; a run that did not record its schedule has that of its steps."""
+    train = TrainConfig(**values["train"])
     return Flags(
         **values["run"],
-        train=TrainConfig(**values["train"]),
-        learning=OptimizerConfig(**values["optimizer"]),
+        train=train,
+        learning=OptimizerConfig(**values["optimizer"]).settled(train.steps),
         model=config_from_dict(values["model"]),
     )
 
@@ -185,7 +187,9 @@ def _settle(flags: Flags) -> Flags:
             f"seq_len={flags.train.seq_len} must not exceed max_seq_len={model.max_seq_len}; "
             f"try --seq-len {model.max_seq_len}"
         )
-    return dataclasses.replace(flags, strategy=flags.strategy or default, model=model, dtype=None, remat=None)
+    learning = flags.learning.settled(flags.train.steps)
+    strategy = flags.strategy or default
+    return dataclasses.replace(flags, strategy=strategy, model=model, learning=learning, dtype=None, remat=None)
 
 
 def _refuse_changes(saved: Flags, flags: Flags) -> None:

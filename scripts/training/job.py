@@ -60,6 +60,8 @@ class Job:
         parts = self.layout.accumulate
         said = f", in {parts} microbatches" if parts > 1 and settings.reduction == "mean" else ""
         say(f"steps     {settings.steps} × {settings.batch_size} sequences × {settings.seq_len} tokens{said}")
+        if words := describe_schedule(self.flags):
+            say(f"schedule  {words}")
         say(f"strategy  {self.strategy.describe()}")
 
 
@@ -80,6 +82,18 @@ def prepare_job(flags: Flags) -> Job:
     layout, strategy, step, evaluate = build(flags)
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
+
+
+def describe_schedule(flags: Flags) -> str:
+    """How the learning rate ends, where its schedule is not as long as the run."""
+    learning, steps = flags.learning, flags.train.steps
+    length = learning.schedule_steps or steps
+    if length == steps:
+        return ""
+    ends = f"falls until step {length} and stays at {learning.final_rate * learning.learning_rate:g}"
+    if length > steps:
+        ends = f"would fall until step {length} and is cut off at step {steps}"
+    return f"the rate {ends}; --schedule-steps {steps} lets it fall until the end"
 
 
 def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:

@@ -70,6 +70,10 @@ def test_resume_refuses_another_run(refuses, finished, flag, value):
     assert (finished / "config.json").read_bytes() == before
 
 
+def test_resume_refuses_fewer_steps_than_are_done(refuses, finished):
+    refuses(train, ["--output-dir", "run", "--resume", "--steps", "8"], "--steps 8", "at least 12", "try --steps 12")
+
+
 def test_resume_refuses_another_text(refuses, text, finished):
     with (text / "text.txt").open("a") as file:
         file.write("crown")
