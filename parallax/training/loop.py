@@ -19,7 +19,15 @@ Row = dict[str, float | int]
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
+    """Too many steps in a row were not finite.
+
+    Args:
+      last_finite: the last step before them. What was saved at it or later gave no finite step.
+    """
+
+    def __init__(self, message: str, last_finite: int):
+        super().__init__(message)
+        self.last_finite = last_finite
 
 
 class Placement(Protocol):
@@ -160,9 +168,10 @@ def _observe(step: int, metrics: dict[str, jax.Array], config: TrainConfig, obse
     for observer in observers:
         observer.step(step, numbers)
     if numbers["bad_steps"] >= config.max_bad_steps:
+        bad_steps = int(numbers["bad_steps"])
         raise Diverged(
-            f"{numbers['bad_steps']} steps in a row up to step {step} had a loss or gradient that is not finite; "
-            f"try a smaller --learning-rate, or resume from the last checkpoint with --dtype float32"
+            f"{bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite",
+            last_finite=step - bad_steps,
         )
     return numbers
 

@@ -37,6 +37,7 @@ from parallelism.planning.hardware import peak_flops
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
+from scripts.training.resuming import Earlier, describe_remedy, resume_command
 from scripts.training.summary import Summary, describe_time
 
 EVALUATED_TOKENS = 8192
@@ -64,6 +65,7 @@ class Attempt:
         )
         self._stopwatch = Stopwatch()
         self._start = self._step = 0
+        self._changed: dict[str, Any] = {}
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -72,6 +74,12 @@ class Attempt:
         """
         job, strategy = self._job, self._job.strategy
         restored = self._checkpoints.restore(strategy.abstract()) if job.flags.resume else None
+        if strategy.is_writer and (job.folder / "config.json").exists():
+            earlier = Earlier(job.folder)
+            self._changed = earlier.changes(job.flags)
+            say(f"before    {earlier.describe_layout()}")
+            for flag, (before, after) in self._changed.items():
+                say(f"changed   {flag} {after}, before {before}")
         if restored is not None:
             done, steps = restored.step, job.flags.train.steps
             if done > steps:
@@ -113,7 +121,7 @@ class Attempt:
 
     def run(self, state: TrainState) -> int:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""
-        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch)
+        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch, self._changed)
         self._stopwatch.seconds["startup"] = time.time() - self._began
         self._job.strategy.stop_requested.listen()
         observers: list[Any] = []
@@ -134,14 +142,25 @@ class Attempt:
         for observer in observers:
             with noted():
                 observer.close()
-        if not failures or jax.process_count() == 1:  # a save in the background may wait for a peer for ever
+        diverged = failures[0] if failures and isinstance(failures[0], Diverged) else None
+        if not failures or diverged or jax.process_count() == 1:  # else a save may wait for a peer for ever
             with noted(), self._stopwatch.timing("checkpoint"):
                 self._checkpoints.close()
+        if diverged:
+            with noted():
+                self._set_aside(diverged.last_finite)
         with noted():
             self._write_summary(failures)
             self._workspace.send()
         self._workspace.release()
         return self._end(state, failures)
+
+    def _set_aside(self, last_finite: int) -> None:
+        """What this attempt saved and no finite step came from, so that the run does not go on from it."""
+        for step in self._checkpoints.steps():
+            if step >= last_finite and step > self._start:
+                self._checkpoints.set_aside(step, "diverged")
+        self._step = self._checkpoints.latest_step() or 0
 
     def _observers(self) -> list[Any]:
         folder, flags = self._workspace.path, self._job.flags
@@ -214,31 +233,33 @@ class Attempt:
 
     def _write_summary(self, failures: list[Exception]) -> None:
         if self._job.strategy.is_writer:
-            finished = self._step >= self._job.flags.train.steps
-            end = "failed" if failures else "finished" if finished else "stopped"
+            end = "failed" if failures else "finished" if self._finished else "stopped"
             failure = _one_line(failures[0]) if failures else None
             self._summary.write(self._step, self._checkpoints.best_step(), end, failure)
 
     def _end(self, state: TrainState, failures: list[Exception]) -> int:
         """Says how the run ended, and returns the exit status."""
-        job, steps, step = self._job, self._job.flags.train.steps, self._step
         if failures:
-            latest = self._checkpoints.latest_step()
-            print(
-                f"error: stopped: {_one_line(failures[0])}; the last good checkpoint is step {latest} of {job.folder}",
-                file=sys.stderr,
-                flush=True,
-            )
+            remedy = describe_remedy(self._job, self._checkpoints.latest_step(), failures[0])
+            print(f"error: stopped: {_one_line(failures[0])}; {remedy}", file=sys.stderr, flush=True)
             return FAILED if isinstance(failures[0], Diverged) else OUTSIDE_FAILURE
-        finished, best = step >= steps, self._checkpoints.best_step()
-        how = "finished" if finished else "stopped "
-        say(f"{how}  at step {step} of {steps}; best checkpoint: step {best}; run folder: {job.folder}")
+        self._say_end()
+        return self._report(state) if self._finished else 0
+
+    @property
+    def _finished(self) -> bool:
+        return self._step >= self._job.flags.train.steps
+
+    def _say_end(self) -> None:
+        """How the run ended where nothing failed, and how to go on."""
+        job, best = self._job, self._checkpoints.best_step()
+        how = "finished" if self._finished else "stopped "
+        saved = "no checkpoint" if best is None else f"best checkpoint: step {best}"
+        say(f"{how}  at step {self._step} of {job.flags.train.steps}; {saved}; run folder: {job.folder}")
         if job.strategy.is_writer:
             say(f"time      {describe_time(self._workspace.path)}")
-        if not finished:
-            say(f"go on     python scripts/train.py --resume --output-dir {job.folder}")
-            return 0
-        return self._report(state)
+        if not self._finished:
+            say(f"go on     {resume_command(job.flags, job.folder)}")
 
     def _report(self, state: TrainState) -> int:
         """What a finished run was asked to print; the first process does."""
@@ -282,7 +303,7 @@ def describe_run(job: Job) -> dict[str, Any]:
     """What config.json holds."""
     corpus = {"edition": job.corpus.edition, "sha256": job.corpus.sha256}
     versions = {"python": sys.version.split()[0], "jax": jax.__version__}
-    return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions}
+    return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions, "layout": job.strategy.describe()}
 
 
 def report_overfit(job: Job, params: Params) -> int:

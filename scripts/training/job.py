@@ -4,6 +4,7 @@ Invariant: a job that exists has had all of its input checked, and has touched n
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
-from scripts.training.flags import Flags, model_name
+from scripts.training.flags import Flags, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.step import bind_state, bind_step
 
@@ -79,7 +80,13 @@ def prepare_job(flags: Flags) -> Job:
     tokenizer = _tokenizer(flags, folder, corpus)
     flags = _with_sizes(flags, tokenizer, corpus)
     training, held_out = prepare(corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1)
-    layout, strategy, step, evaluate = build(flags)
+    try:
+        layout, strategy, step, evaluate = build(flags)
+    except ValueError as error:
+        rule, _, remedy = str(error).rpartition("; ")
+        if flags.resume and not all(map(may_change, re.findall(r"--[a-z][\w.-]*", remedy))):
+            raise ValueError(f"{rule}, as the run was started; try another --mesh, or --strategy single") from None
+        raise
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
 
