@@ -6,6 +6,7 @@ Invariant: a run goes on from its folder alone, and always leaves word there of 
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -66,6 +67,7 @@ class Attempt:
         self._stopwatch = Stopwatch()
         self._start = self._step = 0
         self._changed: dict[str, Any] = {}
+        self._evaluation_due = False  # that of the last step, which a stop cut short
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -88,6 +90,7 @@ class Attempt:
                 )
             say(f"resume    from step {done} of {job.folder}")
             state, self._start = strategy.adopt(restored.state), done
+            self._evaluation_due = restored.documents["progress"].get("evaluation_due", False)
         else:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
@@ -123,7 +126,7 @@ class Attempt:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""
         self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch, self._changed)
         self._stopwatch.seconds["startup"] = time.time() - self._began
-        self._job.strategy.stop_requested.listen()
+        self._job.strategy.stop_requested.listen(self._end_at_once)
         observers: list[Any] = []
         failures: list[Exception] = []
 
@@ -134,11 +137,17 @@ class Attempt:
             except (Diverged, sentinel.Divergence, OSError) as error:
                 failures.append(error)
 
-        with noted():
-            if self._job.strategy.is_writer:
-                self._summary.write(self._start, self._checkpoints.best_step())
-            observers += self._observers()
-            state, self._step = self._train(state, observers)
+        try:
+            with noted():
+                if self._job.strategy.is_writer:
+                    self._summary.write(self._start, self._checkpoints.best_step())
+                observers += self._observers()
+                state, self._step = self._train(state, observers)
+        except KeyboardInterrupt:
+            for observer in observers:
+                if isinstance(observer, Terminal):
+                    observer.close()  # gives the terminal its cursor back
+            raise
         for observer in observers:
             with noted():
                 observer.close()
@@ -161,6 +170,14 @@ class Attempt:
             if step >= last_finite and step > self._start:
                 self._checkpoints.set_aside(step, "diverged")
         self._step = self._checkpoints.latest_step() or 0
+
+    def _end_at_once(self) -> None:
+        """At a signal while the step is compiled, which nothing interrupts: no step is done that could be lost."""
+        if self._stopwatch.current == "compile":
+            self._write_summary([])
+            self._workspace.send()
+            self._say_end()
+            os._exit(0)
 
     def _observers(self) -> list[Any]:
         folder, flags = self._workspace.path, self._job.flags
@@ -190,15 +207,18 @@ class Attempt:
             check=self._check,
             observers=observers,
             stopwatch=self._stopwatch,
+            evaluation_due=self._evaluation_due,
             step_flops=step_flops(job.flags.model, settings.batch_size, settings.seq_len),
             peak_flops=sum(peak_flops(device.device_kind) or 0.0 for device in strategy.devices) or None,
         )
 
     def _save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+        settings = self._job.flags.train
+        self._evaluation_due = eval_loss is None and (step == settings.steps or step % settings.eval_interval == 0)
         documents = {
             "config": describe_run(self._job),
             "tokenizer": self._job.tokenizer.to_json(),
-            "progress": {"next_batch": step},
+            "progress": {"next_batch": step} | ({"evaluation_due": True} if self._evaluation_due else {}),
         }
         self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
         self._checkpoints.save(step, self._job.strategy.canonical(state), documents, eval_loss)
@@ -220,15 +240,20 @@ class Attempt:
             trees.append({"sample_ids": batch["sample_ids"]})
         sentinel.check(step, trees, facts, stacked=strategy.is_stacked)
 
-    def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float:
-        """Mean cross-entropy over every held-out target, in nats a token."""
+    def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float | None:
+        """Mean cross-entropy over every held-out target, in nats a token; None if a stop is requested meanwhile."""
         job, settings = self._job, self._job.flags.train
         # Whole training batches, so that the rows can be dealt; several at once where they are small.
         size = settings.batch_size * max(1, EVALUATED_TOKENS // (settings.batch_size * settings.seq_len))
         params = job.strategy.canonical(state).params
         batches = evaluation_batches(job.held_out, batch_size=size, rows=job.strategy.rows(size))
-        # One at a time: simulated devices may lock up when many programs with collectives are queued.
-        results = [jax.device_get(evaluate(params, batch)) for batch in batches]
+        results = []
+        for batch in batches:
+            if job.strategy.stop_requested():
+                return None
+            # One at a time: simulated devices may lock up when many programs with collectives are queued.
+            results.append(jax.device_get(evaluate(params, batch)))
+        self._evaluation_due = False
         return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
 
     def _write_summary(self, failures: list[Exception]) -> None:
@@ -248,7 +273,7 @@ class Attempt:
 
     @property
     def _finished(self) -> bool:
-        return self._step >= self._job.flags.train.steps
+        return self._step >= self._job.flags.train.steps and not self._evaluation_due
 
     def _say_end(self) -> None:
         """How the run ended where nothing failed, and how to go on."""

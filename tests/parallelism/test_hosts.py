@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from parallelism.hosts import StopRequest
+from parallelism.hosts import STOPPING, StopRequest
 
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 120
@@ -26,7 +26,7 @@ STEPS = """
         print("begin", step, flush=True)
         sys.stdin.readline()  # the step takes until the parent says so
         print("end", step, flush=True)
-        if stop(step):
+        if stop():
             print("saved", step, flush=True)
             break
 """
@@ -117,7 +117,7 @@ def test_a_signal_stops_the_run_after_the_step_it_fell_into(child, numbers):
     for number in numbers:
         child.send_signal(number)
     end_step(child)
-    assert child.communicate(timeout=60) == ("end 2\nsaved 2\n", "")
+    assert child.communicate(timeout=60) == ("end 2\nsaved 2\n", STOPPING)
     assert child.returncode == 0
 
 
@@ -134,10 +134,46 @@ def test_a_second_interrupt_interrupts_at_once(child, first):
     assert error.rstrip().endswith("KeyboardInterrupt")
 
 
+STUCK = """
+    import hashlib, os, threading
+    from parallelism.hosts import StopRequest, run_process
+
+    def main():
+        stop = StopRequest()
+        stop.listen(AT_ONCE)
+        print("begin", flush=True)
+        HANG
+        return 0
+
+    raise SystemExit(run_process(main))
+"""
+HANG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes in C, in which no handler runs
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_call_that_no_handler_interrupts_can_be_ended(number):
+    with started(STUCK.replace("HANG", HANG).replace("AT_ONCE", "lambda: os._exit(7)")) as child:
+        assert child.stdout.readline() == "begin\n"
+        child.send_signal(number)
+        assert ends_within(child, 10)
+        assert child.returncode == 7
+
+
+def test_a_second_interrupt_ends_a_run_without_a_traceback():
+    waiting = STUCK.replace("HANG", "threading.Event().wait()").replace("AT_ONCE", "")
+    with started(waiting) as child:
+        assert child.stdout.readline() == "begin\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.readline() == STOPPING
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=60) == ("", "interrupted\n")
+        assert child.returncode == 130
+
+
 def test_nothing_is_requested_and_no_handler_installed_until_asked():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     stop = StopRequest()
-    assert not any(stop(step) for step in range(5))
+    assert not any(stop() for _ in range(5))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 

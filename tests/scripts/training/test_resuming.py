@@ -1,6 +1,9 @@
 """A run that goes on: the command for it, what it says it was, and what may change."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 
 import jax
@@ -11,6 +14,7 @@ from parallelism.hosts import StopRequest
 from scripts import train
 from scripts.training.flags import read_flags
 from scripts.training.resuming import resume_command
+from tests.scripts.runs import ROOT, SHORT, SMALL, checkpoints, rows
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,7 @@ def test_the_command_is_whole(args, program, processes, expected, monkeypatch):
 def stop_at(monkeypatch, number):
     """A stop is requested the so many-th time that the run asks."""
     asked = iter(range(1, 10**6))
-    monkeypatch.setattr(StopRequest, "__call__", lambda self, *_: next(asked) == number)
+    monkeypatch.setattr(StopRequest, "__call__", lambda self: next(asked) == number)
 
 
 def test_a_stopped_run_goes_on_by_the_command_that_it_prints(train_small, text, paste, monkeypatch):
@@ -74,6 +78,64 @@ def test_a_resumed_run_says_where_it_was_and_where_it_is(train_small, finished):
     assert status == 0
     assert "\nbefore    single: 1 of " in err
     assert "\nstrategy  pmap: 8 cpu devices" in err
+
+
+@pytest.mark.parametrize(("asked", "step"), [(7, 6), (13, 12)])
+def test_a_stop_in_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for(
+    train_small, text, template, monkeypatch, asked, step
+):
+    """After steps 1 to 6 it asks for the seventh time before a batch of held-out text."""
+    stop_at(monkeypatch, asked)
+    status, _, err = train_small("--output-dir", "run")
+    assert status == 0
+    assert f"stopped   at step {step} of 12" in err
+    assert checkpoints(text / "run")[-1] == step
+    evaluated = [row["step"] for row in rows(text / "run") if "eval_loss" in row]
+    assert evaluated == [6][: asked // 13]
+    assert not json.loads((text / "run" / "summary.json").read_text())["finished"]
+    assert train_small("--output-dir", "run", "--resume")[0] == 0
+    assert json.loads((text / "run" / "summary.json").read_text())["finished"]
+    for row, whole in zip(rows(text / "run"), rows(template), strict=True):
+        assert row == pytest.approx(whole, rel=1e-5)  # sums in another order
+
+
+COMPILING = """
+import hashlib, sys
+from parallelism.single import Single
+from scripts import train
+
+def compile(self, step):
+    def hang(state, batch):
+        print("compiling", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in C, in which no handler runs
+    return hang
+
+Single.compile = compile
+raise SystemExit(train.run_process(train.main))
+"""
+
+
+def test_a_stop_while_the_step_is_compiled_ends_the_run_at_once(text):
+    flags = ["--dataset", "text.txt", *SMALL, *SHORT, "--output-dir", "run"]
+    run = subprocess.Popen(
+        [sys.executable, "-c", COMPILING, *flags],
+        cwd=text,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "compiling\n"
+        run.send_signal(signal.SIGTERM)
+        _, err = run.communicate(timeout=10)
+    finally:
+        run.kill()
+    assert run.returncode == 0
+    assert "\nstopped   at step 0 of 12; no checkpoint; run folder: run\n" in err
+    assert "\ngo on     python" in err
+    assert json.loads((text / "run" / "summary.json").read_text())["attempts"][-1]["end"] == "stopped"
 
 
 def test_intervals_rate_and_dtype_may_change_and_the_run_records_it(call, finished):
