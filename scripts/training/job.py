@@ -100,7 +100,8 @@ def describe_schedule(flags: Flags) -> str:
     ends = f"falls until step {length} and stays at {learning.final_rate * learning.learning_rate:g}"
     if length > steps:
         ends = f"would fall until step {length} and is cut off at step {steps}"
-    return f"the rate {ends}; --schedule-steps {steps} lets it fall until the end"
+    shorter = f" --warmup-steps {max(1, steps // 10)}" if (learning.warmup_steps or 0) > steps else ""
+    return f"the rate {ends}; --schedule-steps {steps}{shorter} lets it fall until the end"
 
 
 def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
