@@ -137,7 +137,7 @@ class TransformerConfig:
         _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must be in [0, 1); try 0.1")
         _require(
             self.attention not in ("blocks", "splash") or not self.dropout_rate,
-            f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try attention xla",
+            f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try xla",
         )
         _require(
             self.layer_loop != "unroll" or self.remat == "none",
@@ -182,6 +182,8 @@ class OptimizerConfig:
     """Peak rate, reached after the warm-up."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; by default min(100, steps / 10)."""
+    schedule_steps: int | None = None
+    """Steps until the cosine ends; the rate stays there after it. By default the steps of the run as it was begun."""
     final_rate: float = 0.1
     """The cosine ends at this share of the peak rate."""
     weight_decay: float = 0.1
@@ -198,12 +200,22 @@ class OptimizerConfig:
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"warmup_steps={self.warmup_steps} must not be negative; try 100",
         )
+        _require(
+            self.schedule_steps is None or self.schedule_steps >= 1,
+            f"schedule_steps={self.schedule_steps} must be at least 1; try 1000",
+        )
         _require(0 <= self.final_rate <= 1, f"final_rate={self.final_rate} must be in [0, 1]; try 0.1")
         _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative; try 0.1")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name}={value} must be in [0, 1); try 0.9")
         _require(self.clip_norm >= 0, f"clip_norm={self.clip_norm} must not be negative; 0 is off")
+
+    def settled(self, steps: int) -> "OptimizerConfig":
+        """With the warm-up and the schedule of a run of so many steps, which stay if that gets longer."""
+        length = self.schedule_steps or steps
+        warmup = min(100, length // 10) if self.warmup_steps is None else self.warmup_steps
+        return dataclasses.replace(self, schedule_steps=length, warmup_steps=warmup)
 
 
 @chex.dataclass(frozen=True)

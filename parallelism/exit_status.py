@@ -13,6 +13,8 @@ OUTSIDE_FAILURE = 3
 """The run failed through something outside it, as a disk, and may be started again."""
 LOST_PEER = 4
 """Another process of the run is gone, and knows why; it may be started again."""
+INTERRUPTED = 130
+"""Ctrl-C ended it at once: 128 and the number of the signal, as a shell has it."""
 
 
 def is_of_runtime(error: Exception) -> bool:

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, is_of_runtime
+from parallelism.exit_status import FAILED, INTERRUPTED, LOST_PEER, OUTSIDE_FAILURE, is_of_runtime
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
 SHUTDOWN_SECONDS = 30
 """How long a process that is done waits for the others."""
+STOPPING = "stopping: this step is saved, then the run ends; a second Ctrl-C ends it at once, without saving\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +157,9 @@ def run_process(main: Callable[[], int]) -> int:
         status = main()
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = INTERRUPTED
     except Exception as error:
         if not _has_peers():
             raise
@@ -165,7 +170,7 @@ def run_process(main: Callable[[], int]) -> int:
         else:
             traceback.print_exc()
             status = FAILED
-    if status in (FAILED, OUTSIDE_FAILURE) or (status and _has_peers()):
+    if status in (FAILED, OUTSIDE_FAILURE, INTERRUPTED) or (status and _has_peers()):
         # Exit handlers would wait, for peers or for threads that a failed save has left waiting for ever.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -182,15 +187,21 @@ def _has_peers() -> bool:
 class StopRequest:
     """Turns the first SIGTERM or Ctrl-C into a question that the loop asks; a second Ctrl-C interrupts at once.
 
-    Over several processes JAX listens for SIGTERM itself, and all agree on the step after which they stop.
+    Over several processes JAX listens for SIGTERM itself, and all agree on the question at which they stop.
     """
 
     def __init__(self):
         self._requested = False
+        self._asked = 0
         self._together: Callable[[int], bool] | None = None
 
-    def listen(self) -> None:
-        """Installs the handlers; call it from the main thread, once a run is about to train."""
+    def listen(self, at_once: Callable[[], None] = lambda: None) -> None:
+        """Installs the handlers; call it from the main thread, once a run is about to train.
+
+        Args:
+          at_once: called in another thread at each signal, for the main thread may be in a call that no handler
+            interrupts, such as a compilation. It may end the process. Not over several processes.
+        """
         if jax.process_count() > 1:  # a handler for SIGTERM would displace JAX's own
             from jax.experimental import multihost_utils
 
@@ -198,12 +209,26 @@ class StopRequest:
             return
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=_watch, args=(reading, at_once), daemon=True).start()
 
-    def __call__(self, step: int) -> bool:
-        """Whether to stop after this step; several processes must all ask after every step."""
-        return self._requested if self._together is None else self._together(step)
+    def __call__(self) -> bool:
+        """Whether to stop now; several processes must all ask equally often. Of them, all get one True at once."""
+        self._asked += 1
+        return self._requested if self._together is None else self._together(self._asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._requested:
+            os.write(2, STOPPING.encode())  # a handler may have interrupted a print
         self._requested = True
+
+
+def _watch(reading: int, at_once: Callable[[], None]) -> None:
+    """Calls `at_once` for each signal that Python writes into this pipe, whatever the main thread does."""
+    while number := os.read(reading, 1):
+        if number[0] in (signal.SIGTERM, signal.SIGINT):
+            at_once()

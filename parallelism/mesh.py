@@ -81,7 +81,7 @@ class MeshStrategy:
         if layout.mesh == "auto":
             sizes, self._why = choose_mesh(devices, rules, shapes, state_axes, layout)
         else:
-            sizes = parse_mesh(layout.mesh, len(devices))
+            sizes = parse_mesh(layout.mesh, len(devices), devices[0].platform)
         check_used(in_parts(rules, list(sizes)), sizes)
         # An axis of one device splits nothing; without it there is no collective over a group of one.
         sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}

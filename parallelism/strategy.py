@@ -54,7 +54,7 @@ class Strategy(Protocol):
     is_stacked: bool
     """Whether a placed state has a leading dim of this process's devices, each with a replica of its own."""
     stop_requested: StopRequest
-    """Called with a step: whether all processes agreed to stop after it."""
+    """Whether all processes agreed to stop now."""
 
     length_parts: int
     """How many devices share a sequence."""

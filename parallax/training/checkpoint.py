@@ -34,7 +34,8 @@ class Checkpointer:
     """The checkpoints of one run: in each, one pytree of global arrays and some JSON documents.
 
     Every process of a run makes one and calls the same methods in the same order. Only the writer writes
-    manifests, renames and deletes, and only in `save` and `restore`: other methods leave the folder as it is.
+    manifests, renames and deletes, and only in `save`, `restore` and `set_aside`: other methods leave the folder as it
+    is.
 
     Orbax's AsyncCheckpointer is used without its CheckpointManager. That one tells JAX's preemption service a
     stale step from a background thread, after which a SIGTERM can go unseen, and it deletes old steps before
@@ -58,6 +59,7 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1; try 3")
         self._folder = CheckpointFolder(directory, notify)
+        self._notify = notify
         self._keep = keep
         self._is_writer = is_writer
         self._saver: Any = None
@@ -107,6 +109,11 @@ class Checkpointer:
             self._background.shutdown()
             if self._saver is not None:
                 self._saver.close()
+
+    def set_aside(self, step: int, why: str) -> None:
+        """Renames a trusted step to STEP.WHY, so that nothing goes on from it; the writer does, after `close`."""
+        if self._is_writer:
+            self._notify(f"checkpoint {step} is now {self._folder.set_aside(step, why)}")
 
     def steps(self) -> list[int]:
         """The steps that have a manifest, oldest first. Their other files are not read."""

@@ -161,7 +161,7 @@ class CheckpointFolder:
                 verify(self.path(step))
                 return step
             except DamageError as damage:
-                aside = f"; it is now {self._set_aside(step)}" if set_aside else ""
+                aside = f"; it is now {self.set_aside(step, 'damaged')}" if set_aside else ""
                 self._notify(f"checkpoint {step} is damaged: {damage}{aside}")
         return None
 
@@ -200,11 +200,12 @@ class CheckpointFolder:
             return _UNFINISHED in entry.name
         return entry.name.isdecimal() and not any((entry / name).exists() for name in (_COMMITTED, MANIFEST))
 
-    def _set_aside(self, step: int) -> str:
-        """Renames a damaged step. On gs:// its files move one by one: a kill leaves two parts, damaged both."""
-        name, copies = f"{step}.damaged", 0
+    def set_aside(self, step: int, why: str) -> str:
+        """Renames a step to STEP.WHY, which is returned. On gs:// its files move one by one: a kill leaves two parts,
+        damaged both."""
+        name, copies = f"{step}.{why}", 0
         while (self.root / name).exists():
             copies += 1
-            name = f"{step}.damaged-{copies}"
+            name = f"{step}.{why}-{copies}"
         self.path(step).rename(self.root / name)
         return name

@@ -19,7 +19,15 @@ Row = dict[str, float | int]
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row were not finite."""
+    """Too many steps in a row were not finite.
+
+    Args:
+      last_finite: the last step before them. What was saved at it or later gave no finite step.
+    """
+
+    def __init__(self, message: str, last_finite: int):
+        super().__init__(message)
+        self.last_finite = last_finite
 
 
 class Placement(Protocol):
@@ -27,7 +35,7 @@ class Placement(Protocol):
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> Any: ...
 
-    def stop_requested(self, step: int) -> bool: ...
+    def stop_requested(self) -> bool: ...
 
 
 class Observer(Protocol):
@@ -47,13 +55,16 @@ class Stopwatch:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.current = ""
+        """What time goes to now."""
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, self.current = time.perf_counter(), what
         try:
             yield
         finally:
+            self.current = ""
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
 
@@ -65,11 +76,12 @@ def train(
     batches: Iterator[dict[str, np.ndarray]],
     placement: Placement,
     config: TrainConfig,
-    evaluate: Callable[[TrainState], float],
+    evaluate: Callable[[TrainState], float | None],
     save: Callable[[int, TrainState, float | None], None],
     check: Callable[[int, TrainState, Any], None],
     observers: list[Observer],
     stopwatch: Stopwatch,
+    evaluation_due: bool = False,
     step_flops: float = 0.0,
     peak_flops: float | None = None,
 ) -> tuple[TrainState, int]:
@@ -77,10 +89,11 @@ def train(
 
     Args:
       batches: host batches from index `start` on.
-      evaluate: state to held-out loss in nats a token.
+      evaluate: state to held-out loss in nats a token, or None once a stop is requested: then the state is saved.
       save: called with (step, state, held-out loss of this step or None).
       check: called with (step, state, placed batch) every `config.check_interval` steps and before each save; raises
         where the state cannot be trusted.
+      evaluation_due: whether the run was stopped before step `start` was evaluated: then that comes first.
       step_flops, peak_flops: for the model FLOPs utilisation, of the whole batch and of all devices together.
 
     Returns:
@@ -93,7 +106,8 @@ def train(
     meter = _Meter(stopwatch, step_flops, peak_flops)
     pending: tuple[int, dict[str, jax.Array]] | None = None  # dispatched, not yet read: the host runs a step ahead
     done = start
-    while done < config.steps:
+    stopping = evaluation_due and _evaluate(start, state, evaluate, observers, stopwatch) is None
+    while done < config.steps and not stopping:
         with stopwatch.timing("data"):
             batch = placement.put_batch(next(batches))
         with stopwatch.timing("compile" if done == start else "step"):
@@ -102,7 +116,7 @@ def train(
                 jax.block_until_ready(metrics)
         done += 1
         final = done == config.steps
-        stopping = not final and placement.stop_requested(done)
+        stopping = not final and placement.stop_requested()
         logged = final or done == 1 or done % config.log_interval == 0
         evaluated = final or done % config.eval_interval == 0
         saved = evaluated or stopping or done % config.checkpoint_interval == 0
@@ -122,16 +136,28 @@ def train(
             with stopwatch.timing("check"):
                 check(done, state, batch)
         eval_loss: float | None = None
-        if evaluated:
-            with stopwatch.timing("evaluation"):
-                eval_loss = evaluate(state)
-            _record({"step": done, "eval_loss": eval_loss}, observers)
-        if saved:
+        if evaluated and not stopping:
+            eval_loss = _evaluate(done, state, evaluate, observers, stopwatch)
+            stopping = eval_loss is None
+        if saved or stopping:
             with stopwatch.timing("checkpoint"):
                 save(done, state, eval_loss)
-        if stopping:
-            break
     return state, done
+
+
+def _evaluate(
+    step: int,
+    state: TrainState,
+    evaluate: Callable[[TrainState], float | None],
+    observers: list[Observer],
+    stopwatch: Stopwatch,
+) -> float | None:
+    """The held-out loss, recorded; None if a stop was requested before it was known."""
+    with stopwatch.timing("evaluation"):
+        eval_loss = evaluate(state)
+    if eval_loss is not None:
+        _record({"step": step, "eval_loss": eval_loss}, observers)
+    return eval_loss
 
 
 class _Meter:
@@ -160,9 +186,10 @@ def _observe(step: int, metrics: dict[str, jax.Array], config: TrainConfig, obse
     for observer in observers:
         observer.step(step, numbers)
     if numbers["bad_steps"] >= config.max_bad_steps:
+        bad_steps = int(numbers["bad_steps"])
         raise Diverged(
-            f"{numbers['bad_steps']} steps in a row up to step {step} had a loss or gradient that is not finite; "
-            f"try a smaller --learning-rate, or resume from the last checkpoint with --dtype float32"
+            f"{bad_steps} steps in a row up to step {step} had a loss or gradient that is not finite",
+            last_finite=step - bad_steps,
         )
     return numbers
 

@@ -18,24 +18,26 @@ Schedule = Callable[[jax.Array], jax.Array]
 """Step, int32 from 0, to learning rate."""
 
 
-def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    """The warm-up asked for, else min(100, steps / 10)."""
-    return min(100, steps // 10) if config.warmup_steps is None else config.warmup_steps
-
-
 def make_learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
-    """Step, from 0, to rate: linear to the peak, then a cosine to `final_rate` of it at the last step.
+    """Step, from 0, to rate: linear to the peak, then a cosine to `final_rate` of it, where it stays.
 
-    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5. The first step of a warm-up already moves. Raises ValueError if
-    the warm-up is longer than the run.
+    Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5. The first step of a warm-up already moves.
+
+    Args:
+      steps: of the run; the schedule is as long unless the config says otherwise.
+
+    Raises:
+      ValueError: the warm-up is longer than the schedule.
     """
-    warmup, peak = warmup_steps(config, steps), config.learning_rate
-    if warmup > steps:
-        raise ValueError(f"warmup_steps={warmup} must not exceed steps={steps}; try {max(1, steps // 10)}")
+    settled = config.settled(steps)
+    warmup, length, peak = settled.warmup_steps or 0, settled.schedule_steps or steps, config.learning_rate
+    if warmup > length:
+        what = "steps" if config.schedule_steps in (None, steps) else "schedule_steps"
+        raise ValueError(f"warmup_steps={warmup} must not exceed {what}={length}; try {max(1, length // 10)}")
 
     def learning_rate(step: jax.Array) -> jax.Array:
         rising = (step + 1) / (warmup + 1)
-        done = jnp.clip((step - warmup) / max(1, steps - 1 - warmup), 0, 1)
+        done = jnp.clip((step - warmup) / max(1, length - 1 - warmup), 0, 1)
         falling = config.final_rate + (1 - config.final_rate) * 0.5 * (1 + jnp.cos(jnp.pi * done))
         return peak * jnp.where(step < warmup, rising, falling)
 

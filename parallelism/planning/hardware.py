@@ -1,4 +1,4 @@
-"""What TPUs can do, by the names under which users rent them and JAX reports them.
+"""What accelerators can do, by the names under which users rent them and JAX reports them.
 
 Invariant: a device that is not in the table has no peak, and no utilisation is reported for it.
 """
@@ -22,8 +22,8 @@ class Generation:
     """
 
     name: str
-    kind: str
-    """What JAX calls its devices."""
+    kinds: tuple[str, ...]
+    """What JAX calls its devices, which changes with the version of libtpu."""
     flops: float
     """bfloat16 operations a second."""
     memory_bytes: int
@@ -47,15 +47,33 @@ class Generation:
 GENERATIONS = {
     each.name: each
     for each in (
-        Generation("v2", "TPU v2", 45e12, 16 * GIB, 700e9, 62e9, 2, 256, devices_per_chip=2, splash=False),
-        Generation("v3", "TPU v3", 123e12, 32 * GIB, 900e9, 100e9, 2, 1024, devices_per_chip=2, splash=False),
-        Generation("v4", "TPU v4", 275e12, 32 * GIB, 1200e9, 45e9, 3, 4096, on_chip=ON_CHIP),
-        Generation("v5e", "TPU v5 lite", 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP),
-        Generation("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 90e9, 3, 4096),
-        Generation("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP),
+        Generation("v2", ("TPU v2",), 45e12, 16 * GIB, 700e9, 62e9, 2, 256, devices_per_chip=2, splash=False),
+        Generation("v3", ("TPU v3",), 123e12, 32 * GIB, 900e9, 100e9, 2, 1024, devices_per_chip=2, splash=False),
+        Generation("v4", ("TPU v4",), 275e12, 32 * GIB, 1200e9, 45e9, 3, 4096, on_chip=ON_CHIP),
+        Generation(
+            "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
+        ),
+        Generation("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 90e9, 3, 4096),
+        Generation(
+            "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
+        ),
     )
 }
 ALIASES = {"v5litepod": "v5e"}
+OTHER_PEAKS = {
+    "TPU v4 lite": 137e12,
+    "TPU7x": 2307e12 / 2,  # a chip shows as two devices
+    **dict.fromkeys(("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"), 312e12),
+    **dict.fromkeys(("H100 80GB HBM3", "H200", "GH200 120GB", "GH200 144G HBM3e", "GH200 480GB"), 989e12),
+    **dict.fromkeys(("H100 NVL", "H200 NVL"), 835e12),
+    "H100 PCIe": 756e12,
+    "B200": 2250e12,
+    "A10G": 70e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+}
+"""Peak bfloat16 operations a second, without sparsity, of devices that are not planned for: by JAX's tpu_info for TPUs,
+by data sheets for GPUs, whose names are CUDA's without "NVIDIA ". A part of one (MIG) has another name, and no peak."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +93,11 @@ class Accelerator:
     def devices(self) -> int:
         """JAX devices."""
         return self.chips * self.generation.devices_per_chip
+
+    @property
+    def network(self) -> tuple[int, ...]:
+        """Devices along each dim of the network, those of a chip last."""
+        return (*self.shape, self.generation.devices_per_chip)
 
     @property
     def topology(self) -> str:
@@ -129,10 +152,12 @@ def _torus(chips: int, dims: int) -> tuple[int, ...]:
 
 def generation_of(device_kind: str) -> Generation | None:
     """The generation of a JAX device, or None where it is not known."""
-    return next((each for each in GENERATIONS.values() if each.kind == device_kind), None)
+    return next((each for each in GENERATIONS.values() if device_kind in each.kinds), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 operations a second of one JAX device, or None where it is not known."""
     generation = generation_of(device_kind)
-    return generation and generation.flops / generation.devices_per_chip
+    if generation is None:
+        return OTHER_PEAKS.get(device_kind.removeprefix("NVIDIA "))
+    return generation.flops / generation.devices_per_chip

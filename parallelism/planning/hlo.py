@@ -1,7 +1,7 @@
 """A compiled program's optimized HLO text, walked as the program runs.
 
-Invariant: what is found is counted exactly as often as it runs. Where the text does not tell how often, walking raises;
-only of a conditional's branches, one of which runs, the heaviest is taken.
+Invariant: what is found is counted exactly as often as it runs. Where the text does not tell how often, or is not in a
+notation that is known here, reading raises; only of a conditional's branches, one of which runs, the heaviest is taken.
 """
 
 import math
@@ -10,8 +10,10 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-_SAME_VALUE = ("bitcast", "convert", "copy", "copy-done", "copy-start", "opt-barrier", "reshape")
-_HEADER = re.compile(r"(?:(ENTRY) )?%?([\w.-]+) \(.*\) -> .*\{$")
+SAME_VALUE = ("bitcast", "convert", "copy", "copy-done", "copy-start", "opt-barrier", "reshape")
+"""Instructions that give what they get."""
+_CALLS = "calls|to_apply|called_computations|select|scatter"
+_HEADER = re.compile(r"(?:(ENTRY) )?%?([\w.-]+)(?: \(.*\) -> .*)? \{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*?)\)(?:, (.*))?$")
 
 Found = TypeVar("Found")
@@ -28,13 +30,16 @@ class Op(NamedTuple):
     attributes: str
 
     def arguments(self) -> list[str]:
-        """Names of the operands."""
-        return re.findall(r"%([\w.-]+)", self.operands)
+        """Names of the operands, each printed with or without its shape in front, and with % or without."""
+        plain = re.sub(r"/\*.*?\*/", "", self.operands)
+        while (inner := re.sub(r"[\[({][^\[\](){}]*[\])}]", "", plain)) != plain:  # commas of shapes
+            plain = inner
+        return [part.split()[-1].removeprefix("%") for part in plain.split(",") if part.strip()]
 
     def called(self, keys: str) -> list[str]:
         """The computations under these attributes, as in "condition=%a" or "branch_computations={%a, %b}"."""
-        found = re.findall(rf"\b(?:{keys})=\{{?((?:%[\w.-]+(?:, )?)+)", self.attributes)
-        return re.findall(r"%([\w.-]+)", " ".join(found))
+        found = re.findall(rf"(?<![\w-])(?:{keys})=(\{{[^{{}}]*\}}|%?[\w.-]+)", self.attributes)
+        return re.findall(r"[\w.-]+", " ".join(found))
 
 
 class _Frame(NamedTuple):
@@ -51,21 +56,57 @@ class Program:
       text: `compiled.as_text()`.
 
     Raises:
-      ValueError: there is no entry computation.
+      ValueError: there is no entry computation, or a line of a computation is no instruction.
     """
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Op]] = {}
-        ops: dict[str, Op] = {}
+        ops: dict[str, Op] | None = None  # of the computation that the line is in
         for line in text.splitlines():
             if header := _HEADER.match(line):
                 ops = self.computations[header[1] or str(header[2])] = {}
-            elif found := _INSTRUCTION.match(line):
+            elif line.startswith("}"):
+                ops = None
+            elif ops is not None and line.strip():
+                found = _INSTRUCTION.match(line)
+                if found is None:
+                    raise ValueError(f"a line of the program is no instruction that is known: {line.strip()[:80]}")
                 ops[found[2]] = Op(*found.groups(""))
         if "ENTRY" not in self.computations:
             raise ValueError("the text must hold an ENTRY computation; pass compiled.as_text()")
+        self.fused = {
+            name
+            for ops in self.computations.values()
+            for op in ops.values()
+            if op.opcode == "fusion"
+            for name in op.called("calls")
+        }
+        """Computations that are one instruction of a device."""
+        self._reached: set[str] = set()
         counts = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.split("\n", 1)[0])
         self.devices = math.prod(map(int, counts))
+
+    def find_all(
+        self, find: Callable[[Op, str, str], Found | None], weigh: Callable[[Found], float]
+    ) -> list[tuple[Found, int]]:
+        """All that `find` finds when the program runs, and how often it runs; see `walk`.
+
+        Raises:
+          ValueError: also where something is found in a computation that no instruction calls in a way that is known.
+        """
+        found = list(self.walk(find, weigh))
+        for name in self.computations.keys() - self._reached:
+            if any(find(op, name, "") is not None for op in self.computations[name].values()):
+                raise ValueError(f"computation {name} is called in no way that is known, and holds what is counted")
+        return found
+
+    def operands(self, op: Op, computation: str) -> list[Op]:
+        """The instructions whose results an instruction takes. Raises ValueError if one is not there."""
+        ops = self.computations[computation]
+        for name in op.arguments():
+            if name not in ops:
+                raise ValueError(f"operand {name} of {op.opcode} {op.name} is no instruction of {computation}")
+        return [ops[name] for name in op.arguments()]
 
     def walk(
         self,
@@ -84,6 +125,9 @@ class Program:
         Raises:
           ValueError: a loop with something that is found has no fixed length.
         """
+        if computation not in self.computations:
+            raise ValueError(f"computation {computation} is called and is not in the text")
+        self._reached.add(computation)
         for op in self.computations[computation].values():
             inner = (re.findall(r'op_name="([^"]*)"', op.attributes) or [path])[0]
             found = find(op, computation, inner)
@@ -91,7 +135,7 @@ class Program:
                 yield found, 1
             elif op.opcode == "while":
                 for key, extra in (("body", 0), ("condition", 1)):
-                    inside = list(self.walk(find, weigh, op.called(key)[0], inner))
+                    inside = list(self.walk(find, weigh, _only(op, key), inner))
                     trips = self._trips(op, computation, inner) + extra if inside else 0
                     yield from ((each, count * trips) for each, count in inside)
             elif op.opcode == "conditional":
@@ -101,14 +145,14 @@ class Program:
                     branches, key=lambda found: sum(count * weigh(each) for each, count in found), default=()
                 )
             elif not op.opcode.endswith(("-update", "-done")):
-                for called in op.called("calls|to_apply|called_computations"):
+                for called in op.called(_CALLS):
                     yield from self.walk(find, weigh, called, inner)
 
     def _trips(self, op: Op, computation: str, path: str) -> int:
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', op.attributes):
             return int(known[1])
         # A TPU's compiler drops the count: run the loop, its integers alone.
-        condition, body = (op.called(key)[0] for key in ("condition", "body"))
+        condition, body = (_only(op, key) for key in ("condition", "body"))
         start = self._value(_Frame(computation, lambda _: None), op.arguments()[0])
         state = [_element(start, index) for index in range(op.shape.count("["))]
         for trips in range(100_000):
@@ -130,7 +174,7 @@ class Program:
         """What an instruction gives: an integer, a tuple as a function of the index, or None: only a run knows."""
         op = self.computations[frame.name][name]
         given = op.arguments()
-        if op.opcode in _SAME_VALUE:
+        if op.opcode in SAME_VALUE:
             return self._value(frame, given[0])
         if op.opcode == "parameter":
             return frame.parameter(int(op.operands))
@@ -151,6 +195,13 @@ class Program:
         values = [self._value(frame, argument) for argument in given]
         known = all(isinstance(value, int) for value in values)
         return int(getattr(operator, function)(*values)) if known else None
+
+
+def _only(op: Op, key: str) -> str:
+    names = op.called(key)
+    if len(names) != 1:
+        raise ValueError(f"{op.opcode} {op.name} must name one {key}, not {', '.join(names) or 'none'}")
+    return names[0]
 
 
 def _element(whole: Any, index: int) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from parallelism.planning.hlo import Op, Program, numbers
+from parallelism.planning.hlo import SAME_VALUE, Op, Program, numbers
 
 _PASSES = {"all-gather": 1, "all-reduce": 2, "all-to-all": 1, "collective-permute": 1, "reduce-scatter": 1}
 
@@ -40,21 +40,29 @@ def read_collectives(hlo_text: str) -> list[Collective]:
     its groups are written in a way that is not known here.
     """
     program = Program(hlo_text)
+    started: dict[str, bool] = {}
 
     def find(op: Op, computation: str, path: str) -> Collective | None:
         kind = op.opcode.removesuffix("-start")
         if kind in _PASSES:
             # A TPU's compiler may spread an asynchronous collective over fusions and repeat it in each; one starts it.
-            ops = program.computations[computation].values()
-            starts = any("AsyncCollectiveStart" in each.attributes for each in ops)
-            repeated = "chain_id=" in op.attributes and not starts
-            return None if repeated else _collective(program, op, kind, computation, path)
+            if chain := re.search(r'chain_id="?([\w.-]+)', op.attributes):
+                ops = program.computations[computation].values()
+                starts = any("AsyncCollectiveStart" in each.attributes for each in ops)
+                started[chain[1]] = starts or started.get(chain[1], False)
+                if not starts:
+                    return None
+            return _collective(program, op, kind, computation, path)
         named = re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes)
         if named and not op.opcode.endswith(("-update", "-done")):
             raise ValueError(f"{kind} is not counted; known collectives are {', '.join(_PASSES)}")
         return None
 
-    return [dataclasses.replace(each, count=count) for each, count in program.walk(find, wire_bytes)]
+    found = program.find_all(find, wire_bytes)
+    for chain, starts in started.items():
+        if not starts:
+            raise ValueError(f"the collectives with chain_id {chain} are started in no way that is known")
+    return [dataclasses.replace(each, count=count) for each, count in found]
 
 
 def wire_bytes(collective: Collective) -> float:
@@ -80,9 +88,18 @@ def _collective(program: Program, op: Op, kind: str, computation: str, path: str
     groups = _groups(op.attributes, program.devices)
     if kind == "reduce-scatter":
         size *= len(groups[0])
-    elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+    elif kind == "all-reduce" and computation in program.fused and _is_sliced(program.computations[computation], op):
         kind = "reduce-scatter"  # written as an all-reduce and a slice, fused, which a TPU runs as one
     return Collective(kind, 1, size, groups, path)
+
+
+def _is_sliced(ops: Mapping[str, Op], op: Op) -> bool:
+    """Whether a part of its result, or of each of them, is all that is used."""
+    users = [each for each in ops.values() if op.name in each.arguments()]
+    passing = (*SAME_VALUE, "get-tuple-element")
+    return bool(users) and all(
+        each.opcode == "dynamic-slice" or (each.opcode in passing and _is_sliced(ops, each)) for each in users
+    )
 
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:

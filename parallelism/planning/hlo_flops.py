@@ -12,22 +12,31 @@ import numpy as np
 
 from parallelism.planning.hlo import Op, Program, numbers
 
+_MATMULS = re.compile(r"\bdot\b|gemm|matmul|convolution|\$conv|cublas|cudnn", re.IGNORECASE)
+"""In the names of other opcodes and of libraries' calls: ragged-dot, scaled-dot, __cublas$gemm, __onednn$matmul."""
+
 
 def read_flops(hlo_text: str) -> int:
     """Operations of `compiled.as_text()` on one device.
 
-    Raises ValueError if there is no entry computation, or a loop with matmuls has no fixed length.
+    Raises ValueError if there is no entry computation, a loop with matmuls has no fixed length, or a matmul is written
+    in a way that is not known here.
     """
     program = Program(hlo_text)
 
     def find(op: Op, computation: str, path: str) -> int | None:
         if op.opcode not in ("dot", "convolution"):
+            target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+            name = target[1] if target else op.opcode
+            if _MATMULS.search(name):
+                raise ValueError(f"{name} is not counted; known matmuls are dot and convolution")
             return None
-        ops = program.computations[computation]
-        shapes = [_dims(ops[name].shape) for name in op.arguments()]
+        shapes = [_dims(operand.shape) for operand in program.operands(op, computation)]
+        if len(shapes) != 2:
+            raise ValueError(f"{op.opcode} {op.name} must have two operands, not {len(shapes)}")
         return (_of_dot if op.opcode == "dot" else _of_convolution)(op, *shapes)
 
-    return sum(count * flops for flops, count in program.walk(find, float))
+    return sum(count * flops for flops, count in program.find_all(find, float))
 
 
 def _dims(shape: str) -> list[int]:
@@ -40,7 +49,10 @@ def _attribute(op: Op, name: str) -> str:
 
 
 def _of_dot(op: Op, left: list[int], right: list[int]) -> int:
-    summed = [left[dim] for dim in numbers(_attribute(op, "lhs_contracting_dims"))]
+    contracting = _attribute(op, "lhs_contracting_dims")
+    if not contracting:
+        raise ValueError(f"dot {op.name} does not say which dims it sums over: {op.attributes[:80]}")
+    summed = [left[dim] for dim in numbers(contracting)]
     return 2 * math.prod(_dims(op.shape)) * math.prod(summed)
 
 

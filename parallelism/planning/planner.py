@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import jax
 
-from parallelism.mesh_shape import show_mesh
+from parallelism.mesh_shape import along_torus, show_mesh
 from parallelism.planning.compiler import Report, compile_step
 from parallelism.planning.hardware import Accelerator
-from parallelism.rules import MESH_AXES, Rules, load_rules, parts_of, split_by
+from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
 
@@ -120,24 +120,6 @@ def legal_meshes(devices: int, fits: Callable[[Mapping[str, int]], bool]) -> Ite
             yield sizes
 
 
-def along_torus(sizes: Mapping[str, int], accelerator: Accelerator) -> dict[str, int]:
-    """The axes of a mesh; fsdp that spans several dims of the network in parts: 256 on 16×16 is fsdp=16x16.
-
-    Data takes the outer dims, so fsdp has the inner ones, of which the two devices of a chip are the innermost. Beside
-    tensor or sequence the compiler gathers as it likes, and fsdp stays whole.
-    """
-    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    left, parts = shape["fsdp"], []
-    for dim in (accelerator.generation.devices_per_chip, *reversed(accelerator.shape)):
-        piece = math.gcd(left, dim)
-        left //= piece
-        parts += [piece] if piece > 1 else []
-    if len(parts) < 2 or shape["tensor"] * shape["sequence"] > 1:
-        return shape
-    split = dict(zip(parts_of("fsdp", len(parts)), reversed(parts), strict=True))
-    return {"data": shape["data"], **split, "sequence": 1, "tensor": 1}
-
-
 def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Report | None = None) -> Row:
     """A row, from the analytic model and, where there is one, the compiler's report."""
     cost, generation = build.cost, accelerator.generation
@@ -232,7 +214,7 @@ def compile_choice(
 
 def mesh_text(sizes: Mapping[str, int], accelerator: Accelerator) -> str:
     """The --mesh for these sizes on this slice."""
-    return show_mesh(along_torus(sizes, accelerator)) or "data=1"
+    return show_mesh(along_torus(sizes, accelerator.network)) or "data=1"
 
 
 LANES = 128

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import tyro
 
-from parallelism.exit_status import is_of_runtime
+from parallelism.exit_status import INTERRUPTED, is_of_runtime
 
 Flags = TypeVar("Flags")
 
@@ -75,7 +75,7 @@ def errors_in_one_line() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be flushed
         raise SystemExit(141) from None
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
 
 
 def late(module: str, name: str) -> Callable[[Sequence[str]], int]:

@@ -6,6 +6,7 @@ Invariant: a run goes on from its folder alone, and always leaves word there of 
 import contextlib
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ from parallelism.planning.hardware import peak_flops
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
+from scripts.training.resuming import Earlier, describe_remedy, resume_command
 from scripts.training.summary import Summary, describe_time
 
 EVALUATED_TOKENS = 8192
@@ -64,6 +66,8 @@ class Attempt:
         )
         self._stopwatch = Stopwatch()
         self._start = self._step = 0
+        self._changed: dict[str, Any] = {}
+        self._evaluation_due = False  # that of the last step, which a stop cut short
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -72,9 +76,21 @@ class Attempt:
         """
         job, strategy = self._job, self._job.strategy
         restored = self._checkpoints.restore(strategy.abstract()) if job.flags.resume else None
+        if strategy.is_writer and (job.folder / "config.json").exists():
+            earlier = Earlier(job.folder)
+            self._changed = earlier.changes(job.flags)
+            say(f"before    {earlier.describe_layout()}")
+            for flag, (before, after) in self._changed.items():
+                say(f"changed   {flag} {after}, before {before}")
         if restored is not None:
-            say(f"resume    from step {restored.step} of {job.folder}")
-            state, self._start = strategy.adopt(restored.state), restored.step
+            done, steps = restored.step, job.flags.train.steps
+            if done > steps:
+                raise ValueError(
+                    f"--steps {steps} must be at least {done}, the steps that {job.folder} has done; try --steps {done}"
+                )
+            say(f"resume    from step {done} of {job.folder}")
+            state, self._start = strategy.adopt(restored.state), done
+            self._evaluation_due = restored.documents["progress"].get("evaluation_due", False)
         else:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
@@ -110,9 +126,9 @@ class Attempt:
 
     def run(self, state: TrainState) -> int:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""
-        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch)
+        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch, self._changed)
         self._stopwatch.seconds["startup"] = time.time() - self._began
-        self._job.strategy.stop_requested.listen()
+        self._job.strategy.stop_requested.listen(self._end_at_once)
         observers: list[Any] = []
         failures: list[Exception] = []
 
@@ -123,22 +139,47 @@ class Attempt:
             except (Diverged, sentinel.Divergence, OSError) as error:
                 failures.append(error)
 
-        with noted():
-            if self._job.strategy.is_writer:
-                self._summary.write(self._start, self._checkpoints.best_step())
-            observers += self._observers()
-            state, self._step = self._train(state, observers)
+        try:
+            with noted():
+                if self._job.strategy.is_writer:
+                    self._summary.write(self._start, self._checkpoints.best_step())
+                observers += self._observers()
+                state, self._step = self._train(state, observers)
+        except KeyboardInterrupt:
+            for observer in observers:
+                if isinstance(observer, Terminal):
+                    observer.close()  # gives the terminal its cursor back
+            raise
         for observer in observers:
             with noted():
                 observer.close()
-        if not failures or jax.process_count() == 1:  # a save in the background may wait for a peer for ever
+        diverged = failures[0] if failures and isinstance(failures[0], Diverged) else None
+        if not failures or diverged or jax.process_count() == 1:  # else a save may wait for a peer for ever
             with noted(), self._stopwatch.timing("checkpoint"):
                 self._checkpoints.close()
+        if diverged:
+            with noted():
+                self._set_aside(diverged.last_finite)
         with noted():
             self._write_summary(failures)
             self._workspace.send()
         self._workspace.release()
         return self._end(state, failures)
+
+    def _set_aside(self, last_finite: int) -> None:
+        """What this attempt saved and no finite step came from, so that the run does not go on from it."""
+        for step in self._checkpoints.steps():
+            if step >= last_finite and step > self._start:
+                self._checkpoints.set_aside(step, "diverged")
+        self._step = self._checkpoints.latest_step() or 0
+
+    def _end_at_once(self) -> None:
+        """At a signal while the step is compiled, which nothing interrupts: no step is done that could be lost."""
+        if self._stopwatch.current == "compile":
+            self._write_summary([])
+            self._workspace.send()
+            self._say_end()
+            os._exit(0)
 
     def _observers(self) -> list[Any]:
         folder, flags = self._workspace.path, self._job.flags
@@ -168,15 +209,18 @@ class Attempt:
             check=self._check,
             observers=observers,
             stopwatch=self._stopwatch,
+            evaluation_due=self._evaluation_due,
             step_flops=step_flops(job.flags.model, settings.batch_size, settings.seq_len),
             peak_flops=sum(peak_flops(device.device_kind) or 0.0 for device in strategy.devices) or None,
         )
 
     def _save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+        settings = self._job.flags.train
+        self._evaluation_due = eval_loss is None and (step == settings.steps or step % settings.eval_interval == 0)
         documents = {
             "config": describe_run(self._job),
             "tokenizer": self._job.tokenizer.to_json(),
-            "progress": {"next_batch": step},
+            "progress": {"next_batch": step} | ({"evaluation_due": True} if self._evaluation_due else {}),
         }
         self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
         self._checkpoints.save(step, self._job.strategy.canonical(state), documents, eval_loss)
@@ -198,44 +242,51 @@ class Attempt:
             trees.append({"sample_ids": batch["sample_ids"]})
         sentinel.check(step, trees, facts, stacked=strategy.is_stacked)
 
-    def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float:
-        """Mean cross-entropy over every held-out target, in nats a token."""
+    def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float | None:
+        """Mean cross-entropy over every held-out target, in nats a token; None if a stop is requested meanwhile."""
         job, settings = self._job, self._job.flags.train
         # Whole training batches, so that the rows can be dealt; several at once where they are small.
         size = settings.batch_size * max(1, EVALUATED_TOKENS // (settings.batch_size * settings.seq_len))
         params = job.strategy.canonical(state).params
         batches = evaluation_batches(job.held_out, batch_size=size, rows=job.strategy.rows(size))
-        # One at a time: simulated devices may lock up when many programs with collectives are queued.
-        results = [jax.device_get(evaluate(params, batch)) for batch in batches]
+        results = []
+        for batch in batches:
+            if job.strategy.stop_requested():
+                return None
+            # One at a time: simulated devices may lock up when many programs with collectives are queued.
+            results.append(jax.device_get(evaluate(params, batch)))
+        self._evaluation_due = False
         return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
 
     def _write_summary(self, failures: list[Exception]) -> None:
         if self._job.strategy.is_writer:
-            finished = self._step >= self._job.flags.train.steps
-            end = "failed" if failures else "finished" if finished else "stopped"
+            end = "failed" if failures else "finished" if self._finished else "stopped"
             failure = _one_line(failures[0]) if failures else None
             self._summary.write(self._step, self._checkpoints.best_step(), end, failure)
 
     def _end(self, state: TrainState, failures: list[Exception]) -> int:
         """Says how the run ended, and returns the exit status."""
-        job, steps, step = self._job, self._job.flags.train.steps, self._step
         if failures:
-            latest = self._checkpoints.latest_step()
-            print(
-                f"error: stopped: {_one_line(failures[0])}; the last good checkpoint is step {latest} of {job.folder}",
-                file=sys.stderr,
-                flush=True,
-            )
+            remedy = describe_remedy(self._job, self._checkpoints.latest_step(), failures[0])
+            print(f"error: stopped: {_one_line(failures[0])}; {remedy}", file=sys.stderr, flush=True)
             return FAILED if isinstance(failures[0], Diverged) else OUTSIDE_FAILURE
-        finished, best = step >= steps, self._checkpoints.best_step()
-        how = "finished" if finished else "stopped "
-        say(f"{how}  at step {step} of {steps}; best checkpoint: step {best}; run folder: {job.folder}")
+        self._say_end()
+        return self._report(state) if self._finished else 0
+
+    @property
+    def _finished(self) -> bool:
+        return self._step >= self._job.flags.train.steps and not self._evaluation_due
+
+    def _say_end(self) -> None:
+        """How the run ended where nothing failed, and how to go on."""
+        job, best = self._job, self._checkpoints.best_step()
+        how = "finished" if self._finished else "stopped "
+        saved = "no checkpoint" if best is None else f"best checkpoint: step {best}"
+        say(f"{how}  at step {self._step} of {job.flags.train.steps}; {saved}; run folder: {job.folder}")
         if job.strategy.is_writer:
             say(f"time      {describe_time(self._workspace.path)}")
-        if not finished:
-            say(f"go on     python scripts/train.py --resume --output-dir {job.folder}")
-            return 0
-        return self._report(state)
+        if not self._finished:
+            say(f"go on     {resume_command(job.flags, job.folder)}")
 
     def _report(self, state: TrainState) -> int:
         """What a finished run was asked to print; the first process does."""
@@ -279,7 +330,7 @@ def describe_run(job: Job) -> dict[str, Any]:
     """What config.json holds."""
     corpus = {"edition": job.corpus.edition, "sha256": job.corpus.sha256}
     versions = {"python": sys.version.split()[0], "jax": jax.__version__}
-    return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions}
+    return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions, "layout": job.strategy.describe()}
 
 
 def report_overfit(job: Job, params: Params) -> int:

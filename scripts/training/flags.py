@@ -7,7 +7,8 @@ takes every default from the run it continues.
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
 from etils import epath
@@ -19,12 +20,15 @@ from scripts.common.command_line import parse
 
 DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
 
-LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
-"""What a resumed run may change without changing what it computes, but that `accumulate` changes dropout's masks."""
+LAYOUT = ("mode", "strategy", "mesh", "rules")
+"""A command's, not a run's: a resumed run has those that it is given, or the defaults."""
 FREE = (
-    *(*LAYOUT, "steps", "attention", "layer_loop", "data_dir", "log_interval", "check_interval", "keep"),
-    *("max_bad_steps", "profile", "print_param_hash", "lower_only"),
+    *(*LAYOUT, "accumulate", "steps", "attention", "layer_loop", "keep", "max_bad_steps"),
+    *("log_interval", "eval_interval", "checkpoint_interval", "check_interval"),
+    *("learning_rate", "warmup_steps", "schedule_steps", "final_rate", "dtype"),
 )
+"""What a resumed run may change: nothing of the curve but that `accumulate` changes dropout's masks, up to `keep`; what
+else changes it is named, and recorded in summary.json."""
 
 if TYPE_CHECKING:
     Preset = str
@@ -107,13 +111,39 @@ def flags_to_dict(flags: Flags) -> dict[str, Any]:
 
 
 def flags_from_dict(values: dict[str, Any]) -> Flags:
-    """The flags that `flags_to_dict` wrote."""
+    """The flags that `flags_to_dict` wrote; a run that did not record its schedule has that of its steps."""
+    train = TrainConfig(**values["train"])
     return Flags(
         **values["run"],
-        train=TrainConfig(**values["train"]),
-        learning=OptimizerConfig(**values["optimizer"]),
+        train=train,
+        learning=OptimizerConfig(**values["optimizer"]).settled(train.steps),
         model=config_from_dict(values["model"]),
     )
+
+
+class Change(NamedTuple):
+    """A flag that a command would change of a run."""
+
+    part: str
+    """As in config.json."""
+    flag: str
+    before: Any
+    after: Any
+
+
+def changes(saved: Flags, flags: Flags) -> Iterator[Change]:
+    """All differences between the flags of a run and those of a command."""
+    before, after = flags_to_dict(saved), flags_to_dict(flags)
+    for part, values in before.items():
+        for name, value in values.items():
+            if after[part][name] != value:
+                prefix = "model." if part == "model" else ""
+                yield Change(part, f"--{prefix}{name.replace('_', '-')}", value, after[part][name])
+
+
+def may_change(flag: str) -> bool:
+    """Whether a resumed run takes another value of this flag of its config."""
+    return flag.removeprefix("--").removeprefix("model.").replace("-", "_") in FREE
 
 
 def model_name(flags: Flags) -> str:
@@ -163,9 +193,9 @@ def _saved_flags(args: list[str]) -> Flags | None:
         saved = flags_from_dict(values)
     except (TypeError, KeyError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not the config of a run ({error}); choose another --output-dir") from None
-    # A layout is the command's, not the run's.
-    layout = {"mode": None, "strategy": None, "mesh": "", "rules": "default"}
-    return dataclasses.replace(saved, **(layout if saved.mode != "overfit" else layout | {"mode": "overfit"}))
+    layout = {name: getattr(Flags, name) for name in LAYOUT}
+    layout |= {"mode": "overfit"} if saved.mode == "overfit" else {}
+    return dataclasses.replace(saved, **layout)
 
 
 def _settle(flags: Flags) -> Flags:
@@ -185,18 +215,16 @@ def _settle(flags: Flags) -> Flags:
             f"seq_len={flags.train.seq_len} must not exceed max_seq_len={model.max_seq_len}; "
             f"try --seq-len {model.max_seq_len}"
         )
-    return dataclasses.replace(flags, strategy=flags.strategy or default, model=model, dtype=None, remat=None)
+    learning = flags.learning.settled(flags.train.steps)
+    strategy = flags.strategy or default
+    return dataclasses.replace(flags, strategy=strategy, model=model, learning=learning, dtype=None, remat=None)
 
 
 def _refuse_changes(saved: Flags, flags: Flags) -> None:
     """Raises ValueError naming the first value of the run that the command line would change."""
-    before, after = flags_to_dict(saved), flags_to_dict(flags)
-    for part, values in before.items():
-        for name, value in values.items():
-            if name not in FREE and after[part][name] != value:
-                prefix = "model." if part == "model" else ""
-                flag = f"--{prefix}{name.replace('_', '-')}"
-                raise ValueError(
-                    f"{flag} {after[part][name]} differs from {value}, with which the run was started; "
-                    f"leave it out, or start a run in another --output-dir"
-                )
+    for _, flag, before, after in changes(saved, flags):
+        if not may_change(flag):
+            raise ValueError(
+                f"{flag} {after} differs from {before}, with which the run was started; "
+                f"leave it out, or start a run in another --output-dir"
+            )

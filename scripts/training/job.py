@@ -4,6 +4,7 @@ Invariant: a job that exists has had all of its input checked, and has touched n
 """
 
 import dataclasses
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
-from scripts.training.flags import Flags, model_name
+from scripts.training.flags import Flags, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.step import bind_state, bind_step
 
@@ -60,6 +61,8 @@ class Job:
         parts = self.layout.accumulate
         said = f", in {parts} microbatches" if parts > 1 and settings.reduction == "mean" else ""
         say(f"steps     {settings.steps} × {settings.batch_size} sequences × {settings.seq_len} tokens{said}")
+        if words := describe_schedule(self.flags):
+            say(f"schedule  {words}")
         say(f"strategy  {self.strategy.describe()}")
 
 
@@ -77,9 +80,28 @@ def prepare_job(flags: Flags) -> Job:
     tokenizer = _tokenizer(flags, folder, corpus)
     flags = _with_sizes(flags, tokenizer, corpus)
     training, held_out = prepare(corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1)
-    layout, strategy, step, evaluate = build(flags)
+    try:
+        layout, strategy, step, evaluate = build(flags)
+    except ValueError as error:
+        rule, _, remedy = str(error).rpartition("; ")
+        if flags.resume and not all(map(may_change, re.findall(r"--[a-z][\w.-]*", remedy))):
+            raise ValueError(f"{rule}, as the run was started; try another --mesh, or --strategy single") from None
+        raise
     folder = epath.Path(agree(str(folder)))
     return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
+
+
+def describe_schedule(flags: Flags) -> str:
+    """How the learning rate ends, where its schedule is not as long as the run."""
+    learning, steps = flags.learning, flags.train.steps
+    length = learning.schedule_steps or steps
+    if length == steps:
+        return ""
+    ends = f"falls until step {length} and stays at {learning.final_rate * learning.learning_rate:g}"
+    if length > steps:
+        ends = f"would fall until step {length} and is cut off at step {steps}"
+    shorter = f" --warmup-steps {max(1, steps // 10)}" if (learning.warmup_steps or 0) > steps else ""
+    return f"the rate {ends}; --schedule-steps {steps}{shorter} lets it fall until the end"
 
 
 def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:

@@ -6,6 +6,7 @@ last checkpoint; the attempt that resumes accounts for the rest.
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,22 @@ class Summary:
       began: when this process began, in seconds since 1970.
       start: the step that it goes on from.
       stopwatch: what it spends its time on; `startup` must be in it once training begins.
+      changed: flags that this attempt changed of the run, each with [before, now].
     """
 
-    def __init__(self, folder: Path, began: float, start: int, stopwatch: Stopwatch):
+    def __init__(
+        self,
+        folder: Path,
+        began: float,
+        start: int,
+        stopwatch: Stopwatch,
+        changed: Mapping[str, list[Any]] | None = None,
+    ):
         self._path = folder / SUMMARY_FILE
         self._began, self._stopwatch = began, stopwatch
         self._earlier = _read_attempts(folder)
         self._attempt: dict[str, Any] = {"from_step": start, "began": round(began, 3)}
+        self._attempt |= {"changed": dict(changed)} if changed else {}
 
     def write(self, step: int, best_step: int | None, end: str = "", failure: str | None = None) -> None:
         """Writes the file. `end` is finished, stopped or failed, and empty while the attempt goes on."""

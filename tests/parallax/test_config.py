@@ -23,6 +23,7 @@ from tests.configs import random_config
 
 # (class, the values that break one rule, the field that the message must name)
 BROKEN = [
+    (OptimizerConfig, {"schedule_steps": 0}, "schedule_steps"),
     (RopeScaling, {"kind": "yarnish"}, "kind"),
     (RopeScaling, {"factor": 0.5}, "factor"),
     (RopeScaling, {"factor": float("nan")}, "factor"),
@@ -68,6 +69,7 @@ BROKEN = [
             *("eval_interval", "checkpoint_interval", "check_interval", "keep", "max_bad_steps"),
         )
     ],
+    (TransformerConfig, {"attention": "blocks", "dropout_rate": 0.1}, "attention"),
     (TrainConfig, {"reduction": "sum"}, "reduction"),
     (TrainConfig, {"seed": -1}, "seed"),
     (TrainConfig, {"seed": 2**31}, "seed"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from parallelism.hosts import StopRequest
+from parallelism.hosts import STOPPING, StopRequest
 
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 120
@@ -26,7 +26,7 @@ STEPS = """
         print("begin", step, flush=True)
         sys.stdin.readline()  # the step takes until the parent says so
         print("end", step, flush=True)
-        if stop(step):
+        if stop():
             print("saved", step, flush=True)
             break
 """
@@ -34,6 +34,7 @@ START = """
     import json, sys
     import jax, numpy as np
     from jax.experimental import multihost_utils
+    from parallelism import mesh_shape
     from parallelism.hosts import Cluster, agree, fetch, join, run_process
     from scripts.common.command_line import errors_in_one_line
     from tests.parallelism.conftest import Tiny
@@ -44,6 +45,8 @@ TOGETHER = """
     def main():
         join(cluster)
         found, tiny = {"said": agree(f"by {number}")}, Tiny(num_kv_heads=2)
+        mesh_shape._own_memory = lambda devices: 2**12 if number else 2**40
+        found["auto"] = tiny.strategy("mesh", "auto").describe().partition(" (")[0]
         for mesh in ("data=4", "tensor=2,data=2", "sequence=4", "fsdp=2,tensor=2"):
             strategy = tiny.strategy("mesh", mesh, seq_len=8)
             rows, batch = strategy.rows(16), tiny.batch(0, length=8)
@@ -114,7 +117,7 @@ def test_a_signal_stops_the_run_after_the_step_it_fell_into(child, numbers):
     for number in numbers:
         child.send_signal(number)
     end_step(child)
-    assert child.communicate(timeout=60) == ("end 2\nsaved 2\n", "")
+    assert child.communicate(timeout=60) == ("end 2\nsaved 2\n", STOPPING)
     assert child.returncode == 0
 
 
@@ -131,10 +134,46 @@ def test_a_second_interrupt_interrupts_at_once(child, first):
     assert error.rstrip().endswith("KeyboardInterrupt")
 
 
+STUCK = """
+    import hashlib, os, threading
+    from parallelism.hosts import StopRequest, run_process
+
+    def main():
+        stop = StopRequest()
+        stop.listen(AT_ONCE)
+        print("begin", flush=True)
+        HANG
+        return 0
+
+    raise SystemExit(run_process(main))
+"""
+HANG = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"  # minutes in C, in which no handler runs
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_call_that_no_handler_interrupts_can_be_ended(number):
+    with started(STUCK.replace("HANG", HANG).replace("AT_ONCE", "lambda: os._exit(7)")) as child:
+        assert child.stdout.readline() == "begin\n"
+        child.send_signal(number)
+        assert ends_within(child, 10)
+        assert child.returncode == 7
+
+
+def test_a_second_interrupt_ends_a_run_without_a_traceback():
+    waiting = STUCK.replace("HANG", "threading.Event().wait()").replace("AT_ONCE", "")
+    with started(waiting) as child:
+        assert child.stdout.readline() == "begin\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stderr.readline() == STOPPING
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=60) == ("", "interrupted\n")
+        assert child.returncode == 130
+
+
 def test_nothing_is_requested_and_no_handler_installed_until_asked():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     stop = StopRequest()
-    assert not any(stop(step) for step in range(5))
+    assert not any(stop() for _ in range(5))
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -151,7 +190,8 @@ def pair(script):
 
 
 def test_two_processes_are_one_run():
-    """The agreement, and which rows of a batch each holds. tests/scripts trains in several processes."""
+    """The agreement, one mesh for both though process 1 has less memory than a state takes, and which rows of a batch
+    each holds. tests/scripts trains in several processes."""
     with pair(TOGETHER) as processes:
         ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
@@ -159,6 +199,7 @@ def test_two_processes_are_one_run():
         half, writes = list(range(8 * number, 8 * number + 8)), number == 0
         assert json.loads(out.splitlines()[-1]) == {
             "said": "by 0",
+            "auto": "mesh: 4 cpu devices of 2 processes as fsdp=4",
             "data=4": [half, True, writes],
             "tensor=2,data=2": [half, True, writes],
             "sequence=4": [list(range(16)), True, writes],  # both hold pieces of all rows

@@ -1,12 +1,13 @@
 """The sizes of a mesh from text, or a complaint whose remedy works; and a mesh that is chosen, and why."""
 
+import itertools
 import re
 import types
 
 import jax
 import pytest
 
-from parallelism.mesh_shape import choose_mesh, parse_mesh
+from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
 from parallelism.rules import MESH_AXES, RULE_SETS
 from parallelism.strategy import Layout
 
@@ -48,14 +49,49 @@ def test_no_shape_is_refused_with_a_remedy(tiny, reduction):
 
 @pytest.mark.parametrize(("share", "axis"), [(10, "data"), (1, "fsdp")])
 def test_a_state_that_fills_the_memory_is_sharded(tiny, share, axis):
-    """Devices that say how much memory they have: simulated ones do not."""
-    shapes = jax.eval_shape(tiny.init_state)
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    device = types.SimpleNamespace(process_index=0, memory_stats=lambda: {"bytes_limit": share * state_bytes})
-    layout = Layout(strategy="mesh", mesh="auto", batch_size=16, seq_len=6)
-    sizes, why = choose_mesh([device] * 8, RULE_SETS["default"], shapes, tiny.axes, layout)
+    sizes, why = choose(tiny, [device(tiny, share)] * 8)
     assert {name: size for name, size in sizes.items() if size > 1} == {axis: 8}
     assert ("too much for one device" in why) == (axis == "fsdp")
+
+
+def device(tiny, share, platform="gpu", **place):
+    """One that says how much memory it has, in states of the model: simulated ones do not."""
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(tiny.init_state)))
+    limit = {"bytes_limit": int(share * state_bytes)}
+    return types.SimpleNamespace(process_index=0, memory_stats=lambda: limit, platform=platform, **place)
+
+
+def choose(tiny, devices):
+    layout = Layout(strategy="mesh", mesh="auto", batch_size=16, seq_len=6)
+    return choose_mesh(devices, RULE_SETS["default"], jax.eval_shape(tiny.init_state), tiny.axes, layout)
+
+
+def torus(tiny, share, *dims, cores=1):
+    places = itertools.product(*map(range, dims), range(cores))
+    return [device(tiny, share, "tpu", coords=tuple(chip), core_on_chip=core) for *chip, core in places]
+
+
+@pytest.mark.parametrize(
+    ("dims", "cores", "mesh"),
+    [
+        ((4, 4, 1), 1, "fsdp=4x4"),  # of a v5e-16
+        ((8, 2, 1), 1, "fsdp=2x8"),
+        ((2, 2, 2), 2, "fsdp=2x2x2x2"),
+        ((2, 2, 1), 2, "fsdp=2x2x2"),  # of a v3-8
+        ((4, 1, 1), 1, "fsdp=4"),
+    ],
+)
+def test_fsdp_follows_the_network_of_a_tpu(tiny, dims, cores, mesh):
+    """Along one ring of 16 BASE sends 285 MiB a step, along two of 4 it sends 215."""
+    devices = torus(tiny, 1, *dims, cores=cores)
+    sizes, _ = choose(tiny, devices)
+    assert show_mesh(sizes) == mesh
+    assert parse_mesh(mesh, len(devices)) == sizes
+
+
+def test_what_is_not_fsdp_stays_whole_on_any_network(tiny):
+    assert show_mesh(choose(tiny, torus(tiny, 10, 4, 4, 1))[0]) == "data=16"
+    assert show_mesh(choose(tiny, torus(tiny, 1, 4, 4, 1)[:12])[0]) == "fsdp=4,sequence=3"  # no whole torus
 
 
 @pytest.mark.parametrize(
@@ -108,7 +144,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_a_remedy(text, complaint):
     assert "\n" not in message
     assert repr(text) in message
     assert complaint in message
-    whole, part = re.search(r"try --mesh (\S+)$", message), re.search(r"try (\w+)=(\w+)$", message)
+    whole, part = re.search(r"--mesh (\S+)$", message), re.search(r"try (\w+)=(\w+)$", message)
     if whole:
         parse_mesh(whole[1], 8)
     elif part:
@@ -117,3 +153,18 @@ def test_a_mesh_that_cannot_be_is_refused_with_a_remedy(text, complaint):
         parse_mesh(",".join(f"{axis}={size}" for axis, size in mended.items()), 8)
     else:
         assert re.search(r"known are data, fsdp, sequence, tensor$|give each axis once$", message)
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "processes", "remedy"),
+    [
+        ("cpu", 1, 1, "1 is visible; try JAX_NUM_CPU_DEVICES=8, or --mesh data=1"),
+        ("cpu", 4, 2, "4 are visible; try JAX_NUM_CPU_DEVICES=4 in each process, or --mesh data=4"),
+        ("cpu", 3, 3, "3 are visible; try --mesh data=3"),  # which no number in each makes 8
+        ("tpu", 1, 1, "1 is visible; try --mesh data=1"),
+    ],
+)
+def test_devices_that_lack_are_asked_for_where_they_are_simulated(platform, devices, processes, remedy, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(ValueError, match=rf"^mesh='data=8' needs 8 devices but {remedy}$"):
+        parse_mesh("data=8", devices, platform)

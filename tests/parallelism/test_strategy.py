@@ -118,7 +118,7 @@ def test_every_strategy_says_what_it_is_and_waits_to_be_stopped(tiny, name, mesh
     assert len(strategy.devices) == (1 if name == "single" else 8)
     assert strategy.devices == jax.devices()[: len(strategy.devices)]
     assert strategy.is_writer
-    assert not strategy.stop_requested(1)
+    assert not strategy.stop_requested()
     np.testing.assert_array_equal(strategy.rows(16), np.arange(16))
 
 

@@ -3,6 +3,7 @@
 import functools
 import io
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -38,6 +39,18 @@ def call(tmp_path, monkeypatch, capfd):
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def paste(call):
+    """Runs a command for train.py that was printed: what `call` gives."""
+
+    def paste(command: str) -> tuple[int, str, str]:
+        words = [word for word in shlex.split(command) if not word.startswith("JAX_NUM_CPU_DEVICES=")]
+        assert words[:2] == ["python", "train.py"]
+        return call(train, *words[2:])
+
+    return paste
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parallax.config import PRESETS
-from parallelism.mesh_shape import parse_mesh
+from parallelism.mesh_shape import network_dims, parse_mesh
 from parallelism.planning.compiler import topology_devices
 from parallelism.planning.hardware import accelerator
 from parallelism.planning.hlo_collectives import read_collectives
@@ -75,6 +75,14 @@ def test_the_printed_command_runs_on_simulated_devices(folder, tiny):
     ended = run_script("train.py", *flags, env={"JAX_NUM_CPU_DEVICES": "8"}, cwd=folder)
     assert ended.returncode == 0, ended.stderr
     assert json.loads((folder / "run" / "summary.json").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"), [("v5litepod-16", [4, 4]), ("v3-8", [2, 2, 2]), ("v4-16", [2, 2, 2]), ("v6e-8", [2, 4])]
+)
+def test_devices_say_what_network_they_are_on(name, dims):
+    """`--mesh auto` asks them."""
+    assert [dim for dim in network_dims(topology_devices(accelerator(name))) if dim > 1] == dims
 
 
 def test_a_second_plan_compiles_nothing(folder, small):

@@ -62,12 +62,16 @@ def test_microbatches_that_are_chosen_are_named_and_leave_the_curve_as_it_is(tra
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--learning-rate", "0.0123"), ("--model.norm-eps", "0.0123"), ("--z-loss", "0.0123"), ("--reduction", "exact")],
+    [("--weight-decay", "0.0123"), ("--model.norm-eps", "0.0123"), ("--z-loss", "0.0123"), ("--reduction", "exact")],
 )
 def test_resume_refuses_another_run(refuses, finished, flag, value):
     before = (finished / "config.json").read_bytes()
     refuses(train, ["--output-dir", "run", "--resume", flag, value], flag, value)
     assert (finished / "config.json").read_bytes() == before
+
+
+def test_resume_refuses_fewer_steps_than_are_done(refuses, finished):
+    refuses(train, ["--output-dir", "run", "--resume", "--steps", "8"], "--steps 8", "at least 12", "try --steps 12")
 
 
 def test_resume_refuses_another_text(refuses, text, finished):

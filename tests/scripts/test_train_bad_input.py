@@ -20,7 +20,9 @@ CASES = """
 --mode single --strategy pmap | single | pmap | try --mode distributed
 --mode distributed --strategy single | single | try --strategy pmap
 --strategy pmap --mesh data=8 | data=8 | --strategy mesh
---mesh data=2 | data=2 | 8 are visible | try --mesh data=8
+--mesh data=2 | data=2 | 8 are visible | try JAX_NUM_CPU_DEVICES=2, or --mesh data=8
+--schedule-steps 0 | schedule_steps=0 | at least 1 | try 1000
+--schedule-steps 5 --warmup-steps 9 | warmup_steps=9 | schedule_steps=5 | try 1
 --strategy pmap --batch-size 12 | batch_size=12 | try --batch-size 16
 --strategy mesh --batch-size 9 | batch_size=9 | try --batch-size 8
 --mesh fsdp=8 --model.embed-dim 100 | embed=100 | fsdp=8 | try

@@ -33,10 +33,10 @@ def fresh_state():
 class Harness:
     """Placement, observer, evaluation and storage in one, which writes down what happens in order."""
 
-    def __init__(self, stop_at=None, bad=(), clock=None, differs_at=None):
+    def __init__(self, stop_at=None, bad=(), clock=None, differs_at=None, cut_at=None):
         self.events, self.saved, self.dispatched = [], {}, 0
         self._stop_at, self._bad, self._clock = stop_at, bad, clock
-        self._differs_at = differs_at
+        self._differs_at, self._cut_at = differs_at, cut_at
         self.stopwatch = Stopwatch()
 
     def _takes(self, seconds):
@@ -54,8 +54,8 @@ class Harness:
     def put_batch(self, batch):
         return jax.device_put(batch)
 
-    def stop_requested(self, step):
-        return self._stop_at is not None and step >= self._stop_at
+    def stop_requested(self):
+        return self._stop_at is not None and self.dispatched >= self._stop_at
 
     def take_step(self, state, batch):
         self._takes(1.0 if self.dispatched else 100.0)
@@ -69,6 +69,8 @@ class Harness:
         self.events.append(("row", row["step"], row))
 
     def evaluate(self, state):
+        if int(state.step) == self._cut_at:
+            return None
         self._takes(30.0)
         self.events.append(("evaluate", int(state.step), None))
         return float(state.params["w"]) + 1

@@ -104,7 +104,7 @@ def test_a_resumed_run_writes_the_rows_of_the_uninterrupted_one(seed):
 
 @pytest.mark.parametrize("stop_at", [1, 2, 5, 8, 10, 12])
 def test_a_request_to_stop_saves_and_leaves_without_a_row_of_its_own(stop_at):
-    """Stopping and going on leaves the rows of the run that was not stopped."""
+    """Stopping and going on leaves the rows of the run that was not stopped; an evaluation waits for that."""
     config = TrainConfig(steps=12, log_interval=4, eval_interval=5, checkpoint_interval=100)
     whole, run = Harness(), Harness(stop_at=stop_at)
     whole.train(config)
@@ -113,9 +113,24 @@ def test_a_request_to_stop_saves_and_leaves_without_a_row_of_its_own(stop_at):
     assert run.of("step") == list(range(1, stop_at + 1))
     assert run.events[-1][:2] == ("save", stop_at)
     assert run.of("save").count(stop_at) == 1
-    assert without_timing(run.rows) == without_timing(row for row in whole.rows if row["step"] <= stop_at)
+    due = stop_at in (5, 10)  # of the last step it is made: the run is over before it is asked
+    assert stop_at not in run.of("evaluate") or stop_at == 12
     rest = Harness()
-    rest.train(config, start=stop_at, state=run.saved[stop_at])
+    rest.train(config, start=stop_at, state=run.saved[stop_at], evaluation_due=due)
+    assert without_timing(run.rows + rest.rows) == without_timing(whole.rows)
+
+
+@pytest.mark.parametrize("cut_at", [5, 10, 12])
+@pytest.mark.parametrize("checkpoint_interval", [1, 100])
+def test_a_request_to_stop_cuts_an_evaluation_short_and_the_state_is_saved(cut_at, checkpoint_interval):
+    config = TrainConfig(steps=12, log_interval=4, eval_interval=5, checkpoint_interval=checkpoint_interval)
+    whole, run = Harness(), Harness(cut_at=cut_at)
+    whole.train(config)
+    state, done = run.train(config)
+    assert done == state.step == cut_at
+    assert run.events[-1] == ("save", cut_at, None)
+    for again in (Harness(cut_at=cut_at), rest := Harness()):
+        again.train(config, start=cut_at, state=run.saved[cut_at], evaluation_due=True)
     assert without_timing(run.rows + rest.rows) == without_timing(whole.rows)
 
 
@@ -128,7 +143,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(log_interval, first_bad):
         with pytest.raises(Diverged, match=f"3 steps in a row up to step {first_bad + 3}") as caught:
             run.train(dataclasses.replace(config, checkpoint_interval=checkpoint_interval))
         assert "\n" not in str(caught.value)
-        assert "try " in str(caught.value)
+        assert caught.value.last_finite == first_bad
         assert run.dispatched <= first_bad + 4
         assert max(run.of("save"), default=0) < first_bad + 3
         assert run.of("step")[-1] == first_bad + 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallax.config import OptimizerConfig
-from parallax.training.optimizer import make_learning_rate, warmup_steps
+from parallax.training.optimizer import make_learning_rate
 
 
 def rates(config, steps):
@@ -20,7 +20,7 @@ def rates(config, steps):
 )
 def test_rate_rises_in_a_line_and_falls_along_a_cosine(steps, warmup):
     config = OptimizerConfig(learning_rate=0.5, warmup_steps=warmup, final_rate=0.2)
-    rate, warmup = rates(config, steps), warmup_steps(config, steps)
+    rate, warmup = rates(config, steps), config.settled(steps).warmup_steps
     rising = 0.5 * np.arange(1, warmup + 1) / (warmup + 1)
     np.testing.assert_allclose(rate[:warmup], rising, rtol=1e-6)  # float32
     if warmup < steps:
@@ -41,7 +41,7 @@ def test_rate_is_the_same_traced_and_never_rises_again():
 
 @pytest.mark.parametrize("steps", [1, 9, 10, 15, 999, 1000, 100_000])
 def test_default_warmup_is_a_tenth_of_the_run_up_to_a_hundred_steps(steps):
-    assert warmup_steps(OptimizerConfig(), steps) == min(100, steps // 10)
+    assert OptimizerConfig().settled(steps).warmup_steps == min(100, steps // 10)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 2), (10, 11), (100, 1000)])
@@ -51,3 +51,18 @@ def test_warmup_longer_than_the_run_is_refused_with_a_remedy(steps, warmup):
     assert "\n" not in str(caught.value)
     remedy = int(str(caught.value).split("try ")[1])
     make_learning_rate(OptimizerConfig(warmup_steps=remedy), steps)
+
+
+def test_a_schedule_of_its_own_length_ends_there_and_keeps_its_rate():
+    """Of 60 steps, in a run of 120: the same rates as in a run of 60, then the last of them."""
+    settled = OptimizerConfig().settled(60)
+    assert (settled.schedule_steps, settled.warmup_steps) == (60, 6)
+    longer = rates(settled, 120)
+    np.testing.assert_array_equal(longer[:60], rates(OptimizerConfig(), 60))
+    np.testing.assert_allclose(longer[60:], 1e-4, rtol=1e-6)
+    assert settled.settled(120) == settled
+
+
+def test_a_warmup_longer_than_the_schedule_is_refused():
+    with pytest.raises(ValueError, match="warmup_steps=9 must not exceed schedule_steps=5; try 1"):
+        make_learning_rate(OptimizerConfig(warmup_steps=9, schedule_steps=5), 100)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from parallelism.planning.hardware import GENERATIONS, accelerator, peak_flops
+from parallelism.planning.hardware import GENERATIONS, OTHER_PEAKS, accelerator, generation_of, peak_flops
 
 
-@pytest.mark.parametrize("kind", [generation.kind for generation in GENERATIONS.values()])
+@pytest.mark.parametrize("kind", [*(kind for each in GENERATIONS.values() for kind in each.kinds), *OTHER_PEAKS])
 def test_known_devices_have_plausible_peaks(kind):
     """In operations a second: tens of tera to a few peta; a slip of units would leave the range."""
     assert 1e13 < peak_flops(kind) < 1e16
@@ -19,7 +19,26 @@ def test_a_device_of_the_first_generations_is_half_a_chip():
     assert peak_flops("TPU v4") == 275e12
 
 
-@pytest.mark.parametrize("kind", ["cpu", "", "TPU v99", "tpu v4"])
+@pytest.mark.parametrize(
+    ("kind", "flops"),
+    [
+        *(("TPU v5", 459e12), ("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("TPU v5e", 197e12)),
+        *(("TPU v6 lite", 918e12), ("TPU v6e", 918e12), ("TPU7x", 1153.5e12)),
+        *(("NVIDIA A100-SXM4-40GB", 312e12), ("A100-SXM4-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12)),
+        *(("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)),
+        *(("NVIDIA L4", 121e12), ("NVIDIA B200", 2250e12)),
+    ],
+)
+def test_a_device_has_its_peak_under_each_of_its_names(kind, flops):
+    assert peak_flops(kind) == flops
+
+
+def test_the_names_of_a_generation_choose_alike():
+    for first, second in (("TPU v5", "TPU v5p"), ("TPU v5 lite", "TPU v5e"), ("TPU v6 lite", "TPU v6e")):
+        assert generation_of(first) is generation_of(second) is not None
+
+
+@pytest.mark.parametrize("kind", ["cpu", "", "TPU v99", "tpu v4", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", "Tesla T4"])
 def test_unknown_and_simulated_devices_have_none(kind):
     assert peak_flops(kind) is None
 

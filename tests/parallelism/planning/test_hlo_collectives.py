@@ -236,17 +236,46 @@ COMPUTATIONS = """
 """
 
 
-def test_a_loop_of_fused_and_asynchronous_collectives_without_a_trip_count():
-    text = program(
+def loop_of_layers(computations=COMPUTATIONS):
+    return program(
         "%zero = s32[] constant(0)",
         "%six = s32[] constant(6)",
         "%state = (s32[], f32[4], s32[]) tuple(%zero, %p, %six)",
         "ROOT %w = (s32[], f32[4], s32[]) while(%state), condition=%goes_on, body=%layer",
-        others=COMPUTATIONS,
+        others=computations,
     )
+
+
+def test_a_loop_of_fused_and_asynchronous_collectives_without_a_trip_count():
+    text = loop_of_layers()
     thrice = [("reduce-scatter", 3, 32, ROWS), ("all-gather", 3, 32, ROWS), ("all-to-all", 3, 16, COLUMNS)]
     assert numbers(text) == [*thrice, ("collective-permute", 4, 16, ((0, 1),))]
     assert read_collectives(text)[0].name == "scatter"
+    assert numbers(text.replace("%", "")) == numbers(text)
+
+
+def test_a_fused_slice_makes_a_reduce_scatter_whatever_it_is_called():
+    renamed = COMPUTATIONS.replace("all-reduce-scatter.1", "fused_computation.7")
+    assert numbers(loop_of_layers(renamed)) == numbers(loop_of_layers())
+    several = renamed.replace(
+        "%all-reduce.1 = f32[8] all-reduce(%a)", "%both = (f32[8], f32[4]) all-reduce(%a, %b)"
+    ).replace(
+        "ROOT %slice",
+        "%all-reduce.1 = f32[8] get-tuple-element(%both), index=0\n"
+        "  %other = f32[4] get-tuple-element(%both), index=1\n"
+        "  %part = f32[1] dynamic-slice(%other, %shard), dynamic_slice_sizes={1}\n"
+        "  ROOT %slice",
+    )
+    assert numbers(loop_of_layers(several))[0] == ("reduce-scatter", 3, 48, ROWS)
+    whole = renamed.replace("ROOT %slice", "%slice").replace("f32[8] all-reduce", "f32[2] all-reduce")
+    whole = whole.replace("{2}\n}", "{2}\n  ROOT %sum = f32[2] add(%all-reduce.1, %slice)\n}")
+    assert numbers(loop_of_layers(whole))[0] == ("all-reduce", 3, 8, ROWS)  # all of it is used
+
+
+def test_a_chain_of_collectives_that_nothing_known_starts_is_refused():
+    text = loop_of_layers(COMPUTATIONS.replace("AsyncCollectiveStart", "AsyncBegin"))
+    with pytest.raises(ValueError, match="chain_id 0 are started in no way that is known"):
+        read_collectives(text)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from parallax.training.state import TrainState
-from parallelism.mesh_shape import parse_mesh
+from parallelism.mesh_shape import along_torus, parse_mesh
 from parallelism.planning.compiler import Report, Traffic
 from parallelism.planning.hardware import GIB, accelerator
 from parallelism.planning.planner import (
     Build,
     Choice,
-    along_torus,
     choose_to_compile,
     estimate,
     held_bytes,
@@ -95,7 +94,7 @@ def test_every_split_of_the_devices_is_tried_once():
 )
 def test_an_axis_that_spans_the_network_is_cut_at_its_dims(slice_, sizes, text):
     assert mesh_text(sizes, slice_) == text
-    shape = along_torus(sizes, slice_)
+    shape = along_torus(sizes, slice_.network)
     assert math.prod(shape.values()) == slice_.devices
     assert parse_mesh(text, slice_.devices) == shape
 

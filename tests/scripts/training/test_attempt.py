@@ -5,6 +5,7 @@ import os
 import signal
 
 import jax
+import numpy as np
 import pytest
 
 from parallelism import sentinel
@@ -27,6 +28,7 @@ def summary_of(folder):
 
 
 def test_a_finished_run_stays_as_it_is(train_small, finished):
+    assert train_small("--output-dir", "run", "--resume")[0] == 0  # on other devices, which config.json names
     before = {path: path.read_bytes() for path in finished.rglob("*.json*") if path.name != "summary.json"}
     first, again = (train_small("--output-dir", "run", "--resume", "--print-param-hash") for _ in range(2))
     assert (first[0], again[0]) == (0, 0)
@@ -71,15 +73,38 @@ def test_resume_on_another_layout_goes_on_with_the_same_curve(train_small, text)
         assert held_out[step] == pytest.approx(loss, rel=1e-5)
 
 
-def test_steps_that_are_not_finite_stop_the_run(train_small, text):
-    wild = ("--learning-rate", "1e30", "--max-bad-steps", "3", "--clip-norm", "0")
+def test_steps_that_are_not_finite_stop_the_run(train_small, text, paste):
+    """What was saved at step 1 and later gave no finite step: it is set aside, and the printed command works."""
+    wild = ("--learning-rate", "1e30", "--max-bad-steps", "3", "--clip-norm", "0", "--checkpoint-interval", "1")
     status, _, err = train_small("--output-dir", "run", *wild)
     assert status == 1
-    assert "3 steps in a row" in err
+    *_, error = err.splitlines()
+    assert error.startswith("error: stopped: 3 steps in a row up to step 4 had a loss or gradient that is not finite; ")
     assert "Traceback" not in err
     found = summary_of(text / "run")
     assert (found["finished"], found["step"], found["attempts"][-1]["end"]) == (False, 0, "failed")
     assert "3 steps in a row" in found["failure"]
+    assert checkpoints(text / "run") == []
+    assert {path.name for path in (text / "run" / "checkpoints").iterdir()} >= {"1.diverged", "2.diverged"}
+    assert "run has no checkpoint; try " in error
+    assert paste(error.partition("; try ")[2])[0] == 0
+    assert summary_of(text / "run")["attempts"][-1]["changed"] == {"--learning-rate": [1e30, 1e-3]}
+    assert np.isfinite(losses(text / "run")).all()
+
+
+def test_a_run_that_diverges_after_a_good_checkpoint_keeps_it(train_small, text, paste):
+    """Steps 1 to 3 are finite, and step 4 from the checkpoint of step 3 is."""
+    good = ("--output-dir", "run", "--steps", "3", "--final-rate", "1", "--clip-norm", "0", "--max-bad-steps", "3")
+    assert train_small(*good)[0] == 0
+    wild = ("--steps", "12", "--learning-rate", "1e30", "--dtype", "bfloat16", "--checkpoint-interval", "1")
+    status, _, err = train_small("--resume", *good, *wild)
+    assert status == 1
+    *_, error = err.splitlines()
+    assert "the last good checkpoint is step 3 of run; try " in error
+    assert error.endswith("--learning-rate 0.001, or with --dtype float32 instead of that rate")
+    assert checkpoints(text / "run") == [3]
+    assert paste(error.partition("; try ")[2].partition(", or ")[0])[0] == 0
+    assert rows(text / "run")[-1]["step"] == 12
 
 
 def test_replicas_that_differ_end_the_run_before_they_are_saved(train_small, text, monkeypatch):

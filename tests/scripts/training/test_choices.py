@@ -13,6 +13,7 @@ from scripts.training.flags import Flags
     ("kind", "changes", "length", "parts", "expected"),
     [
         ("TPU v4", {}, 256, 1, "splash"),
+        ("TPU v5p", {}, 256, 1, "splash"),
         ("TPU v3", {}, 256, 1, "xla"),
         ("cpu", {}, 256, 1, "blocks"),
         ("cpu", {}, 256, 2, "xla"),

@@ -68,6 +68,12 @@ def test_one_attempt_accounts_for_all_of_its_time(attempt, read):
     }
 
 
+def test_an_attempt_keeps_what_it_changed_of_the_run(tmp_path, read):
+    for start, changed in ((0, {}), (12, {"--learning-rate": [1e-3, 5e-4]}), (15, {})):
+        Summary(tmp_path, BEGAN, start, Stopwatch(), changed).write(start + 3, None, "stopped")
+    assert [attempt.get("changed") for attempt in read()["attempts"]] == [None, {"--learning-rate": [1e-3, 5e-4]}, None]
+
+
 @pytest.mark.parametrize(("end", "failure"), [("stopped", None), ("failed", "stopped: 3 steps in a row"), ("", None)])
 def test_only_a_finished_run_says_so(attempt, read, end, failure):
     attempt(0, step=1.0).write(7, None, end, failure)
