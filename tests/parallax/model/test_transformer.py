@@ -214,7 +214,7 @@ def test_every_dim_of_every_parameter_has_one_known_name(config):
         "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
     }
-    assert set(sizes) == PARAM_AXES
+    assert set(sizes) == PARAM_AXES - {"experts"}, "which no model has yet"
 
     def check(path, leaf, names):
         assert leaf.dtype == jnp.float32
