@@ -19,14 +19,19 @@ class Embedding(nnx.Module):
     """A table of V vectors, read by `embed` and, as the output layer, by `unembed`; W ≥ V rows, see `table_rows`.
 
     A table that does both has the role "input", as µP initialises it; one that only unembeds is "output".
-    The initial deviation 1/(4√D) makes the first logits small (variance 1/16), so the first loss is near ln V.
+    The initial deviation 1/(4√D) makes the first logits small (variance 1/16), so the first loss is near ln V. What is
+    looked up is at least 5√ε, so that the norm behind it gives vectors of 0.98 or more, and not ones that drown in its
+    ε; ε = 1e-5 sets this floor from a width of 250 on, and there the first logits of a tied table grow as √D.
     """
 
     def __init__(self, config: TransformerConfig, role: Role = "input", *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
         self.softcap = config.logit_softcap
         self.vocab_size, rows = config.vocab_size, config.table_rows
-        init = jax.nn.initializers.normal(0.25 * config.embed_dim**-0.5)
+        deviation = 0.25 * config.embed_dim**-0.5
+        if role == "input":
+            deviation = max(deviation, 5 * config.norm_eps**0.5)
+        init = jax.nn.initializers.normal(deviation)
         shape, inputs = (rows, config.embed_dim), ("embed",) if role == "output" else ()
         self.table = param(init, rngs.params(), shape, ("vocab", "embed"), inputs=inputs, decays=True, role=role)
 
