@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-PARAM_AXES = frozenset({"layers", "vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"})
+STACK_AXES = frozenset({"layers", "experts"})
+"""Parameters are stacked along these, which are no dim of a matmul: each layer, and each expert, has its own."""
+PARAM_AXES = STACK_AXES | {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
 ACTIVATION_AXES = frozenset({"batch", "length", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab"})
 LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
-STACK_AXES = frozenset({"layers"})
-"""Parameters are stacked along these, which are no dim of a matmul."""
 
 Names = Sequence[str | None]
 """One logical axis a dim, None for a dim that is never split."""
@@ -105,7 +105,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def local(fn: Callable, in_names: Sequence[Names], out_names: Names) -> Callable:
     """`fn` run on each device's own shards (`shard_map`) under a bound placement; `fn` itself otherwise.
 
-    An argument may be None. A PRNG key, named (), becomes another one on each device, so that shards draw apart.
+    An argument may be None.
     """
     for names in (*in_names, out_names):
         check_names(names)

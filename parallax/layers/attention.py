@@ -17,6 +17,7 @@ from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
 from parallax.layers.attend_blocks import attend_by_blocks
 from parallax.layers.cache import LayerCache
+from parallax.layers.dropout import split
 from parallax.layers.normalization import RMSNorm
 from parallax.layers.rotary import frequencies, magnitude, rotate
 from parallax.layers.splash import attend_in_kernel
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] to [B, T, D], and the cache with these tokens written into it.
 
@@ -83,10 +84,10 @@ class Attention(nnx.Module):
         if by_blocks:
             heads_BTHK = self._attend_by_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
         else:
-            heads_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key)
+            heads_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_keys_B)
         y_BTD = jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype))
         if self.config.attention_out_bias:
-            y_BTD += read(self.out_bias, x_BTD.dtype)[None, None]
+            y_BTD = _plus(y_BTD, self.out_bias)
         return y_BTD, cache
 
     def _attend_by_blocks(
@@ -106,11 +107,13 @@ class Attention(nnx.Module):
         positions_BT: jax.Array,
         key_positions_BS: jax.Array,
         segments_BT: jax.Array | None,
-        dropout_key: jax.Array | None,
+        dropout_keys_B: jax.Array | None,
     ) -> jax.Array:
         """[B, T, H, K]. Each device takes its rows, queries and heads, with all keys and values of these."""
+        heads, length = q_BTHK.shape[2], q_BTHK.shape[1]
+        keys_BHT = None if dropout_keys_B is None else split(dropout_keys_B, heads, length)
 
-        def on_device(q_BTHK, k_BSGK, v_BSGK, q_at, k_at, q_in, k_in, key):
+        def on_device(q_BTHK, k_BSGK, v_BSGK, q_at, k_at, q_in, k_in, keys_BHT):
             long = q_BTHK.shape[1] > 2 * CHUNK
             return (attend_in_chunks if long else attend)(
                 q_BTHK,
@@ -119,7 +122,7 @@ class Attention(nnx.Module):
                 positions=(q_at, k_at),
                 segments=None if q_in is None else (q_in, k_in),
                 window=self.config.sliding_window,
-                dropout=(self.config.dropout_rate, key),
+                dropout=(self.config.dropout_rate, keys_BHT),
                 **({"chunk": CHUNK} if long else {}),
             )
 
@@ -127,9 +130,10 @@ class Attention(nnx.Module):
         keys = ("batch", None, "act_kv_heads", None)
         # One row of positions may stand for all: those of the slots of a cache always do.
         row, key_row = (None if x.shape[0] == 1 else "batch" for x in (positions_BT, key_positions_BS))
-        names = (*(queries, keys, keys, (row, "length"), (key_row, None)), *(("batch", "length"), ("batch", None), ()))
+        names = (*(queries, keys, keys, (row, "length"), (key_row, None)), ("batch", "length"), ("batch", None))
+        names = (*names, ("batch", "act_heads", "length"))
         return local(on_device, names, queries)(
-            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, dropout_key
+            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, keys_BHT
         )
 
     def _project(
@@ -146,9 +150,9 @@ class Attention(nnx.Module):
         else:
             q_BTHK, k_BTGK, v_BTGK = (jnp.einsum("BTD,DHK->BTHK", x_BTD, weight) for weight in weights)
         if self.config.attention_bias:
-            q_BTHK += read(self.query_bias, dtype)[None, None]
-            k_BTGK += read(self.key_bias, dtype)[None, None]
-            v_BTGK += read(self.value_bias, dtype)[None, None]
+            q_BTHK = _plus(q_BTHK, self.query_bias)
+            k_BTGK = _plus(k_BTGK, self.key_bias)
+            v_BTGK = _plus(v_BTGK, self.value_bias)
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
@@ -158,3 +162,9 @@ class Attention(nnx.Module):
         # Each device projects its own tokens; what others need of keys and values is gathered afterwards.
         own = ("batch", "length", "act_kv_heads", None)
         return q_BTHK, constrain(rotate(k_BTGK, positions_BT, omega), *own), constrain(v_BTGK, *own)
+
+
+def _plus(x: jax.Array, bias: nnx.Param) -> jax.Array:
+    """x [B, T, ...] + bias [...], in float32, as the gradient of the bias is summed: it is a sum over all tokens."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(wide) + read(bias, wide)[None, None]).astype(x.dtype)

@@ -47,28 +47,29 @@ def make_learning_rate(config: OptimizerConfig, steps: int) -> Schedule:
 def make_optimizer(config: OptimizerConfig, labels: Params) -> optax.GradientTransformation:
     """Averaged gradient to update at rate 1, which the step scales by its rate: clipping, then AdamW or Muon.
 
-    AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; matrices decay, norms and biases do not.
+    AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2.
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum orthogonalised by Newton-Schulz
     iterations for hidden matrices, scaled to the size of an Adam update (Moonlight, arXiv:2502.16982, eq. 4), so
-    that the same rate serves both; for all else Adam without decay, in its Nesterov form (Dozat 2016).
+    that the same rate serves both; for all else Adam, in its Nesterov form (Dozat 2016).
+    Under both what its label says decays: matrices and tables, not norms and biases.
 
     Args:
       labels: the tree of what is trained with an `axes.Parameter` for each array, as `parameters` gives it.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    decays = jax.tree.map(lambda parameter: parameter.decays, labels)
     if config.optimizer == "adamw":
-        mask = jax.tree.map(lambda parameter: parameter.decays, labels)
-        adamw = optax.adamw(1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=mask)
+        adamw = optax.adamw(1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decays)
         return optax.chain(clip, adamw)
     muon = optax.contrib.muon(
         1.0,
         adam_b1=config.beta1,
         adam_b2=config.beta2,
-        weight_decay=config.weight_decay,
         muon_weight_dimension_numbers=jax.tree.map(_muon_dims, labels),
         consistent_rms=0.2,
     )
-    return optax.chain(clip, muon)
+    # Its own decay would go by who updates a parameter, and leave out the tables.
+    return optax.chain(clip, muon, optax.add_decayed_weights(-config.weight_decay, decays))
 
 
 def _muon_dims(parameter: Parameter) -> optax.contrib.MuonDimensionNumbers | None:

@@ -27,8 +27,8 @@ FREE = (
     *("log_interval", "eval_interval", "checkpoint_interval", "check_interval"),
     *("learning_rate", "warmup_steps", "schedule_steps", "final_rate", "dtype"),
 )
-"""What a resumed run may change: nothing of the curve but that `accumulate` changes dropout's masks, up to `keep`; what
-else changes it is named, and recorded in summary.json."""
+"""What a resumed run may change: nothing of the curve up to `max_bad_steps`; what changes it is named, and recorded in
+summary.json."""
 
 if TYPE_CHECKING:
     Preset = str

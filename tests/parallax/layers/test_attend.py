@@ -99,6 +99,21 @@ def test_bfloat16_scores_and_sums_are_float32(function):
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
 
 
+def test_gradients_in_bfloat16_are_summed_over_chunks_in_float32():
+    """Over 512 of each: added up in bfloat16, those of keys and queries would be off by a tenth and more."""
+    (q, k, v), how = example(6, T=1024, dtype=np.float32)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q + 1, k, v + 1)]
+
+    def gradients(arrays):
+        function = functools.partial(attend_in_chunks, chunk=2, **how)
+        return jax.grad(lambda *arrays: jnp.sum(function(*arrays).astype(jnp.float32)), argnums=(0, 1, 2))(*arrays)
+
+    exact = jax.jit(gradients)([x.astype(jnp.float32) for x in low])
+    for found, expected in zip(jax.jit(gradients)(low), exact, strict=True):
+        error = np.linalg.norm(found.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+        assert error < 0.02
+
+
 @pytest.mark.parametrize(("case", "chunk"), [*((case, None) for case in CASES), ("both", 2), ("cache, window", 2)])
 def test_keys_have_a_gradient_exactly_where_they_are_visible(case, chunk):
     arrays, how = example(7, dtype=np.float32, **CASES[case])
@@ -124,8 +139,10 @@ def test_dropout_keeps_the_mean(chunk):
     function = attend if chunk is None else functools.partial(attend_in_chunks, chunk=chunk)
     # Every query sees every key, so that means are nearly normal.
     how = {"positions": (np.full((1, 8), 7, np.int32), np.arange(8, dtype=np.int32)[None])}
-    apply = jax.jit(lambda key, *arrays: function(*arrays, dropout=(0.4, key), **how))
-    dropped = np.asarray(apply(jax.random.key(0), *(np.repeat(x, rows, axis=0) for x in row)))
+    apply = jax.jit(lambda keys, *arrays: function(*arrays, dropout=(0.4, keys), **how))
+    dropped = np.asarray(
+        apply(jax.random.split(jax.random.key(0), (rows, G * R, 8)), *(np.repeat(x, rows, axis=0) for x in row))
+    )
     plain = attend(*row, **how)[0]
     # Of 192 means one is beyond five standard errors in fewer than one of a thousand seeds.
     assert np.max(np.abs(dropped.mean(0) - plain) / dropped.std(0)) < 5 / np.sqrt(rows)
@@ -138,7 +155,7 @@ def test_chunks_drop_different_entries():
     S, chunk = 32, 4
     same, values = np.zeros((1, S, 1, S), np.float32), np.eye(S, dtype=np.float32)[None, :, None, :]
     last = (np.full((1, S), S, np.int32), np.arange(S, dtype=np.int32)[None])
-    dropout = (0.5, jax.random.key(1))
+    dropout = (0.5, jax.random.split(jax.random.key(1), (1, 1, S)))
     out = attend_in_chunks(same, same, values, positions=last, dropout=dropout, chunk=chunk)
     kept = (np.asarray(out)[0, :, 0] != 0).reshape(S // chunk, chunk, S // chunk, chunk)
     masks = {kept[i, :, j].tobytes() for i in range(S // chunk) for j in range(S // chunk)}
@@ -150,7 +167,8 @@ def test_chunks_drop_different_entries():
 def test_what_is_dropped_in_chunks_has_the_gradient_of_finite_differences(wrap, x64):
     """The backward pass draws the same numbers again."""
     arrays, how = example(3, window=4, segmented=True)
-    dropped = functools.partial(attend_in_chunks, dropout=(0.3, jax.random.key(2)), chunk=3, **how)
+    dropout = (0.3, jax.random.split(jax.random.key(2), (B, G * R, 7)))
+    dropped = functools.partial(attend_in_chunks, dropout=dropout, chunk=3, **how)
     check_grads(jax.jit(wrap(dropped)), arrays, order=1, modes=["rev"], eps=1e-5, atol=1e-7, rtol=1e-7)
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from parallax.axes import names_of
 from parallax.config import TransformerConfig
 from parallax.layers.embedding import MASKED, Embedding
+from parallax.layers.normalization import RMSNorm
 
 V, W, D = 7, 8, 4
 TOKENS = np.array([[0, 6, 3], [3, 3, 1]])
@@ -81,3 +82,26 @@ def test_first_logits_have_variance_one_sixteenth():
     made = Embedding(TransformerConfig(vocab_size=512, embed_dim=64), rngs=nnx.Rngs(1))
     x = np.random.default_rng(2).normal(size=(1, 64, 64)).astype(np.float32)
     np.testing.assert_allclose(np.var(made.unembed(x)), 1 / 16, rtol=0.05)  # 64 independent rows
+
+
+def test_the_gradient_of_a_row_that_is_read_often_is_summed_in_float32():
+    """A bfloat16 sum of ones ends at 256."""
+    graph, state = nnx.split(embedding(dtype="bfloat16"))
+    often = np.full((1, 13_700), 3)
+    gradient = jax.grad(lambda state: nnx.merge(graph, state).embed(often).astype(jnp.float32).sum())(state)
+    np.testing.assert_allclose(gradient["table"][3], 13_700, rtol=2**-8)  # it is rounded once, at the end
+
+
+@pytest.mark.parametrize("width", [64, 512, 4096, 16_384])
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_what_is_looked_up_does_not_drown_in_the_epsilon_of_the_norm_behind_it(width, eps):
+    config = TransformerConfig(vocab_size=64, embed_dim=width, norm_eps=eps)
+    x = Embedding(config, rngs=nnx.Rngs(0)).embed(np.arange(64)[None])
+    normed = RMSNorm(width, "embed", eps=eps, rngs=nnx.Rngs(0))(x)
+    assert np.sqrt(np.mean(normed**2)) == pytest.approx(1, abs=0.02)
+
+
+def test_a_table_that_only_unembeds_makes_small_logits_at_any_width():
+    made = Embedding(TransformerConfig(vocab_size=64, embed_dim=4096), "output", rngs=nnx.Rngs(1))
+    x = np.random.default_rng(2).normal(size=(1, 8, 4096)).astype(np.float32)
+    np.testing.assert_allclose(np.var(made.unembed(x)), 1 / 16, rtol=0.2)  # of 512 logits
