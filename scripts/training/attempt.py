@@ -25,7 +25,7 @@ from parallax.model.transformer import Params
 from parallax.storage import open_folder, reason_of, write_json
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.loop import Diverged, Observer, Row, Stopwatch, train
+from parallax.training.loop import Best, Diverged, Observer, Row, Stopwatch, train
 from parallax.training.metrics import MetricsWriter
 from parallax.training.plot import plot_loss
 from parallax.training.progress import Profiler, Terminal
@@ -64,6 +64,7 @@ class Attempt:
         )
         self._stopwatch = Stopwatch()
         self._start = self._step = 0
+        self._best = Best()
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -75,6 +76,7 @@ class Attempt:
         if restored is not None:
             say(f"resume    from step {restored.step} of {job.folder}")
             state, self._start = strategy.adopt(restored.state), restored.step
+            self._best = Best(**restored.documents["progress"].get("best", {}))  # older checkpoints say nothing of it
         else:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
@@ -166,15 +168,16 @@ class Attempt:
             check=self._check,
             observers=observers,
             stopwatch=self._stopwatch,
+            best=self._best,
             step_flops=step_flops(job.flags.model, settings.batch_size, settings.seq_len),
             peak_flops=sum(peak_flops(device.device_kind) or 0.0 for device in strategy.devices) or None,
         )
 
-    def _save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+    def _save(self, step: int, state: TrainState, eval_loss: float | None, best: Best) -> None:
         documents = {
             "config": describe_run(self._job),
             "tokenizer": self._job.tokenizer.to_json(),
-            "progress": {"next_batch": step},
+            "progress": {"next_batch": step} | ({"best": best._asdict()} if best.step else {}),
         }
         self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
         self._checkpoints.save(step, self._job.strategy.canonical(state), documents, eval_loss)
