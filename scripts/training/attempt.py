@@ -194,10 +194,9 @@ class Attempt:
         settings = job.flags.train
         ids = job.training.draw(settings.batch_size, settings.seed, step - 1)
         facts = {"corpus": job.corpus.sha256.encode(), "sample ids": ids.tobytes()}
-        trees = [{"params": state.params, "opt_state": state.opt_state}]
-        if not strategy.is_stacked:  # where they are, no two devices hold the same rows
-            trees.append({"sample_ids": batch["sample_ids"]})
-        sentinel.check(step, trees, facts, stacked=strategy.is_stacked)
+        held = strategy.canonical(state)
+        trees = [{"params": held.params, "opt_state": held.opt_state}, {"sample_ids": batch["sample_ids"]}]
+        sentinel.check(step, trees, facts)
 
     def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float:
         """Mean cross-entropy over every held-out target, in nats a token."""
