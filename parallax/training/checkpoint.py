@@ -5,7 +5,9 @@ describes them, whatever devices and processes saved them. It knows trees of arr
 """
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -82,6 +84,7 @@ class Checkpointer:
         if self._is_writer:
             self._folder.make_room(step)
         if self._saver is None:
+            _silence()
             handlers = {"state": array_handler(), "documents": ocp.JsonCheckpointHandler()}
             self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), documents=ocp.args.JsonSave(snapshot))
@@ -111,6 +114,10 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The steps that have a manifest, oldest first. Their other files are not read."""
         return sorted(self._folder.best_first())
+
+    def best_first(self) -> list[int]:
+        """`steps` by evaluation loss, lowest first, then those without one, newest first."""
+        return self._folder.best_first()
 
     def latest_step(self) -> int | None:
         """The newest of `steps`, or None."""
@@ -203,6 +210,19 @@ class Checkpointer:
         except Exception as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise OSError(f"checkpoint {step} could not be saved in {self._folder.root}: {reason}") from error
+
+
+@functools.cache
+def _silence() -> None:
+    """A save that fails raises that: no tracebacks in Orbax's log, nor of writes that end after its event loop."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def unraisable(unraised: Any) -> None:
+        if str(unraised.exc_value) != "Event loop is closed":
+            hook(unraised)
+
+    sys.unraisablehook = unraisable
 
 
 def _agree(decide: Callable[[], int]) -> int:

@@ -65,6 +65,7 @@ class Attempt:
         self._stopwatch = Stopwatch()
         self._start = self._step = 0
         self._best = Best()
+        self._unsaved: OSError | None = None
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -124,8 +125,7 @@ class Attempt:
                 failures.append(error)
 
         with noted():
-            if self._job.strategy.is_writer:
-                self._summary.write(self._start, self._checkpoints.best_step())
+            self._write_summary()
             observers += self._observers()
             state, self._step = self._train(state, observers)
         for observer in observers:
@@ -134,8 +134,11 @@ class Attempt:
         if not failures or jax.process_count() == 1:  # a save in the background may wait for a peer for ever
             with noted(), self._stopwatch.timing("checkpoint"):
                 self._checkpoints.close()
+        if self._unsaved is not None:
+            failures.append(self._unsaved)
         with noted():
-            self._write_summary(failures)
+            end = "failed" if failures else "finished" if self._step >= self._job.flags.train.steps else "stopped"
+            self._write_summary(end, _one_line(failures[0]) if failures else None)
             self._workspace.send()
         self._workspace.release()
         return self._end(state, failures)
@@ -174,6 +177,25 @@ class Attempt:
         )
 
     def _save(self, step: int, state: TrainState, eval_loss: float | None, best: Best) -> None:
+        """Starts a save, when the one before has ended. Where that failed, or this one does, the next tries again."""
+        with self._unsaved_noted():
+            self._checkpoints.wait()
+        with self._unsaved_noted():
+            self._start_save(step, state, eval_loss, best)
+
+    @contextlib.contextmanager
+    def _unsaved_noted(self) -> Iterator[None]:
+        """Keeps the failure of the newest save, and says it; in several processes, the others wait in it: raises."""
+        self._unsaved = None
+        try:
+            yield
+        except OSError as error:
+            if jax.process_count() > 1:
+                raise
+            self._unsaved = error
+            say(f"unsaved   {_one_line(error)}; the next save tries again")
+
+    def _start_save(self, step: int, state: TrainState, eval_loss: float | None, best: Best) -> None:
         documents = {
             "config": describe_run(self._job),
             "tokenizer": self._job.tokenizer.to_json(),
@@ -181,10 +203,8 @@ class Attempt:
         }
         self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
         self._checkpoints.save(step, self._job.strategy.canonical(state), documents, eval_loss)
-        self._step = step
-        if self._job.strategy.is_writer:
-            self._summary.write(step, self._checkpoints.best_step())
-            self._workspace.send()
+        self._write_summary()
+        self._workspace.send()
 
     def _check(self, step: int, state: TrainState, batch: Any) -> None:
         """Compares replicas and hosts. Raises Divergence."""
@@ -209,12 +229,11 @@ class Attempt:
         results = [jax.device_get(evaluate(params, batch)) for batch in batches]
         return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
 
-    def _write_summary(self, failures: list[Exception]) -> None:
+    def _write_summary(self, end: str = "", failure: str | None = None) -> None:
+        """With what is saved by now: a save that is under way is in the next one."""
         if self._job.strategy.is_writer:
-            finished = self._step >= self._job.flags.train.steps
-            end = "failed" if failures else "finished" if finished else "stopped"
-            failure = _one_line(failures[0]) if failures else None
-            self._summary.write(self._step, self._checkpoints.best_step(), end, failure)
+            saved = self._checkpoints.best_first()
+            self._summary.write(max(saved, default=0), next(iter(saved), None), end, failure)
 
     def _end(self, state: TrainState, failures: list[Exception]) -> int:
         """Says how the run ended, and returns the exit status."""
