@@ -53,9 +53,12 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
         raise ValueError(f"--output-dir {folder} holds files but no config.json of a run; choose another")
     if is_remote(folder):
         return folder  # nothing says beforehand what may be written there
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output-dir {folder} cannot be made in {parent}, which is not writable; choose another")
+    here = folder.absolute()
+    above = next(path for path in (here, *here.parents) if path.exists())
+    if above == here and not os.access(here, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {folder} is not writable; choose another")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {folder} cannot be made in {above}, which is not writable; choose another")
     return folder
 
 

@@ -24,6 +24,21 @@ def test_nothing_is_made(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_can_be_written_is_taken_whatever_its_parent_is(tmp_path, monkeypatch):
+    """As a volume that is mounted where nobody may write."""
+    volume, locked = tmp_path / "volume", tmp_path / "locked"
+    volume.mkdir()
+    locked.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: os.fspath(path) == os.fspath(volume))
+    assert choose_folder(str(volume), "text", "tiny", resume=True) == volume
+    assert choose_folder(str(volume / "a" / "b"), "text", "tiny", resume=False) == volume / "a" / "b"
+    with pytest.raises(ValueError, match=r"locked is not writable; choose another"):
+        choose_folder(str(locked), "text", "tiny", resume=True)
+    for below in (locked / "a" / "b", tmp_path / "new"):
+        with pytest.raises(ValueError, match=r"cannot be made in .*, which is not writable"):
+            choose_folder(str(below), "text", "tiny", resume=False)
+
+
 def test_a_run_is_refused_without_resume_and_taken_with_it(tmp_path):
     write_json(tmp_path / "config.json", {})
     with pytest.raises(ValueError, match="--resume"):
