@@ -8,13 +8,13 @@ manifest verifies holds, to the byte, the files that it held when that was writt
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
 
-from parallax.storage import is_remote, make_folder, open_folder, write_whole
+from parallax.storage import file_sizes, is_remote, make_folder, open_folder, write_whole
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 22
@@ -26,12 +26,11 @@ class DamageError(Exception):
 
 def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
     """Records the sha256 and size in bytes of every file of a finished folder, beside some JSON facts."""
-    files = _files(folder)
+    sizes = _sizes(folder)
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256, files.values())
+        digests = pool.map(_sha256, (folder / name for name in sizes))
         entries = {
-            name: {"sha256": digest, "bytes": file.stat().length}
-            for (name, file), digest in zip(files.items(), digests, strict=True)
+            name: {"sha256": digest, "bytes": size} for (name, size), digest in zip(sizes.items(), digests, strict=True)
         }
     content = {**facts, "files": entries}
     write_whole(folder / MANIFEST, json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
@@ -61,31 +60,21 @@ def verify(folder: epath.Path, under: str = "") -> None:
     """
     entries = read_manifest(folder)["files"]
     expected = {name: entry for name, entry in entries.items() if name.startswith(under)}
-    found = {name: file for name, file in _files(folder).items() if name.startswith(under)}
+    found = {name: size for name, size in _sizes(folder).items() if name.startswith(under)}
     for name in sorted(expected.keys() ^ found.keys()):
         raise DamageError(f"{name} is missing" if name in expected else f"{name} was not saved with it")
-    for name, file in found.items():
-        length = file.stat().length
-        if length != expected[name]["bytes"]:
-            raise DamageError(f"{name} has {length} bytes instead of {expected[name]['bytes']}")
+    for name, size in found.items():
+        if size != expected[name]["bytes"]:
+            raise DamageError(f"{name} has {size} bytes instead of {expected[name]['bytes']}")
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(found, pool.map(_sha256, found.values()), strict=True):
+        for name, digest in zip(found, pool.map(_sha256, (folder / name for name in found)), strict=True):
             if digest != expected[name]["sha256"]:
                 raise DamageError(f"{name} has other contents than were saved")
 
 
-def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """Every file below `folder` but the manifest itself, by its relative name with forward slashes."""
-    found = {file.relative_to(folder).as_posix(): file for file in _walk(folder)}
-    return {name: found[name] for name in sorted(found) if name != MANIFEST}
-
-
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _walk(entry)
-        else:
-            yield entry
+def _sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of every file below `folder` but the manifest itself, by its relative name with forward slashes."""
+    return {name: size for name, size in sorted(file_sizes(folder).items()) if name != MANIFEST}
 
 
 def _sha256(file: epath.Path) -> str:

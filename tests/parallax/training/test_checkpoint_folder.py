@@ -1,6 +1,8 @@
 """Which checkpoints stay, what is deleted when; and what was damaged is named, set aside, and never restored."""
 
+import grp
 import pathlib
+import pwd
 import shutil
 
 import numpy as np
@@ -130,6 +132,17 @@ def test_any_damaged_file_is_named_and_the_one_before_is_used(tmp_path):
             assert "it is now 20.damaged" in lines[0]
             assert not (tmp_path / "20").exists()
     assert len(list(tmp_path.glob("20.damaged*"))) == 5 * len(names[::4])
+
+
+def test_files_of_users_whom_this_machine_does_not_know_are_saved_and_read(tmp_path, monkeypatch):
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(grp, "getgrgid", unknown)
+    assert saved(tmp_path, [10, 20, 30], keep=1) == []
+    assert_same_bits(reader(tmp_path)[0].restore(ABSTRACT).state, make_state(30))
+    assert_same_bits(reader(tmp_path)[0].restore_params(ABSTRACT.params)[1], make_state(30).params)
 
 
 def test_damage_everywhere_is_an_error_and_is_set_aside_once(tmp_path):
