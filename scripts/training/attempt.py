@@ -178,6 +178,7 @@ class Attempt:
 
     def _save(self, step: int, state: TrainState, eval_loss: float | None, best: Best) -> None:
         """Starts a save, when the one before has ended. Where that failed, or this one does, the next tries again."""
+        self._workspace.check()
         with self._unsaved_noted():
             self._checkpoints.wait()
         with self._unsaved_noted():
