@@ -244,7 +244,7 @@ class TrainConfig:
     eval_interval: int = 250
     """Steps between evaluations of the held-out text."""
     checkpoint_interval: int = 250
-    """Steps between checkpoints."""
+    """Steps between checkpoints. An evaluation better than the best one is saved too, at most once an interval."""
     check_interval: int = 250
     """Steps between comparisons of all replicas of the state, and of the data of all hosts."""
     keep: int = 3

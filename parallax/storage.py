@@ -10,6 +10,7 @@ import importlib.util
 import json
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,22 @@ def make_folder(folder: epath.Path) -> None:
     """
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def file_sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by its relative name with forward slashes.
+
+    A local file system is asked for no more than that. The `stat` of etils also asks who owns a file, by name, and
+    raises KeyError for the users of other machines and containers.
+    """
+    if is_remote(folder):
+        import fsspec
+
+        files = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that etils uses
+        base = files._strip_protocol(os.fspath(folder)).rstrip("/") + "/"
+        return {name.removeprefix(base): entry["size"] for name, entry in files.find(base, detail=True).items()}
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
 @contextlib.contextmanager
@@ -109,4 +126,8 @@ def reason_of(error: BaseException) -> str:
 
 def cache_folder() -> Path:
     """Where this user's fetched and derived files are kept, none of them the only copy; it may not be there yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "parallax"
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without a name, as in many containers, has none
+        home = Path(tempfile.gettempdir(), f"user-{os.getuid()}")
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "parallax"

@@ -67,8 +67,6 @@ class MeshPlacement:
 class MeshStrategy:
     """State and batch sharded over a mesh by a rule set."""
 
-    is_stacked = False
-
     def __init__(self, init_state: Callable[[], State], state_axes: State, layout: Layout, devices: Sequence[Any]):
         self._init_state = init_state
         rules, shapes = load_rules(layout.rules), jax.eval_shape(init_state)

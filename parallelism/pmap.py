@@ -1,15 +1,13 @@
 """Data parallelism by `jax.pmap`: the state replicated, the batch dealt over devices, gradients averaged.
 
-Invariant: replicas stay equal, since each applies the same averaged gradient to the same state. No array with a device
-dim leaves this file.
+Invariant: replicas stay equal, since each applies the same averaged gradient to the same state. The state has no device
+dim: what a device holds is its replica, and nothing is copied for an evaluation, a save or a restore.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -23,9 +21,8 @@ AXIS = "batch"
 
 
 class Pmap:
-    """One replica of the state a device. pmap sees the devices of this process alone, [local devices, ...]."""
+    """One replica of the state a device. pmap sees this process's devices alone: of a batch [local devices, ...]."""
 
-    is_stacked = True
     length_parts = 1
 
     def __init__(self, init_state: Callable[[], State], layout: Layout, devices: Sequence[Any] | None = None):
@@ -44,8 +41,6 @@ class Pmap:
         self._split, self._whole = _shardings(self.devices)
         local_split, local_whole = _shardings(local)
         self._blocks = RowBlocks(self._split, count)
-        self._first = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree), out_shardings=local_whole)
-        self._spread = jax.jit(functools.partial(_repeat, self._local), out_shardings=local_split)
         self._local_split, self._local_whole = local_split, local_whole
         self.is_writer = jax.process_index() == 0
         self.stop_requested = StopRequest()
@@ -62,20 +57,22 @@ class Pmap:
         return self._blocks.rows(batch_size)
 
     def init(self) -> State:
-        return self._spread(make_state(self._init_state, self._local_whole))
+        return make_state(self._init_state, self._local_whole)
 
     def compile(self, step: Callable) -> jax.stages.Wrapped:
         def on_one_device(state, batch):
             with axes.bound(None):
                 return step(state, batch)
 
-        return jax.pmap(on_one_device, axis_name=AXIS, out_axes=(0, None), donate_argnums=0, devices=self._given)
+        return jax.pmap(
+            on_one_device, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=self._given
+        )
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:
         count = len(self.devices)
         # All hosts' devices of a topology count as those of this process, which is alone.
         local = self._local if jax.process_count() > 1 else count
-        state = jax.eval_shape(functools.partial(_repeat, local), self.abstract())
+        state = jax.eval_shape(self._init_state)
         dealt = {
             name: jax.ShapeDtypeStruct((local, x.shape[0] // count, *x.shape[1:]), x.dtype) for name, x in batch.items()
         }
@@ -92,7 +89,7 @@ class Pmap:
         return {name: x.reshape(self._local, x.shape[0] // self._local, *x.shape[1:]) for name, x in batch.items()}
 
     def canonical(self, state: State) -> State:
-        return _regroup(self._first(state), self._whole)
+        return _regroup(state, self._whole)
 
     def abstract(self) -> State:
         return jax.tree.map(
@@ -101,7 +98,7 @@ class Pmap:
         )
 
     def adopt(self, canonical: State) -> State:
-        return self._spread(_regroup(canonical, self._local_whole))
+        return _regroup(canonical, self._local_whole)
 
 
 def _shardings(devices: list[Any]) -> tuple[NamedSharding, NamedSharding]:
@@ -118,8 +115,3 @@ def _regroup(tree: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_single_device_arrays(x.shape, sharding, buffers)
 
     return jax.tree.map(regrouped, tree)
-
-
-def _repeat(count: int, tree: Any) -> Any:
-    """Each leaf `count` times along a new leading dim."""
-    return jax.tree.map(lambda x: jnp.broadcast_to(x[None], (count, *x.shape)), tree)

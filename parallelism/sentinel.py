@@ -67,7 +67,7 @@ def device_fingerprints(mesh: Mesh, leaves: Iterable[jax.Array], digests: np.nda
     return np.asarray(_program(mesh, specs)(rows, leaves))
 
 
-def check(step: int, trees: Iterable[Any], facts: Mapping[str, bytes] | None = None, *, stacked: bool = False) -> None:
+def check(step: int, trees: Iterable[Any], facts: Mapping[str, bytes] | None = None) -> None:
     """Compares facts over processes, and each array over the devices that hold the same part of it.
 
     All processes call it after the same step. Facts come first, then arrays in tree order; the first that differs
@@ -79,24 +79,17 @@ def check(step: int, trees: Iterable[Any], facts: Mapping[str, bytes] | None = N
         them as the step holds them: an array made from one replica is the same everywhere.
       facts: what this process believes, by name, such as the bytes of the global batch's sample ids. The names are
         the same on all processes.
-      stacked: the arrays are as jax.pmap over all devices returns them, with a leading dim of this process's
-        devices, and all devices are replicas. Arrays that rightly differ between devices do not belong here.
 
     Raises:
       Divergence: "params/embed: device 5 of process 2 differs from the other 7 replicas after step 40".
         Where the most frequent value is not more frequent than all others, every side is named.
       ValueError: replicated arrays are not on one mesh.
     """
-    named = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+    copies = [
+        _Copies(jax.tree_util.keystr(path, simple=True, separator="/"), leaf, _replicas(leaf.sharding, leaf.shape))
         for tree in trees
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    if stacked:
-        mesh = _all_devices()
-        copies = [_Copies(name, _join(mesh, leaf), [list(mesh.devices.flat)]) for name, leaf in named]
-    else:
-        copies = [_Copies(name, leaf, _replicas(leaf.sharding, leaf.shape)) for name, leaf in named]
     if difference := _first_difference([copy for copy in copies if copy.groups], facts or {}):
         raise Divergence(f"{difference} after step {step}")
 
@@ -140,13 +133,6 @@ def _all_devices() -> Mesh:
 def _one_each(mesh: Mesh) -> PartitionSpec:
     """A leading dim of devices, in the order of `mesh.devices.flat`."""
     return PartitionSpec(mesh.axis_names)
-
-
-def _join(mesh: Mesh, leaf: jax.Array) -> jax.Array:
-    """One global array from what pmap left on each process, without a copy."""
-    shards = [shard.data for shard in leaf.addressable_shards]
-    shape, sharding = (mesh.size, *leaf.shape[1:]), NamedSharding(mesh, _one_each(mesh))
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 @functools.cache

@@ -19,7 +19,6 @@ class Single:
     """The first visible device, however many there are."""
 
     is_writer = True
-    is_stacked = False
     length_parts = 1
 
     def __init__(self, init_state: Callable[[], State], layout: Layout, device: Any):

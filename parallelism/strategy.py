@@ -51,8 +51,6 @@ class Strategy(Protocol):
     """Those that the step runs on, in all processes."""
     is_writer: bool
     """Whether this process writes the files that all processes share."""
-    is_stacked: bool
-    """Whether a placed state has a leading dim of this process's devices, each with a replica of its own."""
     stop_requested: StopRequest
     """Whether all processes agreed to stop now."""
 
@@ -93,7 +91,7 @@ class Strategy(Protocol):
         ...
 
     def canonical(self, state: State) -> State:
-        """The state as global arrays with no device dim: what checkpoints, hashes and evaluation see."""
+        """The state as global arrays: what checkpoints, hashes and evaluation see. They share its buffers."""
         ...
 
     def abstract(self) -> State:
@@ -101,7 +99,7 @@ class Strategy(Protocol):
         ...
 
     def adopt(self, canonical: State) -> State:
-        """A canonical state, placed for the step; the canonical one must not be used again."""
+        """A canonical state, placed for the step in the same buffers: the canonical one must not be used again."""
         ...
 
 

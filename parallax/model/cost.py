@@ -148,6 +148,23 @@ class StepCost:
         # When the blocks are done the sum of gradients over rows comes beside its parts.
         return gradients + max(0.0, max(of_blocks, sums) - on_chip)
 
+    def evaluation_bytes(self, sizes: Mapping[str, int], parameter_bytes: float) -> float:
+        """What a device's memory holds beside the state while a whole batch is evaluated, at most.
+
+        There are no microbatches, gradients or arrays kept for them: one block at a time, then a chunk of the logits.
+
+        Args:
+          parameter_bytes: of a device's float32 parameters in the layout of its memory.
+        """
+        config, e = self.config, self.item
+        tensor, fsdp, sequence = (sizes.get(axis, 1) for axis in ("tensor", "fsdp", "sequence"))
+        tokens = self.batch_size * self.seq_len / (sizes.get("data", 1) * fsdp * sequence)
+        bare = dataclasses.replace(self, config=dataclasses.replace(config, remat="full"))
+        _, working = bare._block_bytes(tensor, sequence)
+        weights = parameter_bytes * (e < 4) / 2 if fsdp == 1 else 2 * e * _weights(config) / tensor
+        table, logits = self._head_bytes(tokens, sizes)
+        return weights + table + tokens * e * config.embed_dim + max(tokens * working, logits)
+
     def _cast_bytes(self, sizes: Mapping[str, int]) -> float:
         """A device's shard of all blocks in the compute dtype, its heads in tiles of 4 × 128.
 

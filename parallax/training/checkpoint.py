@@ -1,11 +1,14 @@
 """Saves a run's state in the background and restores it anywhere: Orbax behind a thin module.
 
 Invariant: nothing is restored whose checksums do not hold, and arrays arrive as the caller's abstract tree
-describes them, whatever devices and processes saved them. It knows trees of arrays and JSON, but no model.
+describes them, whatever devices and processes saved them. Each byte is hashed by who writes it, in memory, and compared
+by who reads it, once. It knows trees of arrays and JSON, but no model.
 """
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +16,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from parallax.training.checkpoint_arrays import array_handler, read_arrays
-from parallax.training.checkpoint_folder import CheckpointFolder, read_manifest
+from parallax.training.checkpoint_folder import CheckpointFolder, damaged, read_manifest
+from parallax.training.checkpoint_hashes import DamageError
 
 Documents = dict[str, dict[str, Any]]
 
@@ -81,9 +86,12 @@ class Checkpointer:
         if _agree(lambda: step in self.steps()):
             return False
         snapshot = json.loads(json.dumps(documents, allow_nan=False))
+        # Numbers of the host are written as arrays too.
+        state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), state)
         if self._is_writer:
             self._folder.make_room(step)
         if self._saver is None:
+            _silence()
             handlers = {"state": array_handler(), "documents": ocp.JsonCheckpointHandler()}
             self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), documents=ocp.args.JsonSave(snapshot))
@@ -119,6 +127,10 @@ class Checkpointer:
         """The steps that have a manifest, oldest first. Their other files are not read."""
         return sorted(self._folder.best_first())
 
+    def best_first(self) -> list[int]:
+        """`steps` by evaluation loss, lowest first, then those without one, newest first."""
+        return self._folder.best_first()
+
     def latest_step(self) -> int | None:
         """The newest of `steps`, or None."""
         return max(self.steps(), default=None)
@@ -143,8 +155,7 @@ class Checkpointer:
         self.wait()
         if self._is_writer:
             self._folder.remove_unfinished()
-        chosen = self._choose(step, self._folder.newest_first, set_aside=self._is_writer)
-        return None if chosen is None else Restored(chosen, *self._read(chosen, abstract_state))
+        return self._restore(step, self._folder.newest_first, abstract_state, set_aside=self._is_writer)
 
     def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[int, Any, Documents]:
         """(step, params, documents) of the best intact checkpoint, or of `step`; no other array is read.
@@ -152,41 +163,65 @@ class Checkpointer:
         Raises ValueError if no checkpoint is intact, `step` is not there, or its params are not those asked for.
         """
         self.wait()
-        folder = self._folder
-        chosen = folder.require(self._choose(step, lambda: folder.best_first() or folder.newest_first()))
-        tree, documents = self._read(chosen, {"params": abstract_params}, part="params")
-        return chosen, tree["params"], documents
+        folder, wanted = self._folder, {"params": abstract_params}
+        found = self._restore(step, lambda: folder.best_first() or folder.newest_first(), wanted, part="params")
+        if found is None:
+            raise folder.missing(None)
+        return found.step, found.state["params"], found.documents
 
     def read_documents(self, step: int | None = None) -> Documents:
         """The JSON documents of `step`, by default of the best step, without its arrays.
 
         Raises ValueError if the step is not there, or its documents are damaged.
         """
-        import orbax.checkpoint as ocp
-
         chosen = self._folder.require(self.best_step() if step is None else step)
         self._folder.check(chosen, under="documents/")
-        return dict(ocp.JsonCheckpointHandler().restore(self._folder.path(chosen) / "documents"))
+        return self._documents(chosen)
 
-    def _choose(self, step: int | None, order: Callable[[], list[int]], set_aside: bool = False) -> int | None:
-        """`step`, verified, or else the first intact step in that order; None where there is none."""
+    def _restore(
+        self, step: int | None, order: Callable[[], list[int]], abstract: Any, part: str = "", set_aside: bool = False
+    ) -> Restored | None:
+        """`step`, or the first one in that order that is found intact when it is read; None where there is none."""
+        refused: list[int] = []
+        while (chosen := self._choose(step, order, refused, set_aside)) is not None:
+            restored, damage = None, "another process read other contents than were saved"
+            try:
+                restored = Restored(chosen, *self._read(chosen, abstract, part))
+            except DamageError as error:
+                damage = str(error)
+            if not _any(restored is None):
+                return restored
+            del restored
+            if step is not None:
+                raise damaged(step, damage)
+            refused.append(chosen)
+            self._folder.refuse(chosen, damage, set_aside)
+        return None
+
+    def _choose(
+        self, step: int | None, order: Callable[[], list[int]], refused: list[int], set_aside: bool
+    ) -> int | None:
+        """`step`, or else the first step in that order whose files are intact; None where there is none."""
         if step is not None:
             self._folder.check(self._folder.require(step))
             return step
         none_there, none_intact = -1, -2
 
         def decide() -> int:
-            candidates = order()
+            candidates = [step for step in order() if step not in refused]
             intact = self._folder.first_intact(candidates, set_aside)
-            return intact if intact is not None else none_intact if candidates else none_there
+            return intact if intact is not None else none_intact if candidates or refused else none_there
 
         chosen = _agree(decide)
         if chosen == none_intact:
             raise ValueError(f"no checkpoint in {self._folder.root} is intact; start again in another folder")
         return None if chosen == none_there else chosen
 
-    def _read(self, step: int, abstract: Any, part: str = "") -> tuple[Any, Documents]:
-        """The documents of an intact step and its arrays: all of them, or those of one part of the tree."""
+    def _read(self, step: int, abstract: Any, part: str) -> tuple[Any, Documents]:
+        """The documents of an intact step and its arrays: all of them, or those of one part of the tree.
+
+        Raises DamageError if an array is not as it was saved, ValueError if it is none that was asked for.
+        """
         folder = self._folder.path(step)
         saved, wanted = read_manifest(folder)["arrays"], _signature(abstract)
         for name in sorted(saved.keys() | wanted.keys()):
@@ -195,7 +230,12 @@ class Checkpointer:
                 raise ValueError(
                     f"{name} is {there} in checkpoint {step} but {here} here; use the config saved with it"
                 )
-        return read_arrays(folder / "state", abstract), self.read_documents(step)
+        return read_arrays(folder / "state", abstract), self._documents(step)
+
+    def _documents(self, step: int) -> Documents:
+        import orbax.checkpoint as ocp
+
+        return dict(ocp.JsonCheckpointHandler().restore(self._folder.path(step) / "documents"))
 
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
         """Runs in the background: Orbax's commit, then the manifest, then the deletion of older steps."""
@@ -212,6 +252,19 @@ class Checkpointer:
             raise OSError(f"checkpoint {step} could not be saved in {self._folder.root}: {reason}") from error
 
 
+@functools.cache
+def _silence() -> None:
+    """A save that fails raises that: no tracebacks in Orbax's log, nor of writes that end after its event loop."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def unraisable(unraised: Any) -> None:
+        if str(unraised.exc_value) != "Event loop is closed":
+            hook(unraised)
+
+    sys.unraisablehook = unraisable
+
+
 def _agree(decide: Callable[[], int]) -> int:
     """Process 0 decides and tells the others, who may see a shared folder at another moment."""
     if jax.process_count() == 1:
@@ -220,6 +273,15 @@ def _agree(decide: Callable[[], int]) -> int:
 
     decision = decide() if jax.process_index() == 0 else 0
     return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+
+
+def _any(flag: bool) -> bool:
+    """Whether it is true in any process. All must call it."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
 
 
 def _signature(tree: Any) -> dict[str, str]:

@@ -5,9 +5,12 @@ what is compressed or divided waits in memory until its file is full, and can be
 """
 
 import collections
+import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -15,36 +18,50 @@ import numpy as np
 from etils import epath
 
 from parallax.filling import Bounds, fill
+from parallax.training.checkpoint_hashes import (
+    PIECE_BYTES,
+    DamageError,
+    Hashes,
+    cut,
+    hash_piece,
+    hashing_handler,
+    read_hashes,
+)
 
-PIECE_BYTES = 2**20
 AHEAD = 4
 """How many pieces are on their way at a time."""
+DAMAGE_CODES = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "INVALID_ARGUMENT", "FAILED_PRECONDITION")
+"""TensorStore's, of what is there and makes no sense; others are of a disk or a network that does not answer."""
 
 
 def array_handler() -> Any:
-    """What Orbax writes a tree of arrays with."""
+    """What Orbax writes a tree of jax.Arrays with."""
     import orbax.checkpoint as ocp
 
-    return ocp.PyTreeCheckpointHandler(use_compression=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, hashing_handler()))
+    return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
 def read_arrays(folder: epath.Path, abstract: Any) -> Any:
-    """A tree of the arrays in a folder that `array_handler` wrote. There may be others in it.
+    """A tree of the arrays in a folder that `array_handler` wrote. There may be others in it, which are not read.
 
     Args:
       abstract: the tree to fill, of jax.ShapeDtypeStruct with shardings; by default all on the first device.
 
     Raises:
-      ValueError: an array is missing or cannot be read.
+      DamageError: an array is missing, or has other contents than were hashed when they were written.
+      ValueError: it cannot be read.
     """
     import orbax.checkpoint as ocp
 
-    context = ocp.type_handlers.get_ts_context()
+    context, hashes = ocp.type_handlers.get_ts_context(), read_hashes(folder)
     leaves, structure = jax.tree_util.tree_flatten_with_path(abstract)
     filled = []
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        filled.append(fill(leaf, StoredArray(folder, name, context).pieces))
+        if hashes and name not in hashes:
+            raise DamageError(f"{name.replace('.', '/')} has no hashes")
+        filled.append(fill(leaf, StoredArray(folder, name, context, hashes.get(name)).pieces))
     return structure.unflatten(filled)
 
 
@@ -53,12 +70,7 @@ class Read(NamedTuple):
 
     block: Bounds
     """Where in the array it is."""
-    value: Any
-    """A future of an array, or of the bytes of some rows of a chunk."""
-    rows: tuple[int, ...] | None = None
-    """The shape of these rows."""
-    part: Bounds = ()
-    """The block in these rows."""
+    value: Future[np.ndarray]
 
 
 class StoredArray:
@@ -68,30 +80,33 @@ class StoredArray:
       folder: that of the whole tree.
       name: the keys to the array, joined by dots.
       context: TensorStore's, which holds the index that all arrays share.
+      hashes: what the pieces are compared with; without them nothing is.
     """
 
-    def __init__(self, folder: epath.Path, name: str, context: Any):
+    def __init__(self, folder: epath.Path, name: str, context: Any, hashes: Hashes | None = None):
         import orbax.checkpoint as ocp
         import tensorstore as ts
 
         info = ocp.type_handlers.ParamInfo(name=name, parent_dir=folder, use_zarr3=False, ts_context=context)
         spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
-        self._array: Any = ts.open(ts.Spec(spec), context=context, open=True, read=True).result()
+        self._name, self._hashes = name.replace(".", "/"), hashes
+        self._piece_bytes = hashes.piece_bytes if hashes else PIECE_BYTES
+        with self._errors():
+            self._array: Any = ts.open(ts.Spec(spec), context=context, open=True, read=True).result()
         self._chunk: tuple[int, ...] = self._array.chunk_layout.read_chunk.shape or ()  # a scalar's is None
         self._dtype = self._array.dtype.numpy_dtype
         chunk_bytes = self._dtype.itemsize * math.prod(self._chunk)
-        self._is_cut = chunk_bytes > PIECE_BYTES and self._array.codec.to_json()["compressor"] is None
+        plain = self._array.codec.to_json()["compressor"] is None
+        self._is_cut = plain and bool(self._chunk) and (hashes is not None or chunk_bytes > PIECE_BYTES)
 
     def pieces(self, shard: Bounds) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Where in a shard each piece begins, and the piece."""
+        """Where in a shard each piece begins, and the piece. Raises DamageError or ValueError."""
         reads = (read for place in self._places(shard) for read in self._reads(place, shard))
         asked = collections.deque(itertools.islice(reads, AHEAD))
         while asked:
-            block, value, rows, part = asked.popleft()
+            block, value = asked.popleft()
             piece = value.result()
             asked.extend(itertools.islice(reads, 1))
-            if rows is not None:
-                piece = np.frombuffer(piece.value, self._dtype).reshape(rows)[part]
             yield [s.start - whole.start for s, whole in zip(block, shard, strict=True)], piece
 
     def _places(self, shard: Bounds) -> Iterator[tuple[int, ...]]:
@@ -106,29 +121,73 @@ class StoredArray:
             slice(max(s.start, first), min(s.stop, first + size))
             for s, first, size in zip(shard, origin, self._chunk, strict=True)
         )
+        key = ".".join(map(str, place)) or "0"
         if self._is_cut:
-            yield from self._reads_of_rows(".".join(map(str, place)), origin, block)
+            yield from self._reads_of_rows(key, origin, block)
         else:
-            yield Read(block, self._array[block].read())
+            value = self._array[block].read()
+            yield Read(block, _reader().submit(self._whole, value, key))
 
     def _reads_of_rows(self, key: str, origin: list[int], block: Bounds) -> Iterator[Read]:
-        """Rows are contiguous parts of a chunk: neighbours in one dim, and all of the dims behind it."""
-        row_bytes = [self._dtype.itemsize * math.prod(self._chunk[dim + 1 :]) for dim in range(len(block))]
-        dim = next(dim for dim, nbytes in enumerate(row_bytes) if nbytes <= PIECE_BYTES)
-        step = PIECE_BYTES // row_bytes[dim]
-        inner, behind = block[dim + 1 :], self._chunk[dim + 1 :]
-        part = tuple(slice(s.start - first, s.stop - first) for s, first in zip(inner, origin[dim + 1 :], strict=True))
+        """The pieces of a chunk that a block has a part in."""
+        dim, step, row_bytes = cut(self._chunk, self._dtype.itemsize, self._piece_bytes)
+        size, behind = self._chunk[dim], self._chunk[dim + 1 :]
+        groups = -(-size // step)
+        first, last = block[dim].start - origin[dim], block[dim].stop - origin[dim]
+        inner = tuple(
+            slice(s.start - at, s.stop - at) for s, at in zip(block[dim + 1 :], origin[dim + 1 :], strict=True)
+        )
         for outer in itertools.product(*(range(s.start, s.stop) for s in block[:dim])):
-            for start in range(block[dim].start, block[dim].stop, step):
-                stop = min(start + step, block[dim].stop)
-                begin = sum(
-                    (index - first) * nbytes
-                    for index, first, nbytes in zip((*outer, start), origin, row_bytes, strict=False)
-                )
-                end = begin + (stop - start) * row_bytes[dim]
+            before = [index - at for index, at in zip(outer, origin, strict=False)]
+            begin = sum(index * nbytes for index, nbytes in zip(before, row_bytes, strict=False))
+            number = begin // (size * row_bytes[dim]) * groups
+            for group in range(first // step, -(-last // step)):
+                start, stop = group * step, min((group + 1) * step, size)
+                span = slice(begin + start * row_bytes[dim], begin + stop * row_bytes[dim])
+                value = self._array.kvstore.read(key, byte_range=span)
+                own = slice(max(first, start), min(last, stop))
+                part = (*[slice(None)] * dim, slice(own.start - start, own.stop - start), *inner)
                 yield Read(
-                    (*(slice(index, index + 1) for index in outer), slice(start, stop), *inner),
-                    self._array.kvstore.read(key, byte_range=slice(begin, end)),
-                    (*[1] * dim, stop - start, *behind),
-                    (*[slice(None)] * (dim + 1), *part),
+                    (
+                        *(slice(index, index + 1) for index in outer),
+                        slice(own.start + origin[dim], own.stop + origin[dim]),
+                        *block[dim + 1 :],
+                    ),
+                    _reader().submit(self._rows, value, key, number + group, (*[1] * dim, stop - start, *behind), part),
                 )
+
+    def _rows(self, value: Any, key: str, number: int, shape: tuple[int, ...], part: Bounds) -> np.ndarray:
+        """Part of a piece whose bytes are on their way."""
+        with self._errors():
+            content = value.result().value
+        self._compare(content, key, number)
+        return np.frombuffer(content, self._dtype).reshape(shape)[part]
+
+    def _whole(self, value: Any, key: str) -> np.ndarray:
+        """A chunk that is on its way, or a part of one that has no hashes."""
+        with self._errors():
+            content = value.result()
+        self._compare(content.tobytes(), key, 0)
+        return content
+
+    def _compare(self, content: bytes, key: str, number: int) -> None:
+        """Raises DamageError if these are not the bytes of a chunk's piece with that number."""
+        if self._hashes is not None and hash_piece(content) != self._hashes.chunks[key][number]:
+            raise DamageError(f"{self._name} has other contents than were saved")
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What TensorStore raises, as damage where it says that what it read makes no sense."""
+        try:
+            yield
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+            if any(code in reason for code in DAMAGE_CODES):
+                raise DamageError(f"{self._name} cannot be read: {reason}") from None
+            raise ValueError(f"{self._name} cannot be read: {reason}") from error
+
+
+@functools.cache
+def _reader() -> ThreadPoolExecutor:
+    """Threads in which pieces are hashed while others are placed."""
+    return ThreadPoolExecutor(AHEAD, thread_name_prefix="read-arrays")

@@ -2,37 +2,41 @@
 
 Invariant: once a step is trusted, a kill at any moment leaves a trusted step. A step is trusted when its manifest
 stands, the last file written; older steps are deleted only after that, each one's manifest first. A folder whose
-manifest verifies holds, to the byte, the files that it held when that was written.
+manifest verifies holds the files that it held when that was written, of the same length each and to the byte but for
+the values of arrays, which are compared with hashes of their own where they are read.
 """
 
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any
 
 from etils import epath
 
-from parallax.storage import is_remote, make_folder, open_folder, write_whole
+from parallax.storage import file_sizes, is_remote, make_folder, open_folder, write_whole
+from parallax.training.checkpoint_hashes import DamageError
 
 MANIFEST = "manifest.json"
+VALUES = "d"
+"""The folder in which TensorStore puts the values of arrays, and their index behind them."""
+SMALL = 2**20
+"""Bytes up to which such a file is hashed as a whole all the same: one of the index alone is never longer."""
 _CHUNK_BYTES = 1 << 22
 
 
-class DamageError(Exception):
-    """The fault of a folder, as a clause that names the file."""
-
-
 def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
-    """Records the sha256 and size in bytes of every file of a finished folder, beside some JSON facts."""
-    files = _files(folder)
+    """Records the size in bytes of every file of a finished folder, beside some JSON facts.
+
+    Also the sha256, but of files full of values of arrays, which those who wrote them have hashed.
+    """
+    entries: dict[str, dict[str, Any]] = {name: {"bytes": size} for name, size in _sizes(folder).items()}
+    hashed = [name for name, entry in entries.items() if not (_holds_values(name) and entry["bytes"] > SMALL)]
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256, files.values())
-        entries = {
-            name: {"sha256": digest, "bytes": file.stat().length}
-            for (name, file), digest in zip(files.items(), digests, strict=True)
-        }
+        for name, digest in zip(hashed, pool.map(lambda name: _sha256(folder / name), hashed), strict=True):
+            entries[name]["sha256"] = digest
     content = {**facts, "files": entries}
     write_whole(folder / MANIFEST, json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
 
@@ -57,35 +61,30 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 def verify(folder: epath.Path, under: str = "") -> None:
     """Compares every file whose relative name starts with `under` to the manifest.
 
-    Raises DamageError if a file is missing, left over, of another length or of other contents.
+    Raises DamageError if a file is missing, left over, of another length or, where it was hashed, of other contents.
     """
     entries = read_manifest(folder)["files"]
     expected = {name: entry for name, entry in entries.items() if name.startswith(under)}
-    found = {name: file for name, file in _files(folder).items() if name.startswith(under)}
+    found = {name: size for name, size in _sizes(folder).items() if name.startswith(under)}
     for name in sorted(expected.keys() ^ found.keys()):
         raise DamageError(f"{name} is missing" if name in expected else f"{name} was not saved with it")
-    for name, file in found.items():
-        length = file.stat().length
-        if length != expected[name]["bytes"]:
-            raise DamageError(f"{name} has {length} bytes instead of {expected[name]['bytes']}")
+    for name, size in found.items():
+        if size != expected[name]["bytes"]:
+            raise DamageError(f"{name} has {size} bytes instead of {expected[name]['bytes']}")
+    hashed = [name for name in found if "sha256" in expected[name]]
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(found, pool.map(_sha256, found.values()), strict=True):
+        for name, digest in zip(hashed, pool.map(lambda name: _sha256(folder / name), hashed), strict=True):
             if digest != expected[name]["sha256"]:
                 raise DamageError(f"{name} has other contents than were saved")
 
 
-def _files(folder: epath.Path) -> dict[str, epath.Path]:
-    """Every file below `folder` but the manifest itself, by its relative name with forward slashes."""
-    found = {file.relative_to(folder).as_posix(): file for file in _walk(folder)}
-    return {name: found[name] for name in sorted(found) if name != MANIFEST}
+def _sizes(folder: epath.Path) -> dict[str, int]:
+    """Bytes of every file below `folder` but the manifest itself, by its relative name with forward slashes."""
+    return {name: size for name, size in sorted(file_sizes(folder).items()) if name != MANIFEST}
 
 
-def _walk(folder: epath.Path) -> Iterator[epath.Path]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _walk(entry)
-        else:
-            yield entry
+def _holds_values(name: str) -> bool:
+    return PurePosixPath(name).parent.name == VALUES
 
 
 def _sha256(file: epath.Path) -> str:
@@ -98,6 +97,11 @@ def _sha256(file: epath.Path) -> str:
 
 def _own_digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def damaged(step: int, damage: str) -> ValueError:
+    """For a step that was asked for by its number."""
+    return ValueError(f"checkpoint {step} is damaged: {damage}; name another step")
 
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
@@ -140,19 +144,23 @@ class CheckpointFolder:
 
     def require(self, step: int | None) -> int:
         """`step`, or a ValueError that lists the steps that stand."""
-        steps = sorted(self.newest_first())
-        if step is None or step not in steps:
-            missing = "a checkpoint" if step is None else f"checkpoint {step}"
-            found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
-            raise ValueError(f"{missing} is asked for, but {self.root} has {found}; name another")
+        if step is None or step not in self.newest_first():
+            raise self.missing(step)
         return step
 
+    def missing(self, step: int | None) -> ValueError:
+        """For a step that is not there, or any where there is none."""
+        steps = sorted(self.newest_first())
+        missing = "a checkpoint" if step is None else f"checkpoint {step}"
+        found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
+        return ValueError(f"{missing} is asked for, but {self.root} has {found}; name another")
+
     def check(self, step: int, under: str = "") -> None:
-        """Raises ValueError unless the files of `step` that start with `under` are as they were saved."""
+        """Raises ValueError unless `verify` takes the files of `step` that start with `under`."""
         try:
             verify(self.path(step), under)
         except DamageError as damage:
-            raise ValueError(f"checkpoint {step} is damaged: {damage}; name another step") from None
+            raise damaged(step, str(damage)) from None
 
     def first_intact(self, steps: list[int], set_aside: bool) -> int | None:
         """The first of `steps` that verifies. Those before it are named and, with `set_aside`, renamed."""
@@ -161,9 +169,13 @@ class CheckpointFolder:
                 verify(self.path(step))
                 return step
             except DamageError as damage:
-                aside = f"; it is now {self.set_aside(step, 'damaged')}" if set_aside else ""
-                self._notify(f"checkpoint {step} is damaged: {damage}{aside}")
+                self.refuse(step, str(damage), set_aside)
         return None
+
+    def refuse(self, step: int, damage: str, set_aside: bool) -> None:
+        """Says that a step is damaged and, with `set_aside`, renames it."""
+        aside = f"; it is now {self.set_aside(step, 'damaged')}" if set_aside else ""
+        self._notify(f"checkpoint {step} is damaged: {damage}{aside}")
 
     def make_room(self, step: int) -> None:
         """Makes the root, and clears the way for a save of `step`. Raises ValueError if the root cannot be made."""

@@ -4,10 +4,11 @@ Invariant: what happens after a step depends on the number of that step alone, n
 resumed run does what the uninterrupted one would have done.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -28,6 +29,13 @@ class Diverged(RuntimeError):
     def __init__(self, message: str, last_finite: int):
         super().__init__(message)
         self.last_finite = last_finite
+
+
+class Best(NamedTuple):
+    """The lowest held-out loss of a checkpoint, and its step; 0 and no loss before there is one."""
+
+    step: int = 0
+    loss: float = math.inf
 
 
 class Placement(Protocol):
@@ -77,23 +85,28 @@ def train(
     placement: Placement,
     config: TrainConfig,
     evaluate: Callable[[TrainState], float | None],
-    save: Callable[[int, TrainState, float | None], None],
+    save: Callable[[int, TrainState, float | None, Best], None],
     check: Callable[[int, TrainState, Any], None],
     observers: list[Observer],
     stopwatch: Stopwatch,
     evaluation_due: bool = False,
+    best: Best = Best(),
     step_flops: float = 0.0,
     peak_flops: float | None = None,
 ) -> tuple[TrainState, int]:
     """Trains from step `start` to `config.steps`, or until a stop is requested.
 
+    A checkpoint is due every `config.checkpoint_interval` steps, after the last step and at a stop. An evaluation that
+    is better than the best checkpoint is saved too, if that one is at least an interval old.
+
     Args:
       batches: host batches from index `start` on.
       evaluate: state to held-out loss in nats a token, or None once a stop is requested: then the state is saved.
-      save: called with (step, state, held-out loss of this step or None).
-      check: called with (step, state, placed batch) every `config.check_interval` steps and before each save; raises
-        where the state cannot be trusted.
+      save: called with (step, state, held-out loss of this step or None, the best checkpoint with this one among them).
+      check: called with (step, state, placed batch) every `config.check_interval` steps and before each evaluation and
+        save; raises where the state cannot be trusted.
       evaluation_due: whether the run was stopped before step `start` was evaluated: then that comes first.
+      best: the best checkpoint up to `start`.
       step_flops, peak_flops: for the model FLOPs utilisation, of the whole batch and of all devices together.
 
     Returns:
@@ -119,8 +132,8 @@ def train(
         stopping = not final and placement.stop_requested()
         logged = final or done == 1 or done % config.log_interval == 0
         evaluated = final or done % config.eval_interval == 0
-        saved = evaluated or stopping or done % config.checkpoint_interval == 0
-        checked = saved or done % config.check_interval == 0
+        saved = final or stopping or done % config.checkpoint_interval == 0
+        checked = evaluated or saved or done % config.check_interval == 0
 
         row: Row | None = None
         with stopwatch.timing("step"):
@@ -139,9 +152,12 @@ def train(
         if evaluated and not stopping:
             eval_loss = _evaluate(done, state, evaluate, observers, stopwatch)
             stopping = eval_loss is None
+            if eval_loss is not None and eval_loss < best.loss:
+                saved = saved or done - best.step >= config.checkpoint_interval
+                best = Best(done, eval_loss) if saved else best
         if saved or stopping:
             with stopwatch.timing("checkpoint"):
-                save(done, state, eval_loss)
+                save(done, state, eval_loss, best)
     return state, done
 
 

@@ -36,6 +36,8 @@ class Cost(Protocol):
 
     def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float) -> float: ...
 
+    def evaluation_bytes(self, sizes: Mapping[str, int], parameter_bytes: float) -> float: ...
+
     def sent(self, sizes: Mapping[str, int]) -> Sequence[Any]: ...
 
 
@@ -75,7 +77,11 @@ class Row:
     parameter_bytes: int
     optimizer_bytes: int
     estimated_bytes: float
-    """State, in whole tiles, and temporaries, by the analytic model."""
+    """State, in whole tiles, and temporaries of a step, by the analytic model."""
+    evaluation_bytes: float
+    """The same while a batch of the held-out text is evaluated, always by the analytic model."""
+    save_bytes: float
+    """The same while a checkpoint is saved. To restore one takes no more than the state."""
     flops: float
     """By the compiler where there is a report, kernels added by the analytic model."""
     wire_bytes: Mapping[str, float]
@@ -94,7 +100,18 @@ class Row:
 
     @property
     def peak_bytes(self) -> float:
+        """Of a step."""
         return self.report.peak_bytes if self.report and self.report.fits else self.estimated_bytes
+
+    @property
+    def needed_bytes(self) -> float:
+        """Of a run."""
+        return max(self.peak_bytes, self.evaluation_bytes, self.save_bytes)
+
+    def fits(self, memory_bytes: float) -> bool:
+        """Whether steps fit a device, as the compiler says where it was asked, and evaluations and saves too."""
+        step_fits = self.report.fits if self.report else self.peak_bytes <= memory_bytes
+        return step_fits and max(self.evaluation_bytes, self.save_bytes) <= memory_bytes
 
     @property
     def bound(self) -> str:
@@ -129,6 +146,7 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
     laid_out = held_bytes(state, build.axes, rules, choice.sizes, tiled_size)
     own = held_bytes(state.params, build.axes.params, rules, choice.sizes, tiled_size)
+    evaluation = cost.evaluation_bytes(choice.sizes, own)
     temporary = estimated = cost.temporary_bytes(choice.sizes, own, generation.on_chip)
     flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
     if report is not None and report.fits:
@@ -146,6 +164,8 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         parameter_bytes=parameters,
         optimizer_bytes=optimizer,
         estimated_bytes=laid_out + estimated,
+        evaluation_bytes=laid_out + evaluation,
+        save_bytes=laid_out + copied_bytes(state, build.axes, rules, choice.sizes),
         flops=flops,
         wire_bytes=wire,
         sent_bytes=sum(each.wire_bytes for each in sent),
@@ -162,11 +182,27 @@ def held_bytes(
     """Bytes of a device's shards of arrays with these logical axes; `numbers` says how many a shape takes."""
 
     def of(leaf: Any, names: Any) -> int:
-        parts = (math.prod(split_by(name or "", rules, sizes).values()) for name in names)
-        shard = [dim // part for dim, part in zip(leaf.shape, parts, strict=True)]
-        return numbers(shard) * leaf.dtype.itemsize
+        return numbers(_shard(leaf, names, rules, sizes)[0]) * leaf.dtype.itemsize
 
     return sum(jax.tree.leaves(jax.tree.map(of, arrays, axes)))
+
+
+def copied_bytes(arrays: Any, axes: Any, rules: Rules, sizes: Mapping[str, int]) -> int:
+    """Bytes of the slices that a device makes for a checkpoint: of what several hold, each of them writes a part."""
+
+    def of(leaf: Any, names: Any) -> int:
+        shard, parts = _shard(leaf, names, rules, sizes)
+        replicas = math.prod(sizes.values()) // parts
+        shared = replicas > 1 and any(dim % replicas == 0 for dim in shard)
+        return math.prod(shard) * leaf.dtype.itemsize // replicas if shared else 0
+
+    return sum(jax.tree.leaves(jax.tree.map(of, arrays, axes)))
+
+
+def _shard(leaf: Any, names: Any, rules: Rules, sizes: Mapping[str, int]) -> tuple[list[int], int]:
+    """The shape of a device's shard of an array with these logical axes, and how many different ones there are."""
+    parts = [math.prod(split_by(name or "", rules, sizes).values()) for name in names]
+    return [dim // part for dim, part in zip(leaf.shape, parts, strict=True)], math.prod(parts)
 
 
 def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
@@ -182,8 +218,8 @@ def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:
     """What fits first, fastest first, of equals what moves less; what does not fit by how much it lacks."""
 
     def key(row: Row) -> tuple[bool, float, float]:
-        fits = row.report.fits if row.report else row.peak_bytes <= memory_bytes
-        return not fits, row.seconds if fits else row.peak_bytes, row.memory_seconds + row.link_seconds
+        fits = row.fits(memory_bytes)
+        return not fits, row.seconds if fits else row.needed_bytes, row.memory_seconds + row.link_seconds
 
     return sorted(rows, key=key)
 

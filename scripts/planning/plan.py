@@ -88,7 +88,7 @@ class Plan:
                 continue
             choice, build = row.choice, self._build(row.choice)
             found.append(self._row(choice, compile_choice(choice, build, self._slice, devices, plan_cache())))
-            if found[-1].source == "compiled" and not self._flags.exhaustive:
+            if found[-1].fits(self._slice.device_memory) and not self._flags.exhaustive:
                 break
         return found
 
@@ -136,7 +136,7 @@ class Plan:
 
     def _show(self, console: Console, rows: list[Row], ranked: int) -> int:
         flags, sliced = self._flags, self._slice
-        fitting = [row for row in rows if row.report and row.report.fits]
+        fitting = [row for row in rows if row.report and row.fits(sliced.device_memory)]
         Console(width=None if sys.stdout.isatty() else 200).print(plan_table(rows, sliced, flags, ranked))
         name = f"{flags.topology}-{flags.config}-{flags.batch_size}x{flags.seq_len}.json"
         path = Path(flags.output or Path("plans") / name)

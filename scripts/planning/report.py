@@ -29,7 +29,8 @@ def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: i
         title=f"{asked.config}, {asked.batch_size} × {asked.seq_len} tokens a step, on {sliced.name}: "
         f"{sliced.devices} devices of {sliced.device_memory / GIB:.0f} GiB",
         caption=f"{ranked} choices were ranked. compiled: memory, operations and traffic are the compiler's. "
-        "estimate: the analytic model's. Times are estimates by peak rates, as if all overlapped; none of "
+        "estimate: the analytic model's. HBM: of a step, or of an evaluation or a save (always estimates) where "
+        "these need more. Times are estimates by peak rates, as if all overlapped; none of "
         f"this has run on a TPU. Billing runs until a slice is deleted; prices: {PRICES}",
     )
     for name in ("layout", "remat", "micro", "attention", "source", "fits"):
@@ -43,7 +44,7 @@ def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: i
 
 
 def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
-    choice, temporary = row.choice, row.peak_bytes - row.parameter_bytes - row.optimizer_bytes
+    choice, temporary = row.choice, row.needed_bytes - row.parameter_bytes - row.optimizer_bytes
     times = {"compute": row.compute_seconds, "memory": row.memory_seconds, "links": row.link_seconds}
     return [
         name_of(choice),
@@ -52,7 +53,7 @@ def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
         row.attention,
         row.source,
         _verdict(row, sliced),
-        *(f"{size / GIB:.2f}" for size in (row.peak_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)),
+        *(f"{size / GIB:.2f}" for size in (row.needed_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)),
         f"{row.flops / 1e12:.2f}",
         f"{row.sent_bytes / 1e9:.2f}",
         *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
@@ -62,9 +63,13 @@ def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
 
 def _verdict(row: Row, sliced: Accelerator) -> str:
     if row.report is None:
-        lack = row.peak_bytes - sliced.device_memory
+        lack = row.needed_bytes - sliced.device_memory
         return "may fit" if lack <= 0 else f"lacks {lack / GIB:.1f} GiB"
-    return "yes" if row.report.fits else f"no: {row.report.error}"
+    if not row.report.fits:
+        return f"no: {row.report.error}"
+    what, needed = max(("an evaluation", row.evaluation_bytes), ("a save", row.save_bytes), key=lambda pair: pair[1])
+    lack = needed - sliced.device_memory
+    return "yes" if lack <= 0 else f"no: {what} lacks {lack / GIB:.1f} GiB"
 
 
 def plan_to_json(rows: Sequence[Row], sliced: Accelerator, asked: Flags, commands: Mapping[str, str]) -> dict[str, Any]:
@@ -76,11 +81,11 @@ def plan_to_json(rows: Sequence[Row], sliced: Accelerator, asked: Flags, command
         "config": asked.config,
         "batch_size": asked.batch_size,
         "seq_len": asked.seq_len,
-        "rows": [_row_to_json(row, asked) | {"command": commands[name_of(row.choice)]} for row in rows],
+        "rows": [_row_to_json(row, sliced, asked) | {"command": commands[name_of(row.choice)]} for row in rows],
     }
 
 
-def _row_to_json(row: Row, asked: Flags) -> dict[str, Any]:
+def _row_to_json(row: Row, sliced: Accelerator, asked: Flags) -> dict[str, Any]:
     choice = row.choice
     return {
         "layout": name_of(choice),
@@ -90,10 +95,12 @@ def _row_to_json(row: Row, asked: Flags) -> dict[str, Any]:
         "microbatches": choice.layout.accumulate,
         "attention": row.attention,
         "source": row.source,
-        "fits": row.report.fits if row.report else None,
+        "fits": row.fits(sliced.device_memory) if row.report else None,
         "error": row.report.error if row.report else "",
         "peak_bytes": row.peak_bytes,
         "estimated_peak_bytes": row.estimated_bytes,
+        "evaluation_bytes": row.evaluation_bytes,
+        "save_bytes": row.save_bytes,
         "parameter_bytes": row.parameter_bytes,
         "optimizer_bytes": row.optimizer_bytes,
         "flops": row.flops,

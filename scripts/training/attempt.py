@@ -26,7 +26,7 @@ from parallax.model.transformer import Params
 from parallax.storage import open_folder, reason_of, write_json
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.loop import Diverged, Observer, Row, Stopwatch, train
+from parallax.training.loop import Best, Diverged, Observer, Row, Stopwatch, train
 from parallax.training.metrics import MetricsWriter
 from parallax.training.plot import plot_loss
 from parallax.training.progress import Profiler, Terminal
@@ -68,6 +68,8 @@ class Attempt:
         self._start = self._step = 0
         self._changed: dict[str, Any] = {}
         self._evaluation_due = False  # that of the last step, which a stop cut short
+        self._best = Best()
+        self._unsaved: OSError | None = None
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -90,7 +92,9 @@ class Attempt:
                 )
             say(f"resume    from step {done} of {job.folder}")
             state, self._start = strategy.adopt(restored.state), done
-            self._evaluation_due = restored.documents["progress"].get("evaluation_due", False)
+            progress = restored.documents["progress"]
+            self._evaluation_due = progress.get("evaluation_due", False)
+            self._best = Best(**progress.get("best", {}))  # older checkpoints say nothing of it
         else:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
@@ -141,8 +145,7 @@ class Attempt:
 
         try:
             with noted():
-                if self._job.strategy.is_writer:
-                    self._summary.write(self._start, self._checkpoints.best_step())
+                self._write_summary()
                 observers += self._observers()
                 state, self._step = self._train(state, observers)
         except KeyboardInterrupt:
@@ -160,8 +163,11 @@ class Attempt:
         if diverged:
             with noted():
                 self._set_aside(diverged.last_finite)
+        if self._unsaved is not None:
+            failures.append(self._unsaved)
         with noted():
-            self._write_summary(failures)
+            end = "failed" if failures else "finished" if self._finished else "stopped"
+            self._write_summary(end, _one_line(failures[0]) if failures else None)
             self._workspace.send()
         self._workspace.release()
         return self._end(state, failures)
@@ -176,7 +182,7 @@ class Attempt:
     def _end_at_once(self) -> None:
         """At a signal while the step is compiled, which nothing interrupts: no step is done that could be lost."""
         if self._stopwatch.current == "compile":
-            self._write_summary([])
+            self._write_summary("stopped")
             self._workspace.send()
             self._say_end()
             os._exit(0)
@@ -210,24 +216,44 @@ class Attempt:
             observers=observers,
             stopwatch=self._stopwatch,
             evaluation_due=self._evaluation_due,
+            best=self._best,
             step_flops=step_flops(job.flags.model, settings.batch_size, settings.seq_len),
             peak_flops=sum(peak_flops(device.device_kind) or 0.0 for device in strategy.devices) or None,
         )
 
-    def _save(self, step: int, state: TrainState, eval_loss: float | None) -> None:
+    def _save(self, step: int, state: TrainState, eval_loss: float | None, best: Best) -> None:
+        """Starts a save, when the one before has ended. Where that failed, or this one does, the next tries again."""
+        self._workspace.check()
+        with self._unsaved_noted():
+            self._checkpoints.wait()
+        with self._unsaved_noted():
+            self._start_save(step, state, eval_loss, best)
+
+    @contextlib.contextmanager
+    def _unsaved_noted(self) -> Iterator[None]:
+        """Keeps the failure of the newest save, and says it; in several processes, the others wait in it: raises."""
+        self._unsaved = None
+        try:
+            yield
+        except OSError as error:
+            if jax.process_count() > 1:
+                raise
+            self._unsaved = error
+            say(f"unsaved   {_one_line(error)}; the next save tries again")
+
+    def _start_save(self, step: int, state: TrainState, eval_loss: float | None, best: Best) -> None:
         settings = self._job.flags.train
         self._evaluation_due = eval_loss is None and (step == settings.steps or step % settings.eval_interval == 0)
+        progress = {"next_batch": step} | ({"best": best._asdict()} if best.step else {})
         documents = {
             "config": describe_run(self._job),
             "tokenizer": self._job.tokenizer.to_json(),
-            "progress": {"next_batch": step} | ({"evaluation_due": True} if self._evaluation_due else {}),
+            "progress": progress | ({"evaluation_due": True} if self._evaluation_due else {}),
         }
         self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
         self._checkpoints.save(step, self._job.strategy.canonical(state), documents, eval_loss)
-        self._step = step
-        if self._job.strategy.is_writer:
-            self._summary.write(step, self._checkpoints.best_step())
-            self._workspace.send()
+        self._write_summary()
+        self._workspace.send()
 
     def _check(self, step: int, state: TrainState, batch: Any) -> None:
         """Compares replicas and hosts. Raises Divergence."""
@@ -237,10 +263,9 @@ class Attempt:
         settings = job.flags.train
         ids = job.training.draw(settings.batch_size, settings.seed, step - 1)
         facts = {"corpus": job.corpus.sha256.encode(), "sample ids": ids.tobytes()}
-        trees = [{"params": state.params, "opt_state": state.opt_state}]
-        if not strategy.is_stacked:  # where they are, no two devices hold the same rows
-            trees.append({"sample_ids": batch["sample_ids"]})
-        sentinel.check(step, trees, facts, stacked=strategy.is_stacked)
+        held = strategy.canonical(state)
+        trees = [{"params": held.params, "opt_state": held.opt_state}, {"sample_ids": batch["sample_ids"]}]
+        sentinel.check(step, trees, facts)
 
     def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float | None:
         """Mean cross-entropy over every held-out target, in nats a token; None if a stop is requested meanwhile."""
@@ -258,11 +283,11 @@ class Attempt:
         self._evaluation_due = False
         return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
 
-    def _write_summary(self, failures: list[Exception]) -> None:
+    def _write_summary(self, end: str = "", failure: str | None = None) -> None:
+        """With what is saved by now: a save that is under way is in the next one."""
         if self._job.strategy.is_writer:
-            end = "failed" if failures else "finished" if self._finished else "stopped"
-            failure = _one_line(failures[0]) if failures else None
-            self._summary.write(self._step, self._checkpoints.best_step(), end, failure)
+            saved = self._checkpoints.best_first()
+            self._summary.write(max(saved, default=0), next(iter(saved), None), end, failure)
 
     def _end(self, state: TrainState, failures: list[Exception]) -> int:
         """Says how the run ended, and returns the exit status."""

@@ -1,10 +1,10 @@
 """The folder that a training run writes: which it is, who may write it, and how files reach it, checkpoints aside.
 
 Invariant: a folder that exists is resumed or refused, never overwritten, and nothing is made before all input is known
-to be good. A local run folder is written in place, by one process at a time. The files of one on gs:// are written to a
-temporary folder and sent as they are when the run begins, just before and after each checkpoint is saved, and at the
-end. So a run that goes on from a checkpoint finds every row up to it; a kill loses the rows since then, whose steps are
-trained again.
+to be good. A run folder is written by one process at a time, a local one in place. The files of one on gs:// are
+written to a temporary folder and sent as they are when the run begins, just before and after each checkpoint is saved,
+and at the end. So a run that goes on from a checkpoint finds every row up to it; a kill loses the rows since then,
+whose steps are trained again.
 """
 
 import atexit
@@ -24,6 +24,7 @@ from etils import epath
 
 from parallax.storage import is_remote, open_folder, reason_of
 from parallax.training.metrics import METRICS_FILE
+from scripts.training.lease import LEASE_FILE, Lease, Owner
 from scripts.training.summary import SUMMARY_FILE
 
 CONTINUED = (METRICS_FILE, SUMMARY_FILE)
@@ -53,14 +54,17 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
         raise ValueError(f"--output-dir {folder} must be a folder and is a file; choose another")
     if folder.exists() and not resume:
         raise ValueError(f"--output-dir {folder} exists already; add --resume, or choose another")
-    shown = folder.exists() and [path for path in folder.iterdir() if not path.name.startswith(".")]
-    if shown and not (folder / "config.json").exists():
+    names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    if "config.json" not in names and any(name != LEASE_FILE and not name.startswith(".") for name in names):
         raise ValueError(f"--output-dir {folder} holds files but no config.json of a run; choose another")
     if is_remote(folder):
         return folder  # nothing says beforehand what may be written there
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output-dir {folder} cannot be made in {parent}, which is not writable; choose another")
+    here = folder.absolute()
+    above = next(path for path in (here, *here.parents) if path.exists())
+    if above == here and not os.access(here, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {folder} is not writable; choose another")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {folder} cannot be made in {above}, which is not writable; choose another")
     return folder
 
 
@@ -91,24 +95,49 @@ class Workspace:
             self.path = Path(temporary, folder.name)
         self._sent: dict[Path, tuple[int, int]] = {}
         self._lock: weakref.finalize | None = None
+        self._lease: Lease | None = None
 
     def hold(self, patience: float = PATIENCE) -> None:
-        """Keeps a local folder, where there is one yet, from others that would hold it, until it is released.
+        """Keeps a folder, where there is one yet, from others that would hold it, until it is released.
 
-        A process that ends, however it ends, releases it. Another one that holds it has `patience` seconds to end.
-        Raises ValueError if another process holds it.
+        A process that ends, however it ends, releases it: at once where the file system has locks, else as `Lease`
+        says. Another one that holds a lock has `patience` seconds to end.
+        Raises ValueError if another process holds it, or it cannot be written.
         """
-        if self._is_remote or self._lock is not None or not self.path.is_dir():
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        self._lock = weakref.finalize(self, os.close, descriptor)
-        limit = time.monotonic() + patience
-        while not _locked(descriptor):
-            if time.monotonic() > limit:
-                raise ValueError(
-                    f"--output-dir {self._folder} is being written by another process; stop that one, or choose another"
-                )
-            time.sleep(0.1)
+        if self._lock is None and self._folder.is_dir():
+            self._take(patience)
+
+    def _take(self, patience: float = PATIENCE) -> None:
+        if not self._is_remote:
+            descriptor = os.open(self.path, os.O_RDONLY)
+            self._lock = weakref.finalize(self, os.close, descriptor)
+            limit = time.monotonic() + patience
+            while (locked := _locked(descriptor)) is False:
+                if time.monotonic() > limit:
+                    raise self._held_by("another process")
+                time.sleep(0.1)
+            if locked:
+                return
+            self._lock()
+        lease = Lease(self._folder)
+        try:
+            with _errors_of(self._folder):
+                rival = lease.take()
+        except OSError as error:
+            raise ValueError(
+                f"--output-dir {self._folder} cannot be written: {reason_of(error)}; choose another"
+            ) from None
+        if rival is not None:
+            raise self._held_by(_describe(rival))
+        self._lease, self._lock = lease, weakref.finalize(self, lease.release)
+
+    def _held_by(self, whom: str) -> ValueError:
+        return ValueError(f"--output-dir {self._folder} is being written by {whom}; stop that one, or choose another")
+
+    def check(self) -> None:
+        """Raises OSError if another process has taken the folder: this one was held up for longer than a lease."""
+        if self._lease is not None and self._lease.rival is not None:
+            raise OSError(errno.EBUSY, f"it was taken by {_describe(self._lease.rival)}", str(self._folder))
 
     def release(self) -> None:
         """Lets others write the folder."""
@@ -123,7 +152,8 @@ class Workspace:
           ValueError: another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self.hold()
+        if self._lock is None:
+            self._take()
         for name in CONTINUED if self._is_remote else ():
             source, copy = self._folder / name, self.path / name
             with _errors_of(source):
@@ -146,15 +176,19 @@ class Workspace:
                 self._sent[file] = version
 
 
-def _locked(descriptor: int) -> bool:
-    """False while another process has the lock; True too where the file system knows no locks."""
+def _locked(descriptor: int) -> bool | None:
+    """False while another process has the lock; None where the file system knows no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True
+
+
+def _describe(owner: Owner) -> str:
+    return f"another process, {owner.pid} on {owner.host}"
 
 
 def _version(file: Path) -> tuple[int, int]:

@@ -176,10 +176,15 @@ def make_read_only(scene: Scene, training: Training) -> str:
     mount("--bind", folder, folder)
     try:
         mount("-o", "remount,bind,ro", folder)
-        _end(training, 3, "error: ")
+        if training.layout.processes > 1:
+            _end(training, 3, "error: ")
+            return "ended with status 3"
+        scene.wait_for(training, lambda: "could not be saved" in training.err.read_text())
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
-    return "ended with status 3"
+    failed = max(scene.trusted(), default=0)
+    scene.wait_for(training, lambda: max(scene.trusted(), default=0) > failed)
+    return f"saved again at step {max(scene.trusted())}; then {_kill_one(scene, training)}"
 
 
 FILE_IN_PLACE = Fault("a file in place of the checkpoints", put_file_in_place, begins=False)

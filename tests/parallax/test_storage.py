@@ -3,10 +3,21 @@
 import importlib.util
 import json
 import os
+import pathlib
+import pwd
 
 import pytest
 
-from parallax.storage import is_remote, open_folder, replacing, write_atomically, write_json, write_whole
+from parallax.storage import (
+    cache_folder,
+    file_sizes,
+    is_remote,
+    open_folder,
+    replacing,
+    write_atomically,
+    write_json,
+    write_whole,
+)
 
 
 def test_local_paths_stay_as_they_are(tmp_path):
@@ -69,3 +80,22 @@ def test_failure_half_way_changes_nothing(tmp_path):
         fail_half_way()
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_are_found_with_their_sizes_at_any_depth(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c~").write_bytes(b"123")
+    (tmp_path / "d").write_bytes(b"")
+    assert file_sizes(open_folder(tmp_path)) == {"a/b/c~": 3, "d": 0}
+
+
+def test_a_user_without_a_name_or_a_home_has_a_cache(monkeypatch):
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert cache_folder().is_absolute()
+    monkeypatch.setenv("HOME", "/home/x")
+    assert cache_folder() == pathlib.Path("/home/x/.cache/parallax")

@@ -6,6 +6,7 @@ The emulator (tests/google_storage.py) is not Google: what these tests show, the
 import json
 import os
 import random
+import socket
 import urllib.request
 
 import jax
@@ -14,6 +15,8 @@ import pytest
 
 from parallax.run_folder import load_run
 from parallax.storage import open_folder
+from scripts.training import lease
+from scripts.training.output_dir import Workspace
 from tests.claims.kill_and_resume import write_text
 from tests.google_storage import BUCKET
 from tests.scripts.runs import Training, checkpoints, pmap, rows, run_script, single
@@ -114,6 +117,31 @@ def test_two_processes_write_one_run(folder, whole, bucket):
     pair, single_run = load_run(str(run)), load_run(alone)
     assert pair.step == single_run.step
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), pair.params, single_run.params)
+
+
+def test_a_run_is_written_by_one_process_at_a_time(folder, bucket, train_small, monkeypatch):
+    """Also after a kill: the lease of a process that is gone from this machine is over."""
+    for name, seconds in {"BEAT": 0.1, "SETTLE": 0.1, "LOOK": 0.1}.items():
+        monkeypatch.setattr(lease, name, seconds)
+    run = open_folder(f"{bucket}/one")
+    first = Workspace(run)
+    first.fetch()
+    status, _, err = train_small("--output-dir", str(run), "--resume")
+    whom = f"another process, {os.getpid()} on {socket.gethostname()}"
+    assert status == 2
+    assert err.splitlines()[-1] == (
+        f"error: --output-dir {run} is being written by {whom}; stop that one, or choose another"
+    )
+    first.release()
+    assert not run.exists()
+    home = open_folder(f"{bucket}/runs")
+    lease_file = home / "leased" / "lease.json"
+    training = Training(folder, "leased", single(), FLAGS, disk=home)
+    assert training.wait_for(lease_file.exists), training.words()
+    training.kill()
+    assert lease_file.exists()
+    assert Training(folder, "leased", single(), [*FLAGS, "--resume"], disk=home).end(40) == 0
+    assert not lease_file.exists()
 
 
 def test_a_bucket_that_is_not_there_is_refused_and_not_made(train_small, bucket):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.config import TrainConfig, TransformerConfig
+from parallax.config import PRESETS, TrainConfig, TransformerConfig
 from parallax.model.cost import StepCost, forward_flops, step_flops
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.training.loss import make_loss
@@ -181,3 +181,25 @@ def test_gradients_take_what_parameters_take():
     again = dataclasses.replace(cost, microbatches=2)
     for each, times in ((cost, 1), (again, 2)):
         assert each.temporary_bytes({"fsdp": 2}, 1e6) - each.temporary_bytes({"fsdp": 2}, 0) == times * 1e6
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size", "seq_len", "sizes", "parameters", "compiled"),
+    [
+        ("small", 64, 512, {"data": 8}, 96, 124),  # by pmap too
+        ("small", 64, 512, {"data": 2, "tensor": 4}, 24, 112),
+        ("base", 64, 1024, {"fsdp": 8}, 45, 444),
+        ("llama-1b", 16, 1024, {"fsdp": 8}, 589, 1008),
+    ],
+)
+def test_an_evaluation_takes_no_more_than_its_estimate(config, batch_size, seq_len, sizes, parameters, compiled):
+    """At least what libtpu reports for v3-8 in bfloat16, in MiB beside arguments, and at most twice that."""
+    config = dataclasses.replace(PRESETS[config], dtype="bfloat16", remat="none")
+    cost = StepCost(config=config, batch_size=batch_size, seq_len=seq_len)
+    estimated = cost.evaluation_bytes(sizes, parameters * MIB) / MIB
+    assert compiled <= estimated <= 2 * compiled
+    in_parts = dataclasses.replace(cost, microbatches=8)
+    assert in_parts.evaluation_bytes(sizes, parameters * MIB) == estimated * MIB

@@ -82,3 +82,14 @@ def damage(file: pathlib.Path, how: str):
         position = random.Random(how + file.name).randrange(len(content))
         content[position] ^= 1 << random.Random(how).randrange(8)
         file.write_bytes(content)
+
+
+def flip_a_bit(folder: pathlib.Path, value: bytes):
+    """In the middle of a value that stands in the files of arrays below."""
+    for file in folder.rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        if (position := content.find(value)) >= 0:
+            content[position + len(value) // 2] ^= 8
+            file.write_bytes(content)
+            return
+    raise LookupError("no file holds that value")

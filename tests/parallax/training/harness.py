@@ -34,7 +34,7 @@ class Harness:
     """Placement, observer, evaluation and storage in one, which writes down what happens in order."""
 
     def __init__(self, stop_at=None, bad=(), clock=None, differs_at=None, cut_at=None):
-        self.events, self.saved, self.dispatched = [], {}, 0
+        self.events, self.saved, self.best, self.dispatched = [], {}, {}, 0
         self._stop_at, self._bad, self._clock = stop_at, bad, clock
         self._differs_at, self._cut_at = differs_at, cut_at
         self.stopwatch = Stopwatch()
@@ -75,9 +75,9 @@ class Harness:
         self.events.append(("evaluate", int(state.step), None))
         return float(state.params["w"]) + 1
 
-    def save(self, step, state, eval_loss):
+    def save(self, step, state, eval_loss, best):
         self._takes(7.0)
-        self.saved[step] = jax.tree.map(np.array, state)
+        self.saved[step], self.best[step] = jax.tree.map(np.array, state), best
         self.events.append(("save", step, eval_loss))
 
     def check(self, step, state, batch):

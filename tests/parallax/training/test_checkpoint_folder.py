@@ -1,18 +1,26 @@
 """Which checkpoints stay, what is deleted when; and what was damaged is named, set aside, and never restored."""
 
+import grp
+import hashlib
+import json
 import pathlib
+import pwd
 import shutil
 
 import numpy as np
 import pytest
+import tensorstore
 
 from parallax.storage import open_folder
+from parallax.training import checkpoint_folder
 from parallax.training.checkpoint import Checkpointer
 from tests.parallax.training.checkpoints import (
     ABSTRACT,
     DOCUMENTS,
+    abstract,
     assert_same_bits,
     damage,
+    flip_a_bit,
     listing,
     make_state,
     reader,
@@ -130,6 +138,113 @@ def test_any_damaged_file_is_named_and_the_one_before_is_used(tmp_path):
             assert "it is now 20.damaged" in lines[0]
             assert not (tmp_path / "20").exists()
     assert len(list(tmp_path.glob("20.damaged*"))) == 5 * len(names[::4])
+
+
+@pytest.fixture
+def large_files(monkeypatch):
+    """Files of arrays of any length are left to the hashes of their pieces, as those of a large model are."""
+    monkeypatch.setattr(checkpoint_folder, "SMALL", -1)
+
+
+def large_state(step):
+    """Values beyond 1 kB, which do not stand in the index."""
+    params = {"w": np.arange(2**16, dtype=np.float32).reshape(4, 128, 128) + step}
+    return {"params": params, "moments": [-params["w"], 2 * params["w"]]}
+
+
+@pytest.fixture
+def large_saved(tmp_path):
+    """The checkpoints 10 and 20, the better one, of a large state; and its shapes."""
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    for step in (10, 20):
+        checkpointer.save(step, large_state(step), DOCUMENTS, eval_loss=1 / step)
+    checkpointer.close()
+    return abstract(large_state(0))
+
+
+def flip_a_moment(folder, step):
+    flip_a_bit(folder / str(step), large_state(step)["moments"][1].tobytes())
+
+
+def test_damaged_arrays_are_found_by_who_reads_them_and_by_nobody_else(tmp_path, large_files, large_saved):
+    flip_a_moment(tmp_path, 20)
+    checkpointer, lines = reader(tmp_path, is_writer=False)
+    assert checkpointer.restore_params(large_saved["params"])[0] == 20  # whose parameters are as they were
+    assert lines == []
+    with pytest.raises(
+        ValueError, match=r"checkpoint 20 is damaged: moments/1 has other contents than were saved; name"
+    ):
+        checkpointer.restore(large_saved, step=20)
+    assert checkpointer.restore(large_saved).step == 10
+    assert (tmp_path / "20").exists()
+    writer, lines = reader(tmp_path)
+    assert_same_bits(writer.restore(large_saved).state, large_state(10))
+    assert lines == ["checkpoint 20 is damaged: moments/1 has other contents than were saved; it is now 20.damaged"]
+
+
+def test_a_save_reads_no_array_back_and_a_restore_reads_once_what_it_gives(tmp_path, large_files, monkeypatch):
+    params = {"w": np.arange(2**18, dtype=np.float32).reshape(4, 256, 256)}
+    state, whole = {"params": params, "moments": [params, params]}, 3 * 2**20
+    hashed, hash_file = [], checkpoint_folder._sha256
+    monkeypatch.setattr(
+        checkpoint_folder, "_sha256", lambda file: hashed.append(len(file.read_bytes())) or hash_file(file)
+    )
+
+    def read_bytes():
+        (metric,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return sum(hashed) + sum(value["value"] for value in metric["values"])
+
+    checkpointer = Checkpointer(tmp_path, keep=1)
+    before = read_bytes()
+    checkpointer.save(1, state, DOCUMENTS)
+    checkpointer.wait()
+    after_save = read_bytes()
+    assert after_save - before < whole / 10
+    assert_same_bits(checkpointer.restore(abstract(state)).state, state)
+    after_restore = read_bytes()
+    assert whole <= after_restore - after_save < 1.1 * whole
+    assert_same_bits(checkpointer.restore_params(abstract(params))[1], params)
+    assert whole / 3 <= read_bytes() - after_restore < whole / 3 + whole / 10
+    checkpointer.close()
+
+
+def test_damaged_arrays_everywhere_are_an_error(tmp_path, large_files, large_saved):
+    for step in (10, 20):
+        flip_a_moment(tmp_path, step)
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact; start again"):
+        reader(tmp_path)[0].restore(large_saved)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["10.damaged", "20.damaged"]
+
+
+def test_a_checkpoint_whose_files_were_all_hashed_is_verified_and_read(tmp_path, large_saved):
+    """As those before arrays had hashes of their own."""
+    for step in (10, 20):
+        facts = json.loads((tmp_path / str(step) / "manifest.json").read_text())
+        (tmp_path / str(step) / "state" / "sha256.process_0.json").unlink()
+        names = {name: tmp_path / str(step) / name for name in listing(tmp_path / str(step)) if name != "manifest.json"}
+        entries = {
+            name: {"sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "bytes": file.stat().st_size}
+            for name, file in names.items()
+        }
+        content = {name: facts[name] for name in ("step", "eval_loss", "arrays")} | {"files": entries}
+        own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        (tmp_path / str(step) / "manifest.json").write_text(json.dumps({**content, "sha256": own}))
+    assert_same_bits(reader(tmp_path)[0].restore(large_saved).state, large_state(20))
+    flip_a_moment(tmp_path, 20)
+    checkpointer, lines = reader(tmp_path)
+    assert_same_bits(checkpointer.restore(large_saved).state, large_state(10))
+    assert lines[0].startswith("checkpoint 20 is damaged: state/ocdbt.process_0/d/")
+
+
+def test_files_of_users_whom_this_machine_does_not_know_are_saved_and_read(tmp_path, monkeypatch):
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(grp, "getgrgid", unknown)
+    assert saved(tmp_path, [10, 20, 30], keep=1) == []
+    assert_same_bits(reader(tmp_path)[0].restore(ABSTRACT).state, make_state(30))
+    assert_same_bits(reader(tmp_path)[0].restore_params(ABSTRACT.params)[1], make_state(30).params)
 
 
 def test_damage_everywhere_is_an_error_and_is_set_aside_once(tmp_path):

@@ -3,8 +3,11 @@
 The emulator (tests/google_storage.py) is not Google: what these tests show, they show of our calls alone.
 """
 
+import gcsfs
 import jax
+import numpy as np
 import pytest
+import tensorstore
 
 from parallax.storage import open_folder
 from parallax.training import checkpoint_arrays
@@ -117,6 +120,46 @@ def test_what_a_killed_save_left_is_never_read_and_goes(folder):
     (folder / "20" / "manifest.json").unlink()
     assert checkpointer.restore(ABSTRACT).step == 10
     assert names(folder) == ["10", "20.damaged"]
+
+
+MIB = 2**20
+
+
+@pytest.fixture
+def read_bytes(monkeypatch):
+    """Bytes that gcsfs and TensorStore have read since the last call."""
+    read, found = gcsfs.GCSFileSystem._cat_file_sequential, []
+
+    async def counted(self, *args, **keywords):
+        content = await read(self, *args, **keywords)
+        found.append(len(content))
+        return content
+
+    monkeypatch.setattr(gcsfs.GCSFileSystem, "_cat_file_sequential", counted)
+    before = [0]
+
+    def read_bytes():
+        (metric,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/gcs/bytes_read")
+        total = sum(found) + sum(value["value"] for value in metric["values"])
+        since, before[0] = total - before[0], total
+        return since
+
+    read_bytes()
+    return read_bytes
+
+
+def test_a_save_reads_nothing_back_and_a_restore_reads_once_what_it_gives(folder, read_bytes):
+    params = {"w": np.arange(MIB, dtype=np.float32).reshape(4, 512, 512)}
+    state = {"params": params, "moments": jax.tree.map(lambda x: -x, (params, params))}
+    checkpointer = Checkpointer(folder, keep=1)
+    checkpointer.save(1, state, DOCUMENTS)
+    checkpointer.wait()
+    assert read_bytes() < MIB
+    assert_same_bits(checkpointer.restore(abstract(state)).state, state)
+    assert 12 * MIB <= read_bytes() < 13 * MIB
+    assert_same_bits(checkpointer.restore_params(abstract(params))[1], params)
+    assert 4 * MIB <= read_bytes() < 5 * MIB
+    checkpointer.close()
 
 
 # A save that cannot begin leaves tasks of Orbax behind, whose event loop is gone.

@@ -22,6 +22,18 @@ def draw_config(seed):
     return TrainConfig(**dict(zip(names, rng.integers(1, [20, 9, 12, 12, 9]).tolist(), strict=True)))
 
 
+def due_saves(config, losses):
+    """Every interval, at the end, and at an evaluation that is the best when the best checkpoint is an interval old."""
+    saved, best = [], 0
+    for n in range(1, config.steps + 1):
+        better = n in losses and losses[n] < losses.get(best, np.inf)
+        due = n % config.checkpoint_interval == 0 or n == config.steps
+        if due or (better and n - best >= config.checkpoint_interval):
+            saved.append(n)
+            best = n if better else best
+    return saved
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_everything_happens_when_it_is_due_and_only_then(seed):
     config, run = draw_config(seed), Harness()
@@ -34,9 +46,27 @@ def test_everything_happens_when_it_is_due_and_only_then(seed):
     evaluated = [n for n in every if n % config.eval_interval == 0 or n in last]
     assert run.of("evaluate") == evaluated
     assert [row["step"] for row in run.rows if "eval_loss" in row] == evaluated
-    saved = [n for n in every if n % config.checkpoint_interval == 0 or n in evaluated]
+    saved = due_saves(config, {row["step"]: row["eval_loss"] for row in run.rows if "eval_loss" in row})
     assert run.of("save") == saved
-    assert run.of("check") == [n for n in every if n % config.check_interval == 0 or n in saved]
+    assert run.of("check") == [n for n in every if n % config.check_interval == 0 or n in {*saved, *evaluated}]
+
+
+@pytest.mark.parametrize(
+    ("intervals", "losses", "expected"),
+    [
+        ((1, 10), {}, [10, 20, 30]),  # falling
+        ((15, 10), {}, [10, 15, 20, 30]),
+        ((15, 100), {}, [30]),
+        ((1, 10), {14: 1.0, 16: 0.5, 21: 0.2, 22: 0.1, 28: 0.05}, [10, 20, 21, 30]),  # else rising
+        ((1, 100), {20: float("nan"), 30: float("nan")}, [30]),
+    ],
+)
+def test_an_evaluation_is_saved_if_it_is_the_best_and_the_best_checkpoint_an_interval_old(intervals, losses, expected):
+    config, run = TrainConfig(steps=30, eval_interval=intervals[0], checkpoint_interval=intervals[1]), Harness()
+    rises = bool(losses)
+    run.evaluate = lambda state: losses.get(int(state.step), 1 + (1 if rises else -1) * int(state.step) / 100)
+    run.train(config)
+    assert run.of("save") == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -93,7 +123,7 @@ def test_a_resumed_run_writes_the_rows_of_the_uninterrupted_one(seed):
     end, _ = whole.train(config)
     for step, state in whole.saved.items():
         rest = Harness()
-        resumed, done = rest.train(config, start=step, state=state)
+        resumed, done = rest.train(config, start=step, state=state, best=whole.best[step])
         assert done == config.steps
         assert without_timing(rest.rows) == without_timing(row for row in whole.rows if row["step"] > step)
         for what in ("check", "save"):

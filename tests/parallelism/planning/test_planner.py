@@ -38,6 +38,7 @@ class Fixed:
     flops: float = 8e12
     temporary: float = 1e9
     wire: float = 1e8
+    evaluation: float = 0.0
 
     def product_flops(self, sizes):
         return self.flops
@@ -47,6 +48,9 @@ class Fixed:
 
     def temporary_bytes(self, sizes, parameter_bytes, on_chip):
         return self.temporary + parameter_bytes - on_chip
+
+    def evaluation_bytes(self, sizes, parameter_bytes):
+        return self.evaluation
 
     def sent(self, sizes):
         return [Traffic("all-reduce", ("data",), 1, self.wire)] if sizes.get("data", 1) > 1 else []
@@ -152,6 +156,27 @@ def test_what_fits_comes_first_and_fast_before_slow():
     assert ranked[:2] == [fast, slow]
     assert ranked.index(large) < ranked.index(larger)
     assert refused in ranked[2:]
+
+
+@pytest.mark.parametrize("strategy", ["mesh", "pmap"])
+@pytest.mark.parametrize(("sizes", "parts", "replicas"), [({"data": 8}, 1, 8), ({"data": 2, "fsdp": 4}, 4, 2)])
+def test_a_save_takes_a_slice_of_what_several_devices_hold(strategy, sizes, parts, replicas):
+    """Of w and its two moments, each 64 × 32; the two scalars have no dim to be cut along."""
+    found = row(Fixed(), sizes, strategy=strategy)
+    shard = 3 * 4 * 64 * 32 // parts
+    state = 3 * 4 * tiled_size((64 // parts, 32)) + 2 * 4 * tiled_size(())
+    assert found.save_bytes == state + shard // replicas
+    assert row(Fixed(), {"fsdp": 8}).save_bytes == 3 * 4 * tiled_size((8, 32)) + 2 * 4 * tiled_size(())
+
+
+def test_what_an_evaluation_needs_beside_the_state_decides_too():
+    """A step that the compiler takes is not enough: a run that cannot be evaluated ends at its first interval."""
+    report = Report(state_bytes=10, temporary_bytes=10, flops=1)
+    small, large = (row(Fixed(evaluation=size * GIB), {"data": 8}, report) for size in (1, 17))
+    assert (small.fits(16 * GIB), large.fits(16 * GIB)) == (True, False)
+    assert large.needed_bytes == large.evaluation_bytes == 17 * GIB + small.evaluation_bytes - GIB
+    assert rank([large, small], 16 * GIB) == [small, large]
+    assert not row(Fixed(evaluation=17 * GIB), {"data": 8}).fits(16 * GIB)
 
 
 def test_each_layout_is_compiled_once_pmap_among_them_and_nothing_hopeless():

@@ -2,14 +2,18 @@
 
 import json
 import os
+import resource
 import signal
 
 import jax
 import numpy as np
 import pytest
 
+from parallax.training.checkpoint import Checkpointer
+from parallax.training.checkpoint_folder import CheckpointFolder
 from parallelism import sentinel
 from scripts import train
+from scripts.training import attempt
 from tests.scripts.runs import SHORT, SMALL, Training, checkpoints, reached, rows, single
 
 
@@ -107,15 +111,20 @@ def test_a_run_that_diverges_after_a_good_checkpoint_keeps_it(train_small, text,
     assert rows(text / "run")[-1]["step"] == 12
 
 
+def one_higher_on_a_device(x):
+    shards = [shard.data + (number == 5) for number, shard in enumerate(x.addressable_shards)]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+
+
 def test_replicas_that_differ_end_the_run_before_they_are_saved(train_small, text, monkeypatch):
     """With the exit status of a failure from outside, since the same steps would go well on other devices."""
     check, checked = sentinel.check, []
 
-    def tampered(step, trees, facts, **how):
+    def tampered(step, trees, facts):
         checked.append(step)
         if step == 6:
-            trees = jax.tree.map(lambda x: x.at[5].add(1), trees)
-        check(step, trees, facts, **how)
+            trees = jax.tree.map(one_higher_on_a_device, trees)
+        check(step, trees, facts)
 
     monkeypatch.setattr(sentinel, "check", tampered)
     intervals = ["--checkpoint-interval", "3", "--check-interval", "5"]
@@ -129,6 +138,56 @@ def test_replicas_that_differ_end_the_run_before_they_are_saved(train_small, tex
     found = summary_of(text / "run")
     assert (found["finished"], found["step"], found["best_step"]) == (False, 3, 3)
     assert found["failure"] in err
+
+
+@pytest.fixture
+def full_at(monkeypatch):
+    """Makes the disk full for the checkpoints of these steps: a file of 60 kB and more cannot be written."""
+    before, full = resource.getrlimit(resource.RLIMIT_FSIZE), set()
+    wait, make_room = Checkpointer.wait, CheckpointFolder.make_room
+
+    def waited(self):
+        try:
+            wait(self)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def made_room(self, step):
+        make_room(self, step)
+        if step in full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+
+    monkeypatch.setattr(Checkpointer, "wait", waited)
+    monkeypatch.setattr(CheckpointFolder, "make_room", made_room)
+    yield full.update
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_save_that_fails_takes_one_line_and_is_tried_again_at_the_next(train_small, text, full_at):
+    full_at({3, 6})
+    status, _, err = train_small("--output-dir", "run", "--checkpoint-interval", "3")
+    assert status == 0, err
+    told = [line for line in err.splitlines() if "unsaved" in line]
+    assert [line.split(" could")[0] for line in told] == ["unsaved   checkpoint 3", "unsaved   checkpoint 6"]
+    assert all(line.endswith("; the next save tries again") for line in told)
+    assert len(err.splitlines()) == len(train_small("--output-dir", "other")[2].splitlines()) + 2
+    assert checkpoints(text / "run") == [9, 12]
+    assert (summary_of(text / "run")["step"], summary_of(text / "run")["finished"]) == (12, True)
+
+
+def test_a_last_save_that_fails_is_a_failure_and_the_summary_names_what_is_saved(
+    train_small, text, full_at, monkeypatch
+):
+    monkeypatch.setattr(attempt, "plot_loss", lambda folder: None)  # for which there would be no room either
+    full_at({6, 9, 12})
+    status, _, err = train_small("--output-dir", "run", "--checkpoint-interval", "3")
+    assert status == 3
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: stopped: checkpoint 12 could not be saved in ")
+    assert err.splitlines()[-1].endswith("; the last good checkpoint is step 3 of run")
+    found = summary_of(text / "run")
+    assert (found["step"], found["finished"], found["attempts"][-1]["end"]) == (3, False, "failed")
+    assert found["attempts"][-1]["to_step"] == 3
 
 
 def test_sigterm_saves_and_exits_well(text):
