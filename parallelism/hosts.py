@@ -17,7 +17,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, is_of_runtime
+from parallelism.exit_status import (
+    DEVICE_FAILURE,
+    FAILED,
+    LOST_PEER,
+    OUT_OF_MEMORY,
+    OUTSIDE_FAILURE,
+    code_of,
+    status_of,
+)
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
@@ -149,34 +157,50 @@ def run_process(main: Callable[[], int]) -> int:
     """Runs a script's main function. A process that fails ends at once; exit handlers do not run.
 
     Returns:
-      main's exit status, or LOST_PEER where a peer was lost.
+      main's exit status, or `status_of` what it raised.
     """
     try:
         status = main()
     except SystemExit as exit:
         status = exit.code if isinstance(exit.code, int) else FAILED
     except Exception as error:
-        if not _has_peers():
+        if code_of(error) is None and not has_peers():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError) or is_of_runtime(error):
-            number, reason = jax.process_index(), str(error).splitlines()[0]
-            print(f"error: process {number} lost a peer: {reason}", file=sys.stderr)
-            status = LOST_PEER
+        status, words = explain(error)
+        if words.endswith(OUT_OF_MEMORY) or status != FAILED:
+            print(f"error: {words}", file=sys.stderr)
         else:
             traceback.print_exc()
-            status = FAILED
-    if status in (FAILED, OUTSIDE_FAILURE) or (status and _has_peers()):
+    if status in (FAILED, OUTSIDE_FAILURE, DEVICE_FAILURE) or (status and has_peers()):
         # Exit handlers would wait, for peers or for threads that a failed save has left waiting for ever.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    if _has_peers():
+    if jax.distributed.is_initialized():
         jax.distributed.shutdown()
     return status
 
 
-def _has_peers() -> bool:
-    return jax.distributed.is_initialized()
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit status for what ended this process, and a line that says it, with a remedy where one is known."""
+    several, message = has_peers(), str(error)
+    status, reason = status_of(error, several), (message.splitlines() or [""])[0]
+    who = f"process {jax.process_index()}" if several else "the run"
+    if status == LOST_PEER:
+        return status, f"{who} lost a peer: {reason}"
+    if status == DEVICE_FAILURE:
+        return status, f"{who} lost a device: {reason}"
+    if code_of(error) == "RESOURCE_EXHAUSTED":
+        return status, f"{reason}; {OUT_OF_MEMORY}"
+    return status, " ".join(message.split())
+
+
+def has_peers() -> bool:
+    """Whether other processes may wait for this one; a cluster may be one process, as on a v3-8."""
+    try:
+        return jax.distributed.is_initialized() and jax.process_count() > 1
+    except RuntimeError:  # there are no devices, and the others may be waiting for them
+        return True
 
 
 class StopRequest:

@@ -31,8 +31,8 @@ from parallax.training.plot import plot_loss
 from parallax.training.progress import Profiler, Terminal
 from parallax.training.state import TrainState, params_sha256
 from parallelism import sentinel
-from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
-from parallelism.hosts import fetch
+from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, code_of, status_of
+from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
@@ -119,6 +119,10 @@ class Attempt:
             try:
                 yield
             except (Diverged, sentinel.Divergence, OSError) as error:
+                failures.append(error)
+            except jax.errors.JaxRuntimeError as error:
+                if status_of(error, has_peers()) == LOST_PEER:
+                    raise  # the others are gone or being ended, and nothing is left to say
                 failures.append(error)
 
         with noted():
@@ -211,7 +215,7 @@ class Attempt:
         if self._job.strategy.is_writer:
             finished = self._step >= self._job.flags.train.steps
             end = "failed" if failures else "finished" if finished else "stopped"
-            failure = _one_line(failures[0]) if failures else None
+            failure = _verdict(failures[0])[1] if failures else None
             self._summary.write(self._step, self._checkpoints.best_step(), end, failure)
 
     def _end(self, state: TrainState, failures: list[Exception]) -> int:
@@ -219,12 +223,13 @@ class Attempt:
         job, steps, step = self._job, self._job.flags.train.steps, self._step
         if failures:
             latest = self._checkpoints.latest_step()
+            status, words = _verdict(failures[0])
             print(
-                f"error: stopped: {_one_line(failures[0])}; the last good checkpoint is step {latest} of {job.folder}",
+                f"error: stopped: {words}; the last good checkpoint is step {latest} of {job.folder}",
                 file=sys.stderr,
                 flush=True,
             )
-            return FAILED if isinstance(failures[0], Diverged) else OUTSIDE_FAILURE
+            return status
         finished, best = step >= steps, self._checkpoints.best_step()
         how = "finished" if finished else "stopped "
         say(f"{how}  at step {step} of {steps}; best checkpoint: step {best}; run folder: {job.folder}")
@@ -249,8 +254,12 @@ class Attempt:
         return status
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _verdict(failure: Exception) -> tuple[int, str]:
+    """The exit status for what ended a run, and a line that says it."""
+    for error in (failure, failure.__cause__):  # of a save that failed, the cause decides
+        if error is not None and code_of(error) is not None:
+            return explain(error)
+    return FAILED if isinstance(failure, Diverged) else OUTSIDE_FAILURE, " ".join(str(failure).split())
 
 
 class Files:

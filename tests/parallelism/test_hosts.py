@@ -55,6 +55,18 @@ TOGETHER = """
 
     raise SystemExit(run_process(main))
 """
+ALONE = """
+    import sys
+    import jax
+    from parallelism.hosts import run_process
+
+    jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 1, 0)
+
+    def main():
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: the device is gone")
+
+    raise SystemExit(run_process(main))
+"""
 FAILING = """
     def main():
         join(cluster)
@@ -138,12 +150,16 @@ def test_nothing_is_requested_and_no_handler_installed_until_asked():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def pair(script):
     """Two processes of two devices each, which will meet at a port of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(started(START + script, port, number, JAX_NUM_CPU_DEVICES="2")) for number in ("0", "1")
@@ -171,8 +187,9 @@ def test_two_processes_are_one_run():
     [
         ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
         ("ValueError('UNKNOWN: Gloo all-reduce failed: closed')", 4, "process 1 lost a peer: UNKNOWN: Gloo"),
+        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 1, "Out of memory; the devices' memory"),
     ],
-    ids=["its own fault", "as jaxlib reports a lost peer"],
+    ids=["its own fault", "as jaxlib reports a lost peer", "memory"],
 )
 def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(error, status, words):
     with pair(FAILING.replace("ERROR", error)) as processes:
@@ -180,3 +197,9 @@ def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(error, 
         assert processes[1].returncode == status
         assert "met" in out
         assert words in err
+
+
+def test_a_cluster_of_one_process_has_no_peer_to_lose():
+    with started(ALONE, free_port()) as process:
+        _, err = process.communicate(timeout=HANG_SECONDS)
+    assert (process.returncode, err) == (5, "error: the run lost a device: UNAVAILABLE: the device is gone\n")
