@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,29 +35,42 @@ SHUTDOWN_SECONDS = 30
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where the processes of a run meet; fields that are None come from the environment or from TPU metadata."""
+    """Where the processes of a run meet; fields that are None come from the environment or from what started them."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
+    local_device_ids: Sequence[int] | None = None
+    """Which of this machine's GPUs are this process's."""
+
+
+TASKS = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
+"""Where srun, Open MPI and other MPIs say how many tasks they started, and which of them this is."""
+POD = "JOB_COMPLETION_INDEX"
+"""Where Kubernetes says which pod of an indexed Job this is; how many there are, JAX asks its server."""
+ALONE = "--num-processes 1 makes a run of this process alone"
 
 
 def join(cluster: Cluster) -> None:
-    """Starts `jax.distributed` when flags, the environment or TPU metadata ask for it; must come before any device.
+    """Starts `jax.distributed` when flags, the environment or a launcher that JAX knows ask for it.
 
-    Raises ValueError if the address or the numbers are not usable, or some are missing.
+    JAX knows Cloud TPU, SLURM, Open MPI and Kubernetes. Must come before any device.
+
+    Raises ValueError if the address or the numbers are not usable or some are missing, if the processes do not meet,
+    or if several tasks were started and JAX finds no cluster.
     """
     found = _from_environment(cluster)
-    if found == Cluster():
-        if _on_tpu():
-            _initialize(None)
+    given = (found.coordinator, found.num_processes, found.process_id)
+    if given in ((None, 1, None), (None, None, None)):
+        alone = given[1] == 1 or not _join_what_jax_detects(found)
+        if alone and found.local_device_ids:
+            raise ValueError("--local-device-ids is for several processes and this one runs alone; leave it out")
         return
-    for field in dataclasses.fields(found):
-        if getattr(found, field.name) is None:
-            flag = field.name.replace("_", "-")
+    for name, value in zip(("coordinator", "num-processes", "process-id"), given, strict=True):
+        if value is None:
             raise ValueError(
-                f"--{flag} is missing and several processes need it; give --coordinator HOST:PORT, "
+                f"--{name} is missing and several processes need it; give --coordinator HOST:PORT, "
                 "--num-processes and --process-id together"
             )
     address, count, number = str(found.coordinator), found.num_processes or 0, found.process_id or 0
@@ -69,7 +82,7 @@ def join(cluster: Cluster) -> None:
     if not 0 <= number < count:
         raise ValueError(f"--process-id {number} must be from 0 to {count - 1}, --num-processes less one; try 0")
     if count > 1:
-        _initialize(Cluster(coordinator=address, num_processes=count, process_id=number))
+        _initialize(found)
 
 
 def _from_environment(cluster: Cluster) -> Cluster:
@@ -83,7 +96,35 @@ def _from_environment(cluster: Cluster) -> Cluster:
         given = getattr(cluster, field)
         numbers[field] = given if given is not None or text is None else int(text)
     coordinator = cluster.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    return Cluster(coordinator=coordinator, **numbers)
+    return dataclasses.replace(cluster, coordinator=coordinator, **numbers)
+
+
+def _join_what_jax_detects(cluster: Cluster) -> bool:
+    """Joins the cluster that JAX finds; False where this is a run of one process.
+
+    JAX is asked where several tasks were started, in a pod of an indexed Job, and on a TPU.
+    """
+    counts = {name: int(text) for name in TASKS if (text := os.environ.get(name, "")).isdecimal()}
+    several = [name for name, count in counts.items() if count > 1]
+    tpu = _on_tpu()
+    pod = not tpu and POD in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
+    if pod and importlib.util.find_spec("kubernetes") is None:
+        raise ValueError(
+            f"{POD}={os.environ[POD]} means a pod of a Job, and the package kubernetes, with which JAX finds the "
+            f"others, is missing; try pip install 'jax[k8s]', or {ALONE}"
+        )
+    if not several and not pod and not tpu:
+        return False
+    if _initialize(cluster):
+        return True
+    if several:
+        name = several[0]
+        raise ValueError(
+            f"{name}={counts[name]} tasks were started, and JAX finds no cluster of them; try --coordinator HOST:PORT "
+            f"--num-processes {counts[name]} --process-id ${TASKS[name]}, or {ALONE}"
+        )
+    print("no other host of this TPU is known, so it trains by itself", file=sys.stderr)
+    return False
 
 
 def _on_tpu() -> bool:
@@ -93,26 +134,35 @@ def _on_tpu() -> bool:
     return chips and wanted and importlib.util.find_spec("libtpu") is not None
 
 
-def _initialize(cluster: Cluster | None) -> None:
-    given: dict[str, Any] = {}
-    if cluster is not None:
-        given = {
-            "coordinator_address": cluster.coordinator,
-            "num_processes": cluster.num_processes,
-            "process_id": cluster.process_id,
-        }
-        if str(cluster.coordinator).startswith(("127.", "localhost:")):
-            given["coordinator_bind_address"] = cluster.coordinator  # by default it listens on every interface
+def _initialize(cluster: Cluster) -> bool:
+    """Meets the other processes; False where JAX was to find them and knows none.
+
+    Machines of a pod do not start at one moment, so they get JAX's own 300 s for it.
+    """
+    options: dict[str, Any] = {
+        "coordinator_address": cluster.coordinator,
+        "num_processes": cluster.num_processes,
+        "process_id": cluster.process_id,
+        "local_device_ids": cluster.local_device_ids,
+    }
+    if cluster.coordinator is not None:
+        options["cluster_detection_method"] = "deactivate"  # else SLURM's and others' numbers fill what is None
+    if str(cluster.coordinator).startswith(("127.", "localhost:")):
+        options["coordinator_bind_address"] = cluster.coordinator  # by default it listens on every interface
+        options["initialization_timeout"] = 120
     try:
         jax.distributed.initialize(
-            **given,
-            initialization_timeout=120,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            **options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
         )
+    except (ValueError, OSError) as error:  # OSError: of requests, where there is no metadata server
+        if cluster.coordinator is not None or not (isinstance(error, OSError) or "defined" in str(error)):
+            raise
+        return False
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the processes of this run did not meet: {reason}; check --coordinator") from None
+        raise ValueError(f"the processes of this run did not meet: {reason}; check --coordinator, or {ALONE}") from None
+    jax.process_count()  # the devices too are found together
+    return True
 
 
 def fix_cpu_rounding() -> None:

@@ -38,7 +38,7 @@ def main() -> int:
         flags = read_flags()
         if flags.train.reduction == "exact":
             fix_cpu_rounding()
-        join(Cluster(coordinator=flags.coordinator, num_processes=flags.num_processes, process_id=flags.process_id))
+        join(Cluster(flags.coordinator, flags.num_processes, flags.process_id, flags.local_device_ids))
         job = prepare_job(flags)
         job.describe()
         if flags.lower_only:

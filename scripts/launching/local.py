@@ -28,7 +28,7 @@ first SIGTERM or Ctrl-C lets all of them save and stop, the second kills them.
 Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, 4 lost a
 process of the run, and either may be started again; 128 + n if a process was killed by signal n."""
 
-OWN_FLAGS = ("--coordinator", "--num-processes", "--process-id")
+OWN_FLAGS = ("--coordinator", "--num-processes", "--process-id", "--local-device-ids")
 """Flags of train.py that are not the user's to give."""
 FOREIGN = (
     "JAX_COORDINATOR_ADDRESS",

@@ -70,6 +70,8 @@ class Flags:
     """How many processes run together; by default JAX_NUM_PROCESSES or TPU metadata."""
     process_id: int | None = None
     """Which of them this is, from 0; by default JAX_PROCESS_ID or TPU metadata."""
+    local_device_ids: tuple[int, ...] | None = None
+    """Which of the machine's GPUs are this process's; under SLURM and Open MPI by default one for each task."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Short for --model.dtype."""
     remat: Literal["none", "dots", "full"] | None = None
