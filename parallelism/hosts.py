@@ -4,12 +4,14 @@ Invariant: a run has one writer, process 0; and none outlives a peer that is gon
 """
 
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,6 +28,7 @@ from parallelism.exit_status import (
     code_of,
     status_of,
 )
+from parallelism.sentinel import enumerated
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
@@ -201,6 +204,43 @@ def fetch(tree: Any) -> Any:
         return multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def require_same(facts: Mapping[str, tuple[str, str]]) -> None:
+    """Compares what the processes of a run have to have alike. All call it, with the same names.
+
+    Args:
+      facts: by name, what is compared, and words for it, or none where it says enough.
+
+    Raises:
+      ValueError: something differs; in every process alike, naming the first and who has what.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(facts).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    if (multihost_utils.process_allgather(digest) == digest).all():
+        return
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    everyone = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        sides: dict[str, list[int]] = {}
+        for process, one in enumerate(everyone):
+            sides.setdefault(one.get(name, ("",))[0], []).append(process)
+        if len(sides) > 1:
+            said = [_who_has(processes, *everyone[processes[0]].get(name, ("", ""))) for processes in sides.values()]
+            rule = f"{name} must be the same in all processes of a run: {', '.join(said)}"
+            raise ValueError(f"{rule}; give them the same files, flags and packages")
+
+
+def _who_has(processes: list[int], value: str, words: str) -> str:
+    noun, verb = ("processes", "have") if len(processes) > 1 else ("process", "has")
+    return f"{noun} {enumerated([str(process) for process in processes])} {verb} {words or value or 'nothing'}"
 
 
 def run_process(main: Callable[[], int]) -> int:

@@ -34,7 +34,7 @@ START = """
     import json, sys
     import jax, numpy as np
     from jax.experimental import multihost_utils
-    from parallelism.hosts import Cluster, agree, fetch, join, run_process
+    from parallelism.hosts import Cluster, agree, fetch, join, require_same, run_process
     from scripts.common.command_line import errors_in_one_line
     from tests.parallelism.conftest import Tiny
     number = int(sys.argv[2])
@@ -52,6 +52,16 @@ TOGETHER = """
             found[mesh] = [rows.tolist(), same, strategy.is_writer]
         print(json.dumps(found))
         return 0
+
+    raise SystemExit(run_process(main))
+"""
+SAME = """
+    def main():
+        join(cluster)
+        require_same({"jax": ("1.0", ""), "the text": ("abc", "a play")})
+        facts = {"jax": ("1.0", ""), "the text": (f"sha-{number}", f"play {number}")}
+        with errors_in_one_line():
+            require_same(facts)
 
     raise SystemExit(run_process(main))
 """
@@ -238,6 +248,16 @@ def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(error, 
         assert processes[1].returncode == status
         assert "met" in out
         assert words in err
+
+
+def test_what_must_be_the_same_and_is_not_is_refused_by_all_with_both_sides():
+    with pair(SAME) as processes:
+        ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
+    line = (
+        "error: the text must be the same in all processes of a run: process 0 has play 0, process 1 has play 1; "
+        "give them the same files, flags and packages\n"
+    )
+    assert [(process.returncode, err) for process, (_, err) in zip(processes, ended, strict=True)] == [(2, line)] * 2
 
 
 SLURM = {
