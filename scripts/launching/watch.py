@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
-from scripts.launching.gcloud import GcloudError, Node, find_node, run
+from scripts.launching.gcloud import ANSWER_SECONDS, GcloudError, Node, find_node, run
 from scripts.launching.supervisor import Death, describe_status, first_to_fail
 from scripts.launching.tpu_lifecycle import Keeper
 
@@ -21,8 +21,10 @@ CONNECTIONS = 3
 """How often hosts are called before a start; gcloud itself tries ten times each."""
 
 
-ANSWER_SECONDS = 150
-"""How long all hosts together may take to report; ssh would wait for a dead one for many minutes."""
+PREPARE_SECONDS = 1800
+"""How long all hosts together may take to install what a commit needs; ssh would wait for a dead one for ever."""
+START_SECONDS = 600
+"""How long they may take to end what runs, which systemd gives 180 s, to free the chips and to start train.py."""
 STOP_SECONDS = 400
 """How long they may take to save and stop; systemd gives each 180 s."""
 
@@ -125,10 +127,11 @@ class Training:
         node = self._keeper.ensure()
         logs = f"{self._logs}/attempt-{number}"
         try:
-            self._call(self._commands.prepare(), "preparing")
+            self._call(self._commands.prepare(), "preparing", PREPARE_SECONDS)
             self.started = True
             resume = ["--resume"] if number > 1 and "--resume" not in self._train_flags else []
-            self._call(self._commands.start(logs, [*self._train_flags, *resume]), "starting train.py on")
+            start = self._commands.start(logs, [*self._train_flags, *resume])
+            self._call(start, "starting train.py on", START_SECONDS)
             self._say(f"train.py runs on {node.hosts} host(s); its output: {logs}")
         except GcloudError as error:
             self._spoilt = error.unreachable
@@ -150,11 +153,11 @@ class Training:
         saved = bool(reports) and all(report.code == 0 for report in reports.values())
         return 0 if saved and all(report.state != "lost" for report in reports.values()) else OUTSIDE_FAILURE
 
-    def _call(self, command: str, what: str) -> None:
+    def _call(self, command: str, what: str, seconds: float) -> None:
         self._say(f"{what} all hosts of {self._keeper.tpu.name}")
         for tries_left in reversed(range(CONNECTIONS)):
             try:
-                run(self._keeper.tpu.ssh(command))
+                run(self._keeper.tpu.ssh(command), seconds=seconds)
                 self._reached = True
                 return
             except GcloudError as error:
@@ -172,6 +175,8 @@ class Training:
             except GcloudError as error:
                 trouble = str(error)
             else:
+                if node is not None and node.returning:
+                    return Death(OUTSIDE_FAILURE, f"TPU {name} is {node.state}: its hosts are down, and will be back")
                 if node is None or not node.ready:
                     self._spoilt = True
                     state = "gone" if node is None else node.state
