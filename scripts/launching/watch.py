@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from scripts.launching.gcloud import ANSWER_SECONDS, GcloudError, Node, find_node, run
-from scripts.launching.supervisor import Death, describe_status, first_to_fail
+from scripts.launching.supervisor import Death, describe_status, first_to_fail, last_step
 from scripts.launching.tpu_lifecycle import Keeper
 
 PATIENCE = 5
@@ -109,7 +109,7 @@ class Training:
         self._train_flags, self._logs = train_flags, logs
         self._say = keeper.say
         self._spoilt = self._reached = False
-        self._shown = ""
+        self._shown, self._step = "", None
         self.started = False
         """Whether there is anything to stop."""
 
@@ -124,7 +124,7 @@ class Training:
             self._say(f"deleting {self._keeper.tpu.name} before another is created")
             self._keeper.delete()
             self._spoilt = False
-        node = self._keeper.ensure()
+        node, self._step = self._keeper.ensure(), None
         logs = f"{self._logs}/attempt-{number}"
         try:
             self._call(self._commands.prepare(), "preparing", PREPARE_SECONDS)
@@ -202,6 +202,8 @@ class Training:
         except GcloudError as error:
             text, trouble = error.out, str(error)
         reports, lines = read_reports(text)
+        step = last_step("\n".join(lines))
+        self._step = self._step if step is None else step
         silent = [str(worker) for worker in range(node.hosts) if worker not in reports]
         if lines and lines[-1] != self._shown:
             dead = any(report.status for report in reports.values())
@@ -213,4 +215,4 @@ class Training:
     def _death(self, worker: int, reports: Mapping[int, Report]) -> Death:
         running = sum(report.state == "running" for report in reports.values())
         others = f"; ending the other {running}" if running else ""
-        return Death(reports[worker].status or 0, f"worker {worker} {reports[worker].describe()}{others}")
+        return Death(reports[worker].status or 0, f"worker {worker} {reports[worker].describe()}{others}", self._step)

@@ -113,6 +113,20 @@ def test_restarts_are_used_up(cloud, finish):
     assert len(cloud.starts()) == 3
 
 
+def test_a_checkpoint_makes_the_restarts_whole(cloud, finish):
+    status, err = finish("--restarts", "1", plays=["save 5", "save 9", "exit 3", "exit 0"])
+    assert status == 3
+    assert len(cloud.starts()) == 3
+    assert err.count("restart 1 of 1") == 2
+
+
+def test_a_worker_that_crashes_in_one_step_again_and_again_ends_the_run(cloud, finish):
+    status, err = finish(hosts=2, plays=[["wait", "kill"]] * 9)
+    assert status == 137
+    assert "not started again after 3 crashes in the same place, before the first step" in err
+    assert len(cloud.starts()) == 3
+
+
 def test_no_call_of_a_host_waits_for_ever(finish, launch, monkeypatch):
     limits = []
 
