@@ -257,10 +257,11 @@ def run_process(main: Callable[[], int]) -> int:
         if code_of(error) is None and not has_peers():
             raise
         status, words = explain(error)
-        if words.endswith(OUT_OF_MEMORY) or status != FAILED:
-            print(f"error: {words}", file=sys.stderr)
-        else:
+        said_in_a_line = status == DEVICE_FAILURE or words.endswith(OUT_OF_MEMORY)
+        if not said_in_a_line:  # where a process lost its peer, too: the peer may have hung elsewhere
             traceback.print_exc()
+        if said_in_a_line or status == LOST_PEER:
+            print(f"error: {words}", file=sys.stderr)
     if status in (FAILED, OUTSIDE_FAILURE, DEVICE_FAILURE) or (status and has_peers()):
         # Exit handlers would wait, for peers or for threads that a failed save has left waiting for ever.
         sys.stdout.flush()

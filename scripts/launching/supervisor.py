@@ -311,6 +311,8 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Pro
         running = [process for process, status in statuses.items() if status is None]
         if first is not None:
             status = processes[first].status() or 0
+            if status == DEVICE_FAILURE:  # a step may have hung, for a reason that another process shows
+                _quit(running)
             others = f"; ending the other {len(running)}" if running else ""
             what = f"process {first} {describe_status(status)}{others}"
             return _ProcessDeath(status, what, log=processes[first].log)
@@ -318,6 +320,15 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Pro
             if status is not None:
                 process.finish()
     return None
+
+
+def _quit(processes: Sequence[Child]) -> None:
+    """Lets processes show their stacks; those that do not listen are waited for no longer than CAUSE_SECONDS."""
+    for process in processes:
+        process.quit()
+    until = time.monotonic() + CAUSE_SECONDS
+    while time.monotonic() < until and any(process.status() is None for process in processes):
+        time.sleep(0.01)
 
 
 def _read_step(log: Path) -> int | None:

@@ -25,7 +25,7 @@ from parallax.model.transformer import Params
 from parallax.storage import open_folder, reason_of, write_json
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.loop import Diverged, Observer, Row, Stopwatch, train
+from parallax.training.loop import Diverged, Observer, Row, train
 from parallax.training.metrics import MetricsWriter
 from parallax.training.plot import plot_loss
 from parallax.training.progress import Profiler, Terminal
@@ -38,6 +38,7 @@ from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
 from scripts.training.summary import Summary, describe_time
+from scripts.training.watchdog import Watchdog
 
 EVALUATED_TOKENS = 8192
 """Tokens evaluated at a time, unless a training batch has more."""
@@ -62,7 +63,7 @@ class Attempt:
         self._checkpoints = Checkpointer(
             job.folder / "checkpoints", keep=job.flags.train.keep, is_writer=job.strategy.is_writer, notify=say
         )
-        self._stopwatch = Stopwatch()
+        self._stopwatch = Watchdog(job.flags.step_timeout)
         self._start = self._step = 0
 
     def prepare(self) -> TrainState:
@@ -129,7 +130,8 @@ class Attempt:
             if self._job.strategy.is_writer:
                 self._summary.write(self._start, self._checkpoints.best_step())
             observers += self._observers()
-            state, self._step = self._train(state, observers)
+            with self._stopwatch.watching():
+                state, self._step = self._train(state, observers)
         for observer in observers:
             with noted():
                 observer.close()
@@ -208,7 +210,10 @@ class Attempt:
         params = job.strategy.canonical(state).params
         batches = evaluation_batches(job.held_out, batch_size=size, rows=job.strategy.rows(size))
         # One at a time: simulated devices may lock up when many programs with collectives are queued.
-        results = [jax.device_get(evaluate(params, batch)) for batch in batches]
+        results = []
+        for batch in batches:
+            results.append(jax.device_get(evaluate(params, batch)))
+            self._stopwatch.beat()
         return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
 
     def _write_summary(self, failures: list[Exception]) -> None:

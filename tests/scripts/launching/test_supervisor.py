@@ -192,6 +192,15 @@ def test_what_crashes_in_the_same_step_again_and_again_is_ended(end, status, sta
     assert sum(line.startswith("restart ") for line in err) == 2
 
 
+def test_where_a_step_hung_all_show_their_stacks(start):
+    """As train.py does; one that does not answer is killed as ever."""
+    listening = "import faulthandler; faulthandler.register(signal.SIGQUIT, chain=True); hang()"
+    group = start("wait('up-1'); wait('up-2'); sys.exit(5)", listening, "hang(signal.SIGQUIT)")
+    assert group.end()[0] == 5
+    assert b"most recent call first" in group.log(1)
+    assert group.alive() == []
+
+
 def test_crashes_in_other_steps_are_started_again(start):
     group = start(f"print(f'step {{ATTEMPT // 2}}/99  loss 1'); ATTEMPT == 6 or {KILLED}", restarts=20)
     assert group.end()[0] == 0
