@@ -1,6 +1,7 @@
 """Makes a process of a soak one that a signal can strike as no machine here does: Python imports this by itself.
 
-SIGUSR1 hangs the main thread for ever, while the others, that of the heartbeat too, go on; SIGUSR2 fails the device.
+SIGUSR1 hangs the main thread for ever, while the others, that of the heartbeat too, go on. SIGUSR2 fails the device, as
+the loop learns of it: where it reads what a step computed. An exception of the handler itself might be swallowed.
 """
 
 import signal
@@ -14,7 +15,12 @@ def hang(number, frame):
 def fail_device(number, frame):
     import jax
 
-    raise jax.errors.JaxRuntimeError("INTERNAL: the device halted, as a soak asked it to")
+    from parallax.training import loop
+
+    def observe(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device halted, as a soak asked it to")
+
+    loop._observe = observe
 
 
 signal.signal(signal.SIGUSR1, hang)
