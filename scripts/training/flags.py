@@ -22,7 +22,7 @@ DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a
 LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
 """What a resumed run may change without changing what it computes, but that `accumulate` changes dropout's masks."""
 FREE = (
-    *(*LAYOUT, "steps", "attention", "layer_loop", "data_dir", "log_interval", "check_interval", "keep"),
+    *(*LAYOUT, "steps", "attention", "layer_loop", "remat", "data_dir", "log_interval", "check_interval", "keep"),
     *("max_bad_steps", "profile", "print_param_hash", "lower_only"),
 )
 
