@@ -179,6 +179,10 @@ def _fetch(notify: Notify) -> tuple[str, str]:
     edition, source = CANONICAL, ADDRESS
     try:
         response = _connect(ADDRESS)
+    except urllib.error.HTTPError as error:
+        # An answer, which may be another one the next time or on another host: the stand-in would stay for good.
+        rule = f"{ADDRESS} must answer with the text and answered {error.code} ({error.reason})"
+        raise ValueError(f"{rule}; run again later, or {REMEDY}") from None
     except (OSError, http.client.HTTPException) as error:
         reason = f"{ADDRESS} cannot be reached ({_one_line(error)})"
         notify(f"{reason}; building a stand-in from {REQUIREMENT}")

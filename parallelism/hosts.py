@@ -4,13 +4,15 @@ Invariant: a run has one writer, process 0; and none outlives a peer that is gon
 """
 
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +20,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from parallelism.exit_status import FAILED, INTERRUPTED, LOST_PEER, OUTSIDE_FAILURE, is_of_runtime
+from parallelism.exit_status import (
+    DEVICE_FAILURE,
+    FAILED,
+    INTERRUPTED,
+    LOST_PEER,
+    OUT_OF_MEMORY,
+    OUTSIDE_FAILURE,
+    code_of,
+    status_of,
+)
+from parallelism.sentinel import enumerated
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
@@ -29,29 +41,42 @@ STOPPING = "stopping: this step is saved, then the run ends; a second Ctrl-C end
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where the processes of a run meet; fields that are None come from the environment or from TPU metadata."""
+    """Where the processes of a run meet; fields that are None come from the environment or from what started them."""
 
     coordinator: str | None = None
     """HOST:PORT of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
+    local_device_ids: Sequence[int] | None = None
+    """Which of this machine's GPUs are this process's."""
+
+
+TASKS = {"SLURM_STEP_NUM_TASKS": "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK", "PMI_SIZE": "PMI_RANK"}
+"""Where srun, Open MPI and other MPIs say how many tasks they started, and which of them this is."""
+POD = "JOB_COMPLETION_INDEX"
+"""Where Kubernetes says which pod of an indexed Job this is; how many there are, JAX asks its server."""
+ALONE = "--num-processes 1 makes a run of this process alone"
 
 
 def join(cluster: Cluster) -> None:
-    """Starts `jax.distributed` when flags, the environment or TPU metadata ask for it; must come before any device.
+    """Starts `jax.distributed` when flags, the environment or a launcher that JAX knows ask for it.
 
-    Raises ValueError if the address or the numbers are not usable, or some are missing.
+    JAX knows Cloud TPU, SLURM, Open MPI and Kubernetes. Must come before any device.
+
+    Raises ValueError if the address or the numbers are not usable or some are missing, if the processes do not meet,
+    or if several tasks were started and JAX finds no cluster.
     """
     found = _from_environment(cluster)
-    if found == Cluster():
-        if _on_tpu():
-            _initialize(None)
+    given = (found.coordinator, found.num_processes, found.process_id)
+    if given in ((None, 1, None), (None, None, None)):
+        alone = given[1] == 1 or not _join_what_jax_detects(found)
+        if alone and found.local_device_ids:
+            raise ValueError("--local-device-ids is for several processes and this one runs alone; leave it out")
         return
-    for field in dataclasses.fields(found):
-        if getattr(found, field.name) is None:
-            flag = field.name.replace("_", "-")
+    for name, value in zip(("coordinator", "num-processes", "process-id"), given, strict=True):
+        if value is None:
             raise ValueError(
-                f"--{flag} is missing and several processes need it; give --coordinator HOST:PORT, "
+                f"--{name} is missing and several processes need it; give --coordinator HOST:PORT, "
                 "--num-processes and --process-id together"
             )
     address, count, number = str(found.coordinator), found.num_processes or 0, found.process_id or 0
@@ -63,7 +88,7 @@ def join(cluster: Cluster) -> None:
     if not 0 <= number < count:
         raise ValueError(f"--process-id {number} must be from 0 to {count - 1}, --num-processes less one; try 0")
     if count > 1:
-        _initialize(Cluster(coordinator=address, num_processes=count, process_id=number))
+        _initialize(found)
 
 
 def _from_environment(cluster: Cluster) -> Cluster:
@@ -77,7 +102,35 @@ def _from_environment(cluster: Cluster) -> Cluster:
         given = getattr(cluster, field)
         numbers[field] = given if given is not None or text is None else int(text)
     coordinator = cluster.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    return Cluster(coordinator=coordinator, **numbers)
+    return dataclasses.replace(cluster, coordinator=coordinator, **numbers)
+
+
+def _join_what_jax_detects(cluster: Cluster) -> bool:
+    """Joins the cluster that JAX finds; False where this is a run of one process.
+
+    JAX is asked where several tasks were started, in a pod of an indexed Job, and on a TPU.
+    """
+    counts = {name: int(text) for name in TASKS if (text := os.environ.get(name, "")).isdecimal()}
+    several = [name for name, count in counts.items() if count > 1]
+    tpu = _on_tpu()
+    pod = not tpu and POD in os.environ and "KUBERNETES_SERVICE_HOST" in os.environ
+    if pod and importlib.util.find_spec("kubernetes") is None:
+        raise ValueError(
+            f"{POD}={os.environ[POD]} means a pod of a Job, and the package kubernetes, with which JAX finds the "
+            f"others, is missing; try pip install 'jax[k8s]', or {ALONE}"
+        )
+    if not several and not pod and not tpu:
+        return False
+    if _initialize(cluster):
+        return True
+    if several:
+        name = several[0]
+        raise ValueError(
+            f"{name}={counts[name]} tasks were started, and JAX finds no cluster of them; try --coordinator HOST:PORT "
+            f"--num-processes {counts[name]} --process-id ${TASKS[name]}, or {ALONE}"
+        )
+    print("no other host of this TPU is known, so it trains by itself", file=sys.stderr)
+    return False
 
 
 def _on_tpu() -> bool:
@@ -87,26 +140,35 @@ def _on_tpu() -> bool:
     return chips and wanted and importlib.util.find_spec("libtpu") is not None
 
 
-def _initialize(cluster: Cluster | None) -> None:
-    given: dict[str, Any] = {}
-    if cluster is not None:
-        given = {
-            "coordinator_address": cluster.coordinator,
-            "num_processes": cluster.num_processes,
-            "process_id": cluster.process_id,
-        }
-        if str(cluster.coordinator).startswith(("127.", "localhost:")):
-            given["coordinator_bind_address"] = cluster.coordinator  # by default it listens on every interface
+def _initialize(cluster: Cluster) -> bool:
+    """Meets the other processes; False where JAX was to find them and knows none.
+
+    Machines of a pod do not start at one moment, so they get JAX's own 300 s for it.
+    """
+    options: dict[str, Any] = {
+        "coordinator_address": cluster.coordinator,
+        "num_processes": cluster.num_processes,
+        "process_id": cluster.process_id,
+        "local_device_ids": cluster.local_device_ids,
+    }
+    if cluster.coordinator is not None:
+        options["cluster_detection_method"] = "deactivate"  # else SLURM's and others' numbers fill what is None
+    if str(cluster.coordinator).startswith(("127.", "localhost:")):
+        options["coordinator_bind_address"] = cluster.coordinator  # by default it listens on every interface
+        options["initialization_timeout"] = 120
     try:
         jax.distributed.initialize(
-            **given,
-            initialization_timeout=120,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+            **options, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, shutdown_timeout_seconds=SHUTDOWN_SECONDS
         )
+    except (ValueError, OSError) as error:  # OSError: of requests, where there is no metadata server
+        if cluster.coordinator is not None or not (isinstance(error, OSError) or "defined" in str(error)):
+            raise
+        return False
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the processes of this run did not meet: {reason}; check --coordinator") from None
+        raise ValueError(f"the processes of this run did not meet: {reason}; check --coordinator, or {ALONE}") from None
+    jax.process_count()  # the devices too are found together
+    return True
 
 
 def fix_cpu_rounding() -> None:
@@ -147,11 +209,48 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def require_same(facts: Mapping[str, tuple[str, str]]) -> None:
+    """Compares what the processes of a run have to have alike. All call it, with the same names.
+
+    Args:
+      facts: by name, what is compared, and words for it, or none where it says enough.
+
+    Raises:
+      ValueError: something differs; in every process alike, naming the first and who has what.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(facts).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    if (multihost_utils.process_allgather(digest) == digest).all():
+        return
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    everyone = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        sides: dict[str, list[int]] = {}
+        for process, one in enumerate(everyone):
+            sides.setdefault(one.get(name, ("",))[0], []).append(process)
+        if len(sides) > 1:
+            said = [_who_has(processes, *everyone[processes[0]].get(name, ("", ""))) for processes in sides.values()]
+            rule = f"{name} must be the same in all processes of a run: {', '.join(said)}"
+            raise ValueError(f"{rule}; give them the same files, flags and packages")
+
+
+def _who_has(processes: list[int], value: str, words: str) -> str:
+    noun, verb = ("processes", "have") if len(processes) > 1 else ("process", "has")
+    return f"{noun} {enumerated([str(process) for process in processes])} {verb} {words or value or 'nothing'}"
+
+
 def run_process(main: Callable[[], int]) -> int:
     """Runs a script's main function. A process that fails ends at once; exit handlers do not run.
 
     Returns:
-      main's exit status, or LOST_PEER where a peer was lost.
+      main's exit status, or `status_of` what it raised.
     """
     try:
         status = main()
@@ -161,27 +260,44 @@ def run_process(main: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED
     except Exception as error:
-        if not _has_peers():
+        if code_of(error) is None and not has_peers():
             raise
-        if isinstance(error, jax.errors.JaxRuntimeError) or is_of_runtime(error):
-            number, reason = jax.process_index(), str(error).splitlines()[0]
-            print(f"error: process {number} lost a peer: {reason}", file=sys.stderr)
-            status = LOST_PEER
-        else:
+        status, words = explain(error)
+        said_in_a_line = status == DEVICE_FAILURE or words.endswith(OUT_OF_MEMORY)
+        if not said_in_a_line:  # where a process lost its peer, too: the peer may have hung elsewhere
             traceback.print_exc()
-            status = FAILED
-    if status in (FAILED, OUTSIDE_FAILURE, INTERRUPTED) or (status and _has_peers()):
+        if said_in_a_line or status == LOST_PEER:
+            print(f"error: {words}", file=sys.stderr)
+    if status in (FAILED, OUTSIDE_FAILURE, DEVICE_FAILURE, INTERRUPTED) or (status and has_peers()):
         # Exit handlers would wait, for peers or for threads that a failed save has left waiting for ever.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-    if _has_peers():
+    if jax.distributed.is_initialized():
         jax.distributed.shutdown()
     return status
 
 
-def _has_peers() -> bool:
-    return jax.distributed.is_initialized()
+def explain(error: BaseException) -> tuple[int, str]:
+    """The exit status for what ended this process, and a line that says it, with a remedy where one is known."""
+    several, message = has_peers(), str(error)
+    status, reason = status_of(error, several), (message.splitlines() or [""])[0]
+    who = f"process {jax.process_index()}" if several else "the run"
+    if status == LOST_PEER:
+        return status, f"{who} lost a peer: {reason}"
+    if status == DEVICE_FAILURE:
+        return status, f"{who} lost a device: {reason}"
+    if code_of(error) == "RESOURCE_EXHAUSTED":
+        return status, f"{reason}; {OUT_OF_MEMORY}"
+    return status, " ".join(message.split())
+
+
+def has_peers() -> bool:
+    """Whether other processes may wait for this one; a cluster may be one process, as on a v3-8."""
+    try:
+        return jax.distributed.is_initialized() and jax.process_count() > 1
+    except RuntimeError:  # there are no devices, and the others may be waiting for them
+        return True
 
 
 class StopRequest:

@@ -191,7 +191,7 @@ def _verdict(sides: list[list[Any]], by_process: bool) -> str:
     """Who differs from the majority, or which sides there are."""
     ranked = sorted(sides, key=len, reverse=True)
     if len(ranked[0]) == len(ranked[1]):
-        return f"{_enumerate([_who(side, by_process) for side in sides])} disagree without a majority"
+        return f"{enumerated([_who(side, by_process) for side in sides])} disagree without a majority"
     odd = [device for side in sides if side is not ranked[0] for device in side]
     verb, count = "differs" if len(odd) == 1 else "differ", len(ranked[0])
     return f"{_who(odd, by_process)} {verb} from the other {count} {'processes' if by_process else 'replicas'}"
@@ -202,11 +202,11 @@ def _who(devices: list[Any], by_process: bool) -> str:
     for device in devices:
         ids.setdefault(device.process_index, []).append(str(device.id))
     if by_process:
-        return f"process{'es' if len(ids) > 1 else ''} {_enumerate([str(process) for process in ids])}"
-    return _enumerate([f"device{'s' if len(of) > 1 else ''} {_enumerate(of)} of process {p}" for p, of in ids.items()])
+        return f"process{'es' if len(ids) > 1 else ''} {enumerated([str(process) for process in ids])}"
+    return enumerated([f"device{'s' if len(of) > 1 else ''} {enumerated(of)} of process {p}" for p, of in ids.items()])
 
 
-def _enumerate(names: list[str], most: int = 8) -> str:
+def enumerated(names: list[str], most: int = 8) -> str:
     """Some names in a sentence; a pod has too many for a line."""
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]

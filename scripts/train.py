@@ -31,14 +31,14 @@ gc.enable()
 
 def main() -> int:
     """Exit status: 0 finished, or stopped as asked; 1 failed, and would again; 2 bad input; 3 failed from
-    outside; 4 lost a peer."""
+    outside; 4 lost a peer; 5 lost a device, or a step did not end."""
     keep_large_buffers()
     keep_compiled_programs()
     with errors_in_one_line():
         flags = read_flags()
         if flags.train.reduction == "exact":
             fix_cpu_rounding()
-        join(Cluster(coordinator=flags.coordinator, num_processes=flags.num_processes, process_id=flags.process_id))
+        join(Cluster(flags.coordinator, flags.num_processes, flags.process_id, flags.local_device_ids))
         job = prepare_job(flags)
         job.describe()
         if flags.lower_only:

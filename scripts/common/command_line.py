@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import tyro
 
-from parallelism.exit_status import INTERRUPTED, is_of_runtime
+from parallelism.exit_status import INTERRUPTED, code_of
 
 Flags = TypeVar("Flags")
 
@@ -67,7 +67,7 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if is_of_runtime(error):
+        if code_of(error) is not None:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -80,6 +80,11 @@ class Child:
             self._asked = True
             self._popen.send_signal(signal.SIGTERM)
 
+    def quit(self) -> None:
+        """Ends it by SIGQUIT, at which train.py shows what its threads do."""
+        if self.status() is None:
+            self._popen.send_signal(signal.SIGQUIT)
+
     def kill(self) -> None:
         """Kills it, and what it started and left in its process group."""
         if not self._finished:

@@ -23,6 +23,8 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 """From the generation in an accelerator's name to the software that its hosts start with."""
+RENTED_AS = {"v5e": "v5litepod"}
+"""What gcloud calls a generation that everybody else, plan.py too, calls otherwise."""
 PASSING = (
     *("no more capacity", "nsufficient", "tockout", '"code": 8', '"code": 10', '"code": 13'),
     *("UNAVAILABLE", "onnection", "timed out", "nable to find the server"),
@@ -31,6 +33,10 @@ PASSING = (
 network that is away."""
 SSH_FAILED = 255
 """What ssh, and so gcloud, exits with where a host could not be reached."""
+ANSWER_SECONDS = 150
+"""How long all hosts together may take to report; ssh would wait for a dead one for many minutes."""
+DESCRIBE_SECONDS = 120
+"""How long a description may take, which takes a second; a connection that died says nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,10 @@ class Tpu:
     """By default the one of RUNTIMES."""
     spot: bool = False
     queued: bool = False
+    reservation: str | None = None
+    """Its name, or any for one that fits."""
+    flex_start_hours: float | None = None
+    """Ask for it by flex-start, which gives it for so long."""
     external_ips: bool = False
     """Whether its hosts have public addresses; else they are reached through an IAP tunnel."""
     project: str | None = None
@@ -57,16 +67,38 @@ class Tpu:
         if not re.fullmatch(r"[a-z]+-[a-z]+\d-[a-z]", self.zone):
             raise ValueError(f"--zone {self.zone} must be a zone of Google Cloud; try us-central1-a")
         generation, _, size = self.accelerator.partition("-")
+        generation = RENTED_AS.get(generation, generation)
         if generation not in RUNTIMES or not size.isdecimal() or int(size) < 1:
             raise ValueError(
                 f"--accelerator {self.accelerator} must be GENERATION-SIZE with a generation of "
-                f"{', '.join(RUNTIMES)}; try v3-8"
+                f"{', '.join([*RUNTIMES, *RENTED_AS])}; try v3-8"
             )
+        object.__setattr__(self, "accelerator", f"{generation}-{size}")
+        self._check_tier()
+
+    def _check_tier(self) -> None:
+        flags = {
+            "--spot": self.spot,
+            f"--reservation {self.reservation}": self.reservation is not None,
+            f"--flex-start-hours {self.flex_start_hours or 0:g}": self.flex_start_hours is not None,
+        }
+        asked = [flag for flag, given in flags.items() if given]
+        if len(asked) > 1:
+            raise ValueError(f"{asked[0]} and {asked[1]} are two ways to pay for one TPU; leave one out")
+        if self._is_alpha() and not self.queued:
+            raise ValueError(f"{asked[0]} is had through a queued resource alone; add --queued")
+        if self.flex_start_hours is not None and not 0 < self.flex_start_hours <= 168:
+            raise ValueError(f"{asked[0]} must be over 0 and at most 168, a week; try --flex-start-hours 6")
+
+    def _is_alpha(self) -> bool:
+        """Whether only gcloud's alpha commands know how to ask for it."""
+        return self.flex_start_hours is not None or self.reservation not in (None, "any")
 
     def create(self) -> list[str]:
         runtime = self.runtime or RUNTIMES[self.accelerator.partition("-")[0]]
         if self.queued:
-            argv = self._argv("queued-resources", "create", f"--node-id={self.name}")
+            track = ["alpha"] if self._is_alpha() else []
+            argv = self._argv("queued-resources", "create", f"--node-id={self.name}", track=track)
             argv.append(f"--runtime-version={runtime}")
         else:
             argv = self._argv("tpu-vm", "create", f"--version={runtime}")
@@ -74,6 +106,11 @@ class Tpu:
         for name in ("service_account", "network", "subnetwork"):
             if getattr(self, name) is not None:
                 argv.append(f"--{name.replace('_', '-')}={getattr(self, name)}")
+        if self.flex_start_hours is not None:
+            seconds = round(self.flex_start_hours * 3600)
+            argv += ["--provisioning-model=flex-start", f"--max-run-duration={seconds}s"]
+        if self.reservation is not None:
+            argv.append("--reserved" if self.reservation == "any" else f"--reservation={self.reservation}")
         switches = {"--internal-ips": not self.external_ips, "--spot": self.spot}
         return [*argv, *(switch for switch, on in switches.items() if on), "--quiet"]
 
@@ -129,6 +166,11 @@ class Node:
         """Whether it will never be ready again, and must be deleted before another has its name."""
         return self.state in ("PREEMPTED", "TERMINATED")
 
+    @property
+    def returning(self) -> bool:
+        """Whether it will be ready again by itself: to delete it would mean to queue for another."""
+        return self.state in ("REPAIRING", "RESTARTING", "REIMAGING", "STARTING", "UNHIDING")
+
 
 class GcloudError(RuntimeError):
     """gcloud did not do what it was asked; its message, in one line."""
@@ -179,7 +221,7 @@ def run(argv: Sequence[str], *, stdin: bytes | None = None, seconds: float | Non
         out, err = process.communicate(stdin, timeout=seconds)
     except subprocess.TimeoutExpired as late:
         _kill(process)
-        words = f"ERROR: no answer within {seconds:g} s"
+        words = f"ERROR: timed out, no answer within {seconds:g} s"
         raise GcloudError(argv, SSH_FAILED, words, _text(late.output or b"")) from None
     except BaseException:
         _kill(process)
@@ -211,7 +253,7 @@ def find_queued(tpu: Tpu) -> str | None:
 
 def _describe(argv: Sequence[str]) -> dict[str, Any] | None:
     try:
-        text = run(argv)
+        text = run(argv, seconds=DESCRIBE_SECONDS)
     except GcloudError as error:
         if error.not_found:
             return None

@@ -3,6 +3,7 @@
 Invariant: what the processes know about each other comes from here alone, never from the environment.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from scripts.common.command_line import parse
 from scripts.launching.child import Command
-from scripts.launching.supervisor import supervise
+from scripts.launching.supervisor import FIRST_PAUSE, supervise
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -26,9 +27,10 @@ Their output is shown line by line behind the number of the process. The first p
 first SIGTERM or Ctrl-C lets all of them save and stop, the second kills them.
 
 Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, 4 lost a
-process of the run, and either may be started again; 128 + n if a process was killed by signal n."""
+process of the run, 5 lost a device, and each of these may be started again; 128 + n if a process was killed by
+signal n."""
 
-OWN_FLAGS = ("--coordinator", "--num-processes", "--process-id")
+OWN_FLAGS = ("--coordinator", "--num-processes", "--process-id", "--local-device-ids")
 """Flags of train.py that are not the user's to give."""
 FOREIGN = (
     "JAX_COORDINATOR_ADDRESS",
@@ -47,7 +49,8 @@ class LocalFlags:
     devices: int = 1
     """Simulated devices of each."""
     restarts: int = 0
-    """How often to go on from the last checkpoint after a process was killed or lost something outside it."""
+    """How often to go on from the last checkpoint after a process was killed or lost something outside it; counted from
+    the newest checkpoint on. After three crashes in one step it is not started again."""
     log_dir: str | None = None
     """Where attempt-K/process-I.log keeps all output; by default OUTPUT_DIR.logs, or runs/local-TIME.logs."""
 
@@ -58,8 +61,10 @@ class LocalFlags:
                 raise ValueError(f"{name}={value} must be at least {least}; try --{name} {good}")
 
 
-def local(args: Sequence[str], train: Path = TRAIN) -> int:
+def local(args: Sequence[str], train: Path = TRAIN, pause: float = FIRST_PAUSE) -> int:
     """Runs train.py on this machine; `args` are what follows the command's name, `train` is the program.
+
+    The first restart comes after `pause` seconds.
 
     Raises ValueError if a flag is wrong, or the log folder cannot be made.
     """
@@ -76,7 +81,22 @@ def local(args: Sequence[str], train: Path = TRAIN) -> int:
             f"--restarts {flags.restarts} needs a run folder to go on from; add --output-dir runs/NAME after --"
         )
     log_dir = _log_dir(folder) if flags.log_dir is None else Path(flags.log_dir)
-    return supervise(local_commands(flags, train_flags, train), restarts=flags.restarts, log_dir=log_dir)
+    commands = local_commands(flags, train_flags, train)
+    return supervise(
+        commands, restarts=flags.restarts, log_dir=log_dir, newest=lambda: newest_checkpoint(folder), pause=pause
+    )
+
+
+def newest_checkpoint(folder: str | None) -> int | None:
+    """The step of a run folder's newest trusted checkpoint; None if there is none or the folder does not answer."""
+    if folder is None:
+        return None
+    from parallax.storage import open_folder
+
+    with contextlib.suppress(ValueError, OSError):
+        found = [path.parent.name for path in open_folder(folder).glob("checkpoints/*/manifest.json")]
+        return max((int(name) for name in found if name.isdecimal()), default=None)
+    return None
 
 
 def local_commands(flags: LocalFlags, train_flags: Sequence[str], train: Path) -> Callable[[int], list[Command]]:

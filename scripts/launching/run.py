@@ -19,10 +19,10 @@ from types import FrameType
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from scripts.common.command_line import parse
-from scripts.launching.gcloud import GcloudError, copy, find_node
+from scripts.launching.gcloud import DESCRIBE_SECONDS, GcloudError, copy, find_node, list_objects
 from scripts.launching.gcloud import run as run_gcloud
 from scripts.launching.local import OWN_FLAGS, flag_name, split
-from scripts.launching.supervisor import keep_running, signal_name
+from scripts.launching.supervisor import FIRST_PAUSE, keep_running, signal_name
 from scripts.launching.tpu import ChangeFlags, Switch, say, show
 from scripts.launching.watch import HostCommands, Training
 
@@ -37,7 +37,8 @@ gs://BUCKET/runs/RUN. After a preemption, or a death from outside, it goes on fr
 lets it save and stop, the second does not wait for that.
 
 Exit status: 0 finished, or stopped as asked; 1 failed; 2 bad input; 3 failed through something outside, 4 lost a
-process of the run, and either may be started again; 128 + n if a process, or this program, was ended by signal n."""
+process of the run, 5 lost a device, and each of these may be started again; 128 + n if a process, or this program, was
+ended by signal n."""
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
@@ -84,7 +85,8 @@ class RunFlags(ChangeFlags):
     run_name: str | None = None
     """Of the run folder; by default --name."""
     restarts: int = 20
-    """How often to go on from the last checkpoint after a preemption or another death from outside."""
+    """How often to go on from the last checkpoint after a preemption or another death from outside; counted from the
+    newest checkpoint on. After three crashes in one step it is not started again."""
     max_hours: float | None = None
     """After this long it is stopped, wherever it is; waiting for a TPU counts."""
     autodelete: Switch = False
@@ -138,7 +140,12 @@ def _train(flags: RunFlags, checkout: Path, commands: HostCommands, training: Tr
             say(f"shipping commit {commands.commit[:12]} to {commands.archive}")
             archive = _git(checkout, "archive", "--format=tar.gz", commands.commit)
             run_gcloud(copy("-", commands.archive), stdin=archive)
-            status = keep_running(training.attempt, restarts=flags.restarts)
+            status = keep_running(
+                training.attempt,
+                restarts=flags.restarts,
+                newest=lambda: _newest_checkpoint(flags),
+                pause=min(FIRST_PAUSE, flags.retry_seconds),
+            )
             if status and training.started and not flags.autodelete:
                 training.stop()
         except Interrupted as interrupt:
@@ -157,6 +164,16 @@ def _train(flags: RunFlags, checkout: Path, commands: HostCommands, training: Tr
                 signals.closing = True
                 closed = _close(flags)
     return status if closed else status or FAILED
+
+
+def _newest_checkpoint(flags: RunFlags) -> int | None:
+    """The step of the newest trusted checkpoint in the bucket; None if there is none, or the bucket does not answer."""
+    folder = f"gs://{flags.bucket}/runs/{flags.folder_name()}/checkpoints"
+    try:
+        found = run_gcloud(list_objects(f"{folder}/*/manifest.json"), seconds=DESCRIBE_SECONDS)
+    except GcloudError:
+        return None
+    return max((int(step) for step in re.findall(r"/(\d+)/manifest\.json", found)), default=None)
 
 
 def _stop(flags: RunFlags, training: Training, number: int) -> int:

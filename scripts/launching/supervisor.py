@@ -7,6 +7,8 @@ fail again by itself is not started again, and nothing is after it was asked to 
 import contextlib
 import dataclasses
 import os
+import re
+import select
 import selectors
 import shutil
 import signal
@@ -15,11 +17,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from parallelism.exit_status import BAD_INPUT, LOST_PEER, OUTSIDE_FAILURE
+from parallelism.exit_status import BAD_INPUT, DEVICE_FAILURE, LOST_PEER, OUTSIDE_FAILURE
 from scripts.launching.child import Child, Command, say
 
 CAUSE_SECONDS = 1.0
 """How long a process that seems to have lost a peer is not blamed, in case another turns out to have died."""
+
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0
+"""Seconds before a restart; doubled with each that saves nothing new."""
+SAME_STEP = 3
+"""After so many crashes in a row in one step, as far as rows show it, that step is to blame."""
+_TAIL = 1 << 16
+"""Bytes of a log in which its last step is looked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +40,17 @@ class Death:
     """-n for signal n."""
     what: str
     """Who died of what, in words."""
+    step: int | None = None
+    """The last step that the run reported."""
 
     @property
     def may_pass(self) -> bool:
-        return self.status < 0 or self.status in (OUTSIDE_FAILURE, LOST_PEER)
+        return self.crashed or self.status == OUTSIDE_FAILURE
+
+    @property
+    def crashed(self) -> bool:
+        """Whether a process of the run went down; the machine may have taken it, or its own code."""
+        return self.status < 0 or self.status in (LOST_PEER, DEVICE_FAILURE)
 
     @property
     def exit_status(self) -> int:
@@ -41,18 +58,31 @@ class Death:
 
 
 def keep_running(
-    attempt: Callable[[int], Death | None], *, restarts: int, stopping: Callable[[], bool] = lambda: False
+    attempt: Callable[[int], Death | None],
+    *,
+    restarts: int,
+    stopping: Callable[[], bool] = lambda: False,
+    newest: Callable[[], int | None] = lambda: None,
+    pause: float = FIRST_PAUSE,
+    sleep: Callable[[float], object] = time.sleep,
 ) -> int:
     """Makes attempts until one ends well, or ends in a way that would not pass, or `restarts` are used up.
+
+    Once a checkpoint is newer than at the last death all of them are there again, and the pause is as short as at
+    first. After SAME_STEP crashes in the same step no attempt follows.
 
     Args:
       attempt: from its number, 1 at first, to how it died; None if it ended well.
       stopping: whether nothing is to be started any more.
+      newest: the step of the newest checkpoint, None where that is not known.
+      pause: seconds before the first restart.
+      sleep: waits so many seconds, or until `stopping`.
 
     Returns:
       An exit status: 0, that of the last death, or 128 + n where signal n was the cause.
     """
-    number = 0
+    number = used = crashes = 0
+    saved = step = None
     while True:
         number += 1
         death = attempt(number)
@@ -60,11 +90,31 @@ def keep_running(
             return 0
         if stopping() or not death.may_pass:
             return death.exit_status
-        if number > restarts:
+        before, saved = saved, newest()
+        if saved is not None and (before is None or saved > before):
+            used = 0
+        crashes = 0 if not death.crashed else crashes + 1 if death.step == step else 1
+        step = death.step
+        if crashes == SAME_STEP:
+            where = "before the first step" if step is None else f"after step {step}"
+            say(f"not started again after {SAME_STEP} crashes in the same place, {where}")
+            return death.exit_status
+        if used == restarts:
             if restarts:
                 say(f"no restart is left of {restarts}")
             return death.exit_status
-        say(f"restart {number} of {restarts}")
+        seconds = min(pause * 2**used, LONGEST_PAUSE)
+        used += 1
+        say(f"restart {used} of {restarts}{f' in {seconds:g} s' if seconds else ''}")
+        sleep(seconds)
+        if stopping():
+            return death.exit_status
+
+
+def last_step(log: str) -> int | None:
+    """The last step in what train.py printed, of a row or of its start from a checkpoint; None before the first."""
+    steps = re.findall(r"^(?:\[0\] )?(?:resume +from )?step (\d+)(?:/\d| of )", log, re.MULTILINE)
+    return int(steps[-1]) if steps else None
 
 
 CONSEQUENCES = (-signal.SIGABRT, LOST_PEER)
@@ -101,19 +151,27 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, log_dir: Path) -> int:
+def supervise(
+    commands: Callable[[int], Sequence[Command]],
+    *,
+    restarts: int,
+    log_dir: Path,
+    newest: Callable[[], int | None] = lambda: None,
+    pause: float = FIRST_PAUSE,
+) -> int:
     """Runs processes until all have ended with status 0, or one has not.
 
-    The first that ends otherwise ends the others by SIGKILL. If it exited with OUTSIDE_FAILURE or LOST_PEER, or
-    was killed by a signal, all start again, up to `restarts` times. What process INDEX prints is shown line by line
-    behind "[INDEX] ", and kept in `log_dir`/attempt-K/process-INDEX.log, where K goes on from what is there; an
-    attempt that ends with BAD_INPUT leaves nothing there. The first SIGTERM or SIGINT is passed on as SIGTERM, and
-    nothing is restarted afterwards; the second kills.
+    The first that ends otherwise ends the others by SIGKILL. If it exited with OUTSIDE_FAILURE, LOST_PEER or
+    DEVICE_FAILURE, or was killed by a signal, all start again, as `keep_running` decides. What process INDEX prints is
+    shown line by line behind "[INDEX] ", and kept in `log_dir`/attempt-K/process-INDEX.log, where K goes on from what
+    is there; an attempt that ends with BAD_INPUT leaves nothing there. The first SIGTERM or SIGINT is passed on as
+    SIGTERM, and nothing is restarted afterwards; the second kills.
 
     Call it from the main thread: signals arrive there, and Linux takes the thread that starts a process for its parent.
 
     Args:
       commands: from the attempt, 1 at first, to a command for each process.
+      newest, pause: as of `keep_running`.
 
     Returns:
       An exit status: 0, that of the process that died first, or 128 + n if that was killed by signal n; also 128 + n
@@ -128,6 +186,8 @@ def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, lo
     def attempt(number: int) -> Death | None:
         folder = _make_attempt(log_dir)
         death = _run(commands(number), folder, interrupts)
+        if death is not None:
+            death = dataclasses.replace(death, step=_read_step(folder / "process-0.log"))
         if death is not None and interrupts.count > 1:
             say(f"{signal_name(interrupts.number)} came second; the processes were killed")
             return Death(-interrupts.number, "")
@@ -139,10 +199,17 @@ def supervise(commands: Callable[[int], Sequence[Command]], *, restarts: int, lo
         return death
 
     with interrupts.noticed():
-        return keep_running(attempt, restarts=restarts, stopping=lambda: interrupts.count > 0)
+        return keep_running(
+            attempt,
+            restarts=restarts,
+            stopping=lambda: interrupts.count > 0,
+            newest=newest,
+            pause=pause,
+            sleep=interrupts.sleep,
+        )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _ProcessDeath(Death):
     log: Path
 
@@ -190,6 +257,14 @@ class _Interrupts:
             self._reported = True
             say(f"{signal_name(self.number)}: waiting for the processes to stop; a second one kills them")
 
+    def sleep(self, seconds: float) -> None:
+        """Waits, but not after a signal that asks to stop."""
+        limit = time.monotonic() + seconds
+        while not self.count and (left := limit - time.monotonic()) > 0:
+            select.select([self.woken], [], [], left)
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.woken, 65536)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Acts here, since the loop may be held up by a terminal that takes no output, but leaves output to the loop.
         self.count, self.number = self.count + 1, number
@@ -236,12 +311,31 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Pro
         running = [process for process, status in statuses.items() if status is None]
         if first is not None:
             status = processes[first].status() or 0
+            if status == DEVICE_FAILURE:  # a step may have hung, for a reason that another process shows
+                _quit(running)
             others = f"; ending the other {len(running)}" if running else ""
             what = f"process {first} {describe_status(status)}{others}"
-            return _ProcessDeath(status, what, processes[first].log)
+            return _ProcessDeath(status, what, log=processes[first].log)
         for process, status in statuses.items():
             if status is not None:
                 process.finish()
+    return None
+
+
+def _quit(processes: Sequence[Child]) -> None:
+    """Lets processes show their stacks; those that do not listen are waited for no longer than CAUSE_SECONDS."""
+    for process in processes:
+        process.quit()
+    until = time.monotonic() + CAUSE_SECONDS
+    while time.monotonic() < until and any(process.status() is None for process in processes):
+        time.sleep(0.01)
+
+
+def _read_step(log: Path) -> int | None:
+    """The last step in the log of process 0, which shows the run's rows."""
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL))
+        return last_step(file.read().decode(errors="replace"))
     return None
 
 

@@ -15,7 +15,7 @@ import tyro
 
 from parallelism.exit_status import FAILED
 from scripts.common.command_line import parse
-from scripts.launching.gcloud import GcloudError, Tpu, copy, find_node, find_queued, list_objects, run
+from scripts.launching.gcloud import ANSWER_SECONDS, GcloudError, Tpu, copy, find_node, find_queued, list_objects, run
 from scripts.launching.tpu_lifecycle import Keeper
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -28,13 +28,17 @@ class TpuFlags:
     zone: str = "us-central1-a"
     """Where it is."""
     accelerator: str = "v3-8"
-    """GENERATION-SIZE; the size counts cores for v2, v3, v4 and v5p, chips for v5litepod and v6e."""
+    """GENERATION-SIZE; the size counts cores for v2, v3, v4 and v5p, chips for v5e (also v5litepod) and v6e."""
     runtime: str | None = None
     """Software of its hosts; by default the one for its generation."""
     spot: Switch = False
     """Cheaper, and taken away when Google Cloud needs it."""
     queued: Switch = False
     """Ask through a queued resource, which waits in line."""
+    reservation: str | None = None
+    """Take it from this reservation, with --queued; any takes it from one that fits."""
+    flex_start_hours: float | None = None
+    """Ask by flex-start, with --queued: for so many hours at most, after which it is taken back."""
     external_ips: Switch = False
     """Give its hosts public addresses; by default they have none, and are reached by an IAP tunnel."""
     project: str | None = None
@@ -119,7 +123,7 @@ def status(args: Sequence[str]) -> int:
         if node.ready:
             line = "[ ! -e parallax/current ] || bash parallax/current/scripts/launching/host.sh report"
             try:
-                print(run(flags.tpu().ssh(line)), end="")
+                print(run(flags.tpu().ssh(line), seconds=ANSWER_SECONDS), end="")
             except GcloudError as error:
                 print(f"its hosts did not all answer: {error}")
     print(f"it bills until it is deleted: {flags.down_command()}")

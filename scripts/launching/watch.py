@@ -11,8 +11,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
-from scripts.launching.gcloud import GcloudError, Node, find_node, run
-from scripts.launching.supervisor import Death, describe_status, first_to_fail
+from scripts.launching.gcloud import ANSWER_SECONDS, GcloudError, Node, find_node, run
+from scripts.launching.supervisor import Death, describe_status, first_to_fail, last_step
 from scripts.launching.tpu_lifecycle import Keeper
 
 PATIENCE = 5
@@ -21,8 +21,10 @@ CONNECTIONS = 3
 """How often hosts are called before a start; gcloud itself tries ten times each."""
 
 
-ANSWER_SECONDS = 150
-"""How long all hosts together may take to report; ssh would wait for a dead one for many minutes."""
+PREPARE_SECONDS = 1800
+"""How long all hosts together may take to install what a commit needs; ssh would wait for a dead one for ever."""
+START_SECONDS = 600
+"""How long they may take to end what runs, which systemd gives 180 s, to free the chips and to start train.py."""
 STOP_SECONDS = 400
 """How long they may take to save and stop; systemd gives each 180 s."""
 
@@ -107,7 +109,7 @@ class Training:
         self._train_flags, self._logs = train_flags, logs
         self._say = keeper.say
         self._spoilt = self._reached = False
-        self._shown = ""
+        self._shown, self._step = "", None
         self.started = False
         """Whether there is anything to stop."""
 
@@ -122,13 +124,14 @@ class Training:
             self._say(f"deleting {self._keeper.tpu.name} before another is created")
             self._keeper.delete()
             self._spoilt = False
-        node = self._keeper.ensure()
+        node, self._step = self._keeper.ensure(), None
         logs = f"{self._logs}/attempt-{number}"
         try:
-            self._call(self._commands.prepare(), "preparing")
+            self._call(self._commands.prepare(), "preparing", PREPARE_SECONDS)
             self.started = True
             resume = ["--resume"] if number > 1 and "--resume" not in self._train_flags else []
-            self._call(self._commands.start(logs, [*self._train_flags, *resume]), "starting train.py on")
+            start = self._commands.start(logs, [*self._train_flags, *resume])
+            self._call(start, "starting train.py on", START_SECONDS)
             self._say(f"train.py runs on {node.hosts} host(s); its output: {logs}")
         except GcloudError as error:
             self._spoilt = error.unreachable
@@ -150,11 +153,11 @@ class Training:
         saved = bool(reports) and all(report.code == 0 for report in reports.values())
         return 0 if saved and all(report.state != "lost" for report in reports.values()) else OUTSIDE_FAILURE
 
-    def _call(self, command: str, what: str) -> None:
+    def _call(self, command: str, what: str, seconds: float) -> None:
         self._say(f"{what} all hosts of {self._keeper.tpu.name}")
         for tries_left in reversed(range(CONNECTIONS)):
             try:
-                run(self._keeper.tpu.ssh(command))
+                run(self._keeper.tpu.ssh(command), seconds=seconds)
                 self._reached = True
                 return
             except GcloudError as error:
@@ -172,6 +175,8 @@ class Training:
             except GcloudError as error:
                 trouble = str(error)
             else:
+                if node is not None and node.returning:
+                    return Death(OUTSIDE_FAILURE, f"TPU {name} is {node.state}: its hosts are down, and will be back")
                 if node is None or not node.ready:
                     self._spoilt = True
                     state = "gone" if node is None else node.state
@@ -197,6 +202,8 @@ class Training:
         except GcloudError as error:
             text, trouble = error.out, str(error)
         reports, lines = read_reports(text)
+        step = last_step("\n".join(lines))
+        self._step = self._step if step is None else step
         silent = [str(worker) for worker in range(node.hosts) if worker not in reports]
         if lines and lines[-1] != self._shown:
             dead = any(report.status for report in reports.values())
@@ -208,4 +215,4 @@ class Training:
     def _death(self, worker: int, reports: Mapping[int, Report]) -> Death:
         running = sum(report.state == "running" for report in reports.values())
         others = f"; ending the other {running}" if running else ""
-        return Death(reports[worker].status or 0, f"worker {worker} {reports[worker].describe()}{others}")
+        return Death(reports[worker].status or 0, f"worker {worker} {reports[worker].describe()}{others}", self._step)

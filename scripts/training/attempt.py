@@ -26,20 +26,21 @@ from parallax.model.transformer import Params
 from parallax.storage import open_folder, reason_of, write_json
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
-from parallax.training.loop import Best, Diverged, Observer, Row, Stopwatch, train
+from parallax.training.loop import Best, Diverged, Observer, Row, train
 from parallax.training.metrics import MetricsWriter
 from parallax.training.plot import plot_loss
 from parallax.training.progress import Profiler, Terminal
 from parallax.training.state import TrainState, params_sha256
 from parallelism import sentinel
-from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
-from parallelism.hosts import fetch
+from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, code_of, status_of
+from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
 from scripts.training.resuming import Earlier, describe_remedy, resume_command
 from scripts.training.summary import Summary, describe_time
+from scripts.training.watchdog import Watchdog
 
 EVALUATED_TOKENS = 8192
 """Tokens evaluated at a time, unless a training batch has more."""
@@ -64,7 +65,7 @@ class Attempt:
         self._checkpoints = Checkpointer(
             job.folder / "checkpoints", keep=job.flags.train.keep, is_writer=job.strategy.is_writer, notify=say
         )
-        self._stopwatch = Stopwatch()
+        self._stopwatch = Watchdog(job.flags.step_timeout)
         self._start = self._step = 0
         self._changed: dict[str, Any] = {}
         self._evaluation_due = False  # that of the last step, which a stop cut short
@@ -142,12 +143,17 @@ class Attempt:
                 yield
             except (Diverged, sentinel.Divergence, OSError) as error:
                 failures.append(error)
+            except jax.errors.JaxRuntimeError as error:
+                if status_of(error, has_peers()) == LOST_PEER:
+                    raise  # the others are gone or being ended, and nothing is left to say
+                failures.append(error)
 
         try:
             with noted():
                 self._write_summary()
                 observers += self._observers()
-                state, self._step = self._train(state, observers)
+                with self._stopwatch.watching():
+                    state, self._step = self._train(state, observers)
         except KeyboardInterrupt:
             for observer in observers:
                 if isinstance(observer, Terminal):
@@ -167,7 +173,7 @@ class Attempt:
             failures.append(self._unsaved)
         with noted():
             end = "failed" if failures else "finished" if self._finished else "stopped"
-            self._write_summary(end, _one_line(failures[0]) if failures else None)
+            self._write_summary(end, _verdict(failures[0])[1] if failures else None)
             self._workspace.send()
         self._workspace.release()
         return self._end(state, failures)
@@ -239,7 +245,7 @@ class Attempt:
             if jax.process_count() > 1:
                 raise
             self._unsaved = error
-            say(f"unsaved   {_one_line(error)}; the next save tries again")
+            say(f"unsaved   {_verdict(error)[1]}; the next save tries again")
 
     def _start_save(self, step: int, state: TrainState, eval_loss: float | None, best: Best) -> None:
         settings = self._job.flags.train
@@ -280,6 +286,7 @@ class Attempt:
                 return None
             # One at a time: simulated devices may lock up when many programs with collectives are queued.
             results.append(jax.device_get(evaluate(params, batch)))
+            self._stopwatch.beat()
         self._evaluation_due = False
         return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
 
@@ -292,9 +299,10 @@ class Attempt:
     def _end(self, state: TrainState, failures: list[Exception]) -> int:
         """Says how the run ended, and returns the exit status."""
         if failures:
+            status, words = _verdict(failures[0])
             remedy = describe_remedy(self._job, self._checkpoints.latest_step(), failures[0])
-            print(f"error: stopped: {_one_line(failures[0])}; {remedy}", file=sys.stderr, flush=True)
-            return FAILED if isinstance(failures[0], Diverged) else OUTSIDE_FAILURE
+            print(f"error: stopped: {words}; {remedy}", file=sys.stderr, flush=True)
+            return status
         self._say_end()
         return self._report(state) if self._finished else 0
 
@@ -327,8 +335,12 @@ class Attempt:
         return status
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _verdict(failure: Exception) -> tuple[int, str]:
+    """The exit status for what ended a run, and a line that says it."""
+    for error in (failure, failure.__cause__):  # of a save that failed, the cause decides
+        if error is not None and code_of(error) is not None:
+            return explain(error)
+    return FAILED if isinstance(failure, Diverged) else OUTSIDE_FAILURE, " ".join(str(failure).split())
 
 
 class Files:

@@ -23,7 +23,7 @@ DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a
 LAYOUT = ("mode", "strategy", "mesh", "rules")
 """A command's, not a run's: a resumed run has those that it is given, or the defaults."""
 FREE = (
-    *(*LAYOUT, "accumulate", "steps", "attention", "layer_loop", "keep", "max_bad_steps"),
+    *(*LAYOUT, "accumulate", "steps", "attention", "layer_loop", "remat", "keep", "max_bad_steps"),
     *("log_interval", "eval_interval", "checkpoint_interval", "check_interval"),
     *("learning_rate", "warmup_steps", "schedule_steps", "final_rate", "dtype"),
 )
@@ -74,6 +74,11 @@ class Flags:
     """How many processes run together; by default JAX_NUM_PROCESSES or TPU metadata."""
     process_id: int | None = None
     """Which of them this is, from 0; by default JAX_PROCESS_ID or TPU metadata."""
+    local_device_ids: tuple[int, ...] | None = None
+    """Which of the machine's GPUs are this process's; under SLURM and Open MPI by default one for each task."""
+    step_timeout: float | None = None
+    """Seconds after which a step that does not end ends the process; by default 20 times the median, and at least 300.
+    0 waits for ever."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Short for --model.dtype."""
     remat: Literal["none", "dots", "full"] | None = None
@@ -203,6 +208,8 @@ def _settle(flags: Flags) -> Flags:
         raise ValueError(
             f"--mode single does not go with --strategy {flags.strategy or 'mesh'}; try --mode distributed"
         )
+    if (flags.step_timeout or 0) < 0:
+        raise ValueError(f"step_timeout={flags.step_timeout:g} must not be negative; try --step-timeout 300")
     if flags.mode == "distributed" and flags.strategy == "single":
         raise ValueError("--mode distributed does not go with --strategy single; try --strategy pmap")
     default = "mesh" if flags.mesh else "pmap" if flags.mode == "distributed" else "single"

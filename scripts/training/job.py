@@ -4,6 +4,9 @@ Invariant: a job that exists has had all of its input checked, and has touched n
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -18,14 +21,21 @@ from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.loss import make_evaluation
-from parallelism.hosts import agree
+from parallelism.hosts import agree, require_same
 from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
-from scripts.training.flags import Flags, may_change, model_name
+from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.step import bind_state, bind_step
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
+"""Those that decide what a step computes, or how processes meet in a save."""
+PATHS = {"dataset", "init_from", "rules"}
+"""Flags that name files, of which each machine may have its own."""
+COLLECTIVE = ("resume", "lower_only", "print_param_hash")
+"""Flags that no config holds, and after which processes meet in other places."""
 
 
 def say(line: str) -> None:
@@ -67,7 +77,7 @@ class Job:
 
 
 def prepare_job(flags: Flags) -> Job:
-    """Checks all input and builds what a run needs. Returns once every process has found its input good.
+    """Checks all input and builds what a run needs. Returns once every process has found its input good, and the same.
 
     Raises ValueError for whatever is wrong with the input.
     """
@@ -87,8 +97,36 @@ def prepare_job(flags: Flags) -> Job:
         if flags.resume and not all(map(may_change, re.findall(r"--[a-z][\w.-]*", remedy))):
             raise ValueError(f"{rule}, as the run was started; try another --mesh, or --strategy single") from None
         raise
-    folder = epath.Path(agree(str(folder)))
-    return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
+    job = Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
+    if jax.process_count() == 1:
+        return job
+    require_same(facts(job))
+    return dataclasses.replace(job, folder=epath.Path(agree(str(folder))))
+
+
+def facts(job: Job) -> dict[str, tuple[str, str]]:
+    """What all processes must have alike, as `require_same` takes it: what is learned, how, and by which programs."""
+    flags, settings = job.flags, job.flags.train
+    found = {f"package {name}": (importlib.metadata.version(name), "") for name in PACKAGES}
+    for part, values in flags_to_dict(flags).items():
+        prefix = "model." if part == "model" else ""
+        for name in values.keys() - PATHS:
+            found[f"--{prefix}{name.replace('_', '-')}"] = (json.dumps(values[name]), "")
+    for name in COLLECTIVE:
+        found[f"--{name.replace('_', '-')}"] = (str(getattr(flags, name)), "")
+    shardings = [str(leaf.sharding) for leaf in jax.tree.leaves(job.strategy.abstract())]
+    batch = job.training.gather(job.training.draw(settings.batch_size, settings.seed, 0))
+    return {
+        "the text": (job.corpus.sha256, f"{job.corpus.edition} with sha256 {job.corpus.sha256}"),
+        "the tokenizer": (_sha256(json.dumps(job.tokenizer.to_json()).encode()), job.tokenizer.name),
+        **dict(sorted(found.items())),
+        "the layout": (_sha256("".join(shardings).encode()), job.strategy.describe()),
+        "the first batch": (_sha256(b"".join(array.tobytes() for array in batch.values())), ""),
+    }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def describe_schedule(flags: Flags) -> str:

@@ -7,6 +7,7 @@ attempt must name, and do without.
 import contextlib
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import time
@@ -111,6 +112,30 @@ def terminate_one(scene: Scene, training: Training) -> str:
     return f"saved step {max(scene.trusted())}"
 
 
+def hang(scene: Scene, training: Training) -> str:
+    """One process goes on no more, though it lives and its heart beats: all must end, each with its stacks shown."""
+    scene.advance(training)
+    workers = training.workers()
+    number = scene.rng.randrange(len(workers))
+    os.kill(workers[number], signal.SIGUSR1)
+    _end(training, 5, "(--step-timeout)")
+    words = training.err.read_text()
+    for prefix in [f"[{index}] " for index in range(len(workers))] if training.layout.processes > 1 else [""]:
+        shown = re.search(rf"^{re.escape(prefix)}.*most recent call", words, re.MULTILINE)
+        require(shown is not None, f"did not show the stacks of process {prefix}", training)
+    require("in hang" in words, "did not show where it hung", training)
+    return f"process {number} at step {rows(scene.run)[-1]['step']}"
+
+
+def fail_device(scene: Scene, training: Training) -> str:
+    scene.advance(training)
+    workers = training.workers()
+    number = scene.rng.randrange(len(workers))
+    os.kill(workers[number], signal.SIGUSR2)
+    _end(training, 5, "lost a device: INTERNAL: the device halted")
+    return f"of process {number} at step {rows(scene.run)[-1]['step']}"
+
+
 def _damage(scene: Scene, training: Training, alter: Callable[[Path], None]) -> str:
     scene.advance(training)
     scene.wait_for(training, lambda: len(scene.trusted()) > 1)  # one to damage, and the one before
@@ -202,5 +227,7 @@ FAULTS = [
     Fault("SIGTERM to a process", terminate_one),
     Fault("kill -9 of the launcher", kill_launcher, several=True),
     Fault("truncated file", truncate_file),
+    Fault("hung process", hang),
+    Fault("device error", fail_device),
 ]
 MOUNT_FAULTS = [Fault("full disk", fill_disk), Fault("read-only disk", make_read_only)]

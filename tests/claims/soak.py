@@ -38,7 +38,7 @@ FLAGS = [
     *("--config", "tiny", "--model.num-layers", "2", "--model.embed-dim", "32", "--model.num-heads", "2"),
     *("--model.num-kv-heads", "2", "--model.head-dim", "16", "--batch-size", "16", "--seq-len", "16"),
     *("--log-interval", "1", "--eval-interval", "100000", "--checkpoint-interval", "4"),
-    *("--check-interval", "3", "--keep", "3", "--reduction", "exact", "--print-param-hash"),
+    *("--check-interval", "3", "--keep", "3", "--reduction", "exact", "--print-param-hash", "--step-timeout", "12"),
 ]
 
 

@@ -74,11 +74,13 @@ def test_no_network_at_all_is_one_clear_line(tmp_path, refused):
     assert cached(tmp_path) == []
 
 
-def test_refused_request_leads_to_the_stand_in(serve, wheel_at_hand):
-    serve(b"forbidden", status=403)
-    corpus, said = load()
-    assert "403" in said
-    assert corpus.documents == (STAND_IN,)
+@pytest.mark.parametrize("status", [403, 404, 429, 503])
+def test_an_answer_that_is_not_the_text_is_no_lack_of_network(status, tmp_path, serve, refused, wheel_at_hand):
+    """Else a host that is refused once keeps the stand-in for good, beside hosts that have the text."""
+    serve(b"no", status=status)
+    with refused(tiny_shakespeare.ADDRESS, f"answered {status}", "run again later", "--data-dir"):
+        load()
+    assert cached(tmp_path) == []
 
 
 def test_silent_server_leads_to_the_stand_in(serve, wheel_at_hand, monkeypatch):

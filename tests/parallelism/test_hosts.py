@@ -35,7 +35,7 @@ START = """
     import jax, numpy as np
     from jax.experimental import multihost_utils
     from parallelism import mesh_shape
-    from parallelism.hosts import Cluster, agree, fetch, join, run_process
+    from parallelism.hosts import Cluster, agree, fetch, join, require_same, run_process
     from scripts.common.command_line import errors_in_one_line
     from tests.parallelism.conftest import Tiny
     number = int(sys.argv[2])
@@ -55,6 +55,69 @@ TOGETHER = """
             found[mesh] = [rows.tolist(), same, strategy.is_writer]
         print(json.dumps(found))
         return 0
+
+    raise SystemExit(run_process(main))
+"""
+SAME = """
+    def main():
+        join(cluster)
+        require_same({"jax": ("1.0", ""), "the text": ("abc", "a play")})
+        facts = {"jax": ("1.0", ""), "the text": (f"sha-{number}", f"play {number}")}
+        with errors_in_one_line():
+            require_same(facts)
+
+    raise SystemExit(run_process(main))
+"""
+DETECTED = """
+    import jax
+    from parallelism.hosts import Cluster, agree, join, run_process
+
+    def main():
+        join(Cluster())
+        print(jax.process_count(), agree(f"by {jax.process_index()}"), flush=True)
+        return 0
+
+    raise SystemExit(run_process(main))
+"""
+UNDETECTED = """
+    import json, os
+    from parallelism import hosts
+    from parallelism.hosts import Cluster, join
+
+    def said(cluster=Cluster(), **environment):
+        os.environ.update(environment)
+        try:
+            join(cluster)
+            return "alone"
+        except ValueError as error:
+            return str(error)
+        finally:
+            for name in environment:
+                del os.environ[name]
+
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+    found = [
+        said(),
+        said(**pod),
+        said(OMPI_COMM_WORLD_SIZE="1"),
+        said(Cluster(num_processes=1), OMPI_COMM_WORLD_SIZE="4"),
+        said(OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_RANK="2"),
+        said(PMI_SIZE="2"),
+        said(JOB_COMPLETION_INDEX="3", **pod),
+        said(Cluster(local_device_ids=(0,))),
+    ]
+    hosts._on_tpu = lambda: True
+    print(json.dumps([*found, said(TPU_SKIP_MDS_QUERY="1")]))
+"""
+ALONE = """
+    import sys
+    import jax
+    from parallelism.hosts import run_process
+
+    jax.distributed.initialize("127.0.0.1:" + sys.argv[1], 1, 0)
+
+    def main():
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: the device is gone")
 
     raise SystemExit(run_process(main))
 """
@@ -177,12 +240,16 @@ def test_nothing_is_requested_and_no_handler_installed_until_asked():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def pair(script):
     """Two processes of two devices each, which will meet at a port of their own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(started(START + script, port, number, JAX_NUM_CPU_DEVICES="2")) for number in ("0", "1")
@@ -212,8 +279,9 @@ def test_two_processes_are_one_run():
     [
         ("KeyError('a bug')", 1, "KeyError: 'a bug'"),
         ("ValueError('UNKNOWN: Gloo all-reduce failed: closed')", 4, "process 1 lost a peer: UNKNOWN: Gloo"),
+        ("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')", 1, "Out of memory; the devices' memory"),
     ],
-    ids=["its own fault", "as jaxlib reports a lost peer"],
+    ids=["its own fault", "as jaxlib reports a lost peer", "memory"],
 )
 def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(error, status, words):
     with pair(FAILING.replace("ERROR", error)) as processes:
@@ -221,3 +289,69 @@ def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(error, 
         assert processes[1].returncode == status
         assert "met" in out
         assert words in err
+
+
+def test_what_must_be_the_same_and_is_not_is_refused_by_all_with_both_sides():
+    with pair(SAME) as processes:
+        ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
+    line = (
+        "error: the text must be the same in all processes of a run: process 0 has play 0, process 1 has play 1; "
+        "give them the same files, flags and packages\n"
+    )
+    assert [(process.returncode, err) for process, (_, err) in zip(processes, ended, strict=True)] == [(2, line)] * 2
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_NTASKS": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_PROCID": "NUMBER",
+    "SLURM_LOCALID": "NUMBER",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "NUMBER",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "NUMBER",
+}
+
+
+@pytest.mark.parametrize("launcher", [SLURM, OPEN_MPI], ids=["SLURM", "Open MPI"])
+def test_tasks_of_a_launcher_that_jax_knows_are_one_run(launcher):
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        tasks = [
+            stack.enter_context(
+                started(
+                    DETECTED,
+                    JAX_COORDINATOR_PORT=port,
+                    **{name: value.replace("NUMBER", number) for name, value in launcher.items()},
+                )
+            )
+            for number in ("0", "1")
+        ]
+        ended = [task.communicate(timeout=HANG_SECONDS) for task in tasks]
+    assert [out.splitlines()[-1] for out, _ in ended] == ["2 by 0"] * 2, ended
+
+
+def test_tasks_that_jax_knows_no_cluster_of_do_not_train_alone_in_silence():
+    with started(UNDETECTED) as process:
+        out, err = process.communicate(timeout=HANG_SECONDS)
+    *alone, open_mpi, other_mpi, pod, ids, tpu = json.loads(out)
+    assert alone == ["alone"] * 4
+    assert open_mpi.startswith("OMPI_COMM_WORLD_SIZE=4 tasks were started, and JAX finds no cluster of them; ")
+    assert (
+        "--coordinator HOST:PORT --num-processes 4 --process-id $OMPI_COMM_WORLD_RANK, or --num-processes 1" in open_mpi
+    )
+    assert "--process-id $PMI_RANK" in other_mpi
+    assert "pip install 'jax[k8s]', or --num-processes 1" in pod
+    assert ids == "--local-device-ids is for several processes and this one runs alone; leave it out"
+    assert tpu == "alone"
+    assert "no other host of this TPU is known" in err
+
+
+def test_a_cluster_of_one_process_has_no_peer_to_lose():
+    with started(ALONE, free_port()) as process:
+        _, err = process.communicate(timeout=HANG_SECONDS)
+    assert (process.returncode, err) == (5, "error: the run lost a device: UNAVAILABLE: the device is gone\n")

@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2]
 FAKES = Path(__file__).parent
 # It notes its flags, then plays what the test wrote for this attempt and this worker:
 #   "exit N", "kill" (itself, by SIGKILL), "crash" (all of its unit), "wait" (until it is asked to stop), "preempt",
-#   "halt" (a preemption by another name), "vanish", "cut off", "blink N" (as many descriptions fail; then it ends well)
+#   "halt" (a preemption by another name), "repair" (which takes three looks), "vanish", "cut off",
+#   "save N" (then it ends with 3), "blink N" (as many descriptions fail; then it ends well)
 TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -49,6 +50,14 @@ elif play.startswith("blink"):
 elif play in ("preempt", "halt"):
     state = {"preempt": "PREEMPTED", "halt": "STOPPED"}[play]
     node.write_text(json.dumps(json.loads(node.read_text()) | {"state": state}))
+elif play == "repair":
+    node.write_text(json.dumps(json.loads(node.read_text()) | {"state": "REPAIRING", "looks_left": 3}))
+elif play.startswith("save"):
+    run = sys.argv[sys.argv.index("--output-dir") + 1].removeprefix("gs://")
+    manifest = world / "bucket" / run / "checkpoints" / play.split()[1] / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()
+    sys.exit(3)
 elif play == "vanish":
     node.rename(world / "node-that-was.json")
 elif play == "cut off":

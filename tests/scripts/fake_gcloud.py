@@ -78,7 +78,12 @@ def write_node(flags, state):
 
 
 def describe(name, flags):
-    print(json.dumps(node()))
+    facts = node()
+    print(json.dumps(facts))
+    if "looks_left" in facts:
+        left = facts.pop("looks_left") - 1
+        facts |= {"looks_left": left} if left else {"state": "READY"}
+        (WORLD / "node.json").write_text(json.dumps(facts))
 
 
 def delete(name, flags):

@@ -79,10 +79,19 @@ class Training:
     Args:
       disk: where the run folder is, if not in `folder`.
       restarts: how often launch.py may start it again.
+      path: a folder whose modules Python finds before all others.
     """
 
     def __init__(
-        self, folder: Path, name: str, layout: Layout, flags: list[str], *, disk: Path | None = None, restarts: int = 0
+        self,
+        folder: Path,
+        name: str,
+        layout: Layout,
+        flags: list[str],
+        *,
+        disk: Path | None = None,
+        restarts: int = 0,
+        path: Path | None = None,
     ):
         self.run, self.layout = (disk or folder) / name, layout
         self.out, self.err = folder / f"{name}.out", folder / f"{name}.err"
@@ -94,11 +103,12 @@ class Training:
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         }
+        first = {"PYTHONPATH": str(path)} if path else {}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, str(SCRIPTS / script), *arguments],
                 cwd=folder,
-                env=cache | local_environment(os.environ, layout.devices),
+                env=cache | local_environment(os.environ, layout.devices) | first,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,

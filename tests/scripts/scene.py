@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.scripts.runs import Layout, Training, checkpoints, rows
+from tests.scripts.runs import ROOT, Layout, Training, checkpoints, rows
 
 DISK_MEGABYTES = 24
 NAME = "broken"
+STRUCK = ROOT / "tests" / "claims" / "struck"
+"""Lets signals hang a process or fail its device."""
 
 
 class Misbehaved(RuntimeError):
@@ -54,7 +56,7 @@ class Scene:
         damaged, self.damaged = self.damaged, []
         trusted = [step for step in self.trusted() if step not in damaged]
         self.start, self._record = max(trusted, default=0), self._inode()
-        training = Training(self.folder, NAME, layout, self.flags, disk=self.disk, restarts=fault.restarts)
+        training = Training(self.folder, NAME, layout, self.flags, disk=self.disk, restarts=fault.restarts, path=STRUCK)
         try:
             what = fault.strike(self, training)
         finally:

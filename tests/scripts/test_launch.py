@@ -7,7 +7,7 @@ import re
 import pytest
 
 from scripts import launch as launch_script
-from scripts.launching.local import local
+from scripts.launching.local import local, newest_checkpoint
 from tests.scripts.cases import read_cases
 
 # What the last process does in each attempt, from the file that counts them; the others wait for their end.
@@ -41,7 +41,7 @@ def launch_local(tmp_path, monkeypatch, launch):
     """Exit status, (prefix, arguments, environment) of each process, lines of standard error."""
     (tmp_path / "program.py").write_text(TRAIN)
     (tmp_path / "work").mkdir()
-    program = functools.partial(local, train=tmp_path / "program.py")
+    program = functools.partial(local, train=tmp_path / "program.py", pause=0)
     monkeypatch.setitem(launch_script.COMMANDS, "local", program)
 
     def run(*args, **environ):
@@ -62,6 +62,13 @@ def cluster(args):
     assert (coordinator, size, number) == ("--coordinator", "--num-processes", "--process-id")
     assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
     return flags, address, count, index
+
+
+def test_the_newest_checkpoint_is_one_with_a_manifest(tmp_path):
+    assert newest_checkpoint(None) is newest_checkpoint(str(tmp_path / "absent")) is None
+    for name in ("5/manifest.json", "40/manifest.json", "90/state", "200.damaged/manifest.json"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(str(tmp_path)) == 40
 
 
 def logs(folder):
@@ -139,6 +146,7 @@ local --restarts 2 -- --output-dir | add --output-dir
 local -- --coordinator here:1 | --coordinator | leave it out
 local -- --process_id=1 | --process-id | leave it out
 local -- --num-processes 2 | --num-processes | leave it out
+local -- --local-device-ids 0 | --local-device-ids | leave it out
 local --log-dir file -- | file | try another --log-dir
 """
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from scripts.launching import gcloud
+from scripts.launching import gcloud, tpu, watch
 from scripts.launching.watch import HostCommands
 from tests.scripts.cloud import FAST
 from tests.scripts.launching.supervision import is_alive, wait_until
@@ -75,6 +75,15 @@ def test_a_lost_tpu_is_deleted_made_again_and_the_run_goes_on(loss, queued, clou
         assert "delete" in verbs[:second]
 
 
+def test_a_tpu_under_repair_is_waited_for_and_not_given_away(cloud, finish):
+    status, err = finish("--spot", hosts=2, plays=[["wait", "repair"], "exit 0"])
+    assert status == 0, err
+    assert "TPU parallax-dev-tpu is REPAIRING: its hosts are down, and will be back" in err
+    assert "parallax-dev-tpu is REPAIRING" in err
+    assert cloud.starts(0) == [[*STEPS, *OUTPUT], [*STEPS, *OUTPUT, "--resume"]]
+    assert creations(cloud) == 1
+
+
 @pytest.mark.parametrize(
     ("death", "what"),
     [("kill", "was killed by SIGKILL"), ("exit 3", "exited with status 3"), ("crash", "ended without a word")],
@@ -102,6 +111,36 @@ def test_restarts_are_used_up(cloud, finish):
     assert status == 3
     assert "no restart is left of 2" in err
     assert len(cloud.starts()) == 3
+
+
+def test_a_checkpoint_makes_the_restarts_whole(cloud, finish):
+    status, err = finish("--restarts", "1", plays=["save 5", "save 9", "exit 3", "exit 0"])
+    assert status == 3
+    assert len(cloud.starts()) == 3
+    assert err.count("restart 1 of 1") == 2
+
+
+def test_a_worker_that_crashes_in_one_step_again_and_again_ends_the_run(cloud, finish):
+    status, err = finish(hosts=2, plays=[["wait", "kill"]] * 9)
+    assert status == 137
+    assert "not started again after 3 crashes in the same place, before the first step" in err
+    assert len(cloud.starts()) == 3
+
+
+def test_no_call_of_a_host_waits_for_ever(finish, launch, monkeypatch):
+    limits = []
+
+    def noted(argv, *, seconds=None):
+        limits.append(seconds)
+        return gcloud.run(argv, seconds=seconds)
+
+    for module in (watch, tpu):
+        monkeypatch.setattr(module, "run", noted)
+    assert finish()[0] == 0
+    launch("up", *FAST)
+    launch("status")
+    assert len(limits) >= 4
+    assert None not in limits
 
 
 def test_a_host_that_goes_down_and_lets_train_save_has_not_finished(cloud, finish):

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from parallelism.exit_status import OUT_OF_MEMORY
 from scripts import train
+from scripts.training.flags import read_flags
 from tests.scripts.runs import rows
 
 ROW = {"step", "loss", "ce_loss", "z_loss", "grad_norm", "param_norm", "learning_rate"}
@@ -72,6 +74,13 @@ def test_resume_refuses_another_run(refuses, finished, flag, value):
 
 def test_resume_refuses_fewer_steps_than_are_done(refuses, finished):
     refuses(train, ["--output-dir", "run", "--resume", "--steps", "8"], "--steps 8", "at least 12", "try --steps 12")
+
+
+@pytest.mark.parametrize("remedy", ["--remat full", "--accumulate 2", "--mesh fsdp=8"])
+def test_resume_takes_what_a_lack_of_memory_is_answered_with(remedy, finished, monkeypatch):
+    monkeypatch.chdir(finished.parent)
+    assert remedy.split()[0] in OUT_OF_MEMORY
+    read_flags(["--resume", "--output-dir", "run", *remedy.split()])
 
 
 def test_resume_refuses_another_text(refuses, text, finished):

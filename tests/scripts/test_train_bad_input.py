@@ -42,6 +42,8 @@ CASES = """
 --reduction exact --mesh data=4,tensor=2 | reduction=exact | tensor=2 | try --mesh data=8
 --reduction exact --mesh data=2,fsdp=4 --batch-size 24 | 12 equal shards | data×fsdp=8 | try --batch-size 32
 --reduction exact --optimizer muon --mesh fsdp=8 | reduction=exact | optimizer=muon | try --mesh data=8
+--step-timeout -1 | step_timeout=-1 | must not be negative | try --step-timeout 300
+--local-device-ids 0 | --local-device-ids | leave it out
 --check-interval 0 | check_interval=0 | at least 1 | try 250
 --coordinator 127.0.0.1:8482 | --num-processes is missing | --num-processes and --process-id together
 --num-processes 2 --process-id 0 | --coordinator is missing | give

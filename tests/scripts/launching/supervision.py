@@ -50,7 +50,7 @@ from pathlib import Path
 from scripts.launching.child import Command
 from scripts.launching.supervisor import supervise
 
-programs, restarts, log_dir, log_bytes = json.loads(sys.argv[1])
+programs, restarts, log_dir, log_bytes, pause = json.loads(sys.argv[1])
 if log_bytes:
     resource.setrlimit(resource.RLIMIT_FSIZE, (log_bytes, resource.RLIM_INFINITY))
 def commands(attempt):
@@ -59,7 +59,7 @@ def commands(attempt):
                 {**os.environ, "INDEX": str(index), "ATTEMPT": str(attempt)})
         for index, text in enumerate(programs)
     ]
-raise SystemExit(supervise(commands, restarts=restarts, log_dir=Path(log_dir)))
+raise SystemExit(supervise(commands, restarts=restarts, log_dir=Path(log_dir), pause=pause))
 """
 
 
@@ -79,9 +79,9 @@ def supervisions(tmp_path):
 class Supervision:
     """Programs under a supervisor that runs in `folder`, one process each."""
 
-    def __init__(self, folder, *programs, restarts=0, log_dir="logs", log_bytes=0):
+    def __init__(self, folder, *programs, restarts=0, log_dir="logs", log_bytes=0, pause=0):
         self.folder = folder
-        arguments = json.dumps([[PRELUDE + text for text in programs], restarts, log_dir, log_bytes])
+        arguments = json.dumps([[PRELUDE + text for text in programs], restarts, log_dir, log_bytes, pause])
         self.driver = subprocess.Popen(
             [sys.executable, "-S", "-c", DRIVER, arguments],
             cwd=folder,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from parallelism.planning.hardware import ALIASES, GENERATIONS, accelerator
 from scripts.launching.gcloud import RUNTIMES, GcloudError, Tpu, copy, find_node, find_queued, run
 
 HOME = {"name": "t1", "zone": "us-central1-a"}
@@ -40,6 +41,7 @@ def flags(argv):
         ("v3-32", "tpu-ubuntu2204-base"),
         ("v4-8", "tpu-ubuntu2204-base"),
         ("v5litepod-16", "v2-alpha-tpuv5-lite"),
+        ("v5e-16", "v2-alpha-tpuv5-lite"),
         ("v5p-8", "v2-alpha-tpuv5"),
         ("v6e-256", "v2-alpha-tpuv6e"),
     ],
@@ -75,6 +77,37 @@ def test_a_queued_resource_names_its_node():
         "--project": "p",
     }
     assert flags(tpu.delete_queued()).keys() == {"--zone", "--force", "--quiet", "--project"}
+
+
+def test_what_can_be_planned_can_be_launched_by_gclouds_name_for_it():
+    for name in {*RUNTIMES, *ALIASES.values()}:
+        asked = flags(Tpu(**HOME, accelerator=f"{name}-8").create())["--accelerator-type"]
+        assert asked == f"{name}-8".replace("v5e", "v5litepod")
+        assert GENERATIONS[ALIASES.get(name, name)] is accelerator(asked).generation
+
+
+def test_a_reservation_and_flex_start_are_asked_for_by_the_commands_that_know_them():
+    assert "--reserved" in Tpu(**HOME, reservation="any").create()
+    mine = Tpu(**HOME, reservation="mine", queued=True).create()
+    assert (mine[:2], flags(mine)["--reservation"]) == (["gcloud", "alpha"], "mine")
+    flex = Tpu(**HOME, flex_start_hours=1.5, queued=True).create()
+    assert flex[:5] == ["gcloud", "alpha", "compute", "tpus", "queued-resources"]
+    assert flags(flex)["--provisioning-model"] == "flex-start"
+    assert flags(flex)["--max-run-duration"] == "5400s"
+
+
+@pytest.mark.parametrize(
+    ("tier", "words"),
+    [
+        ({"reservation": "mine"}, "--reservation mine .*; add --queued"),
+        ({"flex_start_hours": 6.0}, "--flex-start-hours 6 .*; add --queued"),
+        ({"flex_start_hours": 200.0, "queued": True}, "at most 168.*; try --flex-start-hours 6"),
+        ({"flex_start_hours": 6.0, "queued": True, "spot": True}, "--spot and --flex-start-hours 6 .*; leave one out"),
+    ],
+)
+def test_tiers_that_do_not_exist_are_refused(tier, words):
+    with pytest.raises(ValueError, match=words):
+        Tpu(**HOME, **tier)
 
 
 def test_all_hosts_are_called_through_a_tunnel_unless_they_have_addresses():
@@ -155,6 +188,7 @@ def test_one_that_does_not_end_is_killed_and_what_it_said_is_kept(tmp_path):
     with pytest.raises(GcloudError, match="no answer within 2 s") as caught:
         run([str(path)], seconds=2)
     assert caught.value.unreachable
+    assert caught.value.may_pass
     assert caught.value.out == "parallax 0 running\n"
 
 

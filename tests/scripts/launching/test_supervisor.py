@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.launching.supervisor import Death, describe_status, first_to_fail, keep_running, supervise
+from scripts.launching.supervisor import Death, describe_status, first_to_fail, keep_running, last_step, supervise
 from tests.scripts.launching.supervision import state, supervisions, wait_until
 
 start = pytest.fixture(supervisions)
@@ -179,14 +179,49 @@ if sys.platform == "linux":  # nothing like it exists elsewhere
         wait_until(lambda: not group.alive())
 
 
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("os.kill(os.getpid(), signal.SIGSEGV)", 139), ("os.abort()", 134), ("sys.exit(4)", 4), ("sys.exit(5)", 5)],
+)
+def test_what_crashes_in_the_same_step_again_and_again_is_ended(end, status, start):
+    """A process that is alone has no peer to lose, so that an abort is its own."""
+    group = start(f"print('step 10/99  loss 1'); print('error: at step 3 of run'); {end}", restarts=20)
+    found, err = group.end()
+    assert found == status
+    assert err[-1] == "not started again after 3 crashes in the same place, after step 10"
+    assert sum(line.startswith("restart ") for line in err) == 2
+
+
+def test_where_a_step_hung_all_show_their_stacks(start):
+    """As train.py does; one that does not answer is killed as ever."""
+    listening = "import faulthandler; faulthandler.register(signal.SIGQUIT, chain=True); hang()"
+    group = start("wait('up-1'); wait('up-2'); sys.exit(5)", listening, "hang(signal.SIGQUIT)")
+    assert group.end()[0] == 5
+    assert b"most recent call first" in group.log(1)
+    assert group.alive() == []
+
+
+def test_crashes_in_other_steps_are_started_again(start):
+    group = start(f"print(f'step {{ATTEMPT // 2}}/99  loss 1'); ATTEMPT == 6 or {KILLED}", restarts=20)
+    assert group.end()[0] == 0
+
+
+def test_a_pause_before_a_restart_ends_with_a_signal(start):
+    group = start("sys.exit(3)", restarts=1, pause=600)
+    while "restart 1 of 1 in 300 s" not in group.driver.stderr.readline().decode():
+        pass
+    group.driver.terminate()
+    assert group.end()[0] == 3
+
+
 def attempts(*statuses):
-    """An attempt that ends with each of these in turn, and the numbers it was given."""
+    """An attempt that ends with each of these in turn, each time in another step, and the numbers it was given."""
     numbers = []
 
     def attempt(number):
         numbers.append(number)
         status = statuses[number - 1]
-        return Death(status, "it died") if status else None
+        return Death(status, "it died", step=number) if status else None
 
     return attempt, numbers
 
@@ -207,8 +242,62 @@ def attempts(*statuses):
 )
 def test_only_what_may_pass_is_tried_again(statuses, restarts, status, made):
     attempt, numbers = attempts(*statuses)
-    assert keep_running(attempt, restarts=restarts) == status
+    assert keep_running(attempt, restarts=restarts, pause=0) == status
     assert numbers == list(range(1, made + 1))
+
+
+@pytest.mark.parametrize(
+    ("saved", "pauses"),
+    [
+        ([None] * 12, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]),
+        ([10] * 12, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]),  # all of them were there before the first
+        ([None, 10, 10, 20, 20, 20], [1, 1, 2, 1, 2, 4]),
+    ],
+)
+def test_a_new_checkpoint_makes_the_restarts_whole_and_the_pauses_short(saved, pauses):
+    attempt, _ = attempts(*[3] * 99)
+    steps, slept = iter(saved), []
+    restarts = len(pauses) if len(pauses) > 10 else 3
+    status = keep_running(
+        attempt, restarts=restarts, newest=lambda: next(steps, saved[-1]), pause=1, sleep=slept.append
+    )
+    assert (status, slept[: len(pauses)]) == (3, pauses)
+
+
+@pytest.mark.parametrize(
+    ("deaths", "made"),
+    [
+        ([(-9, 4), (-11, 4), (4, 4), (0, 0)], 3),
+        ([(-9, 4), (-9, 5), (-9, 4), (-9, 4), (0, 0)], 5),
+        ([(-9, 4), (-9, 4), (3, 4), (-9, 4), (-9, 4), (0, 0)], 6),  # a disk is not a crash
+        ([(3, 4), (3, 4), (3, 4), (3, 4), (0, 0)], 5),
+        ([(-11, None)] * 9, 3),
+    ],
+)
+def test_three_crashes_in_a_row_in_one_step_are_enough(deaths, made):
+    numbers = []
+
+    def attempt(number):
+        numbers.append(number)
+        status, step = deaths[number - 1]
+        return Death(status, "it died", step) if status else None
+
+    keep_running(attempt, restarts=20, pause=0)
+    assert len(numbers) == made
+
+
+@pytest.mark.parametrize(
+    ("log", "step"),
+    [
+        ("", None),
+        ("steps     60 × 32 sequences\n", None),
+        ("resume    from step 250 of runs/x\n", 250),
+        ("resume    from step 250 of runs/x\nstep 260/600  loss 3.1\nstep 270/600  loss 3.0\n", 270),
+        ("[0] step 40/600  loss 3.1\nerror: stopped: no; the last good checkpoint is step 30 of x\n", 40),
+    ],
+)
+def test_the_last_step_of_a_log(log, step):
+    assert last_step(log) == step
 
 
 def test_nothing_is_tried_again_once_it_is_to_stop():

@@ -190,6 +190,44 @@ def test_a_last_save_that_fails_is_a_failure_and_the_summary_names_what_is_saved
     assert found["attempts"][-1]["to_step"] == 3
 
 
+FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\na page of buffers")
+
+
+def of_a_save(cause):
+    error = OSError("checkpoint 6 could not be saved")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (FULL, 1, "allocating 9 bytes.; the devices' memory is too small for this run; try --remat full"),
+        (of_a_save(FULL), 1, "try --remat full"),
+        (jax.errors.JaxRuntimeError("UNIMPLEMENTED: not\non this device"), 1, "UNIMPLEMENTED: not on this device"),
+        (jax.errors.JaxRuntimeError("INTERNAL: core halted"), 5, "the run lost a device: INTERNAL: core halted"),
+        (of_a_save(None), 3, "checkpoint 6 could not be saved"),
+    ],
+    ids=["memory", "memory in a save", "unimplemented", "device", "disk"],
+)
+def test_an_error_of_the_device_ends_the_run_with_its_words_and_a_status(
+    error, status, words, train_small, text, monkeypatch
+):
+    def check(step, *arguments, **how):
+        if step == 6:
+            raise error
+
+    monkeypatch.setattr(sentinel, "check", check)
+    found, _, err = train_small("--output-dir", "run", "--strategy", "pmap", "--checkpoint-interval", "3")
+    assert found == status
+    assert words in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert "the last good checkpoint is step 3 of run" in err
+    summary = summary_of(text / "run")
+    assert summary["attempts"][-1]["end"] == "failed"
+    assert words in summary["failure"]
+
+
 def test_sigterm_saves_and_exits_well(text):
     flags = ["--dataset", "text.txt", *SMALL, *SHORT, "--steps", "100000", "--log-interval", "1"]
     training = Training(text, "run", single(), flags)
