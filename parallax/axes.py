@@ -83,6 +83,11 @@ def bound(placement: Placement | None) -> Iterator[None]:
         _placement.reset(token)
 
 
+def is_bound() -> bool:
+    """Whether a placement is, under which a function may see shards of its arrays."""
+    return _placement.get() is not None
+
+
 def check_names(names: Names) -> None:
     """Raises ValueError for a name that is not in the vocabulary."""
     for name in names:

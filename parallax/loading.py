@@ -23,6 +23,7 @@ from parallax.model.transformer import Params, TransformerLM
 from parallax.run_folder import PlaceParams, Run, abstract_params, load_run
 from parallax.storage import open_folder
 from parallax.text import Options, decode, listed, make_request
+from parallax.tokenizers.base import encode_checked
 
 SMALLEST_WIDTH, LOGITS_OF = 32, 256
 """Tokens: a text to score is padded to the former at least; logits of so many are held at once."""
@@ -80,14 +81,14 @@ class Model:
         such as <s>: then that one is left out. Raises ValueError if the text cannot be spelled, or is longer than the
         model sees at once.
         """
-        ids = np.asarray(self.tokenizer.encode(text), np.int32)
+        ids = encode_checked(self.tokenizer, text)
         inputs, targets, limit = ids[:-1], ids[1:], self.config.max_seq_len
         if len(inputs) > limit:
             raise ValueError(
                 f"text of {len(ids)} tokens must not exceed max_seq_len + 1 = {limit + 1}; score it in parts, or use "
                 "evaluate.py, which slides a window over it"
             )
-        width = max(SMALLEST_WIDTH, round_up(len(inputs)))  # few widths, few compilations
+        width = min(max(SMALLEST_WIDTH, round_up(len(inputs))), limit)  # few widths, few compilations
         padding = 0, width - len(inputs)
         log_probs = self._log_probs(self.params, np.pad(inputs, padding), np.pad(targets, padding))
         return Score(targets, np.array(log_probs)[: len(targets)])
@@ -134,17 +135,19 @@ def _is_hugging_face(folder: str | os.PathLike) -> bool:
 
 
 def token_log_probs(config: TransformerConfig, params: Params, inputs_T: jax.Array, targets_T: jax.Array) -> jax.Array:
-    """log p(target | inputs up to its place), float32 [T]; T is a power of two. Padding at the end changes nothing."""
+    """log p(target | inputs up to its place), float32 [T]. Padding at the end changes nothing."""
     # By blocks, memory stays linear in the length, on all devices.
     config = dataclasses.replace(config, attention="blocks", dropout_rate=0.0)
     model = TransformerLM.from_params(config, params)
     x_1TD, _ = model.hidden(inputs_T[None])
-    table_WD, chunk = model.head.whole(), min(LOGITS_OF, len(inputs_T))
+    T = len(inputs_T)
+    table_WD, chunk = model.head.whole(), min(LOGITS_OF, T)
 
     def of_chunk(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_CD, targets_C = arrays
         logits_CW = model.head.logits(table_WD, x_CD[None])[0]
         return jnp.take_along_axis(jax.nn.log_softmax(logits_CW), targets_C[:, None], axis=1)[:, 0]
 
-    chunks = x_1TD.reshape(-1, chunk, x_1TD.shape[-1]), targets_T.reshape(-1, chunk)
-    return jax.lax.map(of_chunk, chunks).reshape(-1)
+    x_TD, targets_T = jnp.pad(x_1TD[0], ((0, -T % chunk), (0, 0))), jnp.pad(targets_T, (0, -T % chunk))
+    chunks = x_TD.reshape(-1, chunk, x_TD.shape[-1]), targets_T.reshape(-1, chunk)
+    return jax.lax.map(of_chunk, chunks).reshape(-1)[:T]

@@ -18,6 +18,15 @@ Pair = tuple[jax.Array, jax.Array]
 """One array for the queries [B, T] (or [1, T]) and one for the keys [B, S] (or [1, S])."""
 
 
+def check_whole(attention: str, queries: int, keys: int) -> None:
+    """Raises ValueError unless queries and keys are the same tokens: those of whole sequences."""
+    if queries != keys:
+        raise ValueError(
+            f"attention={attention} needs whole sequences on a device, not {queries} of {keys} tokens; "
+            "try --model.attention xla"
+        )
+
+
 def visible(positions: Pair, segments: Pair | None, window: int) -> jax.Array:
     """Which keys a query sees, [B, T, S] (B may be 1)."""
     distance = positions[0][:, :, None] - positions[1][:, None, :]

@@ -32,11 +32,13 @@ def token_losses(
     """Sums over target tokens of the cross-entropy, the z-loss and both, in nats; scalars in the logits' dtype.
 
     Logits from V = vocab_size on are masked. All is a sum along W, so that devices that share the vocabulary add up
-    their parts and no logit travels.
+    their parts and no logit travels. A target that is neither an id nor NO_TARGET makes the sums NaN; targets of
+    another shape than the logits raise ValueError.
 
     With Z = Σ_v exp(logit_v), target y and smoothing ε (Szegedy et al. 2016, arXiv:1512.00567, section 7):
       ce = log Z - (1-ε) logit_y - ε mean_v logit_v          z = z_loss · log²Z   (PaLM, arXiv:2204.02311, section 5)
     """
+    _check_targets(logits_BTW, targets_BT)
     counted = targets_BT != NO_TARGET
     log_Z = jax.nn.logsumexp(logits_BTW, axis=-1)
     ids_W = jnp.arange(logits_BTW.shape[-1])[None, None]
@@ -44,9 +46,19 @@ def token_losses(
     if label_smoothing:
         wanted_BTW = wanted_BTW + label_smoothing / vocab_size * (ids_W < vocab_size)
     hit = jnp.sum(wanted_BTW.astype(logits_BTW.dtype) * logits_BTW, axis=-1)
+    hit = jnp.where(counted & ((targets_BT < 0) | (targets_BT >= vocab_size)), jnp.nan, hit)
     ce = jnp.sum(jnp.where(counted, log_Z - hit, 0))
     z = jnp.sum(jnp.where(counted, z_loss * log_Z**2, 0))
     return {"loss": ce + z, "ce_loss": ce, "z_loss": z}
+
+
+def _check_targets(of_BT: jax.Array, targets_BT: jax.Array) -> None:
+    """Raises ValueError unless there is one target, an integer, for each [B, T] of an array."""
+    if targets_BT.shape != of_BT.shape[:2] or not jnp.issubdtype(targets_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"targets={targets_BT.dtype}{list(targets_BT.shape)} must be integers {list(of_BT.shape[:2])}; "
+            "give one an input"
+        )
 
 
 def chunked_losses(
@@ -71,6 +83,7 @@ def chunked_losses(
         )
         return sums["loss"], sums
 
+    _check_targets(x_BTD, targets_BT)
     B, T, D = x_BTD.shape
     if chunk >= T:
         loss, sums = losses(table_WD, x_BTD, targets_BT)

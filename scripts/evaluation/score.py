@@ -15,7 +15,7 @@ from data.pipeline import held_out
 from parallax.config import TransformerConfig, config_from_dict
 from parallax.run_folder import load_run, read_settings
 from parallax.storage import open_folder
-from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.base import Tokenizer, encode_checked
 from parallax.training.loss import NO_TARGET, make_evaluation
 from parallelism.strategy import Strategy
 from scripts.common.command_line import tell
@@ -79,7 +79,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tup
     for text in held_out(corpus.documents) if only_held_out else corpus.documents:
         if not text:
             continue
-        tokens = tokenizer.encode(text)
+        tokens = encode_checked(tokenizer, text)
         if several and tokenizer.eos_id is not None:  # as train.py lays them out
             tokens = np.append(tokens, np.int32(tokenizer.eos_id))
         documents.append(tokens)

@@ -22,7 +22,7 @@ from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
-from scripts.training.flags import Flags, model_name
+from scripts.training.flags import Flags, check_seq_len, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.step import bind_state, bind_step
 
@@ -95,6 +95,7 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     train = flags.train
     if flags.mode == "overfit":
         train = dataclasses.replace(train, seq_len=len(tokenizer.encode(corpus.documents[0])) - 1)
+        check_seq_len(train.seq_len, flags.model)
     model = dataclasses.replace(flags.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(flags, train=train, model=model)
 
