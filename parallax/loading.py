@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
+from parallax.inference.context import ContextGenerator
 from parallax.inference.generate import Generator
 from parallax.inference.stopping import round_up
 from parallax.interop.folders import read_model
@@ -44,7 +45,7 @@ class Model:
 
     def __init__(self, run: Run):
         self.config, self.tokenizer, self.params = run.config, run.tokenizer, run.params
-        self.folder, self.step = run.folder, run.step
+        self.folder, self.step, self.context_length = run.folder, run.step, run.context_length
         self._generator = Generator(run.config)
         self._log_probs = jax.jit(functools.partial(token_log_probs, run.config))
 
@@ -56,23 +57,28 @@ class Model:
         """The continuation of a prompt, without the prompt; of several, a list, computed in one batch.
 
         Args:
-          options: max_tokens=200, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=() and
-            seed=0; `parallax.text.Options` says what they mean. Prompt i is drawn with seed + i.
+          options: max_tokens=200, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=(),
+            seed=0 and context="slide"; `parallax.text.Options` says what they mean. Prompt i is drawn with seed + i.
 
         Raises:
           ValueError: a prompt cannot be spelled or is too long, or an option is out of its range.
         """
-        request = make_request(self.tokenizer, listed(prompt), **options)
-        rows = self._generator.generate(self.params, request)
+        generator = self._in_context(options)
+        rows = generator.generate(self.params, make_request(self.tokenizer, listed(prompt), **options))
         stop = options.get("stop", ())
         texts = ["".join(decode(row.tolist(), self.tokenizer, stop)) for row in rows]
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
         """What `generate` gives for one prompt, in pieces as it is drawn; raises ValueError as that, at the call."""
-        pairs = self._generator.stream(self.params, make_request(self.tokenizer, [prompt], **options))
+        generator = self._in_context(options)
+        pairs = generator.stream(self.params, make_request(self.tokenizer, [prompt], **options))
         pieces = decode((token for _, token in pairs), self.tokenizer, options.get("stop", ()))
         return (piece for piece in pieces if piece)
+
+    def _in_context(self, options: Options) -> ContextGenerator:
+        """What takes the option `context`, out of the others."""
+        return ContextGenerator(self._generator, options.pop("context", "slide"), self.context_length)
 
     def score(self, text: str) -> Score:
         """Log-probabilities of the tokens of a text.

@@ -13,7 +13,7 @@ import numpy as np
 from data.corpus import Corpus, load_corpus
 from data.pipeline import held_out
 from parallax.config import TransformerConfig, config_from_dict
-from parallax.run_folder import load_run, read_settings
+from parallax.run_folder import load_run, read_settings, trained_length
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer, encode_checked
 from parallax.training.loss import NO_TARGET, make_evaluation
@@ -50,6 +50,7 @@ def evaluate(flags: Flags) -> dict[str, Any]:
         "bytes": size,
         "window": window,
         "stride": stride,
+        "trained_length": trained_length(settings),
         "held_out": flags.held_out,
         "dataset": corpus.edition,
         "checkpoint": str(run.folder),

@@ -277,7 +277,8 @@ def describe_run(job: Job) -> dict[str, Any]:
     """What config.json holds."""
     corpus = {"edition": job.corpus.edition, "sha256": job.corpus.sha256}
     versions = {"python": sys.version.split()[0], "jax": jax.__version__}
-    return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions}
+    facts = {"corpus": corpus, "versions": versions, "trained_length": job.trained_length}
+    return flags_to_dict(job.flags) | facts
 
 
 def report_overfit(job: Job, params: Params) -> int:

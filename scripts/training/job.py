@@ -13,6 +13,7 @@ from etils import epath
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
 from data.samples import Samples
+from parallax.run_folder import read_settings, trained_length
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
@@ -48,6 +49,8 @@ class Job:
     evaluate: Callable
     folder: epath.Path
     notes: list[str]
+    trained_length: int
+    """The longest sequence, in tokens, that the parameters will have learned from."""
 
     def describe(self) -> None:
         """Says what is about to be trained."""
@@ -78,8 +81,9 @@ def prepare_job(flags: Flags) -> Job:
     flags = _with_sizes(flags, tokenizer, corpus)
     training, held_out = prepare(corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1)
     layout, strategy, step, evaluate = build(flags)
+    length = _trained_length(flags, folder)
     folder = epath.Path(agree(str(folder)))
-    return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
+    return Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes, length)
 
 
 def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
@@ -88,6 +92,14 @@ def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
         if run and (run / "tokenizer.json").exists():
             return load_tokenizer(run / "tokenizer.json")
     return tokenizer_for(corpus, flags.tokenizer)
+
+
+def _trained_length(flags: Flags, folder: epath.Path) -> int:
+    """That of the run, or of its sequences and of those of the run it starts from."""
+    for run in (folder, flags.init_from and open_folder(flags.init_from)):
+        if run and (run / "config.json").exists():
+            return max(flags.train.seq_len, trained_length(read_settings(run)))
+    return flags.train.seq_len
 
 
 def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:

@@ -113,6 +113,21 @@ def test_what_cannot_be_meant_is_refused(model, hugging_face, tmp_path, refused)
         model.generate("Hello", temprature=1)
 
 
+def test_a_text_goes_on_beyond_the_length_of_training(model, refused):
+    """128 tokens, of 256 that the model takes."""
+    assert model.context_length == 128
+    first = model.generate("Hello", max_tokens=123, seed=2)
+    slid = model.generate("Hello", max_tokens=300, seed=2)
+    assert (len(first), len(slid), slid[:123]) == (123, 300, first)
+    assert "".join(model.stream("Hello", max_tokens=300, seed=2)) == slid
+    assert model.generate("Hello", max_tokens=300, seed=2, context="crop") == first
+    extended = model.generate("Hello", max_tokens=140, seed=2, context="extend")
+    assert (len(extended), extended[:123]) == (140, first)
+    assert extended[123:] != slid[123:140]
+    with refused("max_seq_len=256", "try max_tokens 251"):
+        model.generate("Hello", max_tokens=252, context="extend")
+
+
 def test_a_text_is_scored_up_to_a_length_of_any_size(run, model):
     loaded = load_run(run)
     short = Model(dataclasses.replace(loaded, config=loaded.config.replace(max_seq_len=150)))
