@@ -3,6 +3,7 @@
 Invariant: `attend_in_chunks` computes what `attend` computes, with memory linear in the number of tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -124,9 +125,8 @@ def attend_in_chunks(
 
         B, t, G, R, K = q.shape
         wide = jnp.promote_types(q.dtype, jnp.float32)
-        start = _Running(
-            jnp.full((B, G, R, t), MASKED, wide), jnp.zeros((B, G, R, t), wide), jnp.zeros((B, G, R, t, K), wide)
-        )
+        fill = functools.partial(jax.lax.full_like, q, dtype=wide)  # inside shard_map as different as q between devices
+        start = _Running(fill(MASKED, shape=(B, G, R, t)), fill(0, shape=(B, G, R, t)), fill(0, shape=(B, G, R, t, K)))
         numbered = (k_chunks, v_chunks, k_at, k_in, jnp.arange(k_chunks.shape[0]))
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)
         return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(v_chunks.dtype)

@@ -106,7 +106,7 @@ def _sum_over_chunks(losses: Callable) -> Callable:
             return jax.tree.map(jnp.add, sofar, losses(table, *chunk)), None
 
         one = jax.eval_shape(losses, table, x_chunks[0], target_chunks[0])
-        return jax.lax.scan(add, _zeros(one), (x_chunks, target_chunks))[0]
+        return jax.lax.scan(add, _zeros(one, x_chunks), (x_chunks, target_chunks))[0]
 
     def forward(table, x_chunks, target_chunks):
         def add(sofar, chunk):
@@ -114,7 +114,7 @@ def _sum_over_chunks(losses: Callable) -> Callable:
             return jax.tree.map(jnp.add, sofar, (results, of_table)), of_x
 
         one = jax.eval_shape(losses, table, x_chunks[0], target_chunks[0])
-        (results, of_table), of_x = jax.lax.scan(add, _zeros((one, table)), (x_chunks, target_chunks))
+        (results, of_table), of_x = jax.lax.scan(add, _zeros((one, table), x_chunks), (x_chunks, target_chunks))
         return results, (of_table, of_x)
 
     def backward(gradients, cotangents):
@@ -125,8 +125,9 @@ def _sum_over_chunks(losses: Callable) -> Callable:
     return summed
 
 
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+def _zeros(tree: Any, like: jax.Array) -> Any:
+    """Inside shard_map they may differ between devices, where `like` does."""
+    return jax.tree.map(lambda leaf: jax.lax.full_like(like, 0, leaf.dtype, leaf.shape), tree)
 
 
 def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
@@ -154,6 +155,8 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
         )
         return sums, jnp.sum(batch["targets"] != NO_TARGET)
 
+    # A shard_map that checks what differs between devices can hold no Pallas kernel: JAX cannot see into it.
+    loss_fn.has_kernels = config.attention == "splash"  # pyright: ignore[reportFunctionMemberAccess]
     return loss_fn
 
 

@@ -211,6 +211,24 @@ def test_every_device_draws_its_own_numbers(placement):
     assert len(np.unique(drawn)) == 8
 
 
+def test_devices_that_hold_the_same_draw_the_same(placement):
+    """A tensor axis that splits nothing of a result leaves its two copies equal."""
+
+    def draw(x, key):
+        return x + jax.random.uniform(key, x.shape)
+
+    def function(x, key):
+        with axes.bound(placement):
+            return axes.local(draw, (("batch", "length"), ()), ("batch", "length"))(x, key)
+
+    drawn = jax.jit(function)(np.zeros((2, 2), np.float32), jax.random.key(0))
+    copies = {}
+    for shard in drawn.addressable_shards:
+        copies.setdefault(str(shard.index), set()).add(float(shard.data[0, 0]))
+    assert [len(values) for values in copies.values()] == [1, 1, 1, 1]
+    assert len(set.union(*copies.values())) == 4
+
+
 @pytest.mark.parametrize("mesh", ["tensor=2,data=4", "data=2,fsdp=4"])
 def test_dropout_leaves_replicas_equal(make_tiny, mesh):
     """A device drops its own values, and all of them apply the same summed gradient."""
