@@ -11,7 +11,7 @@ import numpy as np
 from data.corpus import Corpus
 from data.packing import pack
 from data.samples import Batch, PackedDocuments, Samples, Windows
-from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.base import Tokenizer, encode_checked
 from parallax.tokenizers.registry import load_tokenizer, train_tokenizer
 
 Rows = np.ndarray | slice
@@ -92,7 +92,7 @@ def _prepare_text(
     whole = corpus.records[0] if corpus.records else corpus.documents[0]
 
     def windows(part: str | np.ndarray, what: str) -> Windows:
-        return Windows(tokenizer.encode(part) if isinstance(part, str) else part, seq_len, what)
+        return Windows(encode_checked(tokenizer, part) if isinstance(part, str) else part, seq_len, what)
 
     if held_out_fraction == 0:
         samples = windows(whole, "text")
@@ -105,7 +105,7 @@ def _prepare_documents(
     corpus: Corpus, tokenizer: Tokenizer, seq_len: int, held_out_fraction: float
 ) -> tuple[Samples, Samples]:
     if corpus.records is None:
-        documents: Sequence[np.ndarray] = [tokenizer.encode(text) for text in corpus.documents]
+        documents: Sequence[np.ndarray] = [encode_checked(tokenizer, text) for text in corpus.documents]
         lengths = np.array([len(document) for document in documents])
     else:
         documents, lengths = corpus.records, corpus.records.lengths(tokenizer.vocab_size)

@@ -64,7 +64,7 @@ class Placement(Protocol):
 
     def gather(self, x: jax.Array, names: Names) -> jax.Array: ...
 
-    def local(self, fn: Callable, in_names: Sequence[Names], out_names: Names) -> Callable: ...
+    def local(self, fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked: bool) -> Callable: ...
 
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
@@ -81,6 +81,11 @@ def bound(placement: Placement | None) -> Iterator[None]:
         yield
     finally:
         _placement.reset(token)
+
+
+def is_bound() -> bool:
+    """Whether a placement is, under which a function may see shards of its arrays."""
+    return _placement.get() is not None
 
 
 def check_names(names: Names) -> None:
@@ -102,15 +107,16 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x if placement is None else placement.constrain(x, names)
 
 
-def local(fn: Callable, in_names: Sequence[Names], out_names: Names) -> Callable:
+def local(fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked: bool = True) -> Callable:
     """`fn` run on each device's own shards (`shard_map`) under a bound placement; `fn` itself otherwise.
 
-    An argument may be None.
+    An argument may be None. `checked=False` takes it on trust that what is not split is the same on all devices, for
+    what JAX cannot follow.
     """
     for names in (*in_names, out_names):
         check_names(names)
     placement = _placement.get()
-    return fn if placement is None else placement.local(fn, in_names, out_names)
+    return fn if placement is None else placement.local(fn, in_names, out_names, checked=checked)
 
 
 def param(

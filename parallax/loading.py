@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
+from parallax.inference.context import ContextGenerator
 from parallax.inference.generate import Generator
 from parallax.inference.stopping import round_up
 from parallax.interop.folders import read_model
@@ -23,6 +24,7 @@ from parallax.model.transformer import Params, TransformerLM
 from parallax.run_folder import PlaceParams, Run, abstract_params, load_run
 from parallax.storage import open_folder
 from parallax.text import Options, decode, listed, make_request
+from parallax.tokenizers.base import encode_checked
 
 SMALLEST_WIDTH, LOGITS_OF = 32, 256
 """Tokens: a text to score is padded to the former at least; logits of so many are held at once."""
@@ -43,7 +45,7 @@ class Model:
 
     def __init__(self, run: Run):
         self.config, self.tokenizer, self.params = run.config, run.tokenizer, run.params
-        self.folder, self.step = run.folder, run.step
+        self.folder, self.step, self.context_length = run.folder, run.step, run.context_length
         self._generator = Generator(run.config)
         self._log_probs = jax.jit(functools.partial(token_log_probs, run.config))
 
@@ -55,23 +57,28 @@ class Model:
         """The continuation of a prompt, without the prompt; of several, a list, computed in one batch.
 
         Args:
-          options: max_tokens=200, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=() and
-            seed=0; `parallax.text.Options` says what they mean. Prompt i is drawn with seed + i.
+          options: max_tokens=200, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, stop=(),
+            seed=0 and context="slide"; `parallax.text.Options` says what they mean. Prompt i is drawn with seed + i.
 
         Raises:
           ValueError: a prompt cannot be spelled or is too long, or an option is out of its range.
         """
-        request = make_request(self.tokenizer, listed(prompt), **options)
-        rows = self._generator.generate(self.params, request)
+        generator = self._in_context(options)
+        rows = generator.generate(self.params, make_request(self.tokenizer, listed(prompt), **options))
         stop = options.get("stop", ())
         texts = ["".join(decode(row.tolist(), self.tokenizer, stop)) for row in rows]
         return texts[0] if isinstance(prompt, str) else texts
 
     def stream(self, prompt: str, **options: Unpack[Options]) -> Iterator[str]:
         """What `generate` gives for one prompt, in pieces as it is drawn; raises ValueError as that, at the call."""
-        pairs = self._generator.stream(self.params, make_request(self.tokenizer, [prompt], **options))
+        generator = self._in_context(options)
+        pairs = generator.stream(self.params, make_request(self.tokenizer, [prompt], **options))
         pieces = decode((token for _, token in pairs), self.tokenizer, options.get("stop", ()))
         return (piece for piece in pieces if piece)
+
+    def _in_context(self, options: Options) -> ContextGenerator:
+        """What takes the option `context`, out of the others."""
+        return ContextGenerator(self._generator, options.pop("context", "slide"), self.context_length)
 
     def score(self, text: str) -> Score:
         """Log-probabilities of the tokens of a text.
@@ -80,14 +87,14 @@ class Model:
         such as <s>: then that one is left out. Raises ValueError if the text cannot be spelled, or is longer than the
         model sees at once.
         """
-        ids = np.asarray(self.tokenizer.encode(text), np.int32)
+        ids = encode_checked(self.tokenizer, text)
         inputs, targets, limit = ids[:-1], ids[1:], self.config.max_seq_len
         if len(inputs) > limit:
             raise ValueError(
                 f"text of {len(ids)} tokens must not exceed max_seq_len + 1 = {limit + 1}; score it in parts, or use "
                 "evaluate.py, which slides a window over it"
             )
-        width = max(SMALLEST_WIDTH, round_up(len(inputs)))  # few widths, few compilations
+        width = min(max(SMALLEST_WIDTH, round_up(len(inputs))), limit)  # few widths, few compilations
         padding = 0, width - len(inputs)
         log_probs = self._log_probs(self.params, np.pad(inputs, padding), np.pad(targets, padding))
         return Score(targets, np.array(log_probs)[: len(targets)])
@@ -134,17 +141,19 @@ def _is_hugging_face(folder: str | os.PathLike) -> bool:
 
 
 def token_log_probs(config: TransformerConfig, params: Params, inputs_T: jax.Array, targets_T: jax.Array) -> jax.Array:
-    """log p(target | inputs up to its place), float32 [T]; T is a power of two. Padding at the end changes nothing."""
+    """log p(target | inputs up to its place), float32 [T]. Padding at the end changes nothing."""
     # By blocks, memory stays linear in the length, on all devices.
     config = dataclasses.replace(config, attention="blocks", dropout_rate=0.0)
     model = TransformerLM.from_params(config, params)
     x_1TD, _ = model.hidden(inputs_T[None])
-    table_WD, chunk = model.head.whole(), min(LOGITS_OF, len(inputs_T))
+    T = len(inputs_T)
+    table_WD, chunk = model.head.whole(), min(LOGITS_OF, T)
 
     def of_chunk(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
         x_CD, targets_C = arrays
         logits_CW = model.head.logits(table_WD, x_CD[None])[0]
         return jnp.take_along_axis(jax.nn.log_softmax(logits_CW), targets_C[:, None], axis=1)[:, 0]
 
-    chunks = x_1TD.reshape(-1, chunk, x_1TD.shape[-1]), targets_T.reshape(-1, chunk)
-    return jax.lax.map(of_chunk, chunks).reshape(-1)
+    x_TD, targets_T = jnp.pad(x_1TD[0], ((0, -T % chunk), (0, 0))), jnp.pad(targets_T, (0, -T % chunk))
+    chunks = x_TD.reshape(-1, chunk, x_TD.shape[-1]), targets_T.reshape(-1, chunk)
+    return jax.lax.map(of_chunk, chunks).reshape(-1)[:T]

@@ -34,6 +34,11 @@ class Run:
     settings: dict[str, Any]
     """All of config.json: how the run was trained, and on what."""
 
+    @property
+    def context_length(self) -> int:
+        """As `context_length` has it."""
+        return context_length(self.settings)
+
     def prepared(self) -> "Run":
         """The run with parameters as `prepare` leaves them for inference."""
         return dataclasses.replace(self, params=prepare(self.config, self.params))
@@ -80,6 +85,25 @@ def load_run(
     finally:
         checkpoints.close()
     return Run(folder, config, tokenizer, params, found, settings)
+
+
+def trained_length(settings: dict[str, Any]) -> int:
+    """The longest sequence that a run's parameters learned from, in tokens, by its config.json.
+
+    Those of other models say it as max_seq_len, and so does a run that recorded neither this nor its flags.
+    """
+    most = config_from_dict(settings["model"]).max_seq_len
+    return min(settings.get("trained_length") or settings.get("train", {}).get("seq_len", most), most)
+
+
+def context_length(settings: dict[str, Any]) -> int:
+    """How many tokens a run's model reads as it learned to, by its config.json.
+
+    Those of its training; or max_seq_len where its attention sees fewer than those at once, and so no distance that
+    training never showed.
+    """
+    config, trained = config_from_dict(settings["model"]), trained_length(settings)
+    return config.max_seq_len if 0 < config.sliding_window < trained else trained
 
 
 def read_settings(folder: epath.Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Unpack
 
 import numpy as np
 
+from parallax.inference.context import Context
 from parallax.inference.request import Request
 from parallax.inference.sampling import Sampling, SamplingSettings
 from parallax.inference.stopping import StopFilter
@@ -23,6 +24,8 @@ class Options(Sampling, total=False):
     """End before this text, or before the first of several."""
     seed: int
     """All draws follow from it; prompt i, from 0, is continued as it would be alone with seed + i."""
+    context: Context
+    """What happens where the text outgrows the length of the model's training; by default "slide"."""
 
 
 def make_request(

@@ -39,7 +39,7 @@ class ShardPlacement:
                 x = _gather(x, dim, tuple(over.items()))
         return x
 
-    def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names) -> Callable:
+    def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
         return fn
 
 
@@ -101,7 +101,7 @@ def _in_pieces(send: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int) 
         piece = send(jax.lax.dynamic_slice_in_dim(x, start, width, axis=1))
         return jax.lax.dynamic_update_slice_in_dim(sent, piece, start, axis=1)
 
-    return jax.lax.fori_loop(0, pieces, one, jnp.zeros((rows, columns), x.dtype))
+    return jax.lax.fori_loop(0, pieces, one, jax.lax.full_like(x, 0, shape=(rows, columns)))
 
 
 def _devices(over: tuple[tuple[str, int], ...]) -> int:

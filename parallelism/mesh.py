@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -47,19 +48,25 @@ class MeshPlacement:
     def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
         return x  # the compiler gathers where it must
 
-    def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names) -> Callable:
-        def on_shards(*shards):
-            with axes.bound(None):
-                return fn(*shards)
+    def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
+        # What fn returns is known only inside shard_map; a size that any mesh divides asks for the rule alone.
+        out_spec = self.sharding(out_names, [self.mesh.size] * len(out_names)).spec
+        split = tuple(axis for axis in self.mesh.axis_names if axis in _flat(out_spec))
 
         def call(*arrays):
             in_specs = tuple(
                 PartitionSpec() if x is None else self.sharding(names, x.shape).spec
                 for names, x in zip(in_names, arrays, strict=True)
             )
-            # What fn returns is known only inside shard_map; a size that any mesh divides asks for the rule alone.
-            out_spec = self.sharding(out_names, [self.mesh.size] * len(out_names)).spec
-            return _shard_map(on_shards, self.mesh, in_specs, out_spec)(*arrays)
+
+            def on_shards(*shards):
+                if checked:  # so that gradients of what is whole are added up once, behind fn and no loop in it
+                    shards = (_vary(x, split, spec) for x, spec in zip(shards, in_specs, strict=True))
+                with axes.bound(None):
+                    return fn(*shards)
+
+            run = jax.shard_map(on_shards, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=checked)
+            return run(*arrays)
 
         return call
 
@@ -121,12 +128,17 @@ class MeshStrategy:
         of_rows = reduction.exact(tuple(over), parts)
 
         def gradients(loss_fn: Callable) -> Callable:
+            checked = _is_checkable(loss_fn)
+
             def on_device(params, batch, key):
+                if checked:  # else JAX would give the sum of the gradients of all devices
+                    params = jax.tree.map(lambda x: _vary(x, tuple(over)), params)
                 with axes.bound(None):
                     return of_rows(loss_fn)(params, batch, key)
 
             whole = PartitionSpec()
-            return _shard_map(on_device, self._mesh, (whole, self._rows_spec, whole), whole)
+            specs = (whole, self._rows_spec, whole)
+            return jax.shard_map(on_device, mesh=self._mesh, in_specs=specs, out_specs=whole, check_vma=checked)
 
         return gradients
 
@@ -138,12 +150,17 @@ class MeshStrategy:
         placement = ShardPlacement(self._placement.rules, self._mesh.shape)
 
         def gradients(loss_fn: Callable) -> Callable:
+            checked = _is_checkable(loss_fn)
+
             def on_device(params, batch, key):
+                if checked:  # else JAX would add up the gradients of each layer and microbatch among all devices
+                    params = jax.tree.map(_vary, params, unreduced)
                 with axes.bound(placement):
                     return of_rows(loss_fn)(params, batch, key)
 
             whole = PartitionSpec()
-            return _shard_map(on_device, self._mesh, (specs, self._rows_spec, whole), (whole, whole, specs))
+            given, found = (specs, self._rows_spec, whole), (whole, whole, specs)
+            return jax.shard_map(on_device, mesh=self._mesh, in_specs=given, out_specs=found, check_vma=checked)
 
         return gradients
 
@@ -211,6 +228,13 @@ def _flat(spec: PartitionSpec) -> list[str]:
     return [axis for part in spec for axis in (part if isinstance(part, tuple) else (part,)) if axis]
 
 
-def _shard_map(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`jax.shard_map` that takes fn's word for what is replicated: gathers and carries would have to prove it."""
-    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+def _is_checkable(loss_fn: Callable) -> bool:
+    """Whether JAX can follow what differs between devices, and refuse a sum that is missing: not through kernels."""
+    return not getattr(loss_fn, "has_kernels", False)
+
+
+def _vary(x: Any, over: Sequence[str], spec: PartitionSpec = PartitionSpec()) -> Any:
+    """A real array inside shard_map, known as different along the axes `over`, as it is along those of its spec."""
+    if x is None or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jax.lax.pcast(x, tuple(axis for axis in over if axis not in _flat(spec)), to="varying")

@@ -27,8 +27,9 @@ class Pmap:
 
     def __init__(self, init_state: Callable[[], State], layout: Layout, devices: Sequence[Any] | None = None):
         self._init_state = init_state
-        self._given = devices  # left to pmap otherwise, which knows the order of its own
-        self.devices = list(devices or jax.devices())
+        # One order for rows, replicas and the mapped axis, in which the devices of a process are neighbours, as pmap
+        # needs them. In jax.devices() they need not be.
+        self.devices = sorted(devices or jax.devices(), key=lambda device: device.process_index)
         local = [device for device in self.devices if device.process_index == jax.process_index()]
         self._local = len(local)
         count = len(self.devices)
@@ -65,7 +66,7 @@ class Pmap:
                 return step(state, batch)
 
         return jax.pmap(
-            on_one_device, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=self._given
+            on_one_device, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=self.devices
         )
 
     def lower(self, step: Callable, batch: Batch) -> jax.stages.Lowered:

@@ -37,7 +37,8 @@ def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
 
         parts = jax.tree.map(lambda x: _deal(x, microbatches), (batch, rows))
         one = jax.eval_shape(whole, params, *jax.tree.map(lambda x: x[0], parts), key)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
+        like = jax.tree.leaves(batch)[0]  # inside shard_map it differs between devices, as totals do
+        zeros = jax.tree.map(lambda leaf: jax.lax.full_like(like, 0, leaf.dtype, leaf.shape), one)
         return jax.lax.scan(add, zeros, parts)[0]
 
     def of_block(params, batch, key, number=0):
@@ -133,7 +134,7 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
 
         results = jax.lax.map(of_shard, (jnp.arange(shards), parts))
         if axis_names:
-            results = jax.lax.all_gather(results, axis_names, tiled=True)
+            results = jax.lax.all_gather(results, axis_names, tiled=True, to="invarying")
         sums, tokens, grads = results
         total = jnp.sum(tokens)
         share = 1 / _at_least_one(total).astype(jnp.float32)

@@ -47,6 +47,8 @@ class ExportFlags:
     """Which checkpoint; by default the best."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the tensors are rounded to."""
+    context: Literal["crop", "extend"] = "crop"
+    """The longest text that the folder names. crop: what the model was trained at; extend: its max_seq_len."""
     max_file_gb: float = 5.0
     """Several files with an index where one would be larger than so many 10^9 bytes."""
     mesh: str = ""
@@ -76,8 +78,8 @@ def _export(args: Sequence[str]) -> int:
     from scripts.common.placement import place_params
 
     size, place = int(flags.max_file_gb * 10**9), place_params(flags.mesh)
-    step, dtype = flags.step, flags.dtype
-    tell(export_model(flags.run, flags.target, step=step, dtype=dtype, max_file_bytes=size, place=place))
+    options = {"step": flags.step, "dtype": flags.dtype, "context": flags.context}
+    tell(export_model(flags.run, flags.target, **options, max_file_bytes=size, place=place))
     return 0
 
 

@@ -26,7 +26,7 @@ def main() -> int:
         print(
             f"perplexity {result['perplexity']:.4f} a token, {result['bits_per_byte']:.4f} bits per byte: "
             f"{result['tokens']:,} tokens of {result['bytes']:,} bytes, window {result['window']}, "
-            f"stride {result['stride']}"
+            f"stride {result['stride']}, trained at {result['trained_length']}"
         )
         if flags.json is not None:
             try:

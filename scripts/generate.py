@@ -25,7 +25,8 @@ def main() -> int:
 
         keep_compiled_programs()
         run = load_run(flags.checkpoint, flags.step).prepared()
-        writer = Writer(run, load_run(flags.draft).prepared() if flags.draft else None, flags.draft_tokens)
+        draft = load_run(flags.draft).prepared() if flags.draft else None
+        writer = Writer(run, draft, flags.draft_tokens, flags.context)
         if flags.interactive:
             converse(writer, flags)
         elif flags.num_samples == 1:

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
@@ -40,6 +40,8 @@ class Flags:
     """How many answers are computed at once."""
     capacity: int = 1024
     """The tokens that a slot holds, prompt and answer together."""
+    context: Literal["crop", "extend"] = "crop"
+    """crop: a slot holds no more tokens than the model was trained at; extend: up to max_seq_len, where text decays."""
     limits: Annotated[Limits, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Limits)
 
 
@@ -61,6 +63,7 @@ def main() -> int:
             step=flags.step,
             slots=flags.slots,
             capacity=flags.capacity,
+            context=flags.context,
             limits=flags.limits,
             host=flags.host,
             key=key,

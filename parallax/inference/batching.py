@@ -255,8 +255,8 @@ class _OneRow:
     def gather(self, x: jax.Array, names: Names) -> jax.Array:
         return self._placement.gather(x, names)
 
-    def local(self, fn, in_names: Sequence[Names], out_names: Names):
-        return self._placement.local(fn, [_alone(names) for names in in_names], _alone(out_names))
+    def local(self, fn, in_names: Sequence[Names], out_names: Names, *, checked: bool):
+        return self._placement.local(fn, [_alone(names) for names in in_names], _alone(out_names), checked=checked)
 
 
 def _alone(names: Names) -> Names:

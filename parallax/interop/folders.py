@@ -4,13 +4,14 @@ Invariant: the work is done in a hidden folder, beside the target or above it, w
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
@@ -80,10 +81,15 @@ def export_model(
     *,
     step: int | None = None,
     dtype: str = "float32",
+    context: Literal["crop", "extend"] = "crop",
     max_file_bytes: int = MAX_FILE_BYTES,
     place: Place = abstract_params,
 ) -> str:
     """Makes the Hugging Face folder `target` of the best checkpoint, or of `step`.
+
+    Args:
+      context: what becomes max_position_embeddings, which other programs keep to. crop: how many tokens the model reads
+        as it learned to; extend: its max_seq_len.
 
     Returns:
       a line for the person who watches.
@@ -98,7 +104,9 @@ def export_model(
 
     with _made(target) as draft:
         loaded = load_run(run, step, checked)
-        values = config_to_hf(loaded.config) | {"dtype": dtype, **_special_ids(loaded.tokenizer)}
+        longest = loaded.context_length if context == "crop" else loaded.config.max_seq_len
+        values = config_to_hf(dataclasses.replace(loaded.config, max_seq_len=longest))
+        values |= {"dtype": dtype, **_special_ids(loaded.tokenizer)}
         write_params(loaded.params, loaded.config, draft, dtype, max_file_bytes)
         _write_tokenizer(loaded.tokenizer, draft)
         write_json(draft / "config.json", values)

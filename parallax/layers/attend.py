@@ -3,6 +3,7 @@
 Invariant: `attend_in_chunks` computes what `attend` computes, with memory linear in the number of tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,6 +18,15 @@ MASKED = -1e30
 
 Pair = tuple[jax.Array, jax.Array]
 """One array for the queries [B, T] (or [1, T]) and one for the keys [B, S] (or [1, S])."""
+
+
+def check_whole(attention: str, queries: int, keys: int) -> None:
+    """Raises ValueError unless queries and keys are the same tokens: those of whole sequences."""
+    if queries != keys:
+        raise ValueError(
+            f"attention={attention} needs whole sequences on a device, not {queries} of {keys} tokens; "
+            "try --model.attention xla"
+        )
 
 
 def visible(positions: Pair, segments: Pair | None, window: int) -> jax.Array:
@@ -114,9 +124,8 @@ def attend_in_chunks(
             return _Running(maximum, normaliser, running.weighted * shrink[..., None] + update), None
 
         B, t, G, R, K = q.shape
-        start = _Running(
-            jnp.full((B, G, R, t), MASKED, wide), jnp.zeros((B, G, R, t), wide), jnp.zeros((B, G, R, t, K), wide)
-        )
+        fill = functools.partial(jax.lax.full_like, q, dtype=wide)  # inside shard_map as different as q between devices
+        start = _Running(fill(MASKED, shape=(B, G, R, t)), fill(0, shape=(B, G, R, t)), fill(0, shape=(B, G, R, t, K)))
         numbered = (*keys, k_at, k_in, jnp.arange(k_at.shape[0]))
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)
         return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(dtype)
@@ -162,7 +171,7 @@ def _over_queries(function: Callable[[jax.Array, Pair, tuple], jax.Array]) -> Ca
             gradient, of_all_keys = pull(cotangent)
             return jax.tree.map(lambda sofar, x: sofar + x.astype(sofar.dtype), total, of_all_keys), gradient
 
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), keys)
+        zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0, jnp.promote_types(x.dtype, jnp.float32)), keys)
         total, gradients = jax.lax.scan(add, zeros, (queries, of_queries, of_out), reverse=True)
         return gradients, jax.tree.map(lambda x, key: x.astype(key.dtype), total, keys), None
 

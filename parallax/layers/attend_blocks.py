@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from parallax.layers.attend import MASKED, visible
+from parallax.layers.attend import MASKED, check_whole, visible
 
 SMALLEST = 64
 """Queries of a block; a shorter sequence is one block, in which nothing is skipped."""
@@ -25,8 +25,12 @@ LARGEST = 128
 def attend_by_blocks(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None, window: int
 ) -> jax.Array:
-    """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K]."""
+    """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K].
+
+    Raises ValueError if a device holds a part of each sequence.
+    """
     B, T, H, K = q_BTHK.shape
+    check_whole("blocks", T, k_BTGK.shape[1])
     G = k_BTGK.shape[2]
     q_BGRTK = jnp.moveaxis(q_BTHK.reshape(B, T, G, H // G, K), 1, 3)
     k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (k_BTGK, v_BTGK))

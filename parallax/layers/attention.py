@@ -97,7 +97,10 @@ class Attention(nnx.Module):
         queries, keys = ("batch", "length", "act_heads", None), ("batch", None, "act_kv_heads", None)
         function = BY_BLOCKS[self.config.attention]
         on_device = functools.partial(function, window=self.config.sliding_window)
-        return local(on_device, (queries, keys, keys, ("batch", None)), queries)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+        names = queries, keys, keys, ("batch", None)
+        # JAX does not know what a Pallas kernel returns.
+        on_shards = local(on_device, names, queries, checked=self.config.attention != "splash")
+        return on_shards(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
     def _attend(
         self,

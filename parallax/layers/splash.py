@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from parallax.layers.attend import check_whole
+
 LANES = 128
 """Rows of a kernel's blocks come in multiples of this."""
 LARGEST_BLOCK = 512
@@ -31,12 +33,8 @@ def attend_in_kernel(
     Lowered for anything but a TPU the kernel is interpreted, slowly. Raises ValueError if T is not a multiple of 128,
     or a device holds a part of each sequence.
     """
-    T, S = q_BTHK.shape[1], k_BTGK.shape[1]
-    if T != S:
-        raise ValueError(
-            f"attention=splash needs whole sequences on a device, not {T} of {S} tokens; try --model.attention xla"
-        )
-    check_length(T)
+    check_whole("splash", q_BTHK.shape[1], k_BTGK.shape[1])
+    check_length(q_BTHK.shape[1])
     run = functools.partial(_run, window)
     return jax.lax.platform_dependent(
         *(q_BTHK, k_BTGK, v_BTGK, segments_BT),

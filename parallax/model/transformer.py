@@ -8,10 +8,11 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from parallax.axes import describe
+from parallax.axes import describe, is_bound
 from parallax.config import TransformerConfig
 from parallax.layers.cache import KVCache
 from parallax.layers.dropout import dropout, split
@@ -33,8 +34,12 @@ class TransformerLM(nnx.Module):
 
     @classmethod
     def from_params(cls, config: TransformerConfig, params: Params) -> "TransformerLM":
-        """The model around parameters, prepared or not; build it inside the function that is traced."""
+        """The model around parameters, prepared or not; build it inside the function that is traced.
+
+        Raises ValueError for parameters of another config.
+        """
         graph, abstract = _abstract(config, is_listed(params))
+        _check_params(nnx.to_pure_dict(abstract), params)
         state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy, since replacing works in place
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graph, state)
@@ -50,14 +55,16 @@ class TransformerLM(nnx.Module):
         """Token ids [B, T] to float32 logits [B, T, V], and the cache with these tokens in it.
 
         Args:
-          tokens_BT: ids in [0, V).
-          positions: [B, T], needed with a cache; by default 0 … T-1.
+          tokens_BT: ids in [0, V). Another id, which no shape shows, makes its row NaN.
+          positions: [B, T], or [1, T] for all rows; needed with a cache, by default 0 … T-1. One beyond the cache makes
+            its row NaN too, and is not written.
           segments: [B, T]; tokens attend within their own segment.
           cache: earlier tokens, from `empty_cache`; a token is written to the slot of its position.
           dropout_key: one, or one a row [B], which alone decides what is dropped of it; without one nothing is.
 
         Raises:
-          ValueError: a cache without positions, or with segments.
+          ValueError: more tokens than max_seq_len or the cache has room for, a cache without positions, with segments
+            or of another model, or shapes that do not belong together.
         """
         x_BTD, cache = self.hidden(tokens_BT, positions, segments, cache, dropout_key)
         return self.unembed(x_BTD)[..., : self.config.vocab_size], cache
@@ -75,10 +82,11 @@ class TransformerLM(nnx.Module):
 
         `table_WD` is the input embedding where it was read already.
         """
-        if cache is not None and positions is None:
-            raise ValueError("positions=None says not which slots of the cache to write; give positions [B, T]")
-        if cache is not None and segments is not None:
-            raise ValueError("a cache does not separate segments; give one document a row, without segments")
+        self._check_shapes(tokens_BT, positions, segments, cache)
+        known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.vocab_size)
+        if cache is not None and positions is not None:
+            known_BT = known_BT & (positions >= 0) & (positions < cache.capacity)
+        tokens_BT = jnp.where(known_BT, tokens_BT, self.config.table_rows)  # beyond the table is NaN
         keys = None
         if dropout_key is not None and self.config.dropout_rate:
             keys = self._layer_keys(dropout_key, tokens_BT.shape[0])
@@ -92,6 +100,43 @@ class TransformerLM(nnx.Module):
         """[N + 1, B] from one key or one a row; the last are for what stands before the blocks."""
         keys_B = key if key.ndim else split(key, num_rows)
         return split(keys_B, self.config.num_layers + 1).T
+
+    def _check_shapes(
+        self, tokens_BT: jax.Array, positions: jax.Array | None, segments: jax.Array | None, cache: KVCache | None
+    ) -> None:
+        if tokens_BT.ndim != 2 or not jnp.issubdtype(tokens_BT.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens={tokens_BT.dtype}{list(tokens_BT.shape)} must be integers [B, T]; give ids, a row a text"
+            )
+        B, T = tokens_BT.shape
+        most = self.config.max_seq_len
+        if cache is None and most < T:
+            raise ValueError(f"{T} tokens must not exceed max_seq_len={most}; give {most}, or set max_seq_len={T}")
+        if positions is not None and positions.shape not in ((B, T), (1, T)):
+            raise ValueError(f"positions={list(positions.shape)} must be {[B, T]} or {[1, T]}; give one a token")
+        if segments is not None and segments.shape != (B, T):
+            raise ValueError(f"segments={list(segments.shape)} must be {[B, T]}; give one a token")
+        if cache is not None:
+            self._check_cache(cache, B, T)
+            if positions is None:
+                raise ValueError("positions=None says not which slots of the cache to write; give positions [B, T]")
+            if segments is not None:
+                raise ValueError("a cache does not separate segments; give one document a row, without segments")
+
+    def _check_cache(self, cache: KVCache, rows: int, length: int) -> None:
+        own = jax.eval_shape(lambda: self.empty_cache(rows, cache.capacity))
+        given, own = (
+            [(x.shape, str(x.dtype)) for x in jax.tree.leaves((each.keys, each.values))] for each in (cache, own)
+        )
+        if given != own:
+            raise ValueError(
+                f"cache of {len(given)} arrays {given[0]} must be of {len(own)} arrays {own[0]}; "
+                f"make it with empty_cache({rows}, …) of this model"
+            )
+        if length > cache.capacity:
+            raise ValueError(
+                f"{length} tokens must not exceed the {cache.capacity} of the cache; make it larger, or give fewer"
+            )
 
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
         """A cache for rows of up to `capacity` tokens, laid out as the blocks are."""
@@ -121,6 +166,20 @@ def parameters(config: TransformerConfig) -> Params:
 def param_axes(config: TransformerConfig) -> Params:
     """The tree of `init_params` with a PartitionSpec of logical axis names for each array."""
     return jax.tree.map(lambda parameter: PartitionSpec(*parameter.names), parameters(config))
+
+
+def _check_params(expected: Params, given: Params) -> None:
+    """Raises ValueError where arrays are missing, left over or, if they are whole, of other shapes."""
+    shapes, own = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (given, expected))
+    )
+    remedy = "give those that init_params makes of this config"
+    if differing := sorted(shapes.keys() ^ own.keys()):
+        raise ValueError(f"params {'lack' if differing[0] in own else 'hold'} {differing[0]}; {remedy}")
+    for name, shape in own.items():
+        if shapes[name] != shape and not is_bound():
+            raise ValueError(f"params/{name} of {list(shapes[name])} must be {list(shape)}; {remedy}")
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,6 +12,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Literal
 
 import uvicorn
 
@@ -62,6 +63,7 @@ def serve(
     step: int | None = None,
     slots: int = 16,
     capacity: int = 1024,
+    context: Literal["crop", "extend"] = "crop",
     limits: Limits = Limits(),
     host: str = "127.0.0.1",
     key: str = "",
@@ -72,6 +74,7 @@ def serve(
     Args:
       listener: from `listen`, for `host`.
       slots: how many answers are computed at once, each of at most `capacity` tokens with its prompt.
+      context: crop for no more of them than the model reads as it learned to, extend for up to max_seq_len.
       key: what clients must send; empty for none.
       notify: takes a line for the person who watches.
 
@@ -82,11 +85,13 @@ def serve(
         for number in SIGNALS:  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
         run = load_run(checkpoint, step).prepared()
-        capacity = min(capacity, run.config.max_seq_len)
+        asked, most = capacity, run.config.max_seq_len
+        capacity = min(asked, run.context_length if context == "crop" else most)
         engine = Engine(lambda: Batcher(run.config, run.params, slots=slots, capacity=capacity), limits.queue)
         size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
         notify(f"model     {run.folder}, step {run.step}: {size}, {kind}")
-        notify(f"slots     {slots} of {capacity} tokens; compiling …")
+        why = ", as many as it was trained at" if capacity < min(asked, most) else ""
+        notify(f"slots     {slots} of {capacity} tokens{why}; compiling …")
         engine.warm_up()
         for number in SIGNALS:  # uvicorn takes them over, and raises them again at its end
             signal.signal(number, lambda *_: None)

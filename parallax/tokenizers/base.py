@@ -76,6 +76,14 @@ def to_utf8(text: str) -> bytes:
         raise ValueError(f"text must be valid Unicode and has {found}; leave it out") from None
 
 
+def encode_checked(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """`encode`, of which every id is checked, since a model cannot; raises ValueError as that and `check_id`."""
+    ids = np.asarray(tokenizer.encode(text), np.int32)
+    for token_id in (ids.min(initial=0), ids.max(initial=0)):
+        check_id(int(token_id), tokenizer.vocab_size)
+    return ids
+
+
 def check_id(token_id: int, vocab_size: int) -> None:
     """Raises ValueError for an id outside the vocabulary, which an index would take from the other end."""
     if not 0 <= token_id < vocab_size:

@@ -33,11 +33,13 @@ def token_losses(
     """Sums over target tokens of the cross-entropy, the z-loss and both, in nats; scalars in the logits' dtype.
 
     Logits from V = vocab_size on are masked. All is a sum along W, so that devices that share the vocabulary add up
-    their parts and no logit travels.
+    their parts and no logit travels. A target that is neither an id nor NO_TARGET makes the sums NaN; targets of
+    another shape than the logits raise ValueError.
 
     With Z = Σ_v exp(logit_v), target y and smoothing ε (Szegedy et al. 2016, arXiv:1512.00567, section 7):
       ce = log Z - (1-ε) logit_y - ε mean_v logit_v          z = z_loss · log²Z   (PaLM, arXiv:2204.02311, section 5)
     """
+    _check_targets(logits_BTW, targets_BT)
     counted = targets_BT != NO_TARGET
     log_Z = jax.nn.logsumexp(logits_BTW, axis=-1)
     ids_W = jnp.arange(logits_BTW.shape[-1])[None, None]
@@ -45,9 +47,19 @@ def token_losses(
     if label_smoothing:
         wanted_BTW = wanted_BTW + label_smoothing / vocab_size * (ids_W < vocab_size)
     hit = jnp.sum(wanted_BTW.astype(logits_BTW.dtype) * logits_BTW, axis=-1)
+    hit = jnp.where(counted & ((targets_BT < 0) | (targets_BT >= vocab_size)), jnp.nan, hit)
     ce = jnp.sum(jnp.where(counted, log_Z - hit, 0))
     z = jnp.sum(jnp.where(counted, z_loss * log_Z**2, 0))
     return {"loss": ce + z, "ce_loss": ce, "z_loss": z}
+
+
+def _check_targets(of_BT: jax.Array, targets_BT: jax.Array) -> None:
+    """Raises ValueError unless there is one target, an integer, for each [B, T] of an array."""
+    if targets_BT.shape != of_BT.shape[:2] or not jnp.issubdtype(targets_BT.dtype, jnp.integer):
+        raise ValueError(
+            f"targets={targets_BT.dtype}{list(targets_BT.shape)} must be integers {list(of_BT.shape[:2])}; "
+            "give one an input"
+        )
 
 
 def chunked_losses(
@@ -72,6 +84,7 @@ def chunked_losses(
         )
         return sums["loss"], sums
 
+    _check_targets(x_BTD, targets_BT)
     B, T, D = x_BTD.shape
     if chunk >= T:
         loss, sums = losses(table_WD, x_BTD, targets_BT)
@@ -94,7 +107,7 @@ def _sum_over_chunks(losses: Callable) -> Callable:
             return jax.tree.map(jnp.add, sofar, losses(table, *chunk)), None
 
         one = jax.eval_shape(losses, table, x_chunks[0], target_chunks[0])
-        return jax.lax.scan(add, _zeros(one), (x_chunks, target_chunks))[0]
+        return jax.lax.scan(add, _zeros(one, x_chunks), (x_chunks, target_chunks))[0]
 
     def forward(table, x_chunks, target_chunks):
         def add(sofar, chunk):
@@ -102,7 +115,7 @@ def _sum_over_chunks(losses: Callable) -> Callable:
             return jax.tree.map(jnp.add, sofar, (results, of_table)), of_x
 
         one = jax.eval_shape(losses, table, x_chunks[0], target_chunks[0])
-        (results, of_table), of_x = jax.lax.scan(add, _zeros((one, table)), (x_chunks, target_chunks))
+        (results, of_table), of_x = jax.lax.scan(add, _zeros((one, table), x_chunks), (x_chunks, target_chunks))
         return results, (of_table, of_x)
 
     def backward(gradients, cotangents):
@@ -113,8 +126,9 @@ def _sum_over_chunks(losses: Callable) -> Callable:
     return summed
 
 
-def _zeros(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+def _zeros(tree: Any, like: jax.Array) -> Any:
+    """Inside shard_map they may differ between devices, where `like` does."""
+    return jax.tree.map(lambda leaf: jax.lax.full_like(like, 0, leaf.dtype, leaf.shape), tree)
 
 
 def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
@@ -142,6 +156,8 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
         )
         return sums, jnp.sum(batch["targets"] != NO_TARGET)
 
+    # A shard_map that checks what differs between devices can hold no Pallas kernel: JAX cannot see into it.
+    loss_fn.has_kernels = config.attention == "splash"  # pyright: ignore[reportFunctionMemberAccess]
     return loss_fn
 
 

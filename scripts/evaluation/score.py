@@ -13,9 +13,9 @@ import numpy as np
 from data.corpus import Corpus, load_corpus
 from data.pipeline import held_out
 from parallax.config import TransformerConfig, config_from_dict
-from parallax.run_folder import load_run, read_settings
+from parallax.run_folder import load_run, read_settings, trained_length
 from parallax.storage import open_folder
-from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.base import Tokenizer, encode_checked
 from parallax.training.loss import NO_TARGET, make_evaluation
 from parallelism.strategy import Strategy
 from scripts.common.command_line import tell
@@ -50,6 +50,7 @@ def evaluate(flags: Flags) -> dict[str, Any]:
         "bytes": size,
         "window": window,
         "stride": stride,
+        "trained_length": trained_length(settings),
         "held_out": flags.held_out,
         "dataset": corpus.edition,
         "checkpoint": str(run.folder),
@@ -79,7 +80,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tup
     for text in held_out(corpus.documents) if only_held_out else corpus.documents:
         if not text:
             continue
-        tokens = tokenizer.encode(text)
+        tokens = encode_checked(tokenizer, text)
         if several and tokenizer.eos_id is not None:  # as train.py lays them out
             tokens = np.append(tokens, np.int32(tokenizer.eos_id))
         documents.append(tokens)

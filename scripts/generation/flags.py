@@ -4,7 +4,7 @@ Invariant: flags that cannot be meant together are refused before a model is loa
 """
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -33,6 +33,9 @@ class Flags:
     r"""End before this text, in which \n is a new line and \t a tab; several can be given."""
     seed: int = 0
     """What all draws follow from; sample i of several, from 0, is the only sample of seed + i."""
+    context: Literal["slide", "crop", "extend"] = "slide"
+    """What happens where the text outgrows the length of the model's training. slide: the last half of that length is
+    read again, and it goes on from there; crop: it ends; extend: it goes on to max_seq_len, and decays."""
     num_samples: int = 1
     """How many continuations to write, one after another."""
     draft: str = ""

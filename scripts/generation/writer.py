@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from parallax.inference.context import Context, ContextGenerator
 from parallax.inference.generate import Generator
 from parallax.inference.request import Request
 from parallax.inference.sampling import SETTINGS
@@ -23,21 +24,31 @@ from scripts.generation.flags import Flags
 class Writer:
     """Writes continuations by one model, or with a draft that proposes to it; raises ValueError for two tokenizers."""
 
-    def __init__(self, run: Run, draft: Run | None = None, draft_tokens: int = 4):
+    def __init__(self, run: Run, draft: Run | None = None, draft_tokens: int = 4, context: Context = "slide"):
         self._run, self._draft, self._warm = run, draft, False
         self._params: Any = run.params
         if draft is None:
-            self._generator = Generator(run.config)
+            generator = Generator(run.config)
         else:
             check_same_tokenizer(run, draft)
-            self._generator = SpeculativeGenerator(run.config, draft.config, draft_tokens)
+            generator = SpeculativeGenerator(run.config, draft.config, draft_tokens)
             self._params = BothParams(run.params, draft.params)
+        self._generator = ContextGenerator(generator, context, run.context_length)
+        length = run.context_length
+        self._warning = (
+            f"context   {length} tokens, as in training; "
+            + {
+                "slide": f"beyond them the last {length // 2} are read again, and the text goes on from there",
+                "crop": "there a text ends",
+                "extend": "beyond them text decays",
+            }[context]
+        )
 
     def stream(self, flags: Flags) -> None:
         """One sample, as it is drawn. Raises ValueError as `request_of` and `Generator.stream`, before any output."""
         request, began, drawn = request_of(flags, self._run.tokenizer), time.perf_counter(), []
         pairs = self._generator.stream(self._params, request)
-        self._introduce()
+        self._introduce(request)
 
         def tokens() -> Iterator[int]:
             for _, token in pairs:
@@ -62,7 +73,7 @@ class Writer:
         """
         request, began = request_of(flags, self._run.tokenizer), time.perf_counter()
         rows = self._generator.generate(self._params, request)
-        self._introduce()
+        self._introduce(request)
         self._tell_speed(sum(map(len, rows)), began)
         for number, tokens in enumerate(rows):
             show("\n" if number else "")
@@ -71,8 +82,11 @@ class Writer:
         if sys.stdout.isatty():
             tell("")
 
-    def _introduce(self) -> None:
-        """Says once which model writes; only after a request was found good, so that an error is one line."""
+    def _introduce(self, request: Request) -> None:
+        """Says once which model writes and, where a text may outgrow the length of its training, what happens then.
+
+        Only after a request was found good, so that an error is one line.
+        """
         run = self._run
         if not self._warm:
             size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
@@ -80,13 +94,16 @@ class Writer:
             if self._draft:
                 size = f"{self._draft.config.num_params():,} parameters"
                 tell(f"draft     {self._draft.folder}, step {self._draft.step}: {size}")
+        if self._generator.outgrown(request) and self._warning:
+            tell(self._warning)
+            self._warning = ""
 
     def _tell_speed(self, num_tokens: int, began: float) -> None:
         seconds = time.perf_counter() - began
         remark = "" if self._warm else ", compilation included"
         tell(f"speed     {num_tokens} tokens in {seconds:.2f} s: {num_tokens / seconds:.0f} a second{remark}")
         self._warm = True
-        if isinstance(self._generator, SpeculativeGenerator):
+        if self._draft:
             accepted, proposed = self._generator.accepted, self._generator.proposed
             share = f": {accepted / proposed:.0%}" if proposed else ""
             tell(f"draft     {accepted} of {proposed} proposed tokens accepted{share}")

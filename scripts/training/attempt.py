@@ -32,7 +32,7 @@ from parallax.training.plot import plot_loss
 from parallax.training.progress import Profiler, Terminal
 from parallax.training.state import TrainState, params_sha256
 from parallelism import sentinel
-from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, code_of, status_of
+from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, status_of
 from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
 from scripts.training.flags import flags_to_dict
@@ -337,8 +337,8 @@ class Attempt:
 
 def _verdict(failure: Exception) -> tuple[int, str]:
     """The exit status for what ended a run, and a line that says it."""
-    for error in (failure, failure.__cause__):  # of a save that failed, the cause decides
-        if error is not None and code_of(error) is not None:
+    for error in (failure, failure.__cause__):  # of a save, a device that failed decides, and no disk
+        if isinstance(error, jax.errors.JaxRuntimeError):
             return explain(error)
     return FAILED if isinstance(failure, Diverged) else OUTSIDE_FAILURE, " ".join(str(failure).split())
 
@@ -367,7 +367,8 @@ def describe_run(job: Job) -> dict[str, Any]:
     """What config.json holds."""
     corpus = {"edition": job.corpus.edition, "sha256": job.corpus.sha256}
     versions = {"python": sys.version.split()[0], "jax": jax.__version__}
-    return flags_to_dict(job.flags) | {"corpus": corpus, "versions": versions, "layout": job.strategy.describe()}
+    facts = {"corpus": corpus, "versions": versions, "layout": job.strategy.describe()}
+    return flags_to_dict(job.flags) | facts | {"trained_length": job.trained_length}
 
 
 def report_overfit(job: Job, params: Params) -> int:

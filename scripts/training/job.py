@@ -17,6 +17,7 @@ from etils import epath
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
 from data.samples import Samples
+from parallax.run_folder import read_settings, trained_length
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
@@ -26,7 +27,7 @@ from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
-from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
+from scripts.training.flags import Flags, check_seq_len, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.step import bind_state, bind_step
 
@@ -59,6 +60,8 @@ class Job:
     evaluate: Callable
     folder: epath.Path
     notes: list[str]
+    trained_length: int
+    """The longest sequence, in tokens, that the parameters will have learned from."""
 
     def describe(self) -> None:
         """Says what is about to be trained."""
@@ -97,7 +100,8 @@ def prepare_job(flags: Flags) -> Job:
         if flags.resume and not all(map(may_change, re.findall(r"--[a-z][\w.-]*", remedy))):
             raise ValueError(f"{rule}, as the run was started; try another --mesh, or --strategy single") from None
         raise
-    job = Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes)
+    length = _trained_length(flags, folder)
+    job = Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes, length)
     if jax.process_count() == 1:
         return job
     require_same(facts(job))
@@ -150,11 +154,20 @@ def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
     return tokenizer_for(corpus, flags.tokenizer)
 
 
+def _trained_length(flags: Flags, folder: epath.Path) -> int:
+    """That of the run, or of its sequences and of those of the run it starts from."""
+    for run in (folder, flags.init_from and open_folder(flags.init_from)):
+        if run and (run / "config.json").exists():
+            return max(flags.train.seq_len, trained_length(read_settings(run)))
+    return flags.train.seq_len
+
+
 def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     """The sizes that follow from the text: the vocabulary and, to learn one sentence, its length."""
     train = flags.train
     if flags.mode == "overfit":
         train = dataclasses.replace(train, seq_len=len(tokenizer.encode(corpus.documents[0])) - 1)
+        check_seq_len(train.seq_len, flags.model)
     model = dataclasses.replace(flags.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(flags, train=train, model=model)
 

@@ -273,3 +273,14 @@ def test_batch_larger_than_the_corpus_goes_on_into_the_next_epochs():
     train, _ = prepare(corpus, tokenizer_for(corpus), 2)
     batch = next(training_batches(train, batch_size=7, seed=0))
     assert Counter(batch["sample_ids"][:6].tolist()) == {0: 3, 1: 3}
+
+
+@pytest.mark.parametrize("kind", ["text", "documents"])
+def test_an_id_outside_the_vocabulary_is_refused_before_training(make_corpus, kind):
+    """A model cannot check it: what an array holds is not known while a step is compiled."""
+
+    class Longer(ByteTokenizer):
+        vocab_size = 97
+
+    with pytest.raises(ValueError, match=r"token id \d+ must be from 0 to 96; use the model's own tokenizer"):
+        prepare(make_corpus(kind), Longer(), SEQ_LEN)

@@ -23,7 +23,8 @@ class Recorder:
         self.calls.append(("constrain", x.shape, names))
         return x + 100
 
-    def local(self, fn, in_names, out_names):
+    def local(self, fn, in_names, out_names, *, checked):
+        assert checked
         self.calls.append(("local", in_names, out_names))
         return lambda *args: fn(*args) + 1000
 

@@ -1,5 +1,6 @@
 """A model loaded from a run or a Hugging Face folder: its texts, its scores, its refusals."""
 
+import dataclasses
 import itertools
 import json
 
@@ -9,6 +10,7 @@ import pytest
 
 import parallax
 from parallax.interop.folders import import_model
+from parallax.loading import Model
 from parallax.model.transformer import TransformerLM
 from parallax.run_folder import load_run
 from parallelism.placement import on_mesh
@@ -109,3 +111,25 @@ def test_what_cannot_be_meant_is_refused(model, hugging_face, tmp_path, refused)
         parallax.load(hugging_face, dtype="float16")
     with pytest.raises(TypeError, match="temprature"):
         model.generate("Hello", temprature=1)
+
+
+def test_a_text_goes_on_beyond_the_length_of_training(model, refused):
+    """128 tokens, of 256 that the model takes."""
+    assert model.context_length == 128
+    first = model.generate("Hello", max_tokens=123, seed=2)
+    slid = model.generate("Hello", max_tokens=300, seed=2)
+    assert (len(first), len(slid), slid[:123]) == (123, 300, first)
+    assert "".join(model.stream("Hello", max_tokens=300, seed=2)) == slid
+    assert model.generate("Hello", max_tokens=300, seed=2, context="crop") == first
+    extended = model.generate("Hello", max_tokens=140, seed=2, context="extend")
+    assert (len(extended), extended[:123]) == (140, first)
+    assert extended[123:] != slid[123:140]
+    with refused("max_seq_len=256", "try max_tokens 251"):
+        model.generate("Hello", max_tokens=252, context="extend")
+
+
+def test_a_text_is_scored_up_to_a_length_of_any_size(run, model):
+    loaded = load_run(run)
+    short = Model(dataclasses.replace(loaded, config=loaded.config.replace(max_seq_len=150)))
+    text = "To be or not to be" * 8
+    np.testing.assert_allclose(short.score(text).log_probs, model.score(text).log_probs, atol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 
 from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import init_params
-from parallax.run_folder import load_run
+from parallax.run_folder import context_length, load_run, trained_length
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
@@ -49,6 +49,23 @@ def test_the_best_checkpoint_or_the_one_asked_for_is_read_and_nothing_changed(fo
     assert contents() == before
     with pytest.raises(ValueError, match=r"checkpoint 15 is asked for, but .* has steps 10, 20, 30; name another"):
         load_run(folder, 15)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "trained", "context"),
+    [
+        ({"trained_length": 512, "train": {"seq_len": 64}}, {}, 512, 512),
+        ({"train": {"seq_len": 64}}, {}, 64, 64),  # written before the length was
+        ({"train": {"seq_len": 999}}, {"max_seq_len": 300}, 300, 300),
+        ({"train": {}}, {}, 8192, 8192),
+        ({"imported": {}}, {"max_seq_len": 4096}, 4096, 4096),
+        ({"train": {"seq_len": 64}}, {"sliding_window": 48}, 64, 8192),
+        ({"train": {"seq_len": 64}}, {"sliding_window": 64}, 64, 64),
+    ],
+)
+def test_a_run_says_how_many_tokens_its_model_reads(settings, model, trained, context):
+    settings |= {"model": config_to_dict(CONFIG.replace(**model))}
+    assert (trained_length(settings), context_length(settings)) == (trained, context)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from parallax import axes
+from parallelism import reduction
 from parallelism.mesh import MeshPlacement
 from parallelism.rules import RULE_SETS
 
@@ -116,3 +117,57 @@ def test_layers_may_be_split_by_an_axis_that_splits_the_batch(make_tiny, tmp_pat
         _, metrics = strategy.compile(tiny.step(strategy))(strategy.init(), batch)
         losses.append(float(metrics["loss"]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)  # float32 sums in another order
+
+
+def shard_maps(jaxpr):
+    """Of each shard_map in a program, whether it is checked."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "shard_map":
+            yield equation.params["check_vma"]
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if inner := getattr(value, "jaxpr", value if hasattr(value, "eqns") else None):
+                yield from shard_maps(inner)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout", "sizes", "checked"),
+    [
+        ("data=2,fsdp=4", {"accumulate": 2}, {"attention": "blocks"}, True),
+        ("data=8", {"reduction": "exact"}, {}, True),
+        ("data=2,sequence=2,tensor=2", {}, {"num_kv_heads": 2, "dropout_rate": 0.5}, True),
+        ("fsdp=8", {"seq_len": 1100}, {}, True),
+        ("fsdp=8", {"seq_len": 128}, {"attention": "splash"}, False),
+        ("data=8", {"seq_len": 128, "reduction": "exact"}, {"attention": "splash"}, False),
+        ("data=4,tensor=2", {"seq_len": 128}, {"attention": "splash", "num_kv_heads": 2}, False),
+    ],
+    ids=str,
+)
+def test_what_differs_between_devices_is_checked_but_through_kernels(make_tiny, mesh, layout, sizes, checked):
+    tiny = make_tiny(**sizes)
+    strategy = tiny.strategy("mesh", mesh, **layout)
+    batch = tiny.batch(0, length=layout.get("seq_len", 6))
+    traced = strategy.compile(tiny.step(strategy)).trace(strategy.abstract(), batch)
+    found = set(shard_maps(traced.jaxpr.jaxpr))
+    assert found == {checked}
+
+
+def test_a_sum_that_is_missing_is_refused(tiny, monkeypatch):
+    """Each device would go on with the gradient of its own rows."""
+    scatter = reduction.scatter
+
+    def forgetful(names, unreduced, *others):
+        return scatter(names, jax.tree.map(lambda _: (), unreduced, is_leaf=lambda x: isinstance(x, tuple)), *others)
+
+    monkeypatch.setattr(reduction, "scatter", forgetful)
+    strategy = tiny.strategy("mesh", "data=8")
+    with pytest.raises(ValueError, match="out_specs"):
+        strategy.lower(tiny.step(strategy), tiny.batch(0))
+
+
+def test_a_local_result_that_differs_between_replicas_is_refused(placement):
+    def function(x):
+        with axes.bound(placement):
+            return axes.local(lambda x: x + jax.lax.axis_index("fsdp"), [(None,)], (None,))(x)
+
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.jit(function)(np.zeros(3, np.int32))

@@ -103,3 +103,20 @@ def test_constraints_of_the_model_are_off_inside(strategy, tiny):
     with axes.bound(Refusing()):
         _, total = strategy.compile(step)({"w": jnp.zeros(1)}, strategy.put_batch(batch))
     assert total == batch["inputs"][:2].sum(), "the metrics are the first replica's"
+
+
+def test_the_mapped_axis_follows_the_devices_that_rows_are_dealt_to(tiny, monkeypatch):
+    """In whatever order JAX lists them: exact reduction and dropout number the shards by the axis."""
+    order = list(reversed(jax.devices()))
+    monkeypatch.setattr(jax, "devices", lambda *_: order)
+    strategy = tiny.strategy("pmap")
+    placed = strategy.put_batch({"x": np.arange(16, dtype=np.float32)[:, None]})
+
+    def step(state, batch):
+        return state, jax.lax.all_gather(batch["x"][0, 0], "batch")
+
+    _, first_rows = strategy.compile(step)({"w": jnp.zeros(1)}, placed)
+    np.testing.assert_array_equal(first_rows, 2 * np.arange(8))
+    assert list(first_rows.sharding.mesh.devices.flat) == order
+    for shard in placed["x"].addressable_shards:
+        assert shard.device == order[shard.index[0].start]

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from parallax.run_folder import load_run
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
+from parallax.tokenizers.plain import CharTokenizer
 from parallax.tokenizers.registry import train_tokenizer
 from scripts import convert, generate, train
 from tests.parallax.interop.folders import SMALL, random_tensors, write_folder
@@ -125,12 +126,15 @@ def test_an_imported_model_trains_on_and_goes_back(call, converted, tmp_path, la
     up = trained.params["blocks"]["mlp"]["up"]
     assert np.abs(up - first.params["blocks"]["mlp"]["up"]).max() > 1e-4
     assert trained.tokenizer.to_json() == first.tokenizer.to_json()
+    # What the model learned at 128 tokens is not lost in 4 steps at 16.
+    assert [run.settings["trained_length"] for run in (trained, alone)] == [128, 128]
     converted("export", "trained", "back")
     exported = tensors_of(tmp_path / "back")["model.layers.1.mlp.up_proj.weight"]
     np.testing.assert_array_equal(exported.T, up[1])
     status, _, err = call(train, "--resume", "--output-dir", "trained", "--steps", "5", *layout)
     assert status == 0, err
     assert "\nresume    from step 4" in err
+    assert load_run("trained").settings["trained_length"] == 128
 
 
 @pytest.mark.parametrize(
@@ -234,3 +238,11 @@ def test_help_answers(call):
     status, out, _ = call(convert, "--help")
     assert status == 0
     assert "import HF_FOLDER RUN" in out
+
+
+def test_what_is_exported_names_the_length_of_its_training(converted, tmp_path):
+    """128 tokens, of 256 that the model takes."""
+    write_untrained(tmp_path / "mine", CharTokenizer("abc"), one_layer(3), step=1)
+    for flags, length in (((), 128), (("--context", "extend"), 256)):
+        converted("export", "mine", f"hf-{length}", *flags)
+        assert json.loads((tmp_path / f"hf-{length}/config.json").read_text())["max_position_embeddings"] == length

@@ -62,8 +62,8 @@ def test_it_is_the_sum_over_tokens_with_their_context(score, window, stride):
 
 def test_a_mesh_gives_the_same_by_default_in_the_window_of_training_and_half_of_it(score):
     out, one = score()
-    assert out.endswith(", window 24, stride 12\n")
-    assert (one["window"], one["stride"], one["step"]) == (24, 12, 0)
+    assert out.endswith(", window 24, stride 12, trained at 24\n")
+    assert (one["window"], one["stride"], one["trained_length"], one["step"]) == (24, 12, 24, 0)
     _, eight = score("--mesh", "data=2,sequence=4")
     assert eight["nats"] == pytest.approx(one["nats"], rel=1e-5)
 

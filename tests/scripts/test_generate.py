@@ -81,6 +81,27 @@ def test_standard_output_is_prompt_and_continuation_of_the_best_checkpoint(write
     assert newest != out
 
 
+def test_a_text_longer_than_training_says_once_what_happens_to_it(write, expected):
+    """The run has learned from 128 tokens, its model takes 256."""
+    first = expected(10, "ab", 3, 126, temperature=0.8)
+    flags = ("--interactive", "--max-tokens", "200", "--seed", "3")
+    for context, words in (
+        ("slide", "beyond them the last 64 are read again, and the text goes on from there"),
+        ("crop", "there a text ends"),
+        ("extend", "beyond them text decays"),
+    ):
+        status, out, err = write(*flags, "--context", context, stdin="ab\nab\n")
+        assert status == 0
+        assert out.startswith(f"ab{first}")
+        assert len(out) > 400 or context == "crop"
+        assert (out.split("\nab")[0] == f"ab{first}") == (context == "crop")
+        assert [line for line in err if line.startswith("context")] == [
+            f"context   128 tokens, as in training; {words}"
+        ]
+    assert write("--prompt", "ab", "--max-tokens", "200", "--seed", "3")[1].startswith(f"ab{first}")
+    assert not any("context" in line for line in write("--prompt", "ab", "--max-tokens", "126")[2])
+
+
 def test_a_sample_of_several_is_the_one_of_its_seed(write):
     flags = ["--prompt", "ab", "--max-tokens", "20", "--top-k", "9", "--repetition-penalty", "1.2", "--stop", "é"]
     alone = [write(*flags, "--seed", str(seed))[1] for seed in (5, 6, 7)]
@@ -131,7 +152,7 @@ def test_the_prompt_loop_continues_each_line(write, expected):
 def test_a_bad_line_costs_one_complaint(write, expected):
     lines = ["z", "/temperature -1", "/top-k x", "/jump", "/max-tokens 0", "a"]
     lines += ["/max-tokens 256", "a", "/max-tokens 2", "a"]
-    status, out, err = write("--interactive", stdin="\n".join(lines) + "\n")
+    status, out, err = write("--interactive", "--context", "extend", stdin="\n".join(lines) + "\n")
     complaints = [line for line in err if line.startswith("error: ")]
     assert status == 0
     assert len(complaints) == 6
@@ -180,8 +201,10 @@ BAD = f"""
 --min-p 1 | min_p=1.0 must be in [0, 1); 0 is off
 --repetition-penalty 0 | repetition_penalty=0.0 must be in
 --max-tokens 0 | max_tokens=0 must be at least 1; try 200
---max-tokens 256 | must not exceed max_seq_len=256; try max_tokens 255
---prompt {"a" * 256} --max-tokens 1 | must not exceed max_seq_len=256; try a shorter prompt
+--max-tokens 256 --context extend | must not exceed max_seq_len=256; try max_tokens 255
+--prompt {"a" * 256} --max-tokens 1 --context extend | must not exceed max_seq_len=256; try a shorter prompt
+--prompt {"a" * 128} --context crop | leaves no room in the 128 that the model was trained at; try --context slide
+--context skip | skip
 --seed -1 | seed=-1 must be in [0, 2^32); try 0
 --stop '' | stop 0 is empty; leave it out
 --stop z | character 'z' at position 0

@@ -65,7 +65,7 @@ def by_full_recomputation(config, params, request):
     full = jax.jit(lambda params, tokens_BT: TransformerLM.from_params(config, params)(tokens_BT)[0])
     texts = [prompt.tolist() for prompt in request.prompts]
     for _ in range(request.max_tokens):
-        padded = np.zeros((len(texts), 64), np.int32)
+        padded = np.zeros((len(texts), min(64, config.max_seq_len)), np.int32)
         for row, text in enumerate(texts):
             padded[row, : len(text)] = text
         logits_BTV = np.asarray(full(params, padded))

@@ -82,3 +82,9 @@ def test_memory_is_linear_in_a_length_of_many_parts(remat):
         return analysis.temp_size_in_bytes
 
     assert memory(8192) <= 2.2 * memory(4096)
+
+
+def test_a_part_of_a_sequence_is_refused():
+    q, k, v, _ = arrays(8)
+    with pytest.raises(ValueError, match="attention=blocks needs whole sequences on a device, not 4 of 8 tokens; try"):
+        attend_by_blocks(q[:, :4], k, v, None, 0)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from parallax.axes import PARAM_AXES
 from parallax.config import NANO_CONFIG, PRESETS, SMALL_CONFIG, TINY_CONFIG, TransformerConfig
+from parallax.layers.cache import KVCache
 from parallax.layers.dropout import dropout, split
 from parallax.model.stack import TransformerBlock
 from parallax.model.transformer import TransformerLM, init_params, param_axes
@@ -129,7 +130,7 @@ def test_rematerialisation_changes_memory_and_nothing_else():
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_scores_in_chunks_take_memory_linear_in_the_tokens_whatever_is_rematerialised(remat):
     def memory(length):
-        config = SMALL.replace(remat=remat, attention="xla", num_layers=1)
+        config = SMALL.replace(remat=remat, attention="xla", num_layers=1, max_seq_len=4096)
         params, tokens = weights(config), np.zeros((1, length), np.int32)
         compiled = loss_and_gradients.lower(config, params, tokens).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -233,6 +234,91 @@ def test_every_dim_of_every_parameter_has_one_known_name(config):
         assert (names[0] == "layers") == (path[0].key == "blocks")
 
     jax.tree_util.tree_map_with_path(check, shapes, param_axes(config))
+
+
+def some(*shape, dtype=np.int32):
+    return np.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "given", "message"),
+    [
+        (some(1, 129), {}, "129 tokens must not exceed max_seq_len=128; give 128, or set max_seq_len=129"),
+        (some(T), {}, r"tokens=int32\[8\] must be integers \[B, T\]; give ids"),
+        (some(B, T, dtype=np.float32), {}, r"tokens=float32\[2, 8\] must be integers"),
+        (some(B, T), {"segments": some(1, T)}, r"segments=\[1, 8\] must be \[2, 8\]; give one a token"),
+        (some(B, T), {"positions": some(B, 1)}, r"positions=\[2, 1\] must be \[2, 8\] or \[1, 8\]; give one a token"),
+        (some(B, T), {"positions": some(T)}, r"positions=\[8\] must be \[2, 8\]"),
+    ],
+)
+def test_shapes_that_do_not_belong_together_are_refused(tokens, given, message):
+    model = TransformerLM.from_params(SMALL, weights(SMALL))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: model(tokens, **given))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rows", "capacity", "message"),
+    [
+        (
+            {"num_layers": 2},
+            B,
+            9,
+            r"cache of 2 arrays \(\(2, 2, 2, 9, 4\), 'float32'\) must be of 2 arrays \(\(3, 2, 2",
+        ),
+        ({"num_kv_heads": 1}, B, 9, "make it with empty_cache"),
+        ({"dtype": "bfloat16"}, B, 9, "make it with empty_cache"),
+        ({}, 1, 9, "make it with empty_cache"),
+        ({}, B, 7, "8 tokens must not exceed the 7 of the cache; make it larger"),
+    ],
+)
+def test_a_cache_of_another_form_is_refused(changes, rows, capacity, message):
+    """A row or layer too few was written nowhere, with finite logits."""
+    model = TransformerLM.from_params(SMALL, weights(SMALL))
+    cache = KVCache.create(SMALL.replace(**changes), rows, capacity)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: model(some(B, T), np.arange(T)[None], cache=cache))
+    with pytest.raises(ValueError, match="make it with empty_cache"):
+        model(some(B, T), np.arange(T)[None], cache=KVCache.create(SMALL, B, 9, listed=True))
+
+
+@pytest.mark.parametrize("token", [-1, V, W - 1, W, 99])
+def test_a_row_with_an_id_that_no_token_has_is_nan(token):
+    """−1 read the last row of the table, ids up to its rows one that nothing trains."""
+    tokens = TOKENS.copy()
+    tokens[0, 3] = token
+    found = logits(SMALL, weights(SMALL), tokens)
+    assert np.isnan(found[0]).all()
+    np.testing.assert_array_equal(found[1], logits(SMALL, weights(SMALL), TOKENS)[1])
+
+
+@pytest.mark.parametrize("position", [-1, 9, 200])
+def test_a_position_beyond_the_cache_is_nan(position):
+    model = TransformerLM.from_params(SMALL, weights(SMALL))
+    found, _ = model(TOKENS[:, :1], np.array([[0], [position]], np.int32), cache=model.empty_cache(B, 9))
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda params: {k: v for k, v in params.items() if k != "final_norm"},
+            "params lack final_norm/scale; give those",
+        ),
+        (lambda params: params | {"more": {"scale": some(3)}}, "params hold more/scale; give those that init_params"),
+        (
+            lambda params: params | {"final_norm": {"scale": some(3)}},
+            r"params/final_norm/scale of \[3\] must be \[16\]",
+        ),
+        (lambda _: weights(SMALL.replace(vocab_size=V - 6)), r"params/embedding/table of \[8, 16\] must be \[16, 16\]"),
+        (lambda _: weights(SMALL.replace(num_layers=2)), r"params/blocks/.* of \[2, .*\] must be \[3, "),
+    ],
+)
+def test_parameters_of_another_config_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerLM.from_params(SMALL, change(weights(SMALL)))
 
 
 def test_a_model_is_made_afresh_from_each_tree_of_parameters():

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from parallax.serving import process
 from scripts import serve
 from tests.parallax.serving.server import SERVE, Served, eventually, serving
 
@@ -219,3 +220,17 @@ def test_a_client_that_goes_away_in_the_middle_of_its_body(server):
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
     assert eventually(gone)
     assert eventually(server.is_idle)  # and the server's end must show no traceback
+
+
+@pytest.mark.parametrize(("context", "capacity"), [("crop", 128), ("extend", 256)])
+def test_a_slot_holds_as_many_tokens_as_the_model_learned_from(small_run, monkeypatch, context, capacity):
+    class Made(Exception):
+        pass
+
+    def engine(make_batcher, queue):
+        raise Made(make_batcher().capacity)
+
+    monkeypatch.setattr(process, "SIGNALS", ())
+    monkeypatch.setattr(process, "Engine", engine)
+    with pytest.raises(Made, match=f"^{capacity}$"):
+        process.serve(str(small_run), socket.socket(), context=context)

@@ -219,3 +219,22 @@ def test_evaluation_is_plain_cross_entropy():
     np.testing.assert_allclose(total, -hits[..., 0][counted].sum(), rtol=1e-6)  # float32 sum of 20 numbers
     assert dropped[0] == dropped[1]
     assert len({*dropped.tolist(), float(total)}) == 3, "dropout depends on the key and is not in evaluation"
+
+
+@pytest.mark.parametrize("target", [-2, -100, V, W])
+def test_a_target_that_no_logit_stands_for_makes_the_loss_nan(target):
+    """It was counted, at the cost of log Z alone."""
+    given = batch(0)
+    given["targets"][1, 2] = target
+    sums, _ = make_loss(CONFIG, TrainConfig())(params(CONFIG), given, None)
+    assert np.isnan(sums["loss"])
+    assert np.isnan(make_evaluation(CONFIG)(params(CONFIG), given)[0])
+
+
+@pytest.mark.parametrize("chunk", [3, T])
+def test_targets_of_another_shape_are_refused(chunk):
+    """One row of them was compared with every row."""
+    logits, table, x, targets = example(np.float32, 0.0)
+    for given, found in ((targets[:1], r"int32\[1, 7\]"), (targets.astype(np.float32), r"float32\[2, 7\]")):
+        with pytest.raises(ValueError, match=f"targets={found} must be integers " + r"\[2, 7\]; give one an input"):
+            chunked_losses(logits, table, x, given, chunk=chunk, vocab_size=V)

@@ -25,10 +25,10 @@ CONFIG = TransformerConfig(
 VECTOR = {"w": Parameter((2,), ("embed",), (), decays=False, role="input")}
 
 
-def linear_loss(params, batch, key):
-    """Σ x·w over the tokens: the averaged gradient is the mean of x, whatever w is."""
+def linear_loss(params, batch, keys):
+    """Σ x·w over the tokens: the averaged gradient is the mean of x, whatever w is. There is a key for each row."""
     loss = jnp.sum(batch["x"] * params["w"][None])
-    noise = jax.random.uniform(key, ())
+    noise = jax.random.uniform(keys[0], ())
     return {"loss": loss, "ce_loss": loss, "z_loss": noise}, jnp.int32(batch["x"].shape[0])
 
 

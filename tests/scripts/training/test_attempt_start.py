@@ -14,7 +14,7 @@ from tests.scripts.runs import SHORT, SMALL, checkpoints
 FLAGS = [*SMALL, *SHORT, "--steps", "1"]
 STAGES = [
     *((job, name) for name in ("load_corpus", "choose_folder", "tokenizer_for", "prepare", "settle_layout")),
-    *((job, name) for name in ("bind_state", "get_strategy", "choose_attention", "bind_step", "agree")),
+    *((job, name) for name in ("bind_state", "get_strategy", "choose_attention", "bind_step")),
     *((attempt, name) for name in ("Workspace", "Checkpointer", "describe_run")),
 ]
 
