@@ -86,22 +86,18 @@ def attend_in_chunks(
     """
     T = q_BTHK.shape[1]
     rate, key = dropout
-    q_chunks = _cut(_grouped(q_BTHK, k_BSGK), chunk, 0)
-    k_chunks, v_chunks = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0)
-    # Padded keys get a position that no query reaches; what padded queries compute is cut off below.
-    q_at, k_at = _cut(positions[0], chunk, 0), _cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
-    q_in, k_in = (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
+    dtype, wide = v_BSGK.dtype, jnp.promote_types(q_BTHK.dtype, jnp.float32)
 
-    @_recomputed
-    def one_query_chunk(query, all_keys, dropout_key):
-        q, q_position, q_segment, i = query
-        k_chunks, v_chunks, k_at, k_in = all_keys
+    def one_query_chunk(q: jax.Array, keys: Pair, beside: tuple) -> jax.Array:
+        """[B, t, H, K] of queries [B, t, G, R, K], over chunks of keys and values."""
+        (q_at, q_in, i), (k_at, k_in, dropout_key) = beside
+        wide_q = q.astype(wide)  # its gradient is a sum over the chunks of keys
 
         @jax.checkpoint
         def one_key_chunk(running: _Running, numbered):
             k, v, k_position, k_segment, j = numbered
-            pair = None if q_segment is None else (q_segment, k_segment)
-            scores = _scores(q, k, visible((q_position, k_position), pair, window))
+            pair = None if q_in is None else (q_in, k_segment)
+            scores = _scores(wide_q.astype(q.dtype), k, visible((q_at, k_position), pair, window))
             maximum = jnp.maximum(running.maximum, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - maximum[..., None])
             shrink = jnp.exp(running.maximum - maximum)
@@ -114,33 +110,55 @@ def attend_in_chunks(
             return _Running(maximum, normaliser, running.weighted * shrink[..., None] + update), None
 
         B, t, G, R, K = q.shape
-        wide = jnp.promote_types(q.dtype, jnp.float32)
         start = _Running(
             jnp.full((B, G, R, t), MASKED, wide), jnp.zeros((B, G, R, t), wide), jnp.zeros((B, G, R, t, K), wide)
         )
-        numbered = (k_chunks, v_chunks, k_at, k_in, jnp.arange(k_chunks.shape[0]))
+        numbered = (*keys, k_at, k_in, jnp.arange(k_at.shape[0]))
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)
-        return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(v_chunks.dtype)
+        return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(dtype)
 
-    queries = q_chunks, q_at, q_in, jnp.arange(q_chunks.shape[0])
-    all_keys = k_chunks, v_chunks, k_at, k_in
-    out = jax.lax.map(lambda query: one_query_chunk(query, all_keys, key), queries)
+    q_chunks = _cut(_grouped(q_BTHK, k_BSGK), chunk, 0)
+    keys = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0)
+    # Padded keys get a position that no query reaches; what padded queries compute is cut off below.
+    q_at, k_at = _cut(positions[0], chunk, 0), _cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
+    q_in, k_in = (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
+    beside = (q_at, q_in, jnp.arange(q_chunks.shape[0])), (k_at, k_in, key)
+    out = _over_queries(one_query_chunk)(q_chunks, keys, beside)
     out = jnp.moveaxis(out, 0, 1).reshape(q_BTHK.shape[0], -1, *q_BTHK.shape[2:])
     return out[:, :T]
 
 
-def _recomputed(function: Callable) -> Callable:
-    """The function, computed again in the backward pass from its arguments, whatever a policy around it keeps.
+def _over_queries(function: Callable[[jax.Array, Pair, tuple], jax.Array]) -> Callable:
+    """`function(query, keys, (of query, of keys))` for each of a leading dim of the queries and of what is of them.
 
-    `jax.checkpoint` does not hold inside another one: what the outer policy lets be saved is saved. There is no forward
-    mode through this.
+    Computed again in the backward pass from its arguments, whatever a policy around it keeps: `jax.checkpoint` does not
+    hold inside another one, where what the outer policy lets be saved is saved. The gradient of the keys, a sum over
+    the queries, is added up in float32. There is no forward mode through this.
     """
-    found = jax.custom_vjp(function)
-    found.defvjp(
-        lambda *arguments: (function(*arguments), arguments),
-        lambda arguments, cotangent: jax.vjp(function, *arguments)[1](cotangent),
-    )
-    return found
+
+    @jax.custom_vjp
+    def mapped(queries, keys, beside):
+        of_queries, of_keys = beside
+        return jax.lax.map(lambda one: function(one[0], keys, (one[1], of_keys)), (queries, of_queries))
+
+    def forward(queries, keys, beside):
+        return mapped(queries, keys, beside), (queries, keys, beside)
+
+    def backward(kept, of_out):
+        queries, keys, (of_queries, of_keys) = kept
+
+        def add(total, one):
+            query, of_query, cotangent = one
+            _, pull = jax.vjp(lambda query, keys: function(query, keys, (of_query, of_keys)), query, keys)
+            gradient, of_all_keys = pull(cotangent)
+            return jax.tree.map(lambda sofar, x: sofar + x.astype(sofar.dtype), total, of_all_keys), gradient
+
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), keys)
+        total, gradients = jax.lax.scan(add, zeros, (queries, of_queries, of_out), reverse=True)
+        return gradients, jax.tree.map(lambda x, key: x.astype(key.dtype), total, keys), None
+
+    mapped.defvjp(forward, backward)
+    return mapped
 
 
 def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:

@@ -86,7 +86,7 @@ class Attention(nnx.Module):
             heads_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key)
         y_BTD = jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype))
         if self.config.attention_out_bias:
-            y_BTD += read(self.out_bias, x_BTD.dtype)[None, None]
+            y_BTD = _plus(y_BTD, self.out_bias)
         return y_BTD, cache
 
     def _attend_by_blocks(
@@ -146,9 +146,9 @@ class Attention(nnx.Module):
         else:
             q_BTHK, k_BTGK, v_BTGK = (jnp.einsum("BTD,DHK->BTHK", x_BTD, weight) for weight in weights)
         if self.config.attention_bias:
-            q_BTHK += read(self.query_bias, dtype)[None, None]
-            k_BTGK += read(self.key_bias, dtype)[None, None]
-            v_BTGK += read(self.value_bias, dtype)[None, None]
+            q_BTHK = _plus(q_BTHK, self.query_bias)
+            k_BTGK = _plus(k_BTGK, self.key_bias)
+            v_BTGK = _plus(v_BTGK, self.value_bias)
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
@@ -158,3 +158,9 @@ class Attention(nnx.Module):
         # Each device projects its own tokens; what others need of keys and values is gathered afterwards.
         own = ("batch", "length", "act_kv_heads", None)
         return q_BTHK, constrain(rotate(k_BTGK, positions_BT, omega), *own), constrain(v_BTGK, *own)
+
+
+def _plus(x: jax.Array, bias: nnx.Param) -> jax.Array:
+    """x [B, T, ...] + bias [...], in float32, as the gradient of the bias is summed: it is a sum over all tokens."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(wide) + read(bias, wide)[None, None]).astype(x.dtype)

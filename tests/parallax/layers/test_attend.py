@@ -99,6 +99,21 @@ def test_bfloat16_scores_and_sums_are_float32(function):
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
 
 
+def test_gradients_in_bfloat16_are_summed_over_chunks_in_float32():
+    """Over 512 of each: added up in bfloat16, those of keys and queries would be off by a tenth and more."""
+    (q, k, v), how = example(6, T=1024, dtype=np.float32)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q + 1, k, v + 1)]
+
+    def gradients(arrays):
+        function = functools.partial(attend_in_chunks, chunk=2, **how)
+        return jax.grad(lambda *arrays: jnp.sum(function(*arrays).astype(jnp.float32)), argnums=(0, 1, 2))(*arrays)
+
+    exact = jax.jit(gradients)([x.astype(jnp.float32) for x in low])
+    for found, expected in zip(jax.jit(gradients)(low), exact, strict=True):
+        error = np.linalg.norm(found.astype(jnp.float32) - expected) / np.linalg.norm(expected)
+        assert error < 0.02
+
+
 @pytest.mark.parametrize(("case", "chunk"), [*((case, None) for case in CASES), ("both", 2), ("cache, window", 2)])
 def test_keys_have_a_gradient_exactly_where_they_are_visible(case, chunk):
     arrays, how = example(7, dtype=np.float32, **CASES[case])

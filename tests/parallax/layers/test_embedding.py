@@ -84,6 +84,14 @@ def test_first_logits_have_variance_one_sixteenth():
     np.testing.assert_allclose(np.var(made.unembed(x)), 1 / 16, rtol=0.05)  # 64 independent rows
 
 
+def test_the_gradient_of_a_row_that_is_read_often_is_summed_in_float32():
+    """A bfloat16 sum of ones ends at 256."""
+    graph, state = nnx.split(embedding(dtype="bfloat16"))
+    often = np.full((1, 13_700), 3)
+    gradient = jax.grad(lambda state: nnx.merge(graph, state).embed(often).astype(jnp.float32).sum())(state)
+    np.testing.assert_allclose(gradient["table"][3], 13_700, rtol=2**-8)  # it is rounded once, at the end
+
+
 @pytest.mark.parametrize("width", [64, 512, 4096, 16_384])
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
 def test_what_is_looked_up_does_not_drown_in_the_epsilon_of_the_norm_behind_it(width, eps):
