@@ -105,7 +105,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 def local(fn: Callable, in_names: Sequence[Names], out_names: Names) -> Callable:
     """`fn` run on each device's own shards (`shard_map`) under a bound placement; `fn` itself otherwise.
 
-    An argument may be None. A PRNG key, named (), becomes another one on each device, so that shards draw apart.
+    An argument may be None.
     """
     for names in (*in_names, out_names):
         check_names(names)

@@ -220,7 +220,7 @@ class TrainConfig:
     """From which initial weights, batches and dropout all follow."""
     accumulate: int = 0
     """Microbatches a step; the gradient is the same, the memory of activations smaller. A script decides on 0 by the
-    devices: one, but on CPUs, without dropout, so many that each keeps 1,536 tokens, so that caches hold its arrays."""
+    devices: one, but on CPUs so many that each keeps 1,536 tokens, so that caches hold its arrays."""
     reduction: Literal["mean", "exact"] = "mean"
     """How gradients are added up. exact: in one order on every layout, so that parameters have the same bits."""
     label_smoothing: float = 0.0

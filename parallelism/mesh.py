@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -49,11 +48,7 @@ class MeshPlacement:
         return x  # the compiler gathers where it must
 
     def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names) -> Callable:
-        split = tuple(self.mesh.axis_names)
-
         def on_shards(*shards):
-            device = jax.lax.axis_index(split)
-            shards = (jax.random.fold_in(x, device) if _is_key(x) else x for x in shards)
             with axes.bound(None):
                 return fn(*shards)
 
@@ -216,10 +211,6 @@ class MeshStrategy:
 def _flat(spec: PartitionSpec) -> list[str]:
     """The mesh axes that a spec names."""
     return [axis for part in spec for axis in (part if isinstance(part, tuple) else (part,)) if axis]
-
-
-def _is_key(x: Any) -> bool:
-    return x is not None and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
 def _shard_map(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:

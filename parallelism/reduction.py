@@ -1,7 +1,8 @@
 """How the gradients of a batch are combined.
 
 Invariant: what comes back is the gradient of (sum of losses) / (global number of target tokens), whatever microbatches
-and devices the batch was cut into. Accumulation and exact reduction live here and nowhere else.
+and devices the batch was cut into. A row's dropout key follows from its number in the global batch, so that is the same
+too. Accumulation and exact reduction live here and nowhere else.
 """
 
 import functools
@@ -15,28 +16,36 @@ from parallelism.rows import canonical_shards
 
 
 def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
-    """(params, batch, key) to (sums, tokens, gradient of sums["loss"]) over this batch, a microbatch at a time."""
+    """(params, batch, key, number) to (sums, tokens, gradient of sums["loss"]) over this batch, a microbatch at a time.
 
-    def objective(params, batch, key):
-        sums, tokens = loss_fn(params, batch, key)
+    It is the block of that number among the equal ones that a global batch is cut into, by default all of it.
+    """
+
+    def objective(params, batch, keys):
+        sums, tokens = loss_fn(params, batch, keys)
         return sums["loss"], (sums, tokens)
 
     @functools.partial(jax.jit, inline=True)  # traced once, for the shapes of the totals and for the loop
-    def whole(params, batch, key):
-        (_, (sums, tokens)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
+    def whole(params, batch, rows, key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+        (_, (sums, tokens)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, keys)
         return sums, tokens, grads
 
-    def in_parts(params, batch, key):
+    def in_parts(params, batch, rows, key):
         def add(total, part):
-            index, rows = part
-            return jax.tree.map(jnp.add, total, whole(params, rows, jax.random.fold_in(key, index))), None
+            return jax.tree.map(jnp.add, total, whole(params, *part, key)), None
 
-        parts = jax.tree.map(lambda x: _deal(x, microbatches), batch)
-        one = jax.eval_shape(whole, params, jax.tree.map(lambda x: x[0], parts), key)
+        parts = jax.tree.map(lambda x: _deal(x, microbatches), (batch, rows))
+        one = jax.eval_shape(whole, params, *jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
-        return jax.lax.scan(add, zeros, (jnp.arange(microbatches), parts))[0]
+        return jax.lax.scan(add, zeros, parts)[0]
 
-    return whole if microbatches == 1 else in_parts
+    def of_block(params, batch, key, number=0):
+        size = jax.tree.leaves(batch)[0].shape[0]
+        rows = number * size + jnp.arange(size)
+        return (whole if microbatches == 1 else in_parts)(params, batch, rows, key)
+
+    return of_block
 
 
 def _deal(x: jax.Array, parts: int) -> jax.Array:
@@ -58,12 +67,11 @@ def pmean(axis_name: str, microbatches: int = 1) -> Callable[[Callable], Callabl
     """The gradient function where each device sees its rows under the mapped axis `axis_name`.
 
     Rows may hold different numbers of targets, so both the gradient of the sum and the count are averaged, and the
-    quotient is the global mean. Each device folds its index into the dropout key.
+    quotient is the global mean.
     """
 
     def gradients(loss_fn, params, batch, key):
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key, jax.lax.axis_index(axis_name))
         grads, mean_tokens = jax.lax.pmean((grads, tokens.astype(jnp.float32)), axis_name)
         sums, tokens = jax.lax.psum((sums, tokens), axis_name)
         return sums, tokens, _divide(grads, mean_tokens)
@@ -75,7 +83,7 @@ def scatter(axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1) 
     """The gradient function inside `shard_map`, for parameters in shards that the model gathers as it uses them.
 
     Going back, a gather scatters and adds up the gradient over the axes that it crossed; over those that split the
-    batch and not the parameter it is added up here. Each device folds its index into the dropout key.
+    batch and not the parameter it is added up here.
 
     Args:
       axis_names: the mapped axes, outermost first.
@@ -83,8 +91,7 @@ def scatter(axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1) 
     """
 
     def gradients(loss_fn, params, batch, key):
-        key = jax.random.fold_in(key, jax.lax.axis_index(axis_names))
-        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key)
+        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key, jax.lax.axis_index(axis_names))
         leaves, structure = jax.tree.flatten(grads)
         over = structure.flatten_up_to(unreduced)
         for group in filter(None, dict.fromkeys(over)):  # in one order in every process
@@ -103,7 +110,7 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
     Float32 addition is not associative, so the order must not depend on who adds. The batch is cut into canonical
     shards, `canonical_shards(batch_size)` of them; each device takes the gradient of its own, one shard after another;
     all are gathered, and every device adds all of them in the order of the batch. Microbatches are the shards,
-    whatever `accumulate` says. A shard's dropout key has its number folded in, so dropout is the same too.
+    whatever `accumulate` says.
 
     Costs: every device holds as many gradients as there are shards, and receives those of the others, where the mean
     holds one and reduces it on the way.
@@ -122,7 +129,7 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
 
         def of_shard(numbered):
             number, rows = numbered
-            return one(params, rows, jax.random.fold_in(key, first + number))
+            return one(params, rows, key, first + number)
 
         results = jax.lax.map(of_shard, (jnp.arange(shards), parts))
         if axis_names:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from parallax.layers.dropout import dropout as drop
+from parallax.layers.dropout import fold_in
 
 MASKED = -1e30
 """Finite, so that a chunk in which a query sees nothing gives weights of zero and not NaN."""
@@ -53,9 +54,14 @@ def attend(
     window: int = 0,
     dropout: tuple[float, jax.Array | None] = (0.0, None),
 ) -> jax.Array:
-    """All scores at once; queries are scaled already. Returns [B, T, H, K] in the dtype of the values."""
+    """All scores at once; queries are scaled already. Returns [B, T, H, K] in the dtype of the values.
+
+    `dropout` is a rate, and a key for each query of each head, [B, H, T].
+    """
     scores = _scores(_grouped(q_BTHK, k_BSGK), k_BSGK, visible(positions, segments, window))
-    weights = drop(jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype), *dropout)
+    rate, keys_BHT = dropout
+    keys_BGRT = None if keys_BHT is None else keys_BHT.reshape(scores.shape[:-1])
+    weights = drop(jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype), rate, keys_BGRT)
     # In this order of dims XLA on CPUs reads a cache's values without transposing them, which it does with T here.
     heads_BGRTK = jnp.einsum("BGRTS,BSGK->BGRTK", weights, v_BSGK)
     return jnp.moveaxis(heads_BGRTK, 3, 1).reshape(q_BTHK.shape)
@@ -85,12 +91,12 @@ def attend_in_chunks(
     Rabe & Staats 2021, arXiv:2112.05682. Lengths need not be multiples of the chunk: both sides are padded.
     """
     T = q_BTHK.shape[1]
-    rate, key = dropout
+    rate, keys_BHT = dropout
     dtype, wide = v_BSGK.dtype, jnp.promote_types(q_BTHK.dtype, jnp.float32)
 
     def one_query_chunk(q: jax.Array, keys: Pair, beside: tuple) -> jax.Array:
         """[B, t, H, K] of queries [B, t, G, R, K], over chunks of keys and values."""
-        (q_at, q_in, i), (k_at, k_in, dropout_key) = beside
+        (q_at, q_in, dropout_keys), (k_at, k_in) = beside
         wide_q = q.astype(wide)  # its gradient is a sum over the chunks of keys
 
         @jax.checkpoint
@@ -102,10 +108,8 @@ def attend_in_chunks(
             weights = jnp.exp(scores - maximum[..., None])
             shrink = jnp.exp(running.maximum - maximum)
             normaliser = running.normaliser * shrink + jnp.sum(weights, axis=-1)
-            block_key = None
-            if dropout_key is not None:
-                block_key = jax.random.fold_in(jax.random.fold_in(dropout_key, i), j)
-            dropped = drop(weights.astype(v.dtype), rate, block_key)
+            block_keys = None if dropout_keys is None else fold_in(dropout_keys, j)
+            dropped = drop(weights.astype(v.dtype), rate, block_keys)
             update = jnp.einsum("BGRTS,BSGK->BGRTK", dropped, v, preferred_element_type=scores.dtype)
             return _Running(maximum, normaliser, running.weighted * shrink[..., None] + update), None
 
@@ -122,7 +126,12 @@ def attend_in_chunks(
     # Padded keys get a position that no query reaches; what padded queries compute is cut off below.
     q_at, k_at = _cut(positions[0], chunk, 0), _cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
     q_in, k_in = (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
-    beside = (q_at, q_in, jnp.arange(q_chunks.shape[0])), (k_at, k_in, key)
+    dropout_keys = None
+    if keys_BHT is not None:
+        chunks, B, _, G, R, _ = q_chunks.shape
+        queries = jnp.minimum(jnp.arange(chunks * chunk), T - 1).reshape(chunks, chunk)
+        dropout_keys = jnp.moveaxis(keys_BHT.reshape(B, G, R, T)[..., queries], 3, 0)
+    beside = (q_at, q_in, dropout_keys), (k_at, k_in)
     out = _over_queries(one_query_chunk)(q_chunks, keys, beside)
     out = jnp.moveaxis(out, 0, 1).reshape(q_BTHK.shape[0], -1, *q_BTHK.shape[2:])
     return out[:, :T]

@@ -17,6 +17,7 @@ from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
 from parallax.layers.attend_blocks import attend_by_blocks
 from parallax.layers.cache import LayerCache
+from parallax.layers.dropout import split
 from parallax.layers.normalization import RMSNorm
 from parallax.layers.rotary import frequencies, magnitude, rotate
 from parallax.layers.splash import attend_in_kernel
@@ -64,7 +65,7 @@ class Attention(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] to [B, T, D], and the cache with these tokens written into it.
 
@@ -83,7 +84,7 @@ class Attention(nnx.Module):
         if by_blocks:
             heads_BTHK = self._attend_by_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
         else:
-            heads_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_key)
+            heads_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_keys_B)
         y_BTD = jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype))
         if self.config.attention_out_bias:
             y_BTD = _plus(y_BTD, self.out_bias)
@@ -106,11 +107,13 @@ class Attention(nnx.Module):
         positions_BT: jax.Array,
         key_positions_BS: jax.Array,
         segments_BT: jax.Array | None,
-        dropout_key: jax.Array | None,
+        dropout_keys_B: jax.Array | None,
     ) -> jax.Array:
         """[B, T, H, K]. Each device takes its rows, queries and heads, with all keys and values of these."""
+        heads, length = q_BTHK.shape[2], q_BTHK.shape[1]
+        keys_BHT = None if dropout_keys_B is None else split(dropout_keys_B, heads, length)
 
-        def on_device(q_BTHK, k_BSGK, v_BSGK, q_at, k_at, q_in, k_in, key):
+        def on_device(q_BTHK, k_BSGK, v_BSGK, q_at, k_at, q_in, k_in, keys_BHT):
             long = q_BTHK.shape[1] > 2 * CHUNK
             return (attend_in_chunks if long else attend)(
                 q_BTHK,
@@ -119,7 +122,7 @@ class Attention(nnx.Module):
                 positions=(q_at, k_at),
                 segments=None if q_in is None else (q_in, k_in),
                 window=self.config.sliding_window,
-                dropout=(self.config.dropout_rate, key),
+                dropout=(self.config.dropout_rate, keys_BHT),
                 **({"chunk": CHUNK} if long else {}),
             )
 
@@ -127,9 +130,10 @@ class Attention(nnx.Module):
         keys = ("batch", None, "act_kv_heads", None)
         # One row of positions may stand for all: those of the slots of a cache always do.
         row, key_row = (None if x.shape[0] == 1 else "batch" for x in (positions_BT, key_positions_BS))
-        names = (*(queries, keys, keys, (row, "length"), (key_row, None)), *(("batch", "length"), ("batch", None), ()))
+        names = (*(queries, keys, keys, (row, "length"), (key_row, None)), ("batch", "length"), ("batch", None))
+        names = (*names, ("batch", "act_heads", "length"))
         return local(on_device, names, queries)(
-            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, dropout_key
+            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, keys_BHT
         )
 
     def _project(

@@ -16,7 +16,7 @@ from parallax.config import TransformerConfig
 from parallax.cpu import lists_layers
 from parallax.layers.attention import Attention
 from parallax.layers.cache import KVCache, LayerCache
-from parallax.layers.dropout import dropout
+from parallax.layers.dropout import dropout, split
 from parallax.layers.feedforward import SwiGLU
 from parallax.layers.normalization import RMSNorm
 
@@ -37,10 +37,10 @@ class TransformerBlock(nnx.Module):
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_keys_B: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] to [B, T, D], and the cache with these tokens in it."""
-        keys = (None, None, None) if dropout_key is None else jax.random.split(dropout_key, 3)
+        keys = (None, None, None) if dropout_keys_B is None else split(dropout_keys_B, 3).T
         attended, cache = self.attention(self.attention_norm(x_BTD), positions_BT, segments_BT, cache, keys[0])
         x_BTD = x_BTD + dropout(attended, self.dropout_rate, keys[1])
         x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout_rate, keys[2])
@@ -89,32 +89,32 @@ class LayerStack:
         cache: KVCache | None = None,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
-        dropout_keys_N: jax.Array | None = None,
+        dropout_keys_NB: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """[B, T, D] through all blocks, and the cache, laid out as they are, with these tokens in it."""
 
-        def apply(weights: nnx.State, x_BTD: jax.Array, view: Any, key: jax.Array | None):
-            return nnx.merge(self._graph, weights)(x_BTD, positions_BT, segments_BT, view, key)
+        def apply(weights: nnx.State, x_BTD: jax.Array, view: Any, keys_B: jax.Array | None):
+            return nnx.merge(self._graph, weights)(x_BTD, positions_BT, segments_BT, view, keys_B)
 
         if self.listed:
             apply = jax.jit(apply)  # traced once
 
         def block(carry: tuple, layer: tuple) -> tuple[tuple, None]:
-            (x_BTD, cache), (weights, number, key) = carry, layer
+            (x_BTD, cache), (weights, number, keys_B) = carry, layer
             view = None if cache is None else cache.layer(number)
-            x_BTD, view = apply(weights, x_BTD, view, key)
+            x_BTD, view = apply(weights, x_BTD, view, keys_B)
             return (x_BTD, None if cache is None else cache.with_layer(number, view)), None
 
         carry, depth = (x_BTD, cache), self._config.num_layers
         if self.listed:
             for number in range(depth):
-                key = None if dropout_keys_N is None else dropout_keys_N[number]
-                carry, _ = block(carry, (self._weights[number], number, key))
+                keys_B = None if dropout_keys_NB is None else dropout_keys_NB[number]
+                carry, _ = block(carry, (self._weights[number], number, keys_B))
             return carry
         if cache is None:
             block = jax.checkpoint(block, policy=REMAT_POLICIES[self._config.remat], prevent_cse=False)
         unroll = cache is None and self._config.layer_loop == "unroll"
-        return jax.lax.scan(block, carry, (self._weights, jnp.arange(depth), dropout_keys_N), unroll=unroll)[0]
+        return jax.lax.scan(block, carry, (self._weights, jnp.arange(depth), dropout_keys_NB), unroll=unroll)[0]
 
 
 def is_listed(params: Params) -> bool:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from parallax.axes import describe
 from parallax.config import TransformerConfig
 from parallax.layers.cache import KVCache
-from parallax.layers.dropout import dropout
+from parallax.layers.dropout import dropout, split
 from parallax.layers.embedding import Embedding
 from parallax.layers.normalization import RMSNorm
 from parallax.model.stack import LayerStack, Params, is_listed, listed_blocks, stacked_blocks
@@ -54,7 +54,7 @@ class TransformerLM(nnx.Module):
           positions: [B, T], needed with a cache; by default 0 … T-1.
           segments: [B, T]; tokens attend within their own segment.
           cache: earlier tokens, from `empty_cache`; a token is written to the slot of its position.
-          dropout_key: without one nothing is dropped.
+          dropout_key: one, or one a row [B], which alone decides what is dropped of it; without one nothing is.
 
         Raises:
           ValueError: a cache without positions, or with segments.
@@ -79,12 +79,19 @@ class TransformerLM(nnx.Module):
             raise ValueError("positions=None says not which slots of the cache to write; give positions [B, T]")
         if cache is not None and segments is not None:
             raise ValueError("a cache does not separate segments; give one document a row, without segments")
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.config.num_layers + 1)
+        keys = None
+        if dropout_key is not None and self.config.dropout_rate:
+            keys = self._layer_keys(dropout_key, tokens_BT.shape[0])
         x_BTD = self.embedding.embed(tokens_BT, table_WD)
         x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])
         stack, layer_keys = LayerStack(self.config, self.blocks), None if keys is None else keys[:-1]
         x_BTD, cache = stack.fold(x_BTD, cache, positions, segments, layer_keys)
         return self.final_norm(x_BTD), cache
+
+    def _layer_keys(self, key: jax.Array, num_rows: int) -> jax.Array:
+        """[N + 1, B] from one key or one a row; the last are for what stands before the blocks."""
+        keys_B = key if key.ndim else split(key, num_rows)
+        return split(keys_B, self.config.num_layers + 1).T
 
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
         """A cache for rows of up to `capacity` tokens, laid out as the blocks are."""

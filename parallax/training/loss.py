@@ -23,7 +23,8 @@ CHUNKS = 8
 
 Sums = dict[str, jax.Array]
 LossFn = Callable[[Any, dict[str, jax.Array], jax.Array | None], tuple[Sums, jax.Array]]
-"""(params, batch, dropout key) to (sums, number of target tokens); the objective, "loss", alone has a gradient."""
+"""(params, batch, dropout keys, one a row) to (sums, number of target tokens); the objective, "loss", alone has a
+gradient."""
 
 
 def token_losses(

@@ -20,7 +20,7 @@ from scripts.common.command_line import parse
 DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
 
 LAYOUT = ("mode", "strategy", "mesh", "rules", "accumulate")
-"""What a resumed run may change without changing what it computes, but that `accumulate` changes dropout's masks."""
+"""What a resumed run may change without changing what it computes."""
 FREE = (
     *(*LAYOUT, "steps", "attention", "layer_loop", "data_dir", "log_interval", "check_interval", "keep"),
     *("max_bad_steps", "profile", "print_param_hash", "lower_only"),

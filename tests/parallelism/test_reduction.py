@@ -93,19 +93,19 @@ def test_each_microbatch_holds_rows_of_every_block(microbatches):
     np.testing.assert_array_equal(per_block, ROWS // microbatches // DEVICES)
 
 
-def coins(params, batch, key):
-    """64 coin flips of the key it was given; sums count the heads."""
-    return {"loss": jnp.sum(params["w"]), "heads": jax.random.bernoulli(key, 0.5, (64,)).astype(int)}, jnp.int32(1)
+def coins(params, batch, keys):
+    """64 flips of each row's key, [ROWS, 64]; rows that are elsewhere have none."""
+    flips = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (64,)))(keys)
+    return {"loss": jnp.sum(params["w"]), "heads": jnp.zeros((ROWS, 64)).at[batch["row"]].set(flips)}, jnp.int32(1)
 
 
-@pytest.mark.parametrize(("devices", "microbatches"), CUTS[1:])
-def test_every_device_and_microbatch_has_a_key_of_its_own(devices, microbatches):
-    """With one key for all, each flip would be all heads or all tails."""
-    data, keys = {"x": np.zeros(ROWS)}, devices * microbatches
-    heads = np.asarray(reduced(devices, microbatches, data, loss_fn=coins)[0]["heads"][0])
-    spread = np.var(heads)
-    assert keys / 8 < spread < keys / 2, "64 binomials of variance keys/4, within a factor of two"
-    again = reduced(devices, microbatches, data, loss_fn=coins)[0]["heads"][0]
-    np.testing.assert_array_equal(again, heads)
-    other = reduced(devices, microbatches, data, loss_fn=coins, key=1)[0]["heads"][0]
-    assert np.any(other != heads)
+@pytest.mark.parametrize(("devices", "microbatches"), CUTS)
+def test_a_row_has_a_key_of_its_own_whatever_device_and_microbatch_it_is_in(devices, microbatches):
+    def heads(*cut, key=0):
+        return np.asarray(reduced(*cut, {"row": np.arange(ROWS)}, loss_fn=coins, key=key)[0]["heads"][0])
+
+    found = heads(devices, microbatches)
+    np.testing.assert_array_equal(found, heads(1, 1))
+    assert len(np.unique(found, axis=0)) == ROWS
+    assert 0.4 < found.mean() < 0.6
+    assert np.any(found != heads(devices, microbatches, key=1))

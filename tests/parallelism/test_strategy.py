@@ -7,15 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from parallax import axes
 from parallax.config import OptimizerConfig
 from parallax.layers import attention
 from parallax.model.transformer import parameters
 from parallax.training.loss import make_evaluation
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import make_init, params_sha256, state_axes
-from parallelism.mesh import MeshPlacement
-from parallelism.rules import RULE_SETS
 from parallelism.strategies import STRATEGIES, get_strategy
 from parallelism.strategy import Layout
 
@@ -186,34 +183,20 @@ def test_the_gradient_is_that_of_one_device(make_tiny, mesh):
 
 def test_the_gradient_is_that_of_one_device_in_chunks(make_tiny, monkeypatch):
     monkeypatch.setattr(attention, "CHUNK", 1)  # so that 8 tokens, or 4 of a shard, are long
-    tiny = make_tiny("gradient", num_kv_heads=2)
+    tiny = make_tiny("gradient", num_kv_heads=2, dropout_rate=0.1)
     assert_same_gradient(tiny, "mesh", "fsdp=2,sequence=2,tensor=2")
 
 
-@pytest.fixture
-def placement():
-    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    return MeshPlacement(mesh, RULE_SETS["default"])
-
-
-def test_every_device_draws_its_own_numbers(placement):
-    def draw(x, nothing, key):
-        assert nothing is None
-        return x + jax.random.uniform(key, x.shape)
-
-    names = ("batch", "length", "act_heads")
-
-    def function(x, key):
-        with axes.bound(placement):
-            return axes.local(draw, (names, (), ()), names)(x, None, key)
-
-    drawn = np.asarray(jax.jit(function)(np.zeros((2, 2, 2), np.float32), jax.random.key(0)))
-    assert len(np.unique(drawn)) == 8
+@pytest.mark.parametrize(
+    "layout", [("pmap", "", 2), ("mesh", "data=2,fsdp=4"), ("mesh", "fsdp=2,sequence=2,tensor=2")], ids=str
+)
+def test_every_layout_drops_the_same_of_a_row(make_tiny, layout):
+    assert_same_gradient(make_tiny("gradient", num_kv_heads=2, dropout_rate=0.5), *layout)
 
 
 @pytest.mark.parametrize("mesh", ["tensor=2,data=4", "data=2,fsdp=4"])
 def test_dropout_leaves_replicas_equal(make_tiny, mesh):
-    """A device drops its own values, and all of them apply the same summed gradient."""
+    """All devices apply the same summed gradient."""
     tiny = make_tiny(num_kv_heads=2, dropout_rate=0.5)
     strategy = tiny.strategy("mesh", mesh)
     batch = strategy.put_batch(tiny.batch(1))

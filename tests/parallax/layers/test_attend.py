@@ -139,8 +139,10 @@ def test_dropout_keeps_the_mean(chunk):
     function = attend if chunk is None else functools.partial(attend_in_chunks, chunk=chunk)
     # Every query sees every key, so that means are nearly normal.
     how = {"positions": (np.full((1, 8), 7, np.int32), np.arange(8, dtype=np.int32)[None])}
-    apply = jax.jit(lambda key, *arrays: function(*arrays, dropout=(0.4, key), **how))
-    dropped = np.asarray(apply(jax.random.key(0), *(np.repeat(x, rows, axis=0) for x in row)))
+    apply = jax.jit(lambda keys, *arrays: function(*arrays, dropout=(0.4, keys), **how))
+    dropped = np.asarray(
+        apply(jax.random.split(jax.random.key(0), (rows, G * R, 8)), *(np.repeat(x, rows, axis=0) for x in row))
+    )
     plain = attend(*row, **how)[0]
     # Of 192 means one is beyond five standard errors in fewer than one of a thousand seeds.
     assert np.max(np.abs(dropped.mean(0) - plain) / dropped.std(0)) < 5 / np.sqrt(rows)
@@ -153,7 +155,7 @@ def test_chunks_drop_different_entries():
     S, chunk = 32, 4
     same, values = np.zeros((1, S, 1, S), np.float32), np.eye(S, dtype=np.float32)[None, :, None, :]
     last = (np.full((1, S), S, np.int32), np.arange(S, dtype=np.int32)[None])
-    dropout = (0.5, jax.random.key(1))
+    dropout = (0.5, jax.random.split(jax.random.key(1), (1, 1, S)))
     out = attend_in_chunks(same, same, values, positions=last, dropout=dropout, chunk=chunk)
     kept = (np.asarray(out)[0, :, 0] != 0).reshape(S // chunk, chunk, S // chunk, chunk)
     masks = {kept[i, :, j].tobytes() for i in range(S // chunk) for j in range(S // chunk)}
@@ -165,7 +167,8 @@ def test_chunks_drop_different_entries():
 def test_what_is_dropped_in_chunks_has_the_gradient_of_finite_differences(wrap, x64):
     """The backward pass draws the same numbers again."""
     arrays, how = example(3, window=4, segmented=True)
-    dropped = functools.partial(attend_in_chunks, dropout=(0.3, jax.random.key(2)), chunk=3, **how)
+    dropout = (0.3, jax.random.split(jax.random.key(2), (B, G * R, 7)))
+    dropped = functools.partial(attend_in_chunks, dropout=dropout, chunk=3, **how)
     check_grads(jax.jit(wrap(dropped)), arrays, order=1, modes=["rev"], eps=1e-5, atol=1e-7, rtol=1e-7)
 
 

@@ -32,8 +32,8 @@ def example(variant, dtype=np.float32, **changes):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def apply(graph, weights, x, positions=POSITIONS, segments=None, key=None):
-    return nnx.merge(graph, weights)(x, positions, segments, None, key)[0]
+def apply(graph, weights, x, positions=POSITIONS, segments=None, keys=None):
+    return nnx.merge(graph, weights)(x, positions, segments, None, keys)[0]
 
 
 @pytest.mark.parametrize("variant", ["grouped", "everything"])
@@ -91,14 +91,17 @@ def test_value_is_that_of_the_definition(variant, x64):
 
 
 def test_dropout_needs_a_key_and_a_rate():
+    def keys(seed):
+        return jax.random.split(jax.random.key(seed), B)
+
     graph, weights, x = example("grouped", dropout_rate=0.5)
     plain = apply(graph, weights, x)
-    first, again, other = (apply(graph, weights, x, key=jax.random.key(seed)) for seed in (1, 1, 2))
+    first, again, other = (apply(graph, weights, x, keys=keys(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01
     assert np.abs(first - plain).max() > 0.01
     still, *_ = example("grouped", dropout_rate=0.0)
-    np.testing.assert_array_equal(apply(still, weights, x, key=jax.random.key(1)), plain)
+    np.testing.assert_array_equal(apply(still, weights, x, keys=keys(1)), plain)
 
 
 def test_initial_output_shrinks_with_depth():

@@ -53,16 +53,16 @@ def test_the_three_places_of_dropout_use_different_keys():
     block, x = example(dropout_rate=0.5)
     block.attention = lambda x, *_: (jnp.ones_like(x), None)
     block.mlp = jnp.ones_like
-    added = block(x, POSITIONS, dropout_key=jax.random.key(0))[0] - x
+    added = block(x, POSITIONS, dropout_keys_B=jax.random.split(jax.random.key(0), B))[0] - x
     np.testing.assert_allclose(np.unique(np.round(added, 4)), [0, 2, 4])  # neither, one, both; scaled by 2
 
 
 def test_dropout_keeps_the_mean():
     block, x = example(dropout_rate=0.3)
-    keys = jax.random.split(jax.random.key(1), 4000)
+    keys = jax.random.split(jax.random.key(1), (4000, B))
     # Only the last sum is dropped linearly, so that is where an exact mean can be expected.
     block.attention = lambda x, *_: (jnp.zeros_like(x), None)
-    samples = np.asarray(jax.jit(jax.vmap(lambda key: block(x, POSITIONS, dropout_key=key)[0]))(keys))
+    samples = np.asarray(jax.jit(jax.vmap(lambda keys: block(x, POSITIONS, dropout_keys_B=keys)[0]))(keys))
     error = samples.std(0) / np.sqrt(len(samples))
     # Of 80 means one is beyond five standard errors in fewer than one of a thousand seeds.
     assert np.all(np.abs(samples.mean(0) - block(x, POSITIONS)[0]) < 5 * error + 1e-6)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from parallax.axes import PARAM_AXES
 from parallax.config import NANO_CONFIG, PRESETS, SMALL_CONFIG, TINY_CONFIG, TransformerConfig
-from parallax.layers.dropout import dropout
+from parallax.layers.dropout import dropout, split
 from parallax.model.stack import TransformerBlock
 from parallax.model.transformer import TransformerLM, init_params, param_axes
 from tests.parallax.inference.models import CONFIG, draw_params
@@ -77,11 +77,11 @@ def test_scan_equals_a_loop_over_the_blocks():
     def looped(params):
         model = TransformerLM.from_params(config, params)
         stacked = nnx.state(model.blocks)
-        keys = jax.random.split(key, config.num_layers + 1)
+        keys = split(split(key, B), config.num_layers + 1).T
         x = dropout(model.embedding.embed(TOKENS), config.dropout_rate, keys[-1])
         for n in range(config.num_layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], stacked))
-            x, _ = block(x, jnp.arange(T)[None], dropout_key=keys[n])
+            x, _ = block(x, jnp.arange(T)[None], dropout_keys_B=keys[n])
         return model.unembed(model.final_norm(x))[..., :V]
 
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # fused in another way
@@ -176,6 +176,16 @@ def test_rows_of_a_batch_drop_different_values():
     params, config = weights(SMALL), SMALL.replace(dropout_rate=0.4)
     same = logits(config, params, np.tile(TOKENS[:1], (2, 1)), jax.random.key(3))
     assert np.abs(same[0] - same[1]).max() > 0.1
+
+
+def test_what_is_dropped_of_a_row_follows_from_its_own_key():
+    """Whatever stands beside it."""
+    params, config = weights(SMALL), SMALL.replace(dropout_rate=0.4)
+    keys = jax.random.split(jax.random.key(3), B)
+    together = logits(config, params, TOKENS, keys)
+    for row in range(B):
+        alone = logits(config, params, TOKENS[row : row + 1], keys[row : row + 1])
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-5)  # fused in another way
 
 
 def test_tied_and_untied_trees_differ_by_the_output_table():

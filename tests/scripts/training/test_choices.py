@@ -84,7 +84,7 @@ def flags_of(rows, length, strategy="single", mesh="", dropout=0.0, **train):
         ("cpu", 2, 64, 128, {"strategy": "mesh", "mesh": "fsdp=2"}, 1),
         ("cpu", 4, 64, 128, {"strategy": "mesh", "mesh": "data=2,tensor=2"}, 1),
         ("cpu", 8, 4, 8192, {"strategy": "mesh"}, 1),  # fewer rows than devices, which is refused elsewhere
-        ("cpu", 1, 32, 256, {"dropout": 0.1}, 1),
+        ("cpu", 1, 32, 256, {"dropout": 0.1}, 4),
         ("cpu", 1, 32, 256, {"reduction": "exact"}, 1),
         ("cpu", 1, 32, 256, {"accumulate": 2}, 2),
         ("tpu", 1, 32, 256, {}, 1),
