@@ -98,9 +98,7 @@ def decode(
         slots, logits_BV = step(model, slots, busy_B & (slots.lengths < whole.capacity))
         return slots, report(logits_BV, slots.last)
 
-    # An idle slot costs no noise and no filter.
-    settings = slots.settings.where(busy_B)
-    narrow = dataclasses.replace(slots, cache=whole.window(window), settings=settings)
+    narrow = dataclasses.replace(slots, cache=whole.window(window))
     narrow, reports_KBR = jax.lax.scan(one, narrow, None, length=steps)
     slots = dataclasses.replace(narrow, cache=whole.with_window(narrow.cache))
     return slots.constrained(), constrain(reports_KBR, None, None, None)
