@@ -49,7 +49,7 @@ class Slots:
         )
 
     def insert(self, slot: jax.Array, row: "Slots") -> "Slots":
-        """The same with one row replaced; of its cache, the first slots for which the new row has room."""
+        """The same with one row replaced by slots of one row."""
         rows, new = (dataclasses.replace(each, cache=None) for each in (self, row))
         rows = jax.tree.map(lambda x, x_1: jax.lax.dynamic_update_slice_in_dim(x, x_1, slot, 0), rows, new)
         return dataclasses.replace(rows, cache=self.cache.with_row(slot, row.cache)).constrained()
