@@ -153,9 +153,10 @@ class Batcher:
             with bound(placement):
                 return decode(TransformerLM.from_params(config, params), slots, busy, steps=tokens_per_step)
 
-        self._fill, self._step = jax.jit(fill_row), jax.jit(take_step, donate_argnums=1)
+        self._create, self._fill = jax.jit(create_slots), jax.jit(fill_row)
         self._insert, self._resize = jax.jit(insert, donate_argnums=0), jax.jit(KVCache.resize, static_argnums=1)
-        self._slots = jax.jit(create_slots)(params)
+        self._step = jax.jit(take_step, donate_argnums=1)
+        self._slots: Slots = self._create(params)
 
     @property
     def free(self) -> int:
@@ -261,6 +262,17 @@ class Batcher:
         idle = np.zeros(len(self._running), bool)
         self._slots, reports = self._step(self.params, self._slots, idle)
         reports.block_until_ready()
+
+    def rebuild(self) -> None:
+        """Empty slots in place of those that a failed call may have taken along; completions under way are gone.
+
+        Raises what a step raises where the device does not compute.
+        """
+        self._running = [None] * len(self._running)
+        for x in jax.tree.leaves(self._slots):  # whoever still refers to them, such as a traceback
+            x.delete()
+        self._slots = self._create(self.params)
+        self._step_idle()
 
 
 def _prompt_tokens(ticket: int, request: Request, scores_PR: jax.Array) -> Iterator[Token]:

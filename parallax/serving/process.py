@@ -1,7 +1,7 @@
 """The server as a process: a socket, an engine, an event loop, and how they end.
 
 Invariant: the process ends with status 0 after SIGTERM or Ctrl-C, within a few seconds, and with status 1 when the
-engine fails. It never stays without an engine.
+engine cannot be mended. It never stays without an engine.
 """
 
 import asyncio

@@ -74,6 +74,19 @@ def test_room_follows_the_longest_text_and_changes_none():
         assert said[ticket] == by_generator(config, params, text)
 
 
+def test_slots_are_made_again():
+    config, params, batcher = make(2)
+    batcher.admit(0, completion(0, prompt=prompt(70), max_tokens=9))
+    lost = jax.tree.leaves(batcher._slots)
+    batcher.rebuild()
+    assert all(x.is_deleted() for x in lost)
+    assert (batcher.free, batcher.under_way, batcher._slots.cache.capacity) == (SLOTS, set(), 32)
+    tokens = batcher.admit(0, completion(4))
+    while batcher.free < SLOTS:
+        tokens += batcher.step()
+    assert [token.token_id for token in tokens if not token.is_prompt] == by_generator(config, params, completion(4))
+
+
 def test_no_slot_is_taken_to_score_a_text():
     _, _, batcher = make(2)
     before = batcher._slots.cache.keys
