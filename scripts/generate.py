@@ -24,8 +24,9 @@ def main() -> int:
         from scripts.generation.writer import Writer
 
         keep_compiled_programs()
-        run = load_run(flags.checkpoint, flags.step).prepared()
-        writer = Writer(run, load_run(flags.draft).prepared() if flags.draft else None, flags.draft_tokens)
+        run = load_run(flags.checkpoint, flags.step, param_dtype=flags.param_dtype).prepared()
+        draft = load_run(flags.draft, param_dtype=flags.param_dtype).prepared() if flags.draft else None
+        writer = Writer(run, draft, flags.draft_tokens)
         if flags.interactive:
             converse(writer, flags)
         elif flags.num_samples == 1:

@@ -60,6 +60,7 @@ def serve(
     listener: socket.socket,
     *,
     step: int | None = None,
+    param_dtype: str | None = None,
     slots: int = 16,
     capacity: int = 1024,
     limits: Limits = Limits(),
@@ -71,6 +72,7 @@ def serve(
 
     Args:
       listener: from `listen`, for `host`.
+      step, param_dtype: as `load_run` takes them.
       slots: how many answers are computed at once, each of at most `capacity` tokens with its prompt.
       key: what clients must send; empty for none.
       notify: takes a line for the person who watches.
@@ -81,7 +83,7 @@ def serve(
     with listener:
         for number in SIGNALS:  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
-        run = load_run(checkpoint, step).prepared()
+        run = load_run(checkpoint, step, param_dtype=param_dtype).prepared()
         capacity = min(capacity, run.config.max_seq_len)
         engine = Engine(lambda: Batcher(run.config, run.params, slots=slots, capacity=capacity), limits.queue)
         size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"

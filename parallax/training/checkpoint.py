@@ -139,15 +139,19 @@ class Checkpointer:
         chosen = self._choose(step, self._folder.newest_first, set_aside=self._is_writer)
         return None if chosen is None else Restored(chosen, *self._read(chosen, abstract_state))
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[int, Any, Documents]:
+    def restore_params(
+        self, abstract_params: Any, step: int | None = None, *, as_saved: bool = False
+    ) -> tuple[int, Any, Documents]:
         """(step, params, documents) of the best intact checkpoint, or of `step`; no other array is read.
 
-        Raises ValueError if no checkpoint is intact, `step` is not there, or its params are not those asked for.
+        They are read straight into the dtypes of `abstract_params`, whatever they were saved in, or `as_saved`.
+
+        Raises ValueError if no checkpoint is intact, `step` is not there, or its params have other names or shapes.
         """
         self.wait()
         folder = self._folder
         chosen = folder.require(self._choose(step, lambda: folder.best_first() or folder.newest_first()))
-        tree, documents = self._read(chosen, {"params": abstract_params}, part="params")
+        tree, documents = self._read(chosen, {"params": abstract_params}, part="params", as_saved=as_saved)
         return chosen, tree["params"], documents
 
     def read_documents(self, step: int | None = None) -> Documents:
@@ -178,17 +182,19 @@ class Checkpointer:
             raise ValueError(f"no checkpoint in {self._folder.root} is intact; start again in another folder")
         return None if chosen == none_there else chosen
 
-    def _read(self, step: int, abstract: Any, part: str = "") -> tuple[Any, Documents]:
-        """The documents of an intact step and its arrays: all of them, or those of one part of the tree."""
+    def _read(self, step: int, abstract: Any, part: str = "", *, as_saved: bool = False) -> tuple[Any, Documents]:
+        """The documents of an intact step and its arrays: all of them, or those of one part in any dtype."""
         folder = self._folder.path(step)
         saved, wanted = read_manifest(folder)["arrays"], _signature(abstract)
         for name in sorted(saved.keys() | wanted.keys()):
             there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-            if there != here and (not part or name.split("/")[0] == part):
+            if part and (name.split("/")[0] != part or there.partition("[")[2] == here.partition("[")[2]):
+                continue
+            if there != here:
                 raise ValueError(
                     f"{name} is {there} in checkpoint {step} but {here} here; use the config saved with it"
                 )
-        return read_arrays(folder / "state", abstract), self.read_documents(step)
+        return read_arrays(folder / "state", abstract, as_saved), self.read_documents(step)
 
     def _finish(self, step: int, facts: dict[str, Any]) -> None:
         """Runs in the background: Orbax's commit, then the manifest, then the deletion of older steps."""

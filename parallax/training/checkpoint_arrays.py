@@ -28,11 +28,12 @@ def array_handler() -> Any:
     return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
-def read_arrays(folder: epath.Path, abstract: Any) -> Any:
+def read_arrays(folder: epath.Path, abstract: Any, as_saved: bool = False) -> Any:
     """A tree of the arrays in a folder that `array_handler` wrote. There may be others in it.
 
     Args:
       abstract: the tree to fill, of jax.ShapeDtypeStruct with shardings; by default all on the first device.
+      as_saved: whether arrays keep the dtypes that they have there; else each piece that is read takes that asked for.
 
     Raises:
       ValueError: an array is missing or cannot be read.
@@ -44,7 +45,10 @@ def read_arrays(folder: epath.Path, abstract: Any) -> Any:
     filled = []
     for path, leaf in leaves:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        filled.append(fill(leaf, StoredArray(folder, name, context).pieces))
+        stored = StoredArray(folder, name, context)
+        if as_saved:
+            leaf = jax.ShapeDtypeStruct(leaf.shape, stored.dtype, sharding=leaf.sharding)
+        filled.append(fill(leaf, stored.pieces))
     return structure.unflatten(filled)
 
 
@@ -78,8 +82,8 @@ class StoredArray:
         spec = ocp.type_handlers.get_json_tspec_read(info, use_ocdbt=True)
         self._array: Any = ts.open(ts.Spec(spec), context=context, open=True, read=True).result()
         self._chunk: tuple[int, ...] = self._array.chunk_layout.read_chunk.shape or ()  # a scalar's is None
-        self._dtype = self._array.dtype.numpy_dtype
-        chunk_bytes = self._dtype.itemsize * math.prod(self._chunk)
+        self.dtype = self._array.dtype.numpy_dtype
+        chunk_bytes = self.dtype.itemsize * math.prod(self._chunk)
         self._is_cut = chunk_bytes > PIECE_BYTES and self._array.codec.to_json()["compressor"] is None
 
     def pieces(self, shard: Bounds) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -91,7 +95,7 @@ class StoredArray:
             piece = value.result()
             asked.extend(itertools.islice(reads, 1))
             if rows is not None:
-                piece = np.frombuffer(piece.value, self._dtype).reshape(rows)[part]
+                piece = np.frombuffer(piece.value, self.dtype).reshape(rows)[part]
             yield [s.start - whole.start for s, whole in zip(block, shard, strict=True)], piece
 
     def _places(self, shard: Bounds) -> Iterator[tuple[int, ...]]:
@@ -113,7 +117,7 @@ class StoredArray:
 
     def _reads_of_rows(self, key: str, origin: list[int], block: Bounds) -> Iterator[Read]:
         """Rows are contiguous parts of a chunk: neighbours in one dim, and all of the dims behind it."""
-        row_bytes = [self._dtype.itemsize * math.prod(self._chunk[dim + 1 :]) for dim in range(len(block))]
+        row_bytes = [self.dtype.itemsize * math.prod(self._chunk[dim + 1 :]) for dim in range(len(block))]
         dim = next(dim for dim, nbytes in enumerate(row_bytes) if nbytes <= PIECE_BYTES)
         step = PIECE_BYTES // row_bytes[dim]
         inner, behind = block[dim + 1 :], self._chunk[dim + 1 :]

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from parallax.serving import process
 from scripts import serve
 from tests.parallax.serving.server import SERVE, Served, eventually, serving
 
@@ -61,6 +62,15 @@ def test_bad_flags(refuse, small_run, flags, words):
 
 def test_no_run(refuse, tmp_path):
     assert "config.json" in refuse("--checkpoint", str(tmp_path), "--port", "0")
+
+
+def test_the_dtype_of_parameters_arrives(refuse, small_run, monkeypatch):
+    def load_run(checkpoint, step, *, param_dtype):
+        raise ValueError(f"{param_dtype} of {checkpoint} at {step}")
+
+    monkeypatch.setattr(process, "load_run", load_run)
+    flags = ("--checkpoint", str(small_run), "--port", "0", "--param-dtype", "bfloat16")
+    assert f"bfloat16 of {small_run} at None" in refuse(*flags)
 
 
 def test_a_port_in_use(refuse, small_run):
