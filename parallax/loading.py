@@ -105,6 +105,7 @@ def load(
     *,
     step: int | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    param_dtype: Literal["float32", "bfloat16"] | None = None,
     mesh: PlaceParams | None = None,
 ) -> Model:
     """Loads a run folder, local or on gs://, or a local Hugging Face folder of a Llama, Mistral or Qwen model.
@@ -112,6 +113,7 @@ def load(
     Args:
       step: which checkpoint of a run; by default the best.
       dtype: what to compute in; by default as in training, float32 for a Hugging Face folder.
+      param_dtype: what to hold parameters in, which are read straight into it; by default as in the files.
       mesh: spreads the parameters over devices: `parallelism.placement.on_mesh("fsdp=8")`, or any function that gives
         where they go. A function and not a string, since the model knows no devices and this package therefore does not
         import `parallelism`: whoever uses both joins them. By default all are on the first device.
@@ -123,9 +125,9 @@ def load(
     if _is_hugging_face(folder):
         if step is not None:
             raise ValueError(f"step={step} names a checkpoint of a run, and {folder} has none; leave it out")
-        run = read_model(Path(folder), place)
+        run = read_model(Path(folder), place, param_dtype)
     else:
-        run = load_run(folder, step, place)
+        run = load_run(folder, step, place, param_dtype)
     if dtype is not None:
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, dtype=dtype))
     return Model(run.prepared())

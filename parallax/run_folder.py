@@ -44,6 +44,8 @@ class Run:
         return dataclasses.replace(self, params=prepare(self.config, self.params))
 
 
+PARAM_DTYPES = ("float32", "bfloat16")
+
 PlaceParams = Callable[[Callable[[], Params], Params], Params]
 """A function of (init, axes): what `init` gives, as ShapeDtypeStructs with shardings; `axes` names the logical axes of
 each array. `parallelism.placement.on_mesh` makes one."""
@@ -58,13 +60,24 @@ def abstract_params(config: TransformerConfig, place: PlaceParams | None = None)
     return jax.eval_shape(init) if place is None else place(init, param_axes(config))
 
 
+def in_dtype(abstract: Params, dtype: str) -> Params:
+    """ShapeDtypeStructs of that dtype; raises ValueError if parameters cannot be held in it."""
+    if dtype not in PARAM_DTYPES:
+        raise ValueError(f"param_dtype={dtype!r} is not one of {', '.join(PARAM_DTYPES)}; try bfloat16")
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding), abstract)
+
+
 def load_run(
-    folder: str | os.PathLike, step: int | None = None, place: Callable[[TransformerConfig], Params] = abstract_params
+    folder: str | os.PathLike,
+    step: int | None = None,
+    place: Callable[[TransformerConfig], Params] = abstract_params,
+    param_dtype: str | None = None,
 ) -> Run:
     """Reads a run with the parameters of `step`, by default those of its best checkpoint.
 
     Args:
       place: gives the tree of `init_params` as ShapeDtypeStructs with shardings; by default all on the first device.
+      param_dtype: what parameters are read into and held in, of PARAM_DTYPES; by default as the checkpoint has them.
 
     Raises:
       ValueError: the folder is no run, its files contradict each other, or no such checkpoint is intact.
@@ -78,10 +91,10 @@ def load_run(
             f"vocab_size={config.vocab_size} in {folder / 'config.json'} must equal the {tokenizer.vocab_size} of "
             "tokenizer.json; restore the files that training wrote"
         )
-    abstract_params = place(config)
+    abstract = place(config) if param_dtype is None else in_dtype(place(config), param_dtype)
     checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False)
     try:
-        found, params, _ = checkpoints.restore_params(abstract_params, step)
+        found, params, _ = checkpoints.restore_params(abstract, step, as_saved=param_dtype is None)
     finally:
         checkpoints.close()
     return Run(folder, config, tokenizer, params, found, settings)

@@ -33,6 +33,8 @@ class ImportFlags:
     """The Hugging Face folder: config.json, tokenizer.json, and model.safetensors or several with their index."""
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """The run folder to make."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """What the parameters are stored in; by default as in the tensors."""
     mesh: str = ""
     """Read the parameters onto a mesh such as fsdp=8, of the visible devices; by default onto the first."""
 
@@ -66,7 +68,7 @@ def _import(args: Sequence[str]) -> int:
     from parallax.interop.folders import import_model
     from scripts.common.placement import place_params
 
-    tell(import_model(Path(flags.source), flags.run, place_params(flags.mesh)))
+    tell(import_model(Path(flags.source), flags.run, place_params(flags.mesh), flags.param_dtype))
     return 0
 
 

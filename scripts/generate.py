@@ -24,8 +24,8 @@ def main() -> int:
         from scripts.generation.writer import Writer
 
         keep_compiled_programs()
-        run = load_run(flags.checkpoint, flags.step).prepared()
-        draft = load_run(flags.draft).prepared() if flags.draft else None
+        run = load_run(flags.checkpoint, flags.step, param_dtype=flags.param_dtype).prepared()
+        draft = load_run(flags.draft, param_dtype=flags.param_dtype).prepared() if flags.draft else None
         writer = Writer(run, draft, flags.draft_tokens, flags.context)
         if flags.interactive:
             converse(writer, flags)

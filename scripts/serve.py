@@ -29,6 +29,9 @@ class Flags:
     """The run folder that train.py wrote, local or on gs://."""
     step: int | None = None
     """Which checkpoint; by default the best."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """What parameters are held in; by default as the checkpoint has them: float32 after training, an imported model's
+    own."""
     host: str = "127.0.0.1"
     """The address to listen on; any but this machine's own needs --api-key."""
     port: int = 8000
@@ -61,6 +64,7 @@ def main() -> int:
             flags.checkpoint,
             listener,
             step=flags.step,
+            param_dtype=flags.param_dtype,
             slots=flags.slots,
             capacity=flags.capacity,
             context=flags.context,

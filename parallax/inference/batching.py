@@ -18,6 +18,7 @@ from parallax.axes import Names, Placement, bound, constrain
 from parallax.config import TransformerConfig
 from parallax.inference.request import Request, bucket
 from parallax.inference.slots import Slots, prefill, step
+from parallax.layers.cache import KVCache
 from parallax.model.transformer import Params, TransformerLM
 
 TOP = 10
@@ -84,30 +85,26 @@ def fill(model: TransformerLM, arrays: tuple, score_prompt: jax.Array) -> tuple[
     return slots, constrain(report(logits_1V, slots.last), None, None), constrain(prompt_PR, None, None)
 
 
-def decode(
-    model: TransformerLM, slots: Slots, busy_B: jax.Array, *, steps: int, window: int
-) -> tuple[Slots, jax.Array]:
+def decode(model: TransformerLM, slots: Slots, busy_B: jax.Array, *, steps: int) -> tuple[Slots, jax.Array]:
     """`steps` tokens more for each busy slot: the slots, and the reports of these tokens [steps, B, R].
 
-    Where a row ends, the host knows, and looks at no more of it. Only the first `window` tokens of the cache are read
-    and written, which rows in use must not outgrow: a step costs what is held, not what could be.
+    Where a row ends, the host knows, and looks at no more of it.
     """
-    whole = slots.cache
 
     def one(slots: Slots, _) -> tuple[Slots, jax.Array]:
-        slots, logits_BV = step(model, slots, busy_B & (slots.lengths < whole.capacity))
+        slots, logits_BV = step(model, slots, busy_B & (slots.lengths < slots.cache.capacity))
         return slots, report(logits_BV, slots.last)
 
-    # An idle slot costs no noise and no filter.
-    settings = slots.settings.where(busy_B)
-    narrow = dataclasses.replace(slots, cache=whole.window(window), settings=settings)
-    narrow, reports_KBR = jax.lax.scan(one, narrow, None, length=steps)
-    slots = dataclasses.replace(narrow, cache=whole.with_window(narrow.cache))
+    slots, reports_KBR = jax.lax.scan(one, slots, None, length=steps)
     return slots.constrained(), constrain(reports_KBR, None, None, None)
 
 
 class Batcher:
     """Completions in S slots of one cache. One thread calls it; `check` any may.
+
+    The cache has room for the longest completion under way, in powers of two, since attention reads all of it: a step
+    costs what is held, not what could be, and copies nothing. Where that grows, old and new are held for a moment, at
+    most one and a half times the cache for `capacity` tokens.
 
     Args:
       params: fastest as `prepare` leaves them; may be sharded over a mesh, and then `placement` says how the rest is.
@@ -133,33 +130,43 @@ class Batcher:
                 raise ValueError(f"{name}={value} must be at least 1; try 16")
         self.config, self.params = config, params
         self.capacity, self.tokens_per_step = min(capacity, config.max_seq_len), tokens_per_step
+        self._rooms = [bucket(1, self.capacity)]
+        while self._rooms[-1] < self.capacity:
+            self._rooms.append(bucket(self._rooms[-1] + 1, self.capacity))
         self._running: list[_Running | None] = [None] * slots
         row = None if placement is None else _OneRow(placement)
 
         # Fresh closures, since JAX knows nothing of what is bound.
         def create_slots(params):
             with bound(placement):
-                return Slots.create(TransformerLM.from_params(config, params), slots, self.capacity)
+                return Slots.create(TransformerLM.from_params(config, params), slots, self._rooms[0])
 
-        def fill_slot(params, slots, slot, arrays, score_prompt):
+        def fill_row(params, arrays, score_prompt):
             with bound(row):
-                filled, drawn, prompt_scores = fill(TransformerLM.from_params(config, params), arrays, score_prompt)
-            with bound(placement):
-                return slots.insert(slot, filled), drawn, prompt_scores
+                return fill(TransformerLM.from_params(config, params), arrays, score_prompt)
 
-        def take_step(params, slots, busy, window):
+        def insert(slots, slot, filled):
             with bound(placement):
-                model = TransformerLM.from_params(config, params)
-                return decode(model, slots, busy, steps=tokens_per_step, window=window)
+                return slots.insert(slot, filled)
 
-        self._fill = jax.jit(fill_slot, donate_argnums=1)
-        self._step = jax.jit(take_step, donate_argnums=1, static_argnums=3)
-        self._slots = jax.jit(create_slots)(params)
+        def take_step(params, slots, busy):
+            with bound(placement):
+                return decode(TransformerLM.from_params(config, params), slots, busy, steps=tokens_per_step)
+
+        self._create, self._fill = jax.jit(create_slots), jax.jit(fill_row)
+        self._insert, self._resize = jax.jit(insert, donate_argnums=0), jax.jit(KVCache.resize, static_argnums=1)
+        self._step = jax.jit(take_step, donate_argnums=1)
+        self._slots: Slots = self._create(params)
 
     @property
     def free(self) -> int:
         """How many slots are free now."""
         return self._running.count(None)
+
+    @property
+    def under_way(self) -> set[int]:
+        """The tickets of the completions that hold a slot."""
+        return {running.ticket for running in self._running if running}
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that can never run here."""
@@ -180,20 +187,39 @@ class Batcher:
         self.check(request)
         if not self.free:
             raise ValueError(f"all {len(self._running)} slots are busy; admit once `free` is above 0")
-        if any(running and running.ticket == ticket for running in self._running):
+        if ticket in self.under_way:
             raise ValueError(f"ticket={ticket} is under way; give each completion its own")
-        slot = self._running.index(None)
-        drawn, prompt_scores = self._prefill(slot, request)
+        row, drawn, prompt_scores = self._prefill(request)
         tokens = list(_prompt_tokens(ticket, request, prompt_scores)) if request.prompt_logprobs else []
         if request.max_tokens:
-            self._running[slot] = running = _Running(ticket, request)
+            slot, running = self._running.index(None), _Running(ticket, request)
+            self._running[slot] = running
+            self._make_room(self._longest + self.tokens_per_step)
+            self._put(slot, row)
             tokens.append(self._take(slot, running, np.asarray(drawn)[0]))
         return tokens
 
-    def _prefill(self, slot: int, request: Request) -> tuple[jax.Array, jax.Array]:
-        arrays, scored = request.prompt_arrays(self.capacity), np.bool_(request.prompt_logprobs)
-        self._slots, drawn, prompt_scores = self._fill(self.params, self._slots, np.int32(slot), arrays, scored)
-        return drawn, prompt_scores
+    def _prefill(self, request: Request) -> tuple[Slots, jax.Array, jax.Array]:
+        return self._fill(self.params, request.prompt_arrays(self.capacity), np.bool_(request.prompt_logprobs))
+
+    def _put(self, slot: int, row: Slots) -> None:
+        for room in self._between(row, self._slots.cache.capacity):
+            row = dataclasses.replace(row, cache=self._resize(row.cache, room))
+        self._slots = self._insert(self._slots, np.int32(slot), row)
+
+    @property
+    def _longest(self) -> int:
+        return max((running.length for running in self._running if running), default=0)
+
+    def _make_room(self, tokens: int) -> None:
+        """A cache for rows of so many tokens, which may be a smaller one."""
+        for room in self._between(self._slots, bucket(tokens, self.capacity)):
+            self._slots = dataclasses.replace(self._slots, cache=self._resize(self._slots.cache, room))
+
+    def _between(self, slots: Slots, room: int) -> list[int]:
+        """The sizes that lead to a room, from neighbour to neighbour, since each pair of sizes is a program."""
+        now, then = self._rooms.index(slots.cache.capacity), self._rooms.index(room)
+        return self._rooms[now + 1 : then + 1] or self._rooms[then:now][::-1]
 
     def _take(self, slot: int, running: _Running, words_R: np.ndarray) -> Token:
         """A drawn token, which frees the slot if it is the last."""
@@ -207,9 +233,8 @@ class Batcher:
         busy = np.array([running is not None for running in self._running])
         if not busy.any():
             return []
-        longest = max(running.length for running in self._running if running)
-        window = bucket(longest + self.tokens_per_step, self.capacity)
-        self._slots, reports = self._step(self.params, self._slots, busy, window)
+        self._make_room(self._longest + self.tokens_per_step)
+        self._slots, reports = self._step(self.params, self._slots, busy)
         return [
             self._take(slot, running, words)
             for words_BR in np.asarray(reports)
@@ -225,13 +250,29 @@ class Batcher:
         """Compiles prompts and steps of every length, so that no request waits; raises ValueError if a slot is busy."""
         if self.free < len(self._running):
             raise ValueError("completions are under way; warm up before the first")
-        length, idle = bucket(1, self.capacity), np.zeros(len(self._running), bool)
-        while True:
-            self._prefill(0, Request.one(np.zeros(length, np.int32), max_tokens=0))
-            self._slots, _ = self._step(self.params, self._slots, idle, length)
-            if length == self.capacity:
-                return
-            length = bucket(length + 1, self.capacity)
+        for room in self._rooms:
+            self._make_room(room)
+            for length in {self._rooms[0], room}:
+                row, *_ = self._prefill(Request.one(np.zeros(length, np.int32), max_tokens=0))
+                self._put(0, row)
+            self._step_idle()
+        self._make_room(self._rooms[0])
+
+    def _step_idle(self) -> None:
+        idle = np.zeros(len(self._running), bool)
+        self._slots, reports = self._step(self.params, self._slots, idle)
+        reports.block_until_ready()
+
+    def rebuild(self) -> None:
+        """Empty slots in place of those that a failed call may have taken along; completions under way are gone.
+
+        Raises what a step raises where the device does not compute.
+        """
+        self._running = [None] * len(self._running)
+        for x in jax.tree.leaves(self._slots):  # whoever still refers to them, such as a traceback
+            x.delete()
+        self._slots = self._create(self.params)
+        self._step_idle()
 
 
 def _prompt_tokens(ticket: int, request: Request, scores_PR: jax.Array) -> Iterator[Token]:

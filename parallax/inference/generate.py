@@ -52,7 +52,7 @@ class Generation:
 
     def grow(self, capacity: int) -> "Generation":
         """The same with a cache for so many tokens."""
-        slots = dataclasses.replace(self.slots, cache=self.slots.cache.grow(capacity))
+        slots = dataclasses.replace(self.slots, cache=self.slots.cache.resize(capacity))
         return dataclasses.replace(self, slots=slots)
 
 

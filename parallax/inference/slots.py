@@ -49,15 +49,19 @@ class Slots:
         )
 
     def insert(self, slot: jax.Array, row: "Slots") -> "Slots":
-        """The same with one row replaced; of its cache, the first slots for which the new row has room."""
+        """The same with one row replaced by slots of one row."""
         rows, new = (dataclasses.replace(each, cache=None) for each in (self, row))
         rows = jax.tree.map(lambda x, x_1: jax.lax.dynamic_update_slice_in_dim(x, x_1, slot, 0), rows, new)
         return dataclasses.replace(rows, cache=self.cache.with_row(slot, row.cache)).constrained()
 
     def draw(self, logits_BV: jax.Array, active_B: jax.Array) -> "Slots":
-        """The next token of each active row, from logits in its place, as its last; others stay as they are."""
+        """The next token of each active row, from logits in its place, as its last; others stay as they are.
+
+        Noise and filters are computed where an active row asks for them: what others ask for costs nothing.
+        """
         keys_B = jax.vmap(jax.random.key)(self.seeds)
-        return self.take(sample(logits_BV, self.settings, self.seen, keys_B, self.lengths), active_B)
+        settings = self.settings.where(active_B)
+        return self.take(sample(logits_BV, settings, self.seen, keys_B, self.lengths), active_B)
 
     def take(self, token_B: jax.Array, active_B: jax.Array) -> "Slots":
         """One token more for each active row."""

@@ -19,7 +19,7 @@ import numpy as np
 from parallax.config import TransformerConfig
 from parallax.inference.generate import Generation, read_prompts, stream
 from parallax.inference.request import Request
-from parallax.inference.sampling import probabilities
+from parallax.inference.sampling import SamplingSettings, probabilities
 from parallax.layers.cache import KVCache
 from parallax.model.transformer import Params, TransformerLM
 
@@ -74,7 +74,9 @@ def extend(
         target, draft = (
             TransformerLM.from_params(config, weights) for config, weights in zip(configs, params, strict=True)
         )
-        return _check(target, state, _propose(draft, state, draft_tokens), state.text.active(limit))
+        active_B = state.text.active(limit)
+        settings = state.text.slots.settings.where(active_B)  # the others' cost nothing
+        return _check(target, state, _propose(draft, state, settings, draft_tokens), settings, active_B)
 
     return jax.lax.while_loop(lambda state: jnp.any(state.text.active(limit)), take_round, state)
 
@@ -98,7 +100,7 @@ def _keys(text: Generation, count: int, purpose: int) -> jax.Array:
     return jax.vmap(jax.vmap(key), (None, 0))(text.slots.seeds, positions_TB)
 
 
-def _propose(model: TransformerLM, state: Speculation, count: int) -> _Proposal:
+def _propose(model: TransformerLM, state: Speculation, settings: SamplingSettings, count: int) -> _Proposal:
     """Draws `count` tokens a row, one after another, by the small model."""
     text, slots = state.text, state.text.slots
     rows = jnp.arange(len(slots.lengths))
@@ -108,7 +110,7 @@ def _propose(model: TransformerLM, state: Speculation, count: int) -> _Proposal:
         cache, pair_B2, lengths_B, seen_BV = carry
         positions_B2 = jnp.maximum(lengths_B[:, None] + jnp.array([[-2, -1]]), 0)
         logits_B2V, cache = model(pair_B2, positions_B2, cache=cache)
-        probs_BV = probabilities(logits_B2V[:, 1], slots.settings, seen_BV)
+        probs_BV = probabilities(logits_B2V[:, 1], settings, seen_BV)
         token_B = draw(probs_BV, keys_B)
         pair_B2 = jnp.stack([pair_B2[:, 1], token_B], axis=1)
         seen_after_BV = seen_BV.at[rows, token_B].set(True)
@@ -121,13 +123,15 @@ def _propose(model: TransformerLM, state: Speculation, count: int) -> _Proposal:
     return _Proposal(tokens_RB, probs_RBV, jnp.concatenate([seen_RBV, seen_BV[None]]), cache)
 
 
-def _check(model: TransformerLM, state: Speculation, proposal: _Proposal, active_B: jax.Array) -> Speculation:
+def _check(
+    model: TransformerLM, state: Speculation, proposal: _Proposal, settings: SamplingSettings, active_B: jax.Array
+) -> Speculation:
     """Adds to each active row the proposals that pass and one token by the large model, up to the row's end."""
     text, slots, count = state.text, state.text.slots, len(proposal.tokens_RB)
     fed_BT = jnp.concatenate([slots.last[:, None], proposal.tokens_RB.T], axis=1)
     positions_BT = slots.lengths[:, None] - 1 + jnp.arange(count + 1)[None]
     logits_BTV, cache = model(fed_BT, positions_BT, cache=slots.cache)
-    p_TBV = jax.vmap(probabilities, (1, None, 0))(logits_BTV, slots.settings, proposal.seen_TBV)
+    p_TBV = jax.vmap(probabilities, (1, None, 0))(logits_BTV, settings, proposal.seen_TBV)
     passed_B, own_B = check_proposals(
         proposal.tokens_RB, proposal.probs_RBV, p_TBV, _keys(text, count, ACCEPT), _keys(text, count + 1, REPLACE)
     )

@@ -20,7 +20,7 @@ from parallax.interop.hf_config import config_from_hf, config_to_hf
 from parallax.interop.reading import TensorFiles, read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
 from parallax.model.transformer import Params
-from parallax.run_folder import Run, abstract_params, load_run
+from parallax.run_folder import Run, abstract_params, in_dtype, load_run
 from parallax.storage import is_remote, write_json
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_from_hf, tokenizer_to_hf
@@ -31,8 +31,10 @@ Place = Callable[[TransformerConfig], Params]
 """Gives the tree of `init_params` as ShapeDtypeStructs with shardings."""
 
 
-def import_model(source: Path, run: str | Path, place: Place = abstract_params) -> str:
+def import_model(source: Path, run: str | Path, place: Place = abstract_params, param_dtype: str | None = None) -> str:
     """Makes the run folder `run`: config.json, tokenizer.json and checkpoint 0, which holds parameters alone.
+
+    These have `param_dtype`, by default the dtypes of the folder's tensors.
 
     Returns:
       a line for the person who watches.
@@ -42,7 +44,7 @@ def import_model(source: Path, run: str | Path, place: Place = abstract_params) 
     """
     _check_folder(source)
     with _made(run) as draft:
-        read = read_model(source, place)
+        read = read_model(source, place, param_dtype)
         write_json(draft / "config.json", read.settings)
         save_tokenizer(read.tokenizer, draft / "tokenizer.json")
         checkpoints = Checkpointer(draft / "checkpoints", keep=1)
@@ -55,7 +57,7 @@ def import_model(source: Path, run: str | Path, place: Place = abstract_params) 
     return f"imported  {source}: {size}, {kind}; run folder: {run}"
 
 
-def read_model(source: Path, place: Place = abstract_params) -> Run:
+def read_model(source: Path, place: Place = abstract_params, param_dtype: str | None = None) -> Run:
     """The model of a Hugging Face folder, as the run that `import_model` makes of it: step 0, nothing of training.
 
     Raises ValueError if `source` is no folder of a model that can be run here.
@@ -64,7 +66,8 @@ def read_model(source: Path, place: Place = abstract_params) -> Run:
     values = _read_json(source / "config.json")
     config = config_from_hf(values)
     tokenizer = _read_tokenizer(source, values, config)
-    params = read_params(TensorFiles(source), config, place(config))
+    abstract = place(config) if param_dtype is None else in_dtype(place(config), param_dtype)
+    params = read_params(TensorFiles(source), config, abstract, as_stored=param_dtype is None)
     imported = {"folder": source.resolve().name, "model_type": values["model_type"]}
     settings = {"model": config_to_dict(config), "imported": imported}
     return Run(epath.Path(source), config, tokenizer, params, 0, settings)
@@ -103,7 +106,7 @@ def export_model(
         return place(config)
 
     with _made(target) as draft:
-        loaded = load_run(run, step, checked)
+        loaded = load_run(run, step, checked, "bfloat16" if dtype == "bfloat16" else None)
         longest = loaded.context_length if context == "crop" else loaded.config.max_seq_len
         values = config_to_hf(dataclasses.replace(loaded.config, max_seq_len=longest))
         values |= {"dtype": dtype, **_special_ids(loaded.tokenizer)}

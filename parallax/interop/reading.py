@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -21,7 +23,7 @@ from parallax.model.transformer import Params
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = {"F32": jnp.float32, "F16": jnp.float16, "BF16": jnp.bfloat16}
 HEAD = "lm_head.weight"
 
 WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
@@ -122,12 +124,16 @@ DERIVED = ".rotary_emb.inv_freq"
 """Old files also hold frequencies, which follow from the config."""
 
 
-def read_params(files: TensorFiles, config: TransformerConfig, abstract: Params, piece: int = PIECE) -> Params:
+def read_params(
+    files: TensorFiles, config: TransformerConfig, abstract: Params, piece: int = PIECE, *, as_stored: bool = False
+) -> Params:
     """The parameters of a config from the tensors of a folder.
 
     Args:
       abstract: the tree of `init_params` as jax.ShapeDtypeStruct, with shardings; by default all on the first device.
       piece: how many elements to hold at a time.
+      as_stored: whether parameters have the dtypes of the files and not those of `abstract`; a stack of layers whose
+        tensors differ has the first that holds them all exactly.
 
     Raises:
       ValueError: a tensor is missing, left over, or of another shape or dtype.
@@ -141,8 +147,16 @@ def read_params(files: TensorFiles, config: TransformerConfig, abstract: Params,
         target = params
         for key in parents:
             target, leaf = target.setdefault(key, {}), leaf[key]
-        target[last] = fill(leaf[last], partial(_blocks, files, entry, piece))
+        leaf = leaf[last]
+        if as_stored:
+            leaf = jax.ShapeDtypeStruct(leaf.shape, _dtype_of(files, config, entry), sharding=leaf.sharding)
+        target[last] = fill(leaf, partial(_blocks, files, entry, piece))
     return params
+
+
+def _dtype_of(files: TensorFiles, config: TransformerConfig, entry: Tensor) -> Any:
+    names = [entry.name.format(layer) for layer in range(config.num_layers if entry.is_stacked else 1)]
+    return jnp.result_type(*(DTYPES[files.dtype(name)] for name in names))
 
 
 def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PIECE) -> None:

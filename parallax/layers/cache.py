@@ -55,21 +55,17 @@ class KVCache:
         keys[number], values[number] = layer.keys, layer.values
         return KVCache(keys=tuple(keys), values=tuple(values))
 
-    def grow(self, capacity: int) -> "KVCache":
-        """The same with room for `capacity` tokens, no fewer than now."""
-        more = [(0, 0), (0, capacity - self.capacity), (0, 0)]
-        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 3) + more), self)
+    def resize(self, capacity: int) -> "KVCache":
+        """The same with room for `capacity` tokens a row: fewer slots from the first on, or more that are empty."""
+        by = capacity - self.capacity
 
-    def window(self, length: int) -> "KVCache":
-        """The slots of the first tokens."""
-        return jax.tree.map(lambda x: x[..., :length, :], self)
+        def resized(x: jax.Array) -> jax.Array:
+            return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, by * (dim == x.ndim - 2), 0) for dim in range(x.ndim)])
 
-    def with_window(self, window: "KVCache") -> "KVCache":
-        """The same with other first slots."""
-        return jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, [0] * x.ndim), self, window)
+        return jax.tree.map(resized, self)
 
     def with_row(self, row: jax.Array, other: "KVCache") -> "KVCache":
-        """The same with the first slots of a row from a cache of one row, which may have less room."""
+        """The same with a row from a cache of one row, which has as much room."""
 
         def put(x: jax.Array, part: jax.Array) -> jax.Array:
             at = [row if dim == x.ndim - 4 else 0 for dim in range(x.ndim)]

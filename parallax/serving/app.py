@@ -66,6 +66,10 @@ def application(
             raise Refusal(404, message, param="model", code="model_not_found")
         return json_response(card)
 
+    async def health(_: Request) -> Response:
+        status, word = (503, "degraded") if engine.degraded else (200, "ok")
+        return json_response({"status": word, "model": model}, status)
+
     async def metrics(_: Request) -> Response:
         return Response(counts.text(), media_type="text/plain; version=0.0.4")
 
@@ -82,7 +86,7 @@ def application(
             Route("/v1/completions", complete, methods=["POST"]),
             _fixed("/v1/models", {"object": "list", "data": [card]}),
             Route("/v1/models/{model:path}", one_model, methods=["GET"]),
-            _fixed("/healthz", {"status": "ok", "model": model}),
+            Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             _fixed("/run", _describe_run(run, model, limits, capacity)),
             _fixed("/openapi.json", describe_server(model, form.schema, with_key=bool(key))),

@@ -1,14 +1,17 @@
 """The thread that owns the Batcher, what the server's event loop sees of it, and what is counted for Prometheus.
 
 Invariant: the Batcher is touched by that one thread alone; orders go in by a queue, tokens come out by the event loop's
-own. An answer that nobody waits for holds no slot longer than the step under way. If the thread dies, every answer
-under way ends with an error, and `on_failure` is called: nothing waits for ever.
+own. An answer that nobody waits for holds no slot longer than the step under way. If a step fails, the answers in slots
+end with an error, those that wait go on waiting, and the slots are made again; if that fails too, every answer ends
+with an error and `on_failure` is called: nothing waits for ever.
 """
 
 import asyncio
 import itertools
 import queue
 import threading
+import time
+import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 
@@ -20,6 +23,9 @@ from parallax.serving.errors import Refusal
 
 ENDING = "the server is shutting down; send the request again in a while"
 FAILED = "the server's engine failed and the server ends; its standard error says why"
+LOST = "the step that computed this answer failed, as the server's standard error says; send the request again"
+PAUSES = (0.0, 0.1, 0.5, 2.0)
+"""Seconds before each attempt to make the slots again."""
 
 
 class Engine:
@@ -30,6 +36,8 @@ class Engine:
         self.on_failure: Callable[[], None] = lambda: None
         self.busy = 0
         """Slots in use after the last turn of the thread."""
+        self.degraded = False
+        """Whether a step failed and the slots are not made again yet."""
         self._make_batcher, self._max_waiting = make_batcher, max_waiting
         self._tickets = itertools.count()
         self._jobs: dict[int, Job] = {}
@@ -110,18 +118,46 @@ class Engine:
             waiting: dict[int, Request] = {}  # in the order of their arrival
             while self._obey(batcher, waiting, idle=batcher.free == slots):
                 tokens: list[Token] = []
-                while waiting and batcher.free:
-                    ticket = next(iter(waiting))
-                    tokens += batcher.admit(ticket, waiting.pop(ticket))
-                tokens += batcher.step()
+                lost = self._take_turn(batcher, waiting, tokens)
                 self.busy = slots - batcher.free
                 if tokens:
                     self._loop.call_soon_threadsafe(self._deliver, tokens)
+                if self.degraded:
+                    self._loop.call_soon_threadsafe(self._lose, lost)
+                    self._rebuild(batcher)
         except BaseException as error:
             if self._ready.done():
                 self._loop.call_soon_threadsafe(self._fail, error)
             else:
                 self._ready.set_exception(error)
+
+    def _take_turn(self, batcher: Batcher, waiting: dict[int, Request], tokens: list[Token]) -> set[int]:
+        """Admits what there is room for and takes a step, into `tokens`; the tickets that an error of these ended."""
+        admitted = set()
+        try:
+            while waiting and batcher.free:
+                ticket = next(iter(waiting))
+                admitted.add(ticket)
+                tokens += batcher.admit(ticket, waiting.pop(ticket))
+            tokens += batcher.step()
+        except Exception:
+            self.degraded = True
+            traceback.print_exc()
+            return admitted | batcher.under_way
+        return set()
+
+    def _rebuild(self, batcher: Batcher) -> None:
+        """Raises what the last attempt raises."""
+        pauses = list(PAUSES)
+        while self.degraded:
+            time.sleep(pauses.pop(0))
+            try:
+                batcher.rebuild()
+                self.degraded = False
+            except Exception:
+                if not pauses:
+                    raise
+                traceback.print_exc()
 
     def _obey(self, batcher: Batcher, waiting: dict[int, Request], *, idle: bool) -> bool:
         """Takes the orders that are there, and if idle waits for one; whether to go on."""
@@ -148,6 +184,12 @@ class Engine:
                 if token.finish:
                     del self._jobs[token.ticket]
 
+    def _lose(self, tickets: set[int]) -> None:
+        for ticket in tickets:
+            if job := self._jobs.get(ticket):
+                job.inbox.put_nowait(Refusal(500, LOST, code="step_failed"))
+                self.drop(ticket)
+
     def _fail(self, error: BaseException) -> None:
         self.failure = error
         self.close(Refusal(500, FAILED, code="engine_failed"))
@@ -165,7 +207,7 @@ class Job:
     async def tokens(self) -> AsyncIterator[tuple[int, Token]]:
         """(number of the completion, token) as they come, until each completion ended or was dropped.
 
-        Raises Refusal if the server ends.
+        Raises Refusal if the server ends or a step fails.
         """
         while self._open:
             token = await self.inbox.get()

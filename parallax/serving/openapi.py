@@ -16,7 +16,7 @@ ERRORS_OF_COMPLETIONS = {
     "413": "The body is too large.",
     "415": "The body is not application/json.",
     "429": "The queue is full; Retry-After says when to try again.",
-    "500": "The server failed.",
+    "500": "The server, or the step that computed the answer, failed.",
     "503": "The server is shutting down.",
 }
 TEXT, INTEGER = {"type": "string"}, {"type": "integer"}
@@ -49,7 +49,7 @@ def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str,
             "/v1/models": _get("The model that is served.", all_models),
             "/v1/models/{model}": _get("The model, if it is the one served.", one, UNKNOWN_MODEL)
             | {"parameters": [name]},
-            "/healthz": _get("Whether the server lives.", json),
+            "/healthz": _get("Whether the server lives and computes.", json),
             "/metrics": _get("Counts, for Prometheus.", {"text/plain": {}}),
             "/run": _get("The run that the model came from.", json),
             "/openapi.json": _get("This description.", json),
@@ -57,6 +57,8 @@ def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str,
         },
         "components": {"schemas": _answer_schemas()},
     }
+    degraded = {"description": "A step failed and the slots are being made again.", "content": json}
+    described["paths"]["/healthz"]["get"]["responses"]["503"] = degraded
     if with_key:
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         described["security"] = [{"key": []}]

@@ -1,7 +1,7 @@
 """The server as a process: a socket, an engine, an event loop, and how they end.
 
 Invariant: the process ends with status 0 after SIGTERM or Ctrl-C, within a few seconds, and with status 1 when the
-engine fails. It never stays without an engine.
+engine cannot be mended. It never stays without an engine.
 """
 
 import asyncio
@@ -61,6 +61,7 @@ def serve(
     listener: socket.socket,
     *,
     step: int | None = None,
+    param_dtype: str | None = None,
     slots: int = 16,
     capacity: int = 1024,
     context: Literal["crop", "extend"] = "crop",
@@ -73,6 +74,7 @@ def serve(
 
     Args:
       listener: from `listen`, for `host`.
+      step, param_dtype: as `load_run` takes them.
       slots: how many answers are computed at once, each of at most `capacity` tokens with its prompt.
       context: crop for no more of them than the model reads as it learned to, extend for up to max_seq_len.
       key: what clients must send; empty for none.
@@ -84,7 +86,7 @@ def serve(
     with listener:
         for number in SIGNALS:  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
-        run = load_run(checkpoint, step).prepared()
+        run = load_run(checkpoint, step, param_dtype=param_dtype).prepared()
         asked, most = capacity, run.config.max_seq_len
         capacity = min(asked, run.context_length if context == "crop" else most)
         engine = Engine(lambda: Batcher(run.config, run.params, slots=slots, capacity=capacity), limits.queue)

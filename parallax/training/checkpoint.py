@@ -157,14 +157,18 @@ class Checkpointer:
             self._folder.remove_unfinished()
         return self._restore(step, self._folder.newest_first, abstract_state, set_aside=self._is_writer)
 
-    def restore_params(self, abstract_params: Any, step: int | None = None) -> tuple[int, Any, Documents]:
+    def restore_params(
+        self, abstract_params: Any, step: int | None = None, *, as_saved: bool = False
+    ) -> tuple[int, Any, Documents]:
         """(step, params, documents) of the best intact checkpoint, or of `step`; no other array is read.
 
-        Raises ValueError if no checkpoint is intact, `step` is not there, or its params are not those asked for.
+        They are read straight into the dtypes of `abstract_params`, whatever they were saved in, or `as_saved`.
+
+        Raises ValueError if no checkpoint is intact, `step` is not there, or its params have other names or shapes.
         """
         self.wait()
         folder, wanted = self._folder, {"params": abstract_params}
-        found = self._restore(step, lambda: folder.best_first() or folder.newest_first(), wanted, part="params")
+        found = self._restore(step, lambda: folder.best_first() or folder.newest_first(), wanted, "params", as_saved)
         if found is None:
             raise folder.missing(None)
         return found.step, found.state["params"], found.documents
@@ -179,14 +183,20 @@ class Checkpointer:
         return self._documents(chosen)
 
     def _restore(
-        self, step: int | None, order: Callable[[], list[int]], abstract: Any, part: str = "", set_aside: bool = False
+        self,
+        step: int | None,
+        order: Callable[[], list[int]],
+        abstract: Any,
+        part: str = "",
+        as_saved: bool = False,
+        set_aside: bool = False,
     ) -> Restored | None:
         """`step`, or the first one in that order that is found intact when it is read; None where there is none."""
         refused: list[int] = []
         while (chosen := self._choose(step, order, refused, set_aside)) is not None:
             restored, damage = None, "another process read other contents than were saved"
             try:
-                restored = Restored(chosen, *self._read(chosen, abstract, part))
+                restored = Restored(chosen, *self._read(chosen, abstract, part, as_saved))
             except DamageError as error:
                 damage = str(error)
             if not _any(restored is None):
@@ -217,8 +227,8 @@ class Checkpointer:
             raise ValueError(f"no checkpoint in {self._folder.root} is intact; start again in another folder")
         return None if chosen == none_there else chosen
 
-    def _read(self, step: int, abstract: Any, part: str) -> tuple[Any, Documents]:
-        """The documents of an intact step and its arrays: all of them, or those of one part of the tree.
+    def _read(self, step: int, abstract: Any, part: str, as_saved: bool) -> tuple[Any, Documents]:
+        """The documents of an intact step and its arrays: all of them, or those of one part in any dtype.
 
         Raises DamageError if an array is not as it was saved, ValueError if it is none that was asked for.
         """
@@ -226,11 +236,13 @@ class Checkpointer:
         saved, wanted = read_manifest(folder)["arrays"], _signature(abstract)
         for name in sorted(saved.keys() | wanted.keys()):
             there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-            if there != here and (not part or name.split("/")[0] == part):
+            if part and (name.split("/")[0] != part or there.partition("[")[2] == here.partition("[")[2]):
+                continue
+            if there != here:
                 raise ValueError(
                     f"{name} is {there} in checkpoint {step} but {here} here; use the config saved with it"
                 )
-        return read_arrays(folder / "state", abstract), self._documents(step)
+        return read_arrays(folder / "state", abstract, as_saved), self._documents(step)
 
     def _documents(self, step: int) -> Documents:
         import orbax.checkpoint as ocp

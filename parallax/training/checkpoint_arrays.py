@@ -42,11 +42,12 @@ def array_handler() -> Any:
     return ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
 
 
-def read_arrays(folder: epath.Path, abstract: Any) -> Any:
+def read_arrays(folder: epath.Path, abstract: Any, as_saved: bool = False) -> Any:
     """A tree of the arrays in a folder that `array_handler` wrote. There may be others in it, which are not read.
 
     Args:
       abstract: the tree to fill, of jax.ShapeDtypeStruct with shardings; by default all on the first device.
+      as_saved: whether arrays keep the dtypes that they have there; else each piece that is read takes that asked for.
 
     Raises:
       DamageError: an array is missing, or has other contents than were hashed when they were written.
@@ -61,7 +62,10 @@ def read_arrays(folder: epath.Path, abstract: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         if hashes and name not in hashes:
             raise DamageError(f"{name.replace('.', '/')} has no hashes")
-        filled.append(fill(leaf, StoredArray(folder, name, context, hashes.get(name)).pieces))
+        stored = StoredArray(folder, name, context, hashes.get(name))
+        if as_saved:
+            leaf = jax.ShapeDtypeStruct(leaf.shape, stored.dtype, sharding=leaf.sharding)
+        filled.append(fill(leaf, stored.pieces))
     return structure.unflatten(filled)
 
 
@@ -94,8 +98,8 @@ class StoredArray:
         with self._errors():
             self._array: Any = ts.open(ts.Spec(spec), context=context, open=True, read=True).result()
         self._chunk: tuple[int, ...] = self._array.chunk_layout.read_chunk.shape or ()  # a scalar's is None
-        self._dtype = self._array.dtype.numpy_dtype
-        chunk_bytes = self._dtype.itemsize * math.prod(self._chunk)
+        self.dtype = self._array.dtype.numpy_dtype
+        chunk_bytes = self.dtype.itemsize * math.prod(self._chunk)
         plain = self._array.codec.to_json()["compressor"] is None
         self._is_cut = plain and bool(self._chunk) and (hashes is not None or chunk_bytes > PIECE_BYTES)
 
@@ -130,7 +134,7 @@ class StoredArray:
 
     def _reads_of_rows(self, key: str, origin: list[int], block: Bounds) -> Iterator[Read]:
         """The pieces of a chunk that a block has a part in."""
-        dim, step, row_bytes = cut(self._chunk, self._dtype.itemsize, self._piece_bytes)
+        dim, step, row_bytes = cut(self._chunk, self.dtype.itemsize, self._piece_bytes)
         size, behind = self._chunk[dim], self._chunk[dim + 1 :]
         groups = -(-size // step)
         first, last = block[dim].start - origin[dim], block[dim].stop - origin[dim]
@@ -161,7 +165,7 @@ class StoredArray:
         with self._errors():
             content = value.result().value
         self._compare(content, key, number)
-        return np.frombuffer(content, self._dtype).reshape(shape)[part]
+        return np.frombuffer(content, self.dtype).reshape(shape)[part]
 
     def _whole(self, value: Any, key: str) -> np.ndarray:
         """A chunk that is on its way, or a part of one that has no hashes."""

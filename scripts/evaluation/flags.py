@@ -1,7 +1,7 @@
 """The flags of evaluate.py."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -31,6 +31,9 @@ class Flags:
     """Windows at a time."""
     step: int | None = None
     """Which checkpoint; by default the best."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """What parameters are held in; by default as the checkpoint has them: float32 after training, an imported model's
+    own."""
     mesh: str = ""
     """Spread the model and the windows over a mesh such as data=8; by default one device."""
     json: str | None = None

@@ -35,7 +35,7 @@ def evaluate(flags: Flags) -> dict[str, Any]:
     window, stride = _sizes(flags, config, settings)
     strategy = place_model(config, flags.mesh, batch_size=flags.batch_size, seq_len=window)
     corpus = load_corpus(flags.dataset, flags.data_dir, notify=tell)
-    run = load_run(flags.checkpoint, flags.step, place=lambda _: strategy.abstract().params)
+    run = load_run(flags.checkpoint, flags.step, lambda _: strategy.abstract().params, flags.param_dtype)
     documents, size = _encode(corpus, run.tokenizer, only_held_out=flags.held_out)
     total = -(-count_windows([len(tokens) for tokens in documents], window, stride) // flags.batch_size)
     rows = windows(documents, window, stride)

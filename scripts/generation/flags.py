@@ -45,6 +45,9 @@ class Flags:
     """How many tokens the draft proposes at a time."""
     step: int | None = None
     """Which checkpoint; by default the best."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """What parameters are held in; by default as the checkpoint has them: float32 after training, an imported model's
+    own."""
     interactive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Read prompts from standard input, one a line."""
 

@@ -338,7 +338,7 @@ class Attempt:
 def _verdict(failure: Exception) -> tuple[int, str]:
     """The exit status for what ended a run, and a line that says it."""
     for error in (failure, failure.__cause__):  # of a save, a device that failed decides, and no disk
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if error is not None and isinstance(error, jax.errors.JaxRuntimeError):
             return explain(error)
     return FAILED if isinstance(failure, Diverged) else OUTSIDE_FAILURE, " ".join(str(failure).split())
 

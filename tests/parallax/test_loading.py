@@ -15,7 +15,7 @@ from parallax.model.transformer import TransformerLM
 from parallax.run_folder import load_run
 from parallelism.placement import on_mesh
 from scripts import generate
-from tests.parallax.interop.folders import SMALL, write_folder
+from tests.parallax.interop.folders import BFLOAT16, SMALL, random_tensors, write_folder
 from tests.parallax.serving.server import LETTERS, write_run
 
 
@@ -85,6 +85,38 @@ def test_a_hugging_face_folder_is_the_run_that_it_becomes(hugging_face, tmp_path
     jax.tree.map(np.testing.assert_array_equal, direct.params, imported.prepared().params)
 
 
+def test_an_imported_model_keeps_the_dtype_of_its_files(tmp_path):
+    """Whose values float32 holds exactly, so that nothing else changes."""
+    values = SMALL | {"num_hidden_layers": 2}
+    tensors = {name: tensor.astype(BFLOAT16) for name, tensor in random_tensors(values).items()}
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float32)
+    for name in ("layers.0.self_attn.k_proj", "layers.1.self_attn.k_proj", "layers.1.self_attn.q_proj"):
+        tensors[f"model.{name}.weight"] = tensors[f"model.{name}.weight"].astype(np.float16)
+    write_folder(tmp_path / "hf", values, tensors)
+    kept = parallax.load(tmp_path / "hf")
+    block = kept.params["blocks"][0]
+    assert kept.params["final_norm"]["scale"].dtype == np.float32
+    assert block["attention"]["query"].dtype == np.float32, "layers of two dtypes"
+    assert block["attention"]["key"].dtype == np.float16
+    assert block["mlp"]["up"].dtype == kept.params["embedding"]["table"].dtype == BFLOAT16
+    import_model(tmp_path / "hf", tmp_path / "run")
+    jax.tree.map(assert_same, parallax.load(tmp_path / "run").params, kept.params)
+    wide = parallax.load(tmp_path / "hf", param_dtype="float32")
+    jax.tree.map(lambda x, y: assert_same(x, y.astype(np.float32)), wide.params, kept.params)
+    import_model(tmp_path / "hf", tmp_path / "wide", param_dtype="float32")
+    jax.tree.map(assert_same, parallax.load(tmp_path / "wide").params, wide.params)
+    for options in ({"temperature": 0.0}, {"seed": 3}):
+        texts = {model.generate("To be", max_tokens=20, **options) for model in (kept, wide)}
+        assert len(texts) == 1
+    narrow = parallax.load(tmp_path / "run", param_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow.params)} == {BFLOAT16}
+
+
+def assert_same(left, right):
+    assert left.dtype == right.dtype
+    np.testing.assert_array_equal(left, right)
+
+
 def test_a_mesh_and_a_dtype_leave_the_text(run, model):
     spread = parallax.load(run, mesh=on_mesh("fsdp=8"))
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(spread.params))
@@ -109,6 +141,8 @@ def test_what_cannot_be_meant_is_refused(model, hugging_face, tmp_path, refused)
         parallax.load(tmp_path / "nothing")
     with refused("dtype='float16'", "is not one of"):
         parallax.load(hugging_face, dtype="float16")
+    with refused("param_dtype='float16'", "is not one of", "try bfloat16"):
+        parallax.load(hugging_face, param_dtype="float16")
     with pytest.raises(TypeError, match="temprature"):
         model.generate("Hello", temprature=1)
 

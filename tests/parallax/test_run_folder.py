@@ -3,9 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parallax import filling
 from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.transformer import init_params
 from parallax.run_folder import context_length, load_run, trained_length
@@ -49,6 +51,28 @@ def test_the_best_checkpoint_or_the_one_asked_for_is_read_and_nothing_changed(fo
     assert contents() == before
     with pytest.raises(ValueError, match=r"checkpoint 15 is asked for, but .* has steps 10, 20, 30; name another"):
         load_run(folder, 15)
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16"])
+@pytest.mark.parametrize("asked", [None, "float32", "bfloat16"])
+def test_parameters_are_made_in_the_dtype_in_which_they_are_held(folder, monkeypatch, saved, asked):
+    rng, made = np.random.default_rng(0), []
+    drawn = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), saved), params(0))
+    checkpoints = Checkpointer(folder / "checkpoints", keep=1)
+    checkpoints.save(1, {"params": drawn}, {"progress": {}})
+    checkpoints.close()
+    fill_shard = filling._fill_shard
+    monkeypatch.setattr(filling, "_fill_shard", lambda *args: made.append(str(args[1])) or fill_shard(*args))
+    run = load_run(folder, param_dtype=asked)
+    held = asked or saved
+    assert set(made) == {held}, "no array of another dtype was on a device"
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(held)), run.params, drawn)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(run.prepared().params)} == {held}
+
+
+def test_a_dtype_that_holds_no_parameters_is_refused(folder, refused):
+    with refused("param_dtype='int8' is not one of float32, bfloat16; try bfloat16"):
+        load_run(folder, param_dtype="int8")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import CharTokenizer
 from parallax.tokenizers.registry import train_tokenizer
 from scripts import convert, generate, train
-from tests.parallax.interop.folders import SMALL, random_tensors, write_folder
+from tests.parallax.interop.folders import BFLOAT16, SMALL, random_tensors, write_folder
 from tests.parallax.interop.tokenizers import TEXT, byte_level
 from tests.scripts.cases import read_cases
 from tests.scripts.untrained import one_layer, write_untrained
@@ -75,6 +75,19 @@ def test_in_and_out_again(converted, tmp_path):
     settings = json.loads((tmp_path / "back/tokenizer_config.json").read_text())
     assert (settings["bos_token"], settings["eos_token"]) == ("<|begin_of_text|>", "<|end_of_text|>")
     converted("import", "back", "again")
+
+
+@pytest.mark.parametrize(("flags", "held"), [((), "bfloat16"), (("--param-dtype", "float32"), "float32")], ids=str)
+def test_a_model_comes_in_as_it_is_or_as_asked_for(converted, tmp_path, flags, held):
+    tensors = random_tensors(SMALL, dtype=BFLOAT16)
+    write_folder(tmp_path / "narrow", tensors=tensors)
+    converted("import", "narrow", "run", *flags)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_run("run").params)} == {held}
+    for dtype in ("float32", "bfloat16"):
+        converted("export", "run", f"back-{dtype}", "--dtype", dtype)
+        for name, tensor in tensors_of(tmp_path / f"back-{dtype}").items():
+            assert tensor.dtype == dtype
+            np.testing.assert_array_equal(tensor, tensors[name].astype(dtype))
 
 
 def test_what_no_architecture_computes_is_refused_before_parameters_are_read(converted, refuses, tmp_path):

@@ -34,9 +34,9 @@ def score(call, tmp_path):
     return score
 
 
-def nats(tokens, window, stride):
+def nats(tokens, window, stride, **options):
     """Token by token, each with the context of its window and nothing more."""
-    total, run = 0.0, load_run("run")
+    total, run = 0.0, load_run("run", **options)
     model = jax.jit(lambda ids: TransformerLM.from_params(run.config, run.params)(ids)[0])
     for target in range(1, len(tokens)):
         number = max(0, -(-(target - window) // stride))  # of the first window that reaches it
@@ -46,6 +46,13 @@ def nats(tokens, window, stride):
         logits = model(context)[0, target - start - 1]
         total += float(jax.nn.logsumexp(logits) - logits[tokens[target]])
     return total
+
+
+def test_parameters_may_be_held_in_bfloat16(score):
+    _, result = score("--param-dtype", "bfloat16", "--stride", "24")
+    expected = nats(ByteTokenizer().encode(TEXT), 24, 24, param_dtype="bfloat16")
+    assert result["nats"] == pytest.approx(expected, rel=1e-5)  # sums in float32
+    assert result["nats"] != pytest.approx(score("--stride", "24")[1]["nats"], rel=2e-5)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(24, 12), (24, 24), (8, 3)])

@@ -102,6 +102,16 @@ def test_a_text_longer_than_training_says_once_what_happens_to_it(write, expecte
     assert not any("context" in line for line in write("--prompt", "ab", "--max-tokens", "126")[2])
 
 
+@pytest.mark.parametrize(("flags", "dtype"), [((), "float32"), (("--param-dtype", "bfloat16"), "bfloat16")], ids=str)
+def test_parameters_are_held_as_asked_for(folder, write, monkeypatch, flags, dtype):
+    held = []
+    monkeypatch.setattr(Writer, "stream", lambda self, flags: held.append(self._params))
+    assert write("--prompt", "ab", "--draft", folder, *flags)[0] == 0
+    ((target, draft),) = held
+    for params in (target, draft):
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {dtype}
+
+
 def test_a_sample_of_several_is_the_one_of_its_seed(write):
     flags = ["--prompt", "ab", "--max-tokens", "20", "--top-k", "9", "--repetition-penalty", "1.2", "--stop", "é"]
     alone = [write(*flags, "--seed", str(seed))[1] for seed in (5, 6, 7)]

@@ -12,7 +12,7 @@ from parallax.inference.batching import Batcher
 from parallax.model.transformer import param_axes
 from parallelism.mesh import MeshPlacement
 from parallelism.rules import RULE_SETS
-from tests.parallax.inference.models import CONFIG, by_generator, completion, draw_params
+from tests.parallax.inference.models import CONFIG, by_generator, completion, draw_params, prompt
 
 SLOTS, CAPACITY = 4, 64
 MESHES = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
@@ -59,12 +59,13 @@ def test_a_mesh_gives_the_tokens_of_one_device_and_compiles_nothing_more(sizes, 
 
 def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
     batcher = make_batcher({"data": 4, "tensor": 2})
+    batcher._make_room(CAPACITY)
     cache = batcher._slots.cache
     N, B, G, S, K = cache.keys.shape
     share = (N, B // 4, G // 2, S, K)
     for x in (cache.keys, cache.values):
         assert {shard.data.shape for shard in x.addressable_shards} == {share}
-    program = batcher._step.lower(batcher.params, batcher._slots, np.ones(SLOTS, bool), 32).compile().as_text()
+    program = batcher._step.lower(batcher.params, batcher._slots, np.ones(SLOTS, bool)).compile().as_text()
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
     sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
     assert max(sizes, default=0) < math.prod(share[1:]), "less than one layer of a device's share"
@@ -73,11 +74,18 @@ def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
 
 def test_filling_a_slot_sends_no_more_than_the_prompt():
     batcher = make_batcher({"data": 4, "tensor": 2})
-    arguments = np.int32(1), completion(0).prompt_arrays(CAPACITY), np.bool_(False)
-    program = batcher._fill.lower(batcher.params, batcher._slots, *arguments).compile().as_text()
-    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
-    sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
-    assert max(sizes, default=0) < math.prod(batcher._slots.cache.keys.shape) // SLOTS
+    batcher._make_room(CAPACITY)
+    arguments = completion(0, prompt=prompt(CAPACITY)).prompt_arrays(CAPACITY), np.bool_(False)
+    row, *_ = batcher._fill(batcher.params, *arguments)
+    for lowered in (
+        batcher._fill.lower(batcher.params, *arguments),
+        batcher._insert.lower(batcher._slots, np.int32(1), row),
+        batcher._resize.lower(batcher._slots.cache, CAPACITY // 2),
+    ):
+        program = lowered.compile().as_text()
+        moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", program)
+        sizes = [math.prod(map(int, shape.split(","))) for shape in moved if shape]
+        assert max(sizes, default=0) < math.prod(batcher._slots.cache.keys.shape) // SLOTS
 
 
 def test_slots_that_devices_cannot_share_are_refused():

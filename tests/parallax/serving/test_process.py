@@ -16,20 +16,7 @@ from scripts import serve
 from tests.parallax.serving.server import SERVE, Served, eventually, serving
 
 KEY = "a-long-secret"
-CRASH = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-from parallax.inference.batching import Batcher
-from scripts import serve
-step, calls = Batcher.step, iter(range(9))
-def crash(self):
-    tokens = step(self)
-    if tokens and next(calls) == 2:
-        raise MemoryError("no memory left on the device")
-    return tokens
-Batcher.step = crash
-sys.exit(serve.main())
-"""
+FAILING = ("-m", "tests.parallax.serving.failing")
 
 
 @pytest.fixture
@@ -75,6 +62,15 @@ def test_bad_flags(refuse, small_run, flags, words):
 
 def test_no_run(refuse, tmp_path):
     assert "config.json" in refuse("--checkpoint", str(tmp_path), "--port", "0")
+
+
+def test_the_dtype_of_parameters_arrives(refuse, small_run, monkeypatch):
+    def load_run(checkpoint, step, *, param_dtype):
+        raise ValueError(f"{param_dtype} of {checkpoint} at {step}")
+
+    monkeypatch.setattr(process, "load_run", load_run)
+    flags = ("--checkpoint", str(small_run), "--port", "0", "--param-dtype", "bfloat16")
+    assert f"bfloat16 of {small_run} at None" in refuse(*flags)
 
 
 def test_a_port_in_use(refuse, small_run):
@@ -128,16 +124,31 @@ def test_a_signal_ends_it_while_it_starts(small_run):
     assert (process.returncode, out, "Traceback" in err) == (0, "", False)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_crash_of_the_engine_ends_the_server(small_run, stream):
-    server = Served(small_run, program=("-c", CRASH, str(SERVE.parents[1])))
-    with pytest.raises(openai.APIError, match="engine failed"):
-        for _ in server.complete("a", max_tokens=90, n=4, stream=stream):
+def test_an_error_of_the_device_ends_the_answers_under_way_and_the_server_goes_on(small_run, tmp_path):
+    server, gate = Served(small_run, program=(*FAILING, str(tmp_path / "gate"))), tmp_path / "gate"
+    assert server.http.get("/healthz").json()["status"] == "ok"
+    with pytest.raises(openai.APIError, match="the step that computed this answer failed"):
+        for _ in server.complete("a", max_tokens=90, n=4, stream=True):
             pass
+    health = server.http.get("/healthz")
+    assert (health.status_code, health.json()["status"]) == (503, "degraded")
+    gate.touch()
+    assert len(server.complete("a", max_tokens=9, n=4).choices) == 4
+    health = server.http.get("/healthz")
+    assert (health.status_code, health.json()["status"]) == (200, "ok")
+    assert eventually(server.is_idle)
+    status, words = server.end()
+    assert (status, words.count("JaxRuntimeError: RESOURCE_EXHAUSTED")) == (0, 1)
+
+
+def test_a_device_that_stays_away_ends_the_server(small_run):
+    server = Served(small_run, program=(*FAILING, "-"))
+    failed = server.post(prompt="a", max_tokens=90, n=4)
+    assert (failed.status_code, failed.json()["error"]["code"]) == (500, "step_failed")
     server.process.wait(timeout=20)
     status, words = server.end()
     assert status == 1
-    assert "no memory left on the device" in words
+    assert "the device is gone" in words
     assert words.splitlines()[-1].startswith("error: the engine failed")
 
 

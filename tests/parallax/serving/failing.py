@@ -1,0 +1,63 @@
+"""A device that fails: a Batcher whose slots are gone after an error, as those are that a failed call was given.
+
+Run as a program it is serve.py with such a Batcher: `python -m tests.parallax.serving.failing GATE --checkpoint …`. The
+slots are made again once the file GATE is there; without one (`-`) that fails too.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from parallax.inference.batching import Batcher
+from parallax.serving import engine, process
+from scripts import serve
+
+
+class FailingBatcher(Batcher):
+    """It fails once, where its last slot is taken: in `admit`, or in the step after it."""
+
+    fails_in = "step"
+    broken = 0
+    """How many attempts to make the slots again fail."""
+
+    def admit(self, ticket, request):
+        self._fail_if("admit", self.free == 1)
+        return super().admit(ticket, request)
+
+    def step(self):
+        self._fail_if("step", self.free == 0)
+        return super().step()
+
+    def rebuild(self):
+        self.broken -= 1
+        if self.broken >= 0:
+            raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+        super().rebuild()
+
+    def _fail_if(self, place, now):
+        if now and place == self.fails_in:
+            self.fails_in = ""
+            for x in jax.tree.leaves(self._slots):
+                x.delete()
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8589934592 bytes.")
+
+
+class GatedBatcher(FailingBatcher):
+    """One that is whole again once there is a file."""
+
+    gate = Path(sys.argv[1] if len(sys.argv) > 1 else "-")
+
+    def rebuild(self):
+        self.broken = int(self.gate.name == "-")
+        while not self.broken and not self.gate.exists():
+            time.sleep(0.01)
+        super().rebuild()
+
+
+if __name__ == "__main__":
+    del sys.argv[1]
+    engine.PAUSES = (0.0, 0.0)
+    process.Batcher = GatedBatcher
+    sys.exit(serve.main())
