@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data.records import TokenRecords
+from data.store import TokenStore, is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -23,23 +24,27 @@ OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run learns from: `documents` of text or `records` of tokens, one of the two.
+    """What a run learns from: `documents` of text, `records` of tokens, or a `store` of them, one of the three.
 
     Attributes:
         name: short, fit for the name of a run folder.
         edition: one line that says what the text is and where it came from.
-        documents: the texts, a single one for a single file; empty for records.
+        documents: the texts, a single one for a single file; empty for the others.
         records: token documents with the tokenizer that made them, or None.
+        store: a token store, or None.
     """
 
     name: str
     edition: str
     documents: tuple[str, ...] = field(default=(), repr=False)
     records: TokenRecords | None = None
+    store: TokenStore | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """Of all documents, each with its length in bytes before it."""
+        """Of all documents, each with its length in bytes before it; of a store what its manifest says."""
+        if self.store is not None:
+            return self.store.sha256
         digest = hashlib.sha256()
         for document in self.documents if self.records is None else self.records:
             piece = document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
@@ -53,7 +58,7 @@ def load_corpus(
     *,
     notify: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Corpus:
-    """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md) or ArrayRecord token files.
+    """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md), ArrayRecord files or a token store.
 
     A folder with record files in it is read as records, any other as text, with all its subfolders. The
     records' `tokenizer.json` stands beside them.
@@ -90,6 +95,8 @@ def _load_file(path: Path) -> Corpus:
 
 
 def _load_folder(folder: Path) -> Corpus:
+    if is_store(folder):
+        return _load_store(folder)
     records = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in RECORD_SUFFIXES)
     if records:
         return _load_records(folder, records)
@@ -100,6 +107,12 @@ def _load_folder(folder: Path) -> Corpus:
     files.sort(key=lambda path: path.relative_to(folder).as_posix())
     edition = f"folder {folder}, text files: {len(files)}"
     return Corpus(_short_name(folder.resolve().name), edition, tuple(_read_text(path) for path in files))
+
+
+def _load_store(folder: Path) -> Corpus:
+    store = open_store(folder)
+    edition = f"store {folder}: {store.manifest['documents']:,} documents, {store.manifest['tokens']:,} tokens"
+    return Corpus(_short_name(folder.resolve().stem), edition, store=store)
 
 
 def _load_records(path: Path, files: list[Path]) -> Corpus:

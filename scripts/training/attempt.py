@@ -34,6 +34,7 @@ from parallelism import sentinel
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
 from parallelism.hosts import fetch
 from parallelism.planning.hardware import peak_flops
+from scripts.training.choices import choose_eval_tokens
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
@@ -197,12 +198,14 @@ class Attempt:
         sentinel.check(step, trees, facts, stacked=strategy.is_stacked)
 
     def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float:
-        """Mean cross-entropy over every held-out target, in nats a token."""
+        """Mean cross-entropy over the held-out targets, in nats a token."""
         job, settings = self._job, self._job.flags.train
         # Whole training batches, so that the rows can be dealt; several at once where they are small.
         size = settings.batch_size * max(1, EVALUATED_TOKENS // (settings.batch_size * settings.seq_len))
         params = job.strategy.canonical(state).params
-        batches = evaluation_batches(job.held_out, batch_size=size, rows=job.strategy.rows(size))
+        most = choose_eval_tokens(job.flags, of_store=job.corpus.store is not None)
+        rows = job.strategy.rows(size)
+        batches = evaluation_batches(job.held_out, batch_size=size, rows=rows, most_tokens=most)
         # One at a time: simulated devices may lock up when many programs with collectives are queued.
         results = [jax.device_get(evaluate(params, batch)) for batch in batches]
         return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)

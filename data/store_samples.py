@@ -1,0 +1,82 @@
+"""The samples of a token store: windows of one side, each once an epoch.
+
+Invariant: which windows global batch k holds is a function of the store, the seed and k alone, and takes the same time
+for a store of any size: nothing is listed, shuffled or read ahead.
+"""
+
+import numpy as np
+
+from data.samples import Batch, spread
+from data.store import TokenSide
+
+ROUNDS = 8
+
+
+class StoreWindows:
+    """Windows of consecutive tokens; a sample id is a window's number. Each epoch has its own order of them.
+
+    Window w holds the targets w·T + 1 to w·T + T, so that each token but the first is a target once; the last window
+    may have fewer. Documents follow each other, an end-of-text id between them.
+    """
+
+    def __init__(self, tokens: TokenSide, seq_len: int, what: str) -> None:
+        """Raises ValueError where there is no whole window; `what` names the tokens in it."""
+        if len(tokens) <= seq_len:
+            rule = f"{what} has {len(tokens)} tokens but seq_len={seq_len} needs at least {seq_len + 1}"
+            raise ValueError(f"{rule}; use a shorter --seq-len, or prepare more documents or a larger --held-out")
+        self.tokens, self.seq_len = tokens, seq_len
+        self.num_targets = len(tokens) - 1
+        self.num_windows = -(-self.num_targets // seq_len)
+
+    def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
+        epochs, places = np.divmod(np.arange(k * batch_size, (k + 1) * batch_size), self.num_windows)
+        parts = [
+            shuffled(places[epochs == epoch], self.num_windows, seed, epoch) for epoch in np.unique(epochs).tolist()
+        ]
+        return np.concatenate(parts)
+
+    def all_ids(self, most: int | None = None) -> np.ndarray:
+        return spread(self.num_windows, most)
+
+    def gather(self, sample_ids: np.ndarray) -> Batch:
+        shape = (len(sample_ids), self.seq_len)
+        inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        for row, window in enumerate(sample_ids.tolist()):
+            if window >= 0:
+                start = window * self.seq_len
+                tokens = self.tokens.read(start, min(start + self.seq_len, self.num_targets) + 1)
+                inputs[row, : len(tokens) - 1] = tokens[:-1]
+                targets[row, : len(tokens) - 1] = tokens[1:]
+        # The lower bits tell rows of a batch apart, and the arrays of a batch are int32.
+        low = np.where(sample_ids < 0, -1, sample_ids & 0x7FFFFFFF)
+        return {"inputs": inputs, "targets": targets, "sample_ids": low.astype(np.int32)}
+
+
+def shuffled(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
+    """Where places of [0, size) go in a permutation of it that is never written down, int64.
+
+    A Feistel network permutes the next power of four, and is followed until it is back in the range (Black and Rogaway
+    2002, "Ciphers with arbitrary finite domains"). Grain's index_shuffle ends at 2^32.
+    """
+    half = max(1, -(-(size - 1).bit_length() // 2))
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    found = _feistel(places.astype(np.uint64), half, keys)
+    while len(outside := np.flatnonzero(found >= size)):
+        found[outside] = _feistel(found[outside], half, keys)
+    return found.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    """Permutes numbers of 2·half bits."""
+    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> bits, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mixed(right ^ key) & mask)
+    return left << bits | right
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64 (Steele et al. 2014): each bit of the result depends on all bits."""
+    values = (values ^ values >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ values >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return values ^ values >> np.uint64(31)

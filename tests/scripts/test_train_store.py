@@ -1,0 +1,76 @@
+"""train.py on a store: the same curve on every layout and when it is resumed, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+
+from data.pipeline import evaluation_batches
+from data.preparation import Preparation, Settings
+from data.sources import find_sources
+from data.store import open_store
+from parallax.tokenizers.plain import ByteTokenizer
+from scripts import evaluate, prepare, train
+from scripts.training import attempt
+from tests.data.stores import texts, write_jsonl
+from tests.scripts.runs import SHORT, SMALL
+
+FLAGS = ["--dataset", "web.store", *SMALL, *SHORT]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A store, made once."""
+    folder = tmp_path_factory.mktemp("made")
+    path = write_jsonl(folder / "a.jsonl", texts(80))
+    Preparation(folder / "web.store", find_sources([str(path)]), Settings(held_out=0.2), "byte").run(ByteTokenizer())
+    return folder / "web.store"
+
+
+@pytest.fixture(autouse=True)
+def store(made, tmp_path):
+    return open_store(shutil.copytree(made, tmp_path / "web.store"))
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row.get("loss", 0.0), row.get("eval_loss", 0.0)) for row in rows]
+
+
+def test_one_curve_on_another_layout_and_when_resumed(call, tmp_path, store, monkeypatch):
+    bounds = []
+
+    def watched(*args, most_tokens, **keywords):
+        bounds.append(most_tokens)
+        return evaluation_batches(*args, most_tokens=most_tokens, **keywords)
+
+    monkeypatch.setattr(attempt, "evaluation_batches", watched)
+    status, _, err = call(train, *FLAGS, "--checkpoint-interval", "6", "--output-dir", "alone")
+    assert status == 0, err
+    assert f"dataset store web.store: 80 documents, {store.manifest['tokens']:,} tokens" in err
+    assert json.loads((tmp_path / "alone/config.json").read_text())["corpus"]["sha256"] == store.sha256
+    assert bounds == [6 * 6 * 16 * 16 // 100] * 2  # 2% of the time of 6 steps of 16 × 16 tokens
+    shutil.copytree(tmp_path / "alone", tmp_path / "other")
+    shutil.rmtree(tmp_path / "other/checkpoints/12")
+    status, _, err = call(train, "--resume", "--strategy", "pmap", "--output-dir", "other")
+    assert status == 0, err
+    assert "\nresume    from step 6" in err
+    for one, two in zip(losses(tmp_path / "alone"), losses(tmp_path / "other"), strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
+
+
+def test_refusals(refuses, call, tmp_path):
+    refuses(train, [*FLAGS, "--tokenizer", "char"], "--tokenizer char does not go with a store")
+    refuses(train, [*FLAGS, "--eval-tokens", "0"], "--eval-tokens 0 must be at least 1")
+    refuses(train, [*FLAGS, "--seq-len", "4000"], "held-out side of web.store has", "--held-out")
+    assert call(train, *FLAGS, "--steps", "1", "--output-dir", "run")[0] == 0
+    refuses(evaluate, ["--checkpoint", "run", "--dataset", "web.store"], "holds no text to count the bytes of")
+    path = write_jsonl(tmp_path / "b.jsonl", texts(80, seed=2))
+    shutil.rmtree(tmp_path / "web.store")
+    status, _, err = call(
+        prepare, path, "--output", "web.store", "--tokenizer", "byte", "--held-out", "0.2", "--workers", "1"
+    )
+    assert status == 0, err
+    refuses(train, ["--resume", "--output-dir", "run", "--steps", "2"], "is not the text that run was trained on")
+    (tmp_path / "web.store/manifest.json").unlink()
+    refuses(train, FLAGS, "store web.store must hold a manifest.json and holds none; prepare it again")
