@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data.mixture import Stores, load_stores
 from data.records import TokenRecords
-from data.store import TokenStore, is_store, open_store
+from data.store import is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -24,27 +25,27 @@ OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run learns from: `documents` of text, `records` of tokens, or a `store` of them, one of the three.
+    """What a run learns from: `documents` of text, `records` of tokens, or `stores` of them, one of the three.
 
     Attributes:
         name: short, fit for the name of a run folder.
         edition: one line that says what the text is and where it came from.
         documents: the texts, a single one for a single file; empty for the others.
         records: token documents with the tokenizer that made them, or None.
-        store: a token store, or None.
+        stores: token stores, or None.
     """
 
     name: str
     edition: str
     documents: tuple[str, ...] = field(default=(), repr=False)
     records: TokenRecords | None = None
-    store: TokenStore | None = None
+    stores: Stores | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """Of all documents, each with its length in bytes before it; of a store what its manifest says."""
-        if self.store is not None:
-            return self.store.sha256
+        """Of all documents, each with its length in bytes before it; of stores what their manifests say."""
+        if self.stores is not None:
+            return self.stores.sha256
         digest = hashlib.sha256()
         for document in self.documents if self.records is None else self.records:
             piece = document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
@@ -58,7 +59,7 @@ def load_corpus(
     *,
     notify: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Corpus:
-    """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md), ArrayRecord files or a token store.
+    """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md), ArrayRecord files or token stores.
 
     A folder with record files in it is read as records, any other as text, with all its subfolders. The
     records' `tokenizer.json` stands beside them.
@@ -74,7 +75,11 @@ def load_corpus(
     if name_or_path == "tiny_shakespeare":
         text, title = load_tiny_shakespeare(data_dir, notify)
         return Corpus("tiny_shakespeare", title, (text,))
-    path = Path(name_or_path).expanduser()
+    path, stores = Path(name_or_path).expanduser(), load_stores(name_or_path)
+    if stores is not None:
+        corpus = _of_stores(stores, "+".join(Path(name).stem for name in stores.names))
+        notify(f"dataset {corpus.edition}")
+        return corpus
     if not path.exists():
         rule = f"dataset {name_or_path!r} must be tiny_shakespeare or a path that exists"
         raise ValueError(f"{rule}; check the spelling")
@@ -96,7 +101,7 @@ def _load_file(path: Path) -> Corpus:
 
 def _load_folder(folder: Path) -> Corpus:
     if is_store(folder):
-        return _load_store(folder)
+        return _of_stores(Stores((open_store(folder),)), folder.resolve().stem)
     records = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in RECORD_SUFFIXES)
     if records:
         return _load_records(folder, records)
@@ -109,10 +114,9 @@ def _load_folder(folder: Path) -> Corpus:
     return Corpus(_short_name(folder.resolve().name), edition, tuple(_read_text(path) for path in files))
 
 
-def _load_store(folder: Path) -> Corpus:
-    store = open_store(folder)
-    edition = f"store {folder}: {store.manifest['documents']:,} documents, {store.manifest['tokens']:,} tokens"
-    return Corpus(_short_name(folder.resolve().stem), edition, store=store)
+def _of_stores(stores: Stores, name: str) -> Corpus:
+    documents, tokens = (sum(store.manifest[what] for store in stores.stores) for what in ("documents", "tokens"))
+    return Corpus(_short_name(name), f"{stores.title}: {documents:,} documents, {tokens:,} tokens", stores=stores)
 
 
 def _load_records(path: Path, files: list[Path]) -> Corpus:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from data.corpus import Corpus
+from data.mixture import Stores
 from data.packing import pack
 from data.samples import Batch, PackedDocuments, Samples, Windows
-from data.store import TokenStore
-from data.store_samples import StoreWindows
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer, train_tokenizer
 
@@ -26,11 +25,11 @@ def tokenizer_for(corpus: Corpus, spec: str | None = None) -> Tokenizer:
 
     Raises ValueError if the spec is unknown, or is given where the tokens are made already.
     """
-    tokens = corpus.records if corpus.store is None else corpus.store
+    tokens = corpus.records if corpus.stores is None else corpus.stores
     if tokens is None:
         return train_tokenizer(spec or "char", corpus.documents)
     if spec is not None:
-        kind = "token records" if corpus.store is None else "a store"
+        kind = "token records" if corpus.stores is None else "a store"
         raise ValueError(f"--tokenizer {spec} does not go with {kind}, which carry their own; leave it out")
     return load_tokenizer(tokens.tokenizer_path)
 
@@ -50,8 +49,8 @@ def prepare(
         raise ValueError(f"seq_len={seq_len} must be at least 1; try 256")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction={held_out_fraction} must be at least 0 and less than 1; try 0.1")
-    if corpus.store is not None:
-        return _prepare_store(corpus.store, tokenizer, seq_len)
+    if corpus.stores is not None:
+        return _prepare_stores(corpus.stores, tokenizer, seq_len)
     if len(corpus.records or corpus.documents) > 1:
         return _prepare_documents(corpus, tokenizer, seq_len, held_out_fraction)
     return _prepare_text(corpus, tokenizer, seq_len, held_out_fraction)
@@ -111,13 +110,12 @@ def _prepare_text(
     return windows(whole[:cut], "training text"), windows(whole[cut:], "held-out text")
 
 
-def _prepare_store(store: TokenStore, tokenizer: Tokenizer, seq_len: int) -> tuple[Samples, Samples]:
-    if tokenizer.to_json() != load_tokenizer(store.tokenizer_path).to_json():
-        made = store.manifest["tokenizer"]["name"]
-        rule = f"store {store.folder} holds tokens of another tokenizer ({made}) than the run's ({tokenizer.name})"
+def _prepare_stores(stores: Stores, tokenizer: Tokenizer, seq_len: int) -> tuple[Samples, Samples]:
+    if tokenizer.to_json() != load_tokenizer(stores.tokenizer_path).to_json():
+        made = stores.stores[0].manifest["tokenizer"]["name"]
+        rule = f"store {stores.names[0]} holds tokens of another tokenizer ({made}) than the run's ({tokenizer.name})"
         raise ValueError(f"{rule}; prepare one with --tokenizer and the folder of the run")
-    train = StoreWindows(store.train, seq_len, f"the training side of {store.folder}")
-    return train, StoreWindows(store.held_out, seq_len, f"the held-out side of {store.folder}")
+    return stores.samples(seq_len)
 
 
 def _prepare_documents(

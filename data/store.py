@@ -101,12 +101,25 @@ class TokenSide:
             start, shard = min(stop, end), shard + 1
         return np.concatenate(pieces).astype(np.int32)
 
-    def document_at(self, position: int) -> Document:
-        """The document that a token belongs to."""
-        shard = self._shard(position)
-        table = self._table(shard)
-        row = int(np.searchsorted(table["start"], position - self._starts[shard], "right")) - 1
-        return self._document(shard, table, row)
+    def documents_in(self, start: int, stop: int) -> Iterator[tuple[int, Document]]:
+        """The documents with a token from start to stop - 1, each with the position of its first token."""
+        while start < stop:
+            shard = self._shard(start)
+            table, before = self._table(shard), int(self._starts[shard])
+            row = int(np.searchsorted(table["start"], start - before, "right")) - 1
+            document, first = self._document(shard, table, row), before + int(table[row]["start"])
+            yield first, document
+            start = first + document.tokens
+
+    def find(self, path: str, line: int) -> Iterator[tuple[int, Document]]:
+        """The documents from that line of that source, each with the position of its first token; reads all tables."""
+        sources = [place for place, source in enumerate(self._sources) if source["path"] == path]
+        for shard, count in enumerate(self._documents if sources else ()):
+            if not count:
+                continue
+            table = self._table(shard)
+            for row in np.flatnonzero((table["line"] == line) & np.isin(table["source"], sources)).tolist():
+                yield int(self._starts[shard]) + int(table[row]["start"]), self._document(shard, table, row)
 
     def documents(self) -> Iterator[tuple[Document, np.ndarray]]:
         """Each document with its tokens, in order."""

@@ -4,6 +4,8 @@ Invariant: which windows global batch k holds is a function of the store, the se
 for a store of any size: nothing is listed, shuffled or read ahead.
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from data.samples import Batch, spread
@@ -29,11 +31,33 @@ class StoreWindows:
         self.num_windows = -(-self.num_targets // seq_len)
 
     def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
-        epochs, places = np.divmod(np.arange(k * batch_size, (k + 1) * batch_size), self.num_windows)
-        parts = [
-            shuffled(places[epochs == epoch], self.num_windows, seed, epoch) for epoch in np.unique(epochs).tolist()
-        ]
-        return np.concatenate(parts)
+        return self.ordered(np.arange(k * batch_size, (k + 1) * batch_size), seed)
+
+    def ordered(self, numbers: np.ndarray, seed: int) -> np.ndarray:
+        """The windows that a run sees as its samples of these numbers, counted from 0 over all epochs, int64."""
+        epochs, places = np.divmod(numbers, self.num_windows)
+        windows = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            windows[here] = shuffled(places[here], self.num_windows, seed, epoch)
+        return windows
+
+    def when(self, window: int, seed: int, count: int) -> list[int]:
+        """At which of the first `count` numbers of `ordered` a window comes."""
+        size, found = self.num_windows, []
+        for epoch in range(-(-count // size)):
+            found.append(epoch * size + int(unshuffled(np.array([window]), size, seed, epoch)[0]))
+        return [number for number in found if number < count]
+
+    def span(self, window: int) -> tuple[int, int]:
+        """The first token that a window shows, as input or target, and the one behind the last."""
+        start = window * self.seq_len
+        return start, min(start + self.seq_len, self.num_targets) + 1
+
+    def windows_of(self, start: int, stop: int) -> range:
+        """The windows that show a token from start to stop - 1."""
+        first = max(0, -(-start // self.seq_len) - 1)
+        return range(first, min((stop - 1) // self.seq_len + 1, self.num_windows))
 
     def all_ids(self, most: int | None = None) -> np.ndarray:
         return spread(self.num_windows, most)
@@ -43,8 +67,7 @@ class StoreWindows:
         inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         for row, window in enumerate(sample_ids.tolist()):
             if window >= 0:
-                start = window * self.seq_len
-                tokens = self.tokens.read(start, min(start + self.seq_len, self.num_targets) + 1)
+                tokens = self.tokens.read(*self.span(window))
                 inputs[row, : len(tokens) - 1] = tokens[:-1]
                 targets[row, : len(tokens) - 1] = tokens[1:]
         # The lower bits tell rows of a batch apart, and the arrays of a batch are int32.
@@ -52,17 +75,26 @@ class StoreWindows:
         return {"inputs": inputs, "targets": targets, "sample_ids": low.astype(np.int32)}
 
 
-def shuffled(places: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Where places of [0, size) go in a permutation of it that is never written down, int64.
+def shuffled(places: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """Where places of [0, size) go in the permutation of a key, which is never written down, int64.
 
     A Feistel network permutes the next power of four, and is followed until it is back in the range (Black and Rogaway
     2002, "Ciphers with arbitrary finite domains"). Grain's index_shuffle ends at 2^32.
     """
+    return _walked(_feistel, places, size, key)
+
+
+def unshuffled(values: np.ndarray, size: int, *key: int) -> np.ndarray:
+    """The places that `shuffled` takes to these values, int64."""
+    return _walked(_inverse_feistel, values, size, key)
+
+
+def _walked(permute: Callable, values: np.ndarray, size: int, key: Sequence[int]) -> np.ndarray:
     half = max(1, -(-(size - 1).bit_length() // 2))
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
-    found = _feistel(places.astype(np.uint64), half, keys)
+    keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
+    found = permute(values.astype(np.uint64), half, keys)
     while len(outside := np.flatnonzero(found >= size)):
-        found[outside] = _feistel(found[outside], half, keys)
+        found[outside] = permute(found[outside], half, keys)
     return found.astype(np.int64)
 
 
@@ -72,6 +104,14 @@ def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     left, right = values >> bits, values & mask
     for key in keys:
         left, right = right, left ^ (_mixed(right ^ key) & mask)
+    return left << bits | right
+
+
+def _inverse_feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
+    bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> bits, values & mask
+    for key in keys[::-1]:
+        left, right = right ^ (_mixed(left ^ key) & mask), left
     return left << bits | right
 
 

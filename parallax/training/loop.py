@@ -65,7 +65,7 @@ def train(
     batches: Iterator[dict[str, np.ndarray]],
     placement: Placement,
     config: TrainConfig,
-    evaluate: Callable[[TrainState], float],
+    evaluate: Callable[[TrainState], Row],
     save: Callable[[int, TrainState, float | None], None],
     check: Callable[[int, TrainState, Any], None],
     observers: list[Observer],
@@ -77,7 +77,7 @@ def train(
 
     Args:
       batches: host batches from index `start` on.
-      evaluate: state to held-out loss in nats a token.
+      evaluate: state to `eval_loss`, the held-out loss in nats a token, and what else the row of it holds.
       save: called with (step, state, held-out loss of this step or None).
       check: called with (step, state, placed batch) every `config.check_interval` steps and before each save; raises
         where the state cannot be trusted.
@@ -124,8 +124,9 @@ def train(
         eval_loss: float | None = None
         if evaluated:
             with stopwatch.timing("evaluation"):
-                eval_loss = evaluate(state)
-            _record({"step": done, "eval_loss": eval_loss}, observers)
+                measured = evaluate(state)
+            eval_loss = measured["eval_loss"]
+            _record({"step": done, **measured}, observers)
         if saved:
             with stopwatch.timing("checkpoint"):
                 save(done, state, eval_loss)

@@ -109,7 +109,7 @@ class Attempt:
 
     def run(self, state: TrainState) -> int:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""
-        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch)
+        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch, self._sources)
         self._stopwatch.seconds["startup"] = time.time() - self._began
         self._job.strategy.stop_requested.listen()
         observers: list[Any] = []
@@ -162,7 +162,7 @@ class Attempt:
             batches=batches,
             placement=strategy,
             config=settings,
-            evaluate=functools.partial(self._held_out_loss, evaluate),
+            evaluate=functools.partial(self._evaluate, evaluate),
             save=self._save,
             check=self._check,
             observers=observers,
@@ -197,18 +197,34 @@ class Attempt:
             trees.append({"sample_ids": batch["sample_ids"]})
         sentinel.check(step, trees, facts, stacked=strategy.is_stacked)
 
-    def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float:
-        """Mean cross-entropy over the held-out targets, in nats a token."""
+    def _evaluate(self, evaluate: Callable, state: TrainState) -> Row:
+        """Mean cross-entropy over the held-out targets, in nats a token, of all and by source, and what was learned."""
         job, settings = self._job, self._job.flags.train
         # Whole training batches, so that the rows can be dealt; several at once where they are small.
         size = settings.batch_size * max(1, EVALUATED_TOKENS // (settings.batch_size * settings.seq_len))
-        params = job.strategy.canonical(state).params
-        most = choose_eval_tokens(job.flags, of_store=job.corpus.store is not None)
-        rows = job.strategy.rows(size)
-        batches = evaluation_batches(job.held_out, batch_size=size, rows=rows, most_tokens=most)
-        # One at a time: simulated devices may lock up when many programs with collectives are queued.
-        results = [jax.device_get(evaluate(params, batch)) for batch in batches]
-        return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
+        canonical = job.strategy.canonical(state)
+        most = choose_eval_tokens(job.flags, of_store=job.corpus.stores is not None)
+        rows, stores = job.strategy.rows(size), job.corpus.stores
+        parts = {"": job.held_out} if stores is None else stores.by_source(job.held_out)
+        row, nats, tokens = Row(), 0.0, 0
+        for name, part in parts.items():
+            share = None if most is None else most // len(parts)
+            batches = evaluation_batches(part, batch_size=size, rows=rows, most_tokens=share)
+            # One at a time: simulated devices may lock up when many programs with collectives are queued.
+            results = [jax.device_get(evaluate(canonical.params, batch)) for batch in batches]
+            loss, count = sum(float(loss) for loss, _ in results), sum(int(count) for _, count in results)
+            nats, tokens = nats + loss, tokens + count
+            row |= {f"eval_loss/{name}": loss / count} if name else {}
+        for name, facts in self._sources(int(jax.device_get(canonical.step))).items():
+            row |= {f"{fact}/{name}": value for fact, value in facts.items() if len(parts) > 1}
+        return {"eval_loss": nats / tokens, **row}
+
+    def _sources(self, step: int) -> dict[str, dict[str, float]]:
+        """Of each store: its weight at this step, and the tokens and epochs of it that were learned from."""
+        job, settings = self._job, self._job.flags.train
+        if job.corpus.stores is None:
+            return {}
+        return job.corpus.stores.seen(job.training, settings.batch_size, settings.seed, step)
 
     def _write_summary(self, failures: list[Exception]) -> None:
         if self._job.strategy.is_writer:

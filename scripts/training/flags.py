@@ -45,8 +45,8 @@ class Flags:
     rules: str = "default"
     """What a mesh axis splits: a rule set (default, replicated) or a JSON file of rules."""
     dataset: str = "tiny_shakespeare"
-    """tiny_shakespeare, or a path to a text file, a folder of text files, ArrayRecord files of tokens, or a store that
-    prepare.py made."""
+    """tiny_shakespeare, or a path to a text file, a folder of text files, ArrayRecord files of tokens, a store that
+    prepare.py made, or a mixture such as web.store:0.7,code.store:0.3 or a JSON file of stages."""
     data_dir: str | None = None
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     tokenizer: str | None = None

@@ -53,8 +53,12 @@ def test_ranges_cross_shards_and_positions_name_documents(store):
     position = 0
     for document, ids in store.train.documents():
         for at in (position, position + len(ids) - 1):
-            assert store.train.document_at(at) == document
+            assert list(store.train.documents_in(at, at + 1)) == [(position, document)]
+        assert list(store.train.find(document.path, document.line)) == [(position, document)]
         position += len(ids)
+    assert [document for _, document in store.train.documents_in(0, position)] == [
+        document for document, _ in store.train.documents()
+    ]
 
 
 def test_offsets_find_the_line(store):

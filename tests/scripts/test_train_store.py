@@ -59,6 +59,24 @@ def test_one_curve_on_another_layout_and_when_resumed(call, tmp_path, store, mon
         assert one == pytest.approx(two, abs=1e-5)
 
 
+def test_a_mixture_says_what_it_took_of_each_source(call, tmp_path, store):
+    path = write_jsonl(tmp_path / "code.jsonl", texts(40, seed=2))
+    found = find_sources([str(path)])
+    Preparation(tmp_path / "code.store", found, Settings(held_out=0.3), "byte").run(ByteTokenizer())
+    flags = ["--dataset", "web.store:0.75,code.store:0.25", *SMALL, *SHORT, "--eval-tokens", "200"]
+    status, _, err = call(train, *flags, "--output-dir", "run")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (half, last) = (row for row in rows if "eval_loss" in row)
+    assert (last["weight/web"], last["weight/code"]) == (0.75, 0.25)
+    assert last["tokens/web"] + last["tokens/code"] == 2 * (half["tokens/web"] + half["tokens/code"]) == 12 * 16 * 16
+    assert min(last["eval_loss/web"], last["eval_loss/code"]) <= last["eval_loss"]
+    assert last["eval_loss"] <= max(last["eval_loss/web"], last["eval_loss/code"])
+    sources = json.loads((tmp_path / "run/summary.json").read_text())["sources"]
+    assert sources["code"] == {"weight": 0.25, "tokens": last["tokens/code"], "epochs": last["epochs/code"]}
+    assert last["epochs/web"] == pytest.approx(last["tokens/web"] / (len(store.train) - 1), abs=1e-5)
+
+
 def test_refusals(refuses, call, tmp_path):
     refuses(train, [*FLAGS, "--tokenizer", "char"], "--tokenizer char does not go with a store")
     refuses(train, [*FLAGS, "--eval-tokens", "0"], "--eval-tokens 0 must be at least 1")
