@@ -18,11 +18,13 @@ def main() -> int:
         flags = parse(Flags, description=DESCRIPTION)
         # Late: help and bad flags answer at once, and a process that tokenizes imports this file for nothing.
         from scripts.preparing.make import make
-        from scripts.preparing.report import describe, verify
+        from scripts.preparing.report import describe, seen, verify
 
         if flags.describe is not None:
             return describe(flags.describe)
-        return make(flags) if flags.verify is None else verify(flags.verify)
+        if flags.verify is not None:
+            return verify(flags.verify)
+        return make(flags) if flags.seen is None else seen(flags.seen, flags.step, flags.document)
 
 
 if __name__ == "__main__":

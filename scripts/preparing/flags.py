@@ -44,21 +44,33 @@ class Flags:
     """Print what is in this store, with its first documents."""
     verify: str | None = None
     """Read all of this store and compare it with the hashes in its manifest."""
+    seen: str | None = None
+    """Say which documents this run learned from at --step, or at which steps it saw --document."""
+    step: int | None = None
+    """A step of the run, from 1."""
+    document: str | None = None
+    """FILE:LINE of a document, as its store names them."""
 
     def __post_init__(self):
-        actions = [name for name in ("output", "describe", "verify") if getattr(self, name) is not None]
+        actions = [name for name in ("output", "describe", "verify", "seen") if getattr(self, name) is not None]
         if len(actions) != 1:
             given = " and ".join(f"--{name}" for name in actions) or "none of them"
-            raise ValueError(f"prepare.py needs one of --output, --describe and --verify, got {given}; see --help")
+            raise ValueError(
+                f"prepare.py needs one of --output, --describe, --verify and --seen, got {given}; see --help"
+            )
         if self.output is not None and not self.sources:
             raise ValueError(f"--output {self.output} needs sources to make it from; name files or folders")
         if self.output is None and self.sources:
             raise ValueError(f"source {self.sources[0]} does not go with --{actions[0]}; leave it out, or add --output")
+        asked = [name for name in ("step", "document") if getattr(self, name) is not None]
+        if len(asked) != (self.seen is not None):
+            given = " and ".join(f"--{name}" for name in asked) or "neither"
+            raise ValueError(f"--seen RUN goes with --step or with --document, got {given}; see --help")
         if self.output is not None and not self.tokenizer:
             raise ValueError(
                 "--tokenizer is missing: char, byte, bpe:VOCABULARY or a folder; try --tokenizer bpe:32000"
             )
-        for name in ("min_chars", "shard_tokens", "workers"):
+        for name in ("min_chars", "shard_tokens", "workers", "step"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1; leave it out")

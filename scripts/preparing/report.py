@@ -1,10 +1,16 @@
-"""What is in a store, and whether it is as it was written."""
+"""What is in a store, whether it is as it was written, and what a run took of it."""
 
 import itertools
+import json
 from pathlib import Path
 
+from etils import epath
+
+from data.corpus import load_corpus
+from data.provenance import pieces_of_step, steps_of_document
 from data.store import open_store
 from data.store import verify as verify_store
+from parallax.storage import open_folder
 from parallax.tokenizers.registry import load_tokenizer
 
 SHOWN_DOCUMENTS, SHOWN_CHARS, SHOWN_SOURCES = 3, 72, 5
@@ -33,6 +39,51 @@ def describe(folder: str) -> int:
         text = " ".join(decoder.decode(ids[: 4 * SHOWN_CHARS]).split())
         print(f"document   {document.path}:{document.line}, {document.tokens:,} tokens: {text[:SHOWN_CHARS]}")
     return 0
+
+
+def seen(run: str, step: int | None, document: str | None) -> int:
+    """Prints which documents a run learned from at a step, or the steps at which it saw a document.
+
+    Raises ValueError if the run was not trained on stores, they are others now, or have no such step or document.
+    """
+    from parallax.run_folder import read_settings  # late: it loads JAX
+
+    settings = read_settings(open_folder(run))
+    if "train" not in settings:
+        raise ValueError(f"{run} was imported and learned from nothing here; name a run that train.py wrote")
+    train = settings["train"]
+    size, seed = train["batch_size"], train["seed"]
+    corpus = load_corpus(settings["run"]["dataset"], notify=lambda line: None)
+    if corpus.stores is None:
+        raise ValueError(f"{run} was trained on {corpus.edition}, and only stores know their documents; prepare one")
+    if corpus.sha256 != settings["corpus"]["sha256"]:
+        raise ValueError(f"{corpus.edition} is not what {run} was trained on; give that one back")
+    training, _ = corpus.stores.samples(train["seq_len"])
+    done = _steps_done(open_folder(run), train["steps"])
+    if step is not None:
+        if step > done:
+            raise ValueError(f"--step {step} must not exceed the {done} steps of {run}; name an earlier one")
+        for piece in pieces_of_step(training, size, seed, step):
+            found, store = piece.document, corpus.stores.names[piece.store]
+            tokens = f"tokens {piece.start} to {piece.stop - 1} of {found.tokens}"
+            print(f"row {piece.row:<5} {found.path}:{found.line} (offset {found.offset}, {store}), {tokens}")
+        return 0
+    path, _, line = (document or "").rpartition(":")
+    if not path or not line.isdecimal():
+        raise ValueError(f"--document {document} must be FILE:LINE; see prepare.py --describe")
+    for found, store, steps in steps_of_document(corpus.stores, training, size, seed, done, path, int(line)):
+        when = "held out" if steps is None else f"none of {done} steps"
+        when = f"steps {', '.join(map(str, steps))}" if steps else when
+        print(f"document   {found.path}:{found.line} (offset {found.offset}, {store}), {found.tokens} tokens: {when}")
+    return 0
+
+
+def _steps_done(run: epath.Path, planned: int) -> int:
+    """Of a run that goes on, those up to its last checkpoint."""
+    try:
+        return json.loads((run / "summary.json").read_text())["step"]
+    except (OSError, ValueError, KeyError):
+        return planned
 
 
 def verify(folder: str) -> int:

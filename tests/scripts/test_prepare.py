@@ -96,7 +96,7 @@ def test_unreadable_documents_are_named(call, web):
 
 BAD = """
 web --output store | --tokenizer is missing | try --tokenizer bpe:32000
-web | needs one of --output, --describe and --verify, got none of them
+web | needs one of --output, --describe, --verify and --seen, got none
 --output store --tokenizer byte | needs sources
 web --output store --describe store --tokenizer byte | got --output and --describe
 web --describe store | source web does not go with --describe
@@ -123,6 +123,11 @@ half.txt.gz --output store --tokenizer byte | half.txt.gz:0: the file cannot be 
 latin.txt --output store --tokenizer byte | latin.txt:1: its text is not UTF-8
 --describe empty | must hold a manifest.json and holds none
 --verify nowhere | must hold a manifest.json and holds none
+--seen nowhere | --seen RUN goes with --step or with --document, got neither
+--describe store --step 3 | --seen RUN goes with --step or with --document, got --step
+--seen nowhere --step 3 --document a.jsonl:1 | got --step and --document
+--seen nowhere --step 0 | --step 0 must be at least 1
+--seen nowhere --step 3 | run folder nowhere has no readable config.json
 """
 
 

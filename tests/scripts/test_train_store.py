@@ -37,7 +37,7 @@ def losses(run):
     return [(row["step"], row.get("loss", 0.0), row.get("eval_loss", 0.0)) for row in rows]
 
 
-def test_one_curve_on_another_layout_and_when_resumed(call, tmp_path, store, monkeypatch):
+def test_one_curve_on_another_layout_and_when_resumed(call, refuses, tmp_path, store, monkeypatch):
     bounds = []
 
     def watched(*args, most_tokens, **keywords):
@@ -57,6 +57,22 @@ def test_one_curve_on_another_layout_and_when_resumed(call, tmp_path, store, mon
     assert "\nresume    from step 6" in err
     for one, two in zip(losses(tmp_path / "alone"), losses(tmp_path / "other"), strict=True):
         assert one == pytest.approx(two, abs=1e-5)
+    check_seen(call, refuses, store)
+
+
+def check_seen(call, refuses, store):
+    """What the run resumed on another layout says of its steps and its documents."""
+    _, out, _ = call(prepare, "--seen", "other", "--step", "11")
+    assert {int(line.split()[1]) for line in out.splitlines()} == set(range(16))
+    place = out.splitlines()[0].split()[2]
+    _, out, _ = call(prepare, "--seen", "other", "--document", place)
+    assert "11" in out.partition(" tokens: steps ")[2].strip().split(", ")
+    held, _ = next(store.held_out.documents())
+    _, out, _ = call(prepare, "--seen", "other", "--document", f"{held.path}:{held.line}")
+    assert out.endswith("tokens: held out\n")
+    refuses(prepare, ["--seen", "other", "--step", "13"], "--step 13 must not exceed the 12 steps of other")
+    refuses(prepare, ["--seen", "other", "--document", "a.jsonl"], "--document a.jsonl must be FILE:LINE")
+    refuses(prepare, ["--seen", "other", "--document", "a.jsonl:1"], "no document of web.store is from a.jsonl:1")
 
 
 def test_a_mixture_says_what_it_took_of_each_source(call, tmp_path, store):
