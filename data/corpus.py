@@ -15,11 +15,13 @@ import numpy as np
 
 from data.mixture import Stores, load_stores
 from data.records import TokenRecords
+from data.sources import COMPRESSIONS, format_of
 from data.store import is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".array_record", ".arrayrecord")
+RECORD_NAME = re.compile(r"\.(array_record|arrayrecord)(-\d+-of-\d+)?", re.IGNORECASE)
 OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way."
 
 
@@ -61,8 +63,8 @@ def load_corpus(
 ) -> Corpus:
     """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md), ArrayRecord files or token stores.
 
-    A folder with record files in it is read as records, any other as text, with all its subfolders. The
-    records' `tokenizer.json` stands beside them.
+    A folder with record files in it is read as records, any other as text, with all its subfolders. The records'
+    `tokenizer.json` stands beside the first of them, or in the folder.
 
     Args:
         name_or_path: the `--dataset` flag.
@@ -88,21 +90,29 @@ def load_corpus(
     return corpus
 
 
+def is_records(path: Path) -> bool:
+    """Whether a file's name is that of an ArrayRecord file, or of a shard such as x.array_record-00000-of-00002."""
+    return RECORD_NAME.fullmatch(path.suffix) is not None
+
+
 def overfit_corpus() -> Corpus:
     """One short sentence, for the test that a model can learn a single window by heart."""
     return Corpus("overfit", "one sentence to be learned by heart", (OVERFIT_SENTENCE,))
 
 
 def _load_file(path: Path) -> Corpus:
-    if path.suffix.lower() in RECORD_SUFFIXES:
+    if is_records(path):
         return _load_records(path, [path])
+    if format_of(path.name) not in (None, "text") or path.suffix.lower() in COMPRESSIONS:
+        remedy = f"prepare it first: prepare.py {path} --tokenizer bpe:32000 --output {path.name.split('.')[0]}.store"
+        raise ValueError(f"dataset {path} must be plain text to be read as it is; {remedy}")
     return Corpus(_short_name(path.stem), f"text file {path}", (_read_text(path),))
 
 
 def _load_folder(folder: Path) -> Corpus:
     if is_store(folder):
         return _of_stores(Stores((open_store(folder),)), folder.resolve().stem)
-    records = sorted(entry for entry in folder.iterdir() if entry.suffix.lower() in RECORD_SUFFIXES)
+    records = sorted(entry for entry in folder.rglob("*") if is_records(entry))
     if records:
         return _load_records(folder, records)
     files = [path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
@@ -120,7 +130,7 @@ def _of_stores(stores: Stores, name: str) -> Corpus:
 
 
 def _load_records(path: Path, files: list[Path]) -> Corpus:
-    records = TokenRecords(files)
+    records = TokenRecords(files, path if path.is_dir() else path.parent)
     edition = f"token records {path}: {len(records)} documents, files: {len(files)}"
     return Corpus(_short_name(path.resolve().stem), edition, records=records)
 

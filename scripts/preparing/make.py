@@ -23,6 +23,8 @@ from scripts.preparing.flags import Flags
 
 TRAINED_BYTES = 64 << 20
 """Of text that a tokenizer is trained on: its memory would grow with more, and its pairs hardly change."""
+SMALL_BYTES = 1 << 20
+"""Of sources for each process beside this one: to start one takes as long as this one needs for so many."""
 LINE_SECONDS = 10.0
 """Between two lines of progress where there is no terminal."""
 
@@ -45,15 +47,8 @@ def make(flags: Flags) -> int:
     if preparation.finished is not None:
         tell(f"finished   {output} already: {_counts(preparation.finished)}")
         return 0
-    if preparation.begun:
-        tell(f"going on   with {output}")
-        tokenizer = load_tokenizer(preparation.tokenizer_path)
-    else:
-        tokenizer = choose_tokenizer(given, sources, settings)
-    workers = flags.workers or usable_cores()
-    with _shown(sum(source.bytes for source in sources)) as observe:
-        skip = flags.on_error == "skip"
-        store = preparation.run(tokenizer, workers=workers, skip_unreadable=skip, observe=observe)
+    skip = flags.on_error == "skip"
+    store = run_preparation(preparation, given, sources, settings, workers=flags.workers, skip_unreadable=skip)
     tell(f"store      {output}: {_counts(store)}; sha256 {store.sha256}")
     if preparation.unreadable:
         tell(f"left out   {preparation.unreadable:,} documents that cannot be read, the first of them:")
@@ -64,6 +59,26 @@ def make(flags: Flags) -> int:
             "held out   no document at all: train.py will ask for some; give a larger --held-out with another --output"
         )
     return 0
+
+
+def run_preparation(
+    preparation: Preparation,
+    given: str,
+    sources: list[Source],
+    settings: Settings,
+    *,
+    workers: int | None = None,
+    skip_unreadable: bool = False,
+) -> TokenStore:
+    """Makes the store with the tokenizer that `given` says, or goes on with its own. Raises ValueError."""
+    if preparation.begun:
+        tell(f"going on   with {preparation.tokenizer_path.parent}")
+        tokenizer = load_tokenizer(preparation.tokenizer_path)
+    else:
+        tokenizer = choose_tokenizer(given, sources, settings)
+    workers = workers or min(usable_cores(), 1 + sum(source.bytes for source in sources) // SMALL_BYTES)
+    with _shown() as observe:
+        return preparation.run(tokenizer, workers=workers, skip_unreadable=skip_unreadable, observe=observe)
 
 
 def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> Tokenizer:
@@ -108,7 +123,7 @@ def _counts(store: TokenStore) -> str:
 
 
 @contextlib.contextmanager
-def _shown(size: int) -> Iterator[Callable[[Progress], None]]:
+def _shown() -> Iterator[Callable[[Progress], None]]:
     """Shows progress as it is reported: a bar on a terminal, or else a line now and then."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
