@@ -50,8 +50,8 @@ class Source:
 def find_sources(given: Sequence[str], format: str | None = None) -> list[Source]:
     """The files that files, folders and globs name, in that order; those of a folder or a glob by name.
 
-    A folder gives all files of its one format, those of its subfolders too, but none whose name begins with a dot.
-    `format` says which is meant where it holds several, and forces it on files that are named.
+    A folder gives all files of its one format, those of its subfolders too, as `documents_in` lists them. `format` says
+    which is meant where it holds several, and forces it on files that are named.
 
     Raises ValueError if there is none, one is named twice, of no known format, or a folder holds several.
     """
@@ -146,10 +146,20 @@ class _Zstandard(io.RawIOBase):
         return len(content)
 
 
-def _in_folder(folder: Path, format: str | None) -> list[tuple[str, str]]:
+def documents_in(folder: Path) -> list[tuple[str, str]]:
+    """The files of documents below a folder, by name, each with its format.
+
+    What is hidden (a name with a dot first) is left out, and a README.md at its top, where that is not all.
+    """
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
-    found = sorted((name.as_posix(), format_of(name.name)) for name in names if format_of(name.name))
+    found = sorted((name.as_posix(), format_of(name.name)) for name in names)
+    known = [(name, kind) for name, kind in found if kind is not None]
+    return [(name, kind) for name, kind in known if name.lower() != "readme.md"] or known
+
+
+def _in_folder(folder: Path, format: str | None) -> list[tuple[str, str]]:
+    found = documents_in(folder)
     counts = Counter(kind for _, kind in found)
     if format is not None:
         found = [(name, kind) for name, kind in found if kind == format]
@@ -160,7 +170,7 @@ def _in_folder(folder: Path, format: str | None) -> list[tuple[str, str]]:
     if not found:
         kinds = ", ".join(suffix for suffix, kind in FORMATS.items() if format in (None, kind))
         raise ValueError(f"folder {folder} must hold a file of {kinds} and holds none; name another")
-    return [(str(folder / name), kind) for name, kind in found if kind]
+    return [(str(folder / name), kind) for name, kind in found]
 
 
 def _known_format(name: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from data.corpus import is_records
 from data.mixture import load_stores
 from data.preparation import Preparation, Settings
-from data.sources import COMPRESSIONS, Source, find_sources, format_of
+from data.sources import COMPRESSIONS, Source, documents_in, find_sources, format_of
 from data.store import VERSION, is_store
 from parallax.storage import cache_folder
 from scripts.preparing.make import run_preparation
@@ -64,10 +64,8 @@ def _sources(dataset: str, notify: Callable[[str], None]) -> list[Source]:
     if not path.is_dir() or is_store(path) or any(map(is_records, path.rglob("*"))):
         return []
     sizes: Counter[str] = Counter()
-    for file in path.rglob("*"):
-        format = format_of(file.name)
-        if format is not None and file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts):
-            sizes[format] += file.stat().st_size
+    for name, format in documents_in(path):
+        sizes[format] += (path / name).stat().st_size
     if not sizes:
         return []
     (format, _), *others = sizes.most_common()

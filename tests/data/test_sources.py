@@ -32,6 +32,10 @@ def test_folders_and_globs_by_name(files):
     assert [(source.path, source.format) for source in find_sources(["mixed"], "csv")] == [("mixed/a.csv", "csv")]
     assert find_sources(["mixed/b.MD"])[0].format == "text"
     assert find_sources(["notes"], "text")[0].format == "text"
+    open("web/README.md", "w").close()
+    assert len(find_sources(["web"])) == 3
+    open("empty/README.md", "w").close()
+    assert [source.path for source in find_sources(["empty"])] == ["empty/README.md"]
 
 
 @pytest.mark.parametrize(

@@ -74,10 +74,13 @@ def test_what_is_prepared_and_what_is_left(tmp_path, cache, monkeypatch, refused
     monkeypatch.setattr(automatic, "READ_WHOLE", 100)
     assert load_corpus(given("notes.txt"), notify=lines.append).stores is not None
     lines.clear()
-    (tmp_path / "web/README.md").write_text("words")
+    (tmp_path / "web/README.md").write_text("what the files are")
+    assert load_corpus(given("web"), notify=lines.append).stores.stores[0].manifest["documents"] == 40
+    (tmp_path / "web/notes.md").write_text("words")
     with refused("dataset folder web must hold files of one format and holds jsonl", "--format jsonl"):
         given("web")
-    (tmp_path / "web/README.md").write_text("words " * 9999)
+    (tmp_path / "web/notes.md").write_text("words " * 9999)
+    lines.clear()
     given("web")
     assert lines[0].endswith("its text files are taken")
     (tmp_path / "mix.json").write_text(json.dumps({"stages": [{"weights": {str(store.folder): 1}}]}))
