@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import save_tokenizer
 
 NAMED_ERRORS = 10
+OF_SHARD = re.compile(rf"\d+\.({'|'.join(SIDES)})\.(tokens|documents)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +131,15 @@ class Preparation:
         skip_unreadable: bool = False,
         observe: Callable[[Progress], None] = lambda progress: None,
     ) -> TokenStore:
-        """Makes the store. What was written before the first shard was whole is removed when it fails.
+        """Makes the store, or gives the one that is finished.
+
+        Where it fails, what was written before the first shard was whole is removed.
 
         Raises ValueError if a document cannot be read and is not to be skipped, a source changed, no document is left,
         the folder cannot be written, or another process writes it.
         """
+        if self.finished is not None:
+            return self.finished
         made = not self._folder.exists()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -190,6 +196,7 @@ class Preparation:
         if not self.begun:
             self._append(self._command)
             save_tokenizer(tokenizer, self.tokenizer_path)
+            sync_folder(self._folder)
             return
         os.truncate(self._folder / JOURNAL, self._journal_bytes)
         for side in SIDES:
@@ -324,7 +331,7 @@ class Preparation:
 
     def _remove_drafts(self, *, all: bool) -> None:
         for path in self._folder.iterdir():
-            if all or _is_draft(path):
+            if _is_draft(path) or (all and (path.name in (JOURNAL, TOKENIZER) or OF_SHARD.fullmatch(path.name))):
                 path.unlink()
 
 

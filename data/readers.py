@@ -192,7 +192,7 @@ def _skipped(buffer: str, at: int) -> int:
 def _read_parquet(path: str, field: str, observe: Callable[[float], None]) -> Found:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as table:
+    with pyarrow.parquet.ParquetFile(path, buffer_size=TEXT_BYTES) as table:
         columns = table.schema_arrow.names
         if field.split(".")[0] not in columns:
             raise ValueError(f"there is no column {field!r} but {', '.join(columns[:8])}")

@@ -53,7 +53,7 @@ while attempt(f"store-{n}", n) != 0:
     store = open_store(base / f"store-{n}")
     verify(store)
     assert store.sha256 == expected, n
-    assert not [path.name for path in store.folder.iterdir() if path.name.startswith((".", "journal"))], n
+    assert not [path.name for path in store.folder.iterdir() if path.name.startswith(".")], n
     n += 1
 print(n)
 """
@@ -177,7 +177,14 @@ def test_another_command_does_not_go_on_with_a_store(tmp_path, sources, refused)
     with refused("was prepared from other sources, or they changed since"):
         Preparation(tmp_path / "store", found[:1], Settings(), "byte")
     again = Preparation(tmp_path / "store", found, Settings(), "byte")
-    assert again.finished is not None
+    before = files_of(again.finished)
+    assert again.run(ByteTokenizer()) is again.finished
+    assert files_of(again.finished) == before
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/journal.jsonl").write_text("")
+    (tmp_path / "begun/notes.txt").write_text("mine")
+    assert prepared(tmp_path / "begun", *sources).sha256 == again.finished.sha256
+    assert (tmp_path / "begun/notes.txt").read_text() == "mine"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     with refused("exists and is no store; choose another"):
