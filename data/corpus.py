@@ -18,6 +18,7 @@ from data.records import TokenRecords
 from data.sources import COMPRESSIONS, format_of
 from data.store import is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
+from parallax.storage import is_remote
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".array_record", ".arrayrecord")
@@ -78,8 +79,10 @@ def load_corpus(
         text, title = load_tiny_shakespeare(data_dir, notify)
         return Corpus("tiny_shakespeare", title, (text,))
     path, stores = Path(name_or_path).expanduser(), load_stores(name_or_path)
+    if stores is None and is_remote(name_or_path):
+        stores = Stores((open_store(name_or_path),))
     if stores is not None:
-        corpus = _of_stores(stores, "+".join(Path(name).stem for name in stores.names))
+        corpus = _of_stores(stores)
         notify(f"dataset {corpus.edition}")
         return corpus
     if not path.exists():
@@ -111,7 +114,7 @@ def _load_file(path: Path) -> Corpus:
 
 def _load_folder(folder: Path) -> Corpus:
     if is_store(folder):
-        return _of_stores(Stores((open_store(folder),)), folder.resolve().stem)
+        return _of_stores(Stores((open_store(folder),)))
     records = sorted(entry for entry in folder.rglob("*") if is_records(entry))
     if records:
         return _load_records(folder, records)
@@ -124,9 +127,13 @@ def _load_folder(folder: Path) -> Corpus:
     return Corpus(_short_name(folder.resolve().name), edition, tuple(_read_text(path) for path in files))
 
 
-def _of_stores(stores: Stores, name: str) -> Corpus:
+def _of_stores(stores: Stores) -> Corpus:
     documents, tokens = (sum(store.manifest[what] for store in stores.stores) for what in ("documents", "tokens"))
-    return Corpus(_short_name(name), f"{stores.title}: {documents:,} documents, {tokens:,} tokens", stores=stores)
+    return Corpus(
+        _short_name("+".join(stores.short_names)),
+        f"{stores.title}: {documents:,} documents, {tokens:,} tokens",
+        stores=stores,
+    )
 
 
 def _load_records(path: Path, files: list[Path]) -> Corpus:

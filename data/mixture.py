@@ -8,6 +8,8 @@ was, whatever the stage.
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from data.samples import Batch, Samples
 from data.store import TokenStore, open_store
@@ -24,6 +27,8 @@ from data.store_samples import StoreWindows, shuffled
 BLOCK = 1000
 """Samples in a block, or the next multiple of what the weights' decimals need."""
 LARGEST_BLOCK = 10**6
+WEIGHT = re.compile(r":[^/:,]*(,|$)")
+"""What tells a list from an address such as gs://bucket/web.store."""
 REMEDY = 'write it as "web.store:0.7,code.store:0.3"'
 
 
@@ -63,7 +68,7 @@ class Stores:
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
     @property
-    def tokenizer_path(self) -> Path:
+    def tokenizer_path(self) -> epath.Path:
         return self.stores[0].tokenizer_path
 
     @property
@@ -73,7 +78,7 @@ class Stores:
     @property
     def short_names(self) -> list[str]:
         """Without folder and suffix, where that tells them apart."""
-        stems = [store.folder.resolve().stem for store in self.stores]
+        stems = [store.name for store in self.stores]
         return stems if len(set(stems)) == len(stems) else self.names
 
     @property
@@ -214,11 +219,11 @@ def load_stores(name: str) -> Stores | None:
     if path.exists():
         stages = _read_stages(path) if path.suffix == ".json" and path.is_file() else None
     else:
-        stages = [(None, _read_list(name))] if ":" in name and "://" not in name else None
+        stages = [(None, _read_list(name))] if WEIGHT.search(name) else None
     if stages is None:
         return None
     names = list(dict.fromkeys(store for _, weights in stages for store in weights))
-    stores = tuple(open_store(Path(each).expanduser()) for each in names)
+    stores = tuple(open_store(os.path.expanduser(each)) for each in names)
     for store in stores[1:]:
         first, other = (each.manifest["tokenizer"] for each in (stores[0], store))
         if first["sha256"] != other["sha256"]:

@@ -6,17 +6,20 @@ DOCUMENT rows.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from etils import epath
+
+from data.ranges import Files
+from parallax.storage import is_remote, open_folder
 
 FORMAT, VERSION = "parallax token store", 1
 MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.jsonl", "tokenizer.json"
@@ -30,7 +33,6 @@ DOCUMENT = np.dtype(
         ("digest", "u1", (16,)),  # the first bytes of the sha256 of its text
     ]
 )
-OPEN_FILES = 64
 READ_BYTES = 1 << 20
 
 
@@ -49,12 +51,12 @@ class TokenStore:
     """A store, by its manifest.
 
     Attributes:
-        folder: where it is.
+        folder: where it is, local or on gs://.
         manifest: what manifest.json holds.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
+    def __init__(self, folder: str | os.PathLike, manifest: dict[str, Any]) -> None:
+        self.folder, self.manifest = epath.Path(folder), manifest
 
     @property
     def sha256(self) -> str:
@@ -62,8 +64,13 @@ class TokenStore:
         return self.manifest["sha256"]
 
     @property
-    def tokenizer_path(self) -> Path:
+    def tokenizer_path(self) -> epath.Path:
         return self.folder / TOKENIZER
+
+    @property
+    def name(self) -> str:
+        """Of the folder, without suffix."""
+        return PurePosixPath(os.path.abspath(self.folder) if not is_remote(self.folder) else self.folder).stem
 
     @cached_property
     def train(self) -> "TokenSide":
@@ -78,28 +85,35 @@ class TokenSide:
     """The tokens of one side of a store, all shards end to end; `len` counts them."""
 
     def __init__(self, store: TokenStore, side: str) -> None:
-        self._folder, self._side = store.folder, side
+        self._side = side
         self._sources = store.manifest["sources"]
         self._type = np.dtype(store.manifest["dtype"]).newbyteorder("<")
         self._documents = [shard[side]["documents"] for shard in store.manifest["shards"]]
         self._starts = np.cumsum([0, *(shard[side]["tokens"] for shard in store.manifest["shards"])], dtype=np.int64)
-        self._opened = functools.lru_cache(OPEN_FILES)(_Opened)
+        self._files, self._table = Files(store.folder), lru_cache(4)(self._read_table)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start to stop - 1, int32 [stop - start]. Raises ValueError if a file is missing or cut short.
+        """Tokens start to stop - 1, int32 [stop - start]. Raises Damaged if a file is missing or cut short."""
+        return self.read_spans([(start, stop)])[0]
 
-        Files are read, not mapped: the pages of a map count as memory of the process, and one that another process
-        cuts short would end it by a signal.
-        """
-        shard, pieces = self._shard(start), []
-        while start < stop:
-            first, end = self._starts[shard : shard + 2].tolist()
-            pieces.append(self._read_shard(shard, start - first, min(stop, end) - first))
-            start, shard = min(stop, end), shard + 1
-        return np.concatenate(pieces).astype(np.int32)
+    def read_spans(self, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+        """`read` of each span of tokens, all at the same time where they come over a network."""
+        size = self._type.itemsize
+        ranges, counts = [], []
+        for start, stop in spans:
+            shard, before = self._shard(start), len(ranges)
+            while start < stop:
+                first, end = self._starts[shard : shard + 2].tolist()
+                name = file_name(shard, self._side, "tokens")
+                ranges.append((name, (start - first) * size, (min(stop, end) - first) * size))
+                start, shard = min(stop, end), shard + 1
+            counts.append(len(ranges) - before)
+        contents = iter(self._files.read(ranges) if ranges else [])
+        joined = [b"".join(next(contents) for _ in range(count)) for count in counts]
+        return [np.frombuffer(content, self._type).astype(np.int32) for content in joined]
 
     def documents_in(self, start: int, stop: int) -> Iterator[tuple[int, Document]]:
         """The documents with a token from start to stop - 1, each with the position of its first token."""
@@ -129,7 +143,8 @@ class TokenSide:
             table = self._table(shard)
             for row in range(count):
                 document, start = self._document(shard, table, row), int(table[row]["start"])
-                yield document, self._read_shard(shard, start, start + document.tokens).astype(np.int32)
+                start += int(self._starts[shard])
+                yield document, self.read(start, start + document.tokens)
 
     def digests(self) -> Iterator[bytes]:
         """What tells one text from another, of each document in order."""
@@ -146,33 +161,9 @@ class TokenSide:
         place = (int(found["line"]), int(found["offset"]), bytes(found["digest"]).hex())
         return Document(path, *place, tokens=int(stop) - int(found["start"]))
 
-    def _table(self, shard: int) -> np.ndarray:
-        try:
-            return np.memmap(self._folder / file_name(shard, self._side, "documents"), DOCUMENT, "r")
-        except (OSError, ValueError) as error:
-            raise _damaged(self._folder, file_name(shard, self._side, "documents"), str(error)) from None
-
-    def _read_shard(self, shard: int, start: int, stop: int) -> np.ndarray:
-        name, size = file_name(shard, self._side, "tokens"), self._type.itemsize
-        try:
-            content = os.pread(self._opened(self._folder / name).descriptor, (stop - start) * size, start * size)
-        except OSError as error:
-            raise _damaged(self._folder, name, error.strerror or str(error)) from None
-        if len(content) < (stop - start) * size:
-            raise _damaged(self._folder, name, f"it ends before token {stop}")
-        return np.frombuffer(content, self._type)
-
-
-class _Opened:
-    """An open file, closed when nobody reads it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+    def _read_table(self, shard: int) -> np.ndarray:
+        wanted = (file_name(shard, self._side, "documents"), 0, self._documents[shard] * DOCUMENT.itemsize)
+        return np.frombuffer(self._files.read([wanted])[0], DOCUMENT)
 
 
 class ShardWriter:
@@ -266,8 +257,12 @@ def is_store(folder: Path) -> bool:
         return False
 
 
-def open_store(folder: Path) -> TokenStore:
-    """Reads the manifest. Raises ValueError if there is none, it is damaged, or it is of another version."""
+def open_store(address: str | os.PathLike) -> TokenStore:
+    """Reads the manifest of a local folder or one on gs://.
+
+    Raises ValueError if there is none, it is damaged or of another version, or the bucket cannot be reached.
+    """
+    folder = open_folder(address)
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -320,17 +315,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _file_sha256(path: Path, observe: Callable[[int], None]) -> str | None:
+def _file_sha256(path: epath.Path, observe: Callable[[int], None]) -> str | None:
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
             while piece := file.read(READ_BYTES):
                 digest.update(piece)
                 observe(len(piece))
-    except OSError:
+    except Exception:  # no OSError where it is on gs://
         return None
     return digest.hexdigest()
-
-
-def _damaged(folder: Path, name: str, reason: str) -> ValueError:
-    return ValueError(f"store {folder} is damaged: {name} cannot be read ({reason}); see prepare.py --verify {folder}")

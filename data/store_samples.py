@@ -65,11 +65,11 @@ class StoreWindows:
     def gather(self, sample_ids: np.ndarray) -> Batch:
         shape = (len(sample_ids), self.seq_len)
         inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-        for row, window in enumerate(sample_ids.tolist()):
-            if window >= 0:
-                tokens = self.tokens.read(*self.span(window))
-                inputs[row, : len(tokens) - 1] = tokens[:-1]
-                targets[row, : len(tokens) - 1] = tokens[1:]
+        rows = np.flatnonzero(sample_ids >= 0).tolist()
+        spans = [self.span(int(sample_ids[row])) for row in rows]
+        for row, tokens in zip(rows, self.tokens.read_spans(spans), strict=True):
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            targets[row, : len(tokens) - 1] = tokens[1:]
         # The lower bits tell rows of a batch apart, and the arrays of a batch are int32.
         low = np.where(sample_ids < 0, -1, sample_ids & 0x7FFFFFFF)
         return {"inputs": inputs, "targets": targets, "sample_ids": low.astype(np.int32)}

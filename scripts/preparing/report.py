@@ -2,13 +2,13 @@
 
 import itertools
 import json
-from pathlib import Path
 
+import numpy as np
 from etils import epath
 
 from data.corpus import load_corpus
 from data.provenance import pieces_of_step, steps_of_document
-from data.store import open_store
+from data.store import DOCUMENT, open_store
 from data.store import verify as verify_store
 from parallax.storage import open_folder
 from parallax.tokenizers.registry import load_tokenizer
@@ -20,7 +20,7 @@ SHOWN_DOCUMENTS, SHOWN_CHARS, SHOWN_SOURCES = 3, 72, 5
 
 def describe(folder: str) -> int:
     """Prints a store's manifest in words, and the first documents. Raises ValueError if it cannot be read."""
-    store = open_store(Path(folder))
+    store = open_store(folder)
     manifest = store.manifest
     tokenizer, held, left_out = manifest["tokenizer"], manifest["held_out"], manifest["left_out"]
     print(f"store      {folder}, format version {manifest['version']}")
@@ -95,8 +95,9 @@ def verify(folder: str) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-    store, console = open_store(Path(folder)), Console(stderr=True)
-    total = sum(path.stat().st_size for path in store.folder.iterdir())
+    store, console = open_store(folder), Console(stderr=True)
+    manifest = store.manifest
+    total = manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize + manifest["documents"] * DOCUMENT.itemsize
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("", total=total)

@@ -110,7 +110,7 @@ def test_verify_names_the_file_of_a_flipped_byte(store, refused):
 def test_a_shard_cut_short_is_named(store, refused):
     path = store.folder / "00000.train.tokens"
     path.write_bytes(path.read_bytes()[:-2])
-    with refused("00000.train.tokens cannot be read (it ends before token"):
+    with refused("00000.train.tokens cannot be read (it ends at byte"):
         list(store.train.documents())
 
 
