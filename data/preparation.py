@@ -199,6 +199,8 @@ class Preparation:
             sync_folder(self._folder)
             return
         os.truncate(self._folder / JOURNAL, self._journal_bytes)
+        sizes = [source.bytes for source in self._sources]
+        self._progress.share = sum(sizes[: self._at[0]]) / max(1, sum(sizes))
         for side in SIDES:
             if self._settings.deduplicate:
                 kept = {"shards": self._shards, "sources": [], "dtype": _dtype(tokenizer)}
@@ -220,6 +222,7 @@ class Preparation:
         settings, dtype = self._settings, _dtype(tokenizer)
         work = Work(tokenizer.to_json(), settings.field, dtype, settings.nfc, settings.min_chars)
         self._writer = ShardWriter(self._folder, len(self._shards), dtype)
+        observe(self._progress)
         try:
             with contextlib.closing(tokenized(self._records(), work, workers)) as results:
                 for documents in results:

@@ -229,7 +229,7 @@ def test_progress_reaches_the_end(tmp_path, sources):
     Preparation(tmp_path / "store", found, Settings(), "byte").run(
         ByteTokenizer(), observe=lambda progress: seen.append((progress.documents, progress.share))
     )
-    assert seen[-1] == (45, 1.0)
+    assert (seen[0], seen[-1]) == ((0, 0.0), (45, 1.0))
 
 
 def test_arguments_out_of_range(refused):
