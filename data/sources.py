@@ -16,6 +16,8 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
+from data.store import is_store
+
 FORMATS = {
     ".txt": "text",
     ".md": "text",
@@ -149,10 +151,13 @@ class _Zstandard(io.RawIOBase):
 def documents_in(folder: Path) -> list[tuple[str, str]]:
     """The files of documents below a folder, by name, each with its format.
 
-    What is hidden (a name with a dot first) is left out, and a README.md at its top, where that is not all.
+    What is hidden (a name with a dot first) is left out, what is in a token store, such as the one that is being made,
+    and a README.md at its top, where that is not all.
     """
     names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    stores = {parent for parent in {name.parent for name in names} if is_store(folder / parent)}
+    names = [name for name in names if name.parent not in stores]
     found = sorted((name.as_posix(), format_of(name.name)) for name in names)
     known = [(name, kind) for name, kind in found if kind is not None]
     return [(name, kind) for name, kind in known if name.lower() != "readme.md"] or known

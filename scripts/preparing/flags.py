@@ -21,7 +21,8 @@ class Flags:
     output: str | None = None
     """The store to make, a folder."""
     tokenizer: str | None = None
-    """char, byte, bpe:VOCABULARY (trained on 64 MiB from all sources), a run folder, or a Hugging Face folder."""
+    """char, byte, bpe:VOCABULARY (trained on 64 MiB from all sources), a run folder, another store, or a Hugging
+    Face folder."""
     format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = None
     """What the files are, whatever their names; of a folder, which of its files are meant."""
     field: str = "text"

@@ -32,6 +32,9 @@ def test_folders_and_globs_by_name(files):
     assert [(source.path, source.format) for source in find_sources(["mixed"], "csv")] == [("mixed/a.csv", "csv")]
     assert find_sources(["mixed/b.MD"])[0].format == "text"
     assert find_sources(["notes"], "text")[0].format == "text"
+    os.makedirs("web/first.store")
+    for name in ("00000.train.tokens", "manifest.json", "journal.jsonl"):
+        open(f"web/first.store/{name}", "w").close()
     open("web/README.md", "w").close()
     assert len(find_sources(["web"])) == 3
     open("empty/README.md", "w").close()
