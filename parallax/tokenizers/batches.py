@@ -23,8 +23,10 @@ def document_encoder(tokenizer: Tokenizer) -> Encode:
     Where the tokenizer is the library's, it uses as many threads as TOKENIZERS_PARALLELISM allows. Raises ValueError
     for text that the tokenizer cannot spell.
     """
-    begin = tokenizer.begin_ids if isinstance(tokenizer, HuggingFaceTokenizer) else ()
-    start = np.array(begin, np.int32)
+    start = np.array([], np.int32)
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        whole = tokenizer.encode("a")
+        start = whole[: len(whole) - len(tokenizer.encode_part("a"))]
     end = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], np.int32)
     if not isinstance(tokenizer, BPETokenizer | HuggingFaceTokenizer):
         return lambda texts: [np.concatenate([start, tokenizer.encode(text), end]) for text in texts]
