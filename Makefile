@@ -44,7 +44,7 @@ test: ## run every test that needs only the packages of requirements-dev.lock
 # The next three add a lock to the environment of the tests.
 test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 	@$(DEV) true
-	@$(GCS) python -m pytest -m external tests/parallax/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py
+	@$(GCS) python -m pytest -m external tests/parallax/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py tests/scripts/test_train_store_gs.py
 
 test-plan: ## test plan.py with libtpu, the compiler for TPUs; none is needed
 	@$(DEV) true

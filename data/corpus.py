@@ -14,35 +14,44 @@ from pathlib import Path
 
 import numpy as np
 
+from data.mixture import Stores, load_stores
 from data.records import TokenRecords
+from data.sources import COMPRESSIONS, format_of
+from data.store import is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
+from parallax.storage import is_remote
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".array_record", ".arrayrecord")
 NAMED = 10
 """Files at most that one message names."""
+RECORD_NAME = re.compile(r"\.(array_record|arrayrecord)(-\d+-of-\d+)?", re.IGNORECASE)
 OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way."
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run learns from: `documents` of text or `records` of tokens, one of the two.
+    """What a run learns from: `documents` of text, `records` of tokens, or `stores` of them, one of the three.
 
     Attributes:
         name: short, fit for the name of a run folder.
         edition: one line that says what the text is and where it came from.
-        documents: the texts, a single one for a single file; empty for records.
+        documents: the texts, a single one for a single file; empty for the others.
         records: token documents with the tokenizer that made them, or None.
+        stores: token stores, or None.
     """
 
     name: str
     edition: str
     documents: tuple[str, ...] = field(default=(), repr=False)
     records: TokenRecords | None = None
+    stores: Stores | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """Of all documents, each with its length in bytes before it."""
+        """Of all documents, each with its length in bytes before it; of stores what their manifests say."""
+        if self.stores is not None:
+            return self.stores.sha256
         digest = hashlib.sha256()
         for document in self.documents if self.records is None else self.records:
             piece = document.encode() if isinstance(document, str) else np.ascontiguousarray(document).tobytes()
@@ -56,11 +65,11 @@ def load_corpus(
     *,
     notify: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Corpus:
-    """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md) or ArrayRecord token files.
+    """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md), ArrayRecord files or token stores.
 
     A folder with record files in it is read as records, any other as text, with all its subfolders, but for what is
     hidden (a name with a dot first) and a README.md at its top, where that is not all. The records' `tokenizer.json`
-    stands beside them.
+    stands beside the first of them, or in the folder.
 
     Args:
         name_or_path: the `--dataset` flag.
@@ -73,7 +82,13 @@ def load_corpus(
     if name_or_path == "tiny_shakespeare":
         text, title = load_tiny_shakespeare(data_dir, notify)
         return Corpus("tiny_shakespeare", title, (text,))
-    path = Path(name_or_path).expanduser()
+    path, stores = Path(name_or_path).expanduser(), load_stores(name_or_path)
+    if stores is None and is_remote(name_or_path):
+        stores = Stores((open_store(name_or_path),))
+    if stores is not None:
+        corpus = _of_stores(stores)
+        notify(f"dataset {corpus.edition}")
+        return corpus
     if not path.exists():
         rule = f"dataset {name_or_path!r} must be tiny_shakespeare or a path that exists"
         raise ValueError(f"{rule}; check the spelling")
@@ -82,20 +97,30 @@ def load_corpus(
     return corpus
 
 
+def is_records(path: Path) -> bool:
+    """Whether a file's name is that of an ArrayRecord file, or of a shard such as x.array_record-00000-of-00002."""
+    return RECORD_NAME.fullmatch(path.suffix) is not None
+
+
 def overfit_corpus() -> Corpus:
     """One short sentence, for the test that a model can learn a single window by heart."""
     return Corpus("overfit", "one sentence to be learned by heart", (OVERFIT_SENTENCE,))
 
 
 def _load_file(path: Path) -> Corpus:
-    if path.suffix.lower() in RECORD_SUFFIXES:
+    if is_records(path):
         return _load_records(path, [path])
+    if format_of(path.name) not in (None, "text") or path.suffix.lower() in COMPRESSIONS:
+        remedy = f"prepare it first: prepare.py {path} --tokenizer bpe:32000 --output {path.name.split('.')[0]}.store"
+        raise ValueError(f"dataset {_spelled(path)} must be plain text to be read as it is; {remedy}")
     return Corpus(_short_name(path.stem), f"text file {_spelled(path)}", _read_texts([path]))
 
 
 def _load_folder(folder: Path) -> Corpus:
-    records = sorted(path for path in folder.iterdir() if path.suffix.lower() in RECORD_SUFFIXES)
-    if records := [path for path in records if not path.name.startswith(".")]:
+    if is_store(folder):
+        return _of_stores(Stores((open_store(folder),)))
+    records = sorted(entry for entry in folder.rglob("*") if is_records(entry) and not entry.name.startswith("."))
+    if records:
         return _load_records(folder, records)
     found = [path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
     shown = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
@@ -111,8 +136,17 @@ def _load_folder(folder: Path) -> Corpus:
     return Corpus(_short_name(folder.resolve().name), edition, _read_texts(texts))
 
 
+def _of_stores(stores: Stores) -> Corpus:
+    documents, tokens = (sum(store.manifest[what] for store in stores.stores) for what in ("documents", "tokens"))
+    return Corpus(
+        _short_name("+".join(stores.short_names)),
+        f"{stores.title}: {documents:,} documents, {tokens:,} tokens",
+        stores=stores,
+    )
+
+
 def _load_records(path: Path, files: list[Path]) -> Corpus:
-    records = TokenRecords(files)
+    records = TokenRecords(files, path if path.is_dir() else path.parent)
     edition = f"token records {_spelled(path)}: {len(records)} documents, files: {len(files)}"
     return Corpus(_short_name(path.resolve().stem), edition, records=records)
 

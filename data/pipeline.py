@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from data.corpus import Corpus
+from data.mixture import Stores
 from data.packing import pack
 from data.samples import Batch, PackedDocuments, Samples, Windows
 from parallax.tokenizers.base import Tokenizer, encode_checked
@@ -20,15 +21,17 @@ ENDLESS = 2**40  # batches; a source must have a length
 
 
 def tokenizer_for(corpus: Corpus, spec: str | None = None) -> Tokenizer:
-    """The corpus's tokenizer: trained on its texts as `spec` says (None: `char`), or its records' own.
+    """The corpus's tokenizer: trained on its texts as `spec` says (None: `char`), or that of its records or its store.
 
-    Raises ValueError if the spec is unknown, or is given for records, whose tokens are made already.
+    Raises ValueError if the spec is unknown, or is given where the tokens are made already.
     """
-    if corpus.records is None:
+    tokens = corpus.records if corpus.stores is None else corpus.stores
+    if tokens is None:
         return train_tokenizer(spec or "char", corpus.documents)
     if spec is not None:
-        raise ValueError(f"--tokenizer {spec} does not go with token records, which carry their own; leave it out")
-    return load_tokenizer(corpus.records.tokenizer_path)
+        kind = "token records" if corpus.stores is None else "a store"
+        raise ValueError(f"--tokenizer {spec} does not go with {kind}, which carry their own; leave it out")
+    return load_tokenizer(tokens.tokenizer_path)
 
 
 def prepare(
@@ -38,13 +41,16 @@ def prepare(
 
     One document is split by its characters, at the same place for every tokenizer, and trained on in random windows;
     several are split by whole documents, at least one to each side, and packed. The last ones are held out. With
-    `held_out_fraction=0` both sides are the whole corpus. Raises ValueError if a text is shorter than one sequence, it
-    holds a character that the tokenizer does not know, or an argument or a record is out of range.
+    `held_out_fraction=0` both sides are the whole corpus. A store was split when it was made, and is trained on in
+    windows. Raises ValueError if a text is shorter than one sequence, it holds a character that the tokenizer does not
+    know, a store's tokens are of another tokenizer, or an argument or a record is out of range.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1; try 256")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction={held_out_fraction} must be at least 0 and less than 1; try 0.1")
+    if corpus.stores is not None:
+        return _prepare_stores(corpus.stores, tokenizer, seq_len)
     if len(corpus.records or corpus.documents) > 1:
         return _prepare_documents(corpus, tokenizer, seq_len, held_out_fraction)
     return _prepare_text(corpus, tokenizer, seq_len, held_out_fraction)
@@ -72,14 +78,17 @@ def training_batches(
     return _prefetched(lambda k: train.gather(train.draw(batch_size, seed, k)[held]), start, ENDLESS)
 
 
-def evaluation_batches(samples: Samples, *, batch_size: int, rows: Rows | None = None) -> Iterator[Batch]:
+def evaluation_batches(
+    samples: Samples, *, batch_size: int, rows: Rows | None = None, most_tokens: int | None = None
+) -> Iterator[Batch]:
     """Every target of `samples` once, in order; the last batch is filled up with rows of padding.
 
-    Raises ValueError if the batch size is not positive.
+    With `most_tokens` as many samples as hold no more, one at least, the same ones each time. Raises ValueError if the
+    batch size is not positive.
     """
     _check_batch_size(batch_size)
     held = slice(None) if rows is None else rows
-    ids = samples.all_ids()
+    ids = samples.all_ids(None if most_tokens is None else max(1, most_tokens // samples.seq_len))
     ids = np.pad(ids, (0, -len(ids) % batch_size), constant_values=-1).reshape(-1, batch_size)
     return _prefetched(lambda k: samples.gather(ids[k][held]), 0, len(ids))
 
@@ -99,6 +108,14 @@ def _prepare_text(
         return samples, samples
     cut = _cut(len(whole), held_out_fraction)
     return windows(whole[:cut], "training text"), windows(whole[cut:], "held-out text")
+
+
+def _prepare_stores(stores: Stores, tokenizer: Tokenizer, seq_len: int) -> tuple[Samples, Samples]:
+    if tokenizer.to_json() != load_tokenizer(stores.tokenizer_path).to_json():
+        made = stores.stores[0].manifest["tokenizer"]["name"]
+        rule = f"store {stores.names[0]} holds tokens of another tokenizer ({made}) than the run's ({tokenizer.name})"
+        raise ValueError(f"{rule}; prepare one with --tokenizer and the folder of the run")
+    return stores.samples(seq_len)
 
 
 def _prepare_documents(

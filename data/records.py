@@ -38,12 +38,17 @@ class TokenRecords(Sequence[np.ndarray]):
         tokenizer_path: the `tokenizer.json` that made the ids.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Opens the files. Raises ValueError if one is damaged or empty, or no `tokenizer.json` is beside the first."""
+    def __init__(self, files: Sequence[Path], folder: Path) -> None:
+        """Opens the files below a folder.
+
+        Raises ValueError if one is damaged or empty, or no `tokenizer.json` is beside the first or in the folder.
+        """
         from grain.sources import ArrayRecordDataSource
 
         self._files = files
         self.tokenizer_path = files[0].parent / "tokenizer.json"
+        if not self.tokenizer_path.is_file():
+            self.tokenizer_path = folder / "tokenizer.json"
         if not self.tokenizer_path.is_file():
             raise ValueError(f"token records {files[0]} need a tokenizer; put it into {self.tokenizer_path}")
         try:

@@ -30,8 +30,8 @@ class Samples(Protocol):
         """The sample ids of global training batch k, int64 [batch_size]."""
         ...
 
-    def all_ids(self) -> np.ndarray:
-        """Ids of samples that together hold each target exactly once, int64 [N]."""
+    def all_ids(self, most: int | None = None) -> np.ndarray:
+        """Ids of samples that together hold each target exactly once, int64 [N], or `most` of them, evenly spread."""
         ...
 
     def gather(self, sample_ids: np.ndarray) -> Batch:
@@ -53,8 +53,8 @@ class Windows:
     def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
         return np.random.default_rng([seed, k]).integers(len(self.tokens) - self.seq_len, size=batch_size)
 
-    def all_ids(self) -> np.ndarray:
-        return np.arange(0, self.num_targets, self.seq_len)
+    def all_ids(self, most: int | None = None) -> np.ndarray:
+        return spread(-(-self.num_targets // self.seq_len), most) * self.seq_len
 
     def gather(self, sample_ids: np.ndarray) -> Batch:
         positions = sample_ids[:, None] + np.arange(self.seq_len)
@@ -86,8 +86,8 @@ class PackedDocuments:
         parts = [_shuffled(num_rows, seed, epoch)[places[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
         return np.concatenate(parts)
 
-    def all_ids(self) -> np.ndarray:
-        return np.arange(self.index.num_rows)
+    def all_ids(self, most: int | None = None) -> np.ndarray:
+        return spread(self.index.num_rows, most)
 
     def gather(self, sample_ids: np.ndarray) -> Batch:
         shape = (len(sample_ids), self.seq_len)
@@ -115,6 +115,11 @@ class PackedDocuments:
         if isinstance(self.documents, TokenRecords):
             return dict(zip(numbers, self.documents.read(numbers), strict=True))
         return {number: self.documents[number] for number in numbers}
+
+
+def spread(count: int, most: int | None) -> np.ndarray:
+    """All of range(count), or `most` of it at even distances, int64."""
+    return np.arange(count) if most is None or most >= count else np.arange(most) * count // most
 
 
 @lru_cache(maxsize=4)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 COMMANDS = {
     "train": "train a model on text, or go on with a run",
+    "prepare": "text files of any size into a store of tokens to train on",
     "generate": "continue a prompt",
     "evaluate": "perplexity and bits per byte of a text",
     "convert": "weights of Llama, Mistral and Qwen models in and out",

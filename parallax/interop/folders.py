@@ -73,6 +73,13 @@ def read_model(source: Path, place: Place = abstract_params, param_dtype: str | 
     return Run(epath.Path(source), config, tokenizer, params, 0, settings)
 
 
+def read_tokenizer(source: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder. Raises ValueError if it has none, or one that cannot be used here."""
+    _check_folder(source)
+    values = _read_json(source / "config.json")
+    return _read_tokenizer(source, values, config_from_hf(values))
+
+
 def _check_folder(source: Path) -> None:
     if not source.is_dir():
         raise ValueError(f"{source} must be a Hugging Face folder and is none; download one, and give its path")

@@ -84,7 +84,7 @@ def train(
     batches: Iterator[dict[str, np.ndarray]],
     placement: Placement,
     config: TrainConfig,
-    evaluate: Callable[[TrainState], float | None],
+    evaluate: Callable[[TrainState], Row | None],
     save: Callable[[int, TrainState, float | None, Best], None],
     check: Callable[[int, TrainState, Any], None],
     observers: list[Observer],
@@ -101,7 +101,8 @@ def train(
 
     Args:
       batches: host batches from index `start` on.
-      evaluate: state to held-out loss in nats a token, or None once a stop is requested: then the state is saved.
+      evaluate: state to `eval_loss`, the held-out loss in nats a token, and what else the row of it holds; None once a
+        stop is requested: then the state is saved.
       save: called with (step, state, held-out loss of this step or None, the best checkpoint with this one among them).
       check: called with (step, state, placed batch) every `config.check_interval` steps and before each evaluation and
         save; raises where the state cannot be trusted.
@@ -164,16 +165,17 @@ def train(
 def _evaluate(
     step: int,
     state: TrainState,
-    evaluate: Callable[[TrainState], float | None],
+    evaluate: Callable[[TrainState], Row | None],
     observers: list[Observer],
     stopwatch: Stopwatch,
 ) -> float | None:
     """The held-out loss, recorded; None if a stop was requested before it was known."""
     with stopwatch.timing("evaluation"):
-        eval_loss = evaluate(state)
-    if eval_loss is not None:
-        _record({"step": step, "eval_loss": eval_loss}, observers)
-    return eval_loss
+        row = evaluate(state)
+    if row is None:
+        return None
+    _record({"step": step, **row}, observers)
+    return row["eval_loss"]
 
 
 class _Meter:

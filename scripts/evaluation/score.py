@@ -73,7 +73,7 @@ def _sizes(flags: Flags, config: TransformerConfig, settings: dict[str, Any]) ->
 
 def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tuple[list[np.ndarray], int]:
     """The tokens of each document, and the bytes that their targets stand for."""
-    if corpus.records is not None:
+    if corpus.records is not None or corpus.stores is not None:
         raise ValueError(f"{corpus.edition} holds no text to count the bytes of; give text files")
     documents, size = [], 0
     several = len(corpus.documents) > 1

@@ -14,15 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from data.pipeline import evaluation_batches, training_batches
-from parallax.inference.generate import Generator
-from parallax.inference.request import Request
-from parallax.inference.sampling import SamplingSettings
 from parallax.model.cost import step_flops
-from parallax.model.stack import prepare
-from parallax.model.transformer import Params
 from parallax.storage import open_folder, reason_of, write_json
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
@@ -35,9 +29,11 @@ from parallelism import sentinel
 from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, status_of
 from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
+from scripts.training.choices import choose_eval_tokens
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
+from scripts.training.overfit import report_overfit
 from scripts.training.resuming import Earlier, describe_remedy, resume_command
 from scripts.training.summary import Summary, describe_time
 from scripts.training.watchdog import Watchdog
@@ -131,7 +127,9 @@ class Attempt:
 
     def run(self, state: TrainState) -> int:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""
-        self._summary = Summary(self._workspace.path, self._began, self._start, self._stopwatch, self._changed)
+        self._summary = Summary(
+            self._workspace.path, self._began, self._start, self._stopwatch, self._changed, self._sources
+        )
         self._stopwatch.seconds["startup"] = time.time() - self._began
         self._job.strategy.stop_requested.listen(self._end_at_once)
         observers: list[Any] = []
@@ -216,7 +214,7 @@ class Attempt:
             batches=batches,
             placement=strategy,
             config=settings,
-            evaluate=functools.partial(self._held_out_loss, evaluate),
+            evaluate=functools.partial(self._evaluate, evaluate),
             save=self._save,
             check=self._check,
             observers=observers,
@@ -273,22 +271,43 @@ class Attempt:
         trees = [{"params": held.params, "opt_state": held.opt_state}, {"sample_ids": batch["sample_ids"]}]
         sentinel.check(step, trees, facts)
 
-    def _held_out_loss(self, evaluate: Callable, state: TrainState) -> float | None:
-        """Mean cross-entropy over every held-out target, in nats a token; None if a stop is requested meanwhile."""
+    def _evaluate(self, evaluate: Callable, state: TrainState) -> Row | None:
+        """Mean cross-entropy over the held-out targets, in nats a token, of all and by source, and what was learned.
+
+        None if a stop is requested meanwhile.
+        """
         job, settings = self._job, self._job.flags.train
         # Whole training batches, so that the rows can be dealt; several at once where they are small.
         size = settings.batch_size * max(1, EVALUATED_TOKENS // (settings.batch_size * settings.seq_len))
-        params = job.strategy.canonical(state).params
-        batches = evaluation_batches(job.held_out, batch_size=size, rows=job.strategy.rows(size))
-        results = []
-        for batch in batches:
-            if job.strategy.stop_requested():
-                return None
-            # One at a time: simulated devices may lock up when many programs with collectives are queued.
-            results.append(jax.device_get(evaluate(params, batch)))
-            self._stopwatch.beat()
+        canonical = job.strategy.canonical(state)
+        most = choose_eval_tokens(job.flags, of_store=job.corpus.stores is not None)
+        rows, stores = job.strategy.rows(size), job.corpus.stores
+        parts = {"": job.held_out} if stores is None else stores.by_source(job.held_out)
+        row, nats, tokens = Row(), 0.0, 0
+        for name, part in parts.items():
+            share = None if most is None else most // len(parts)
+            batches = evaluation_batches(part, batch_size=size, rows=rows, most_tokens=share)
+            results = []
+            for batch in batches:
+                if job.strategy.stop_requested():
+                    return None
+                # One at a time: simulated devices may lock up when many programs with collectives are queued.
+                results.append(jax.device_get(evaluate(canonical.params, batch)))
+                self._stopwatch.beat()
+            loss, count = sum(float(loss) for loss, _ in results), sum(int(count) for _, count in results)
+            nats, tokens = nats + loss, tokens + count
+            row |= {f"eval_loss/{name}": loss / count} if name else {}
+        for name, facts in self._sources(int(jax.device_get(canonical.step))).items():
+            row |= {f"{fact}/{name}": value for fact, value in facts.items() if len(parts) > 1}
         self._evaluation_due = False
-        return sum(float(loss) for loss, _ in results) / sum(int(count) for _, count in results)
+        return {"eval_loss": nats / tokens, **row}
+
+    def _sources(self, step: int) -> dict[str, dict[str, float]]:
+        """Of each store: its weight at this step, and the tokens and epochs of it that were learned from."""
+        job, settings = self._job, self._job.flags.train
+        if job.corpus.stores is None:
+            return {}
+        return job.corpus.stores.seen(job.training, settings.batch_size, settings.seed, step)
 
     def _write_summary(self, end: str = "", failure: str | None = None) -> None:
         """With what is saved by now: a save that is under way is in the next one."""
@@ -369,22 +388,3 @@ def describe_run(job: Job) -> dict[str, Any]:
     versions = {"python": sys.version.split()[0], "jax": jax.__version__}
     facts = {"corpus": corpus, "versions": versions, "layout": job.strategy.describe()}
     return flags_to_dict(job.flags) | facts | {"trained_length": job.trained_length}
-
-
-def report_overfit(job: Job, params: Params) -> int:
-    """Prints the verdict; returns 0 if the sentence was learned, 1 if not."""
-    model, ids = job.flags.model, job.tokenizer.encode(job.corpus.documents[0])
-    request = Request(
-        prompts=[ids[:1]], settings=SamplingSettings.create(1, temperature=0.0), seeds=[0], max_tokens=len(ids) - 1
-    )
-    written = np.concatenate([ids[:1], *Generator(model).generate(prepare(model, params), request)])
-    print(f"sentence: {job.corpus.documents[0]}\nwritten:  {job.tokenizer.decode(written)}")
-    if np.array_equal(written, ids):
-        print("✅ OVERFIT TEST PASSED - Model is mathematically correct!", flush=True)
-        return 0
-    right = int(np.sum(written == ids))
-    print(
-        f"❌ OVERFIT TEST FAILED - {right} of {len(ids)} characters are right after {job.flags.train.steps} steps",
-        flush=True,
-    )
-    return 1

@@ -49,11 +49,15 @@ class Flags:
     rules: str = "default"
     """What a mesh axis splits: a rule set (default, replicated) or a JSON file of rules."""
     dataset: str = "tiny_shakespeare"
-    """tiny_shakespeare, or a path to a text file, a folder of text files, or ArrayRecord files of tokens."""
+    """tiny_shakespeare, or a path to a text file, a folder of text files, ArrayRecord files of tokens, a store that
+    prepare.py made, or a mixture such as web.store:0.7,code.store:0.3 or a JSON file of stages."""
     data_dir: str | None = None
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     tokenizer: str | None = None
     """char (the default), byte, or bpe[:VOCABULARY], trained on the data set."""
+    eval_tokens: int | None = None
+    """Tokens of an evaluation, at the most; by default all that are held out, and of a store so many as take about 2%
+    of the time between two evaluations."""
     config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
     init_from: str | None = None
@@ -106,7 +110,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
 
 def flags_to_dict(flags: Flags) -> dict[str, Any]:
     """Everything that decides a run, as JSON-ready values: what config.json holds."""
-    plain = ("mode", "strategy", "mesh", "rules", "dataset", "tokenizer", "config", "init_from")
+    plain = ("mode", "strategy", "mesh", "rules", "dataset", "tokenizer", "eval_tokens", "config", "init_from")
     return {
         "run": {name: getattr(flags, name) for name in plain},
         "train": config_to_dict(flags.train),
@@ -212,6 +216,8 @@ def _settle(flags: Flags) -> Flags:
         raise ValueError(f"step_timeout={flags.step_timeout:g} must not be negative; try --step-timeout 300")
     if flags.mode == "distributed" and flags.strategy == "single":
         raise ValueError("--mode distributed does not go with --strategy single; try --strategy pmap")
+    if flags.eval_tokens is not None and flags.eval_tokens < 1:
+        raise ValueError(f"--eval-tokens {flags.eval_tokens} must be at least 1; leave it out")
     default = "mesh" if flags.mesh else "pmap" if flags.mode == "distributed" else "single"
     model = flags.model
     short = {name: getattr(flags, name) for name in ("dtype", "remat") if getattr(flags, name) is not None}

@@ -26,6 +26,7 @@ from parallelism.hosts import agree, require_same
 from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
+from scripts.preparing.automatic import prepared
 from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
 from scripts.training.flags import Flags, check_seq_len, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
@@ -86,11 +87,12 @@ def prepare_job(flags: Flags) -> Job:
     """
     overfit = flags.mode == "overfit"
     notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
-    corpus = overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=notes.append)
+    dataset = flags.dataset if overfit else prepared(flags.dataset, flags.init_from or flags.tokenizer or "char", say)
+    corpus = overfit_corpus() if overfit else load_corpus(dataset, flags.data_dir, notify=notes.append)
     folder = choose_folder(flags.output_dir, corpus.name, model_name(flags), resume=flags.resume)
     if flags.resume:
         require_corpus(folder, corpus.sha256, corpus.edition)
-    tokenizer = _tokenizer(flags, folder, corpus)
+    tokenizer = _tokenizer(flags, folder, corpus, flags.tokenizer if dataset == flags.dataset else None)
     flags = _with_sizes(flags, tokenizer, corpus)
     training, held_out = prepare(corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1)
     try:
@@ -146,12 +148,12 @@ def describe_schedule(flags: Flags) -> str:
     return f"the rate {ends}; --schedule-steps {steps}{shorter} lets it fall until the end"
 
 
-def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
+def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus, spec: str | None) -> Tokenizer:
     """That of the run, of the run it starts from, or one for the text."""
     for run in (folder, flags.init_from and open_folder(flags.init_from)):
         if run and (run / "tokenizer.json").exists():
             return load_tokenizer(run / "tokenizer.json")
-    return tokenizer_for(corpus, flags.tokenizer)
+    return tokenizer_for(corpus, spec)
 
 
 def _trained_length(flags: Flags, folder: epath.Path) -> int:

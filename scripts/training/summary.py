@@ -6,7 +6,7 @@ last checkpoint; the attempt that resumes accounts for the rest.
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Summary:
       start: the step that it goes on from.
       stopwatch: what it spends its time on; `startup` must be in it once training begins.
       changed: flags that this attempt changed of the run, each with [before, now].
+      sources: what was learned from each source up to a step; nothing where the data is not in stores.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class Summary:
         start: int,
         stopwatch: Stopwatch,
         changed: Mapping[str, list[Any]] | None = None,
+        sources: Callable[[int], dict[str, Any]] = lambda step: {},
     ):
         self._path = folder / SUMMARY_FILE
-        self._began, self._stopwatch = began, stopwatch
+        self._began, self._stopwatch, self._sources = began, stopwatch, sources
         self._earlier = _read_attempts(folder)
         self._attempt: dict[str, Any] = {"from_step": start, "began": round(began, 3)}
         self._attempt |= {"changed": dict(changed)} if changed else {}
@@ -49,7 +51,7 @@ class Summary:
         seconds["other"] = max(0.0, wall - sum(seconds.values()))
         attempts = [*self._earlier, self._attempt | {"to_step": step, "end": end, "seconds": _rounded(seconds)}]
         total = _total(attempts)
-        wall_seconds = sum(total.values())
+        wall_seconds, sources = sum(total.values()), self._sources(step)
         write_json(
             self._path,
             {
@@ -61,6 +63,7 @@ class Summary:
                 "seconds": _rounded(total),
                 "goodput": round(total.get("step", 0.0) / wall_seconds, 4) if wall_seconds else 0.0,
                 "attempts": attempts,
+                **({"sources": sources} if sources else {}),
             },
         )
 

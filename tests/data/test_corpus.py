@@ -168,6 +168,23 @@ def test_records_are_read_many_at_a_time(record_folder, monkeypatch):
     np.testing.assert_array_equal(records[39], documents[39])
 
 
+def test_shards_of_others_are_found_in_subfolders_too(record_folder):
+    folder, documents = record_folder
+    (folder / "train").mkdir()
+    (folder / "part-0.array_record").rename(folder / "train/x.array_record-00000-of-00002")
+    (folder / "part-1.arrayrecord").rename(folder / "train/x.array_record-00001-of-00002")
+    records = load_corpus(str(folder), notify=ignore).records
+    np.testing.assert_array_equal(records[30], documents[30])
+    assert records.tokenizer_path == folder / "tokenizer.json"
+
+
+def test_what_is_no_plain_text_is_not_read_as_it(tmp_path, refused):
+    for name in ("a.jsonl", "a.parquet", "a.csv", "a.txt.gz"):
+        (tmp_path / name).write_text("{}")
+        with refused(f"{name} must be plain text to be read as it is", "prepare.py"):
+            load_corpus(str(tmp_path / name), notify=ignore)
+
+
 def test_ids_beyond_the_vocabulary_are_refused(record_folder, refused):
     folder, _ = record_folder
     records = load_corpus(str(folder), notify=ignore).records

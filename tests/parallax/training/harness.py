@@ -73,7 +73,7 @@ class Harness:
             return None
         self._takes(30.0)
         self.events.append(("evaluate", int(state.step), None))
-        return float(state.params["w"]) + 1
+        return {"eval_loss": float(state.params["w"]) + 1}
 
     def save(self, step, state, eval_loss, best):
         self._takes(7.0)

@@ -1,0 +1,79 @@
+"""Which documents a step learned from, and at which steps a document was seen.
+
+Invariant: the answers follow from the stores, the batch size and the seed alone, as batches do: they hold for every
+layout and however often the run was resumed.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from data.mixture import Mixture, Stores
+from data.samples import Samples
+from data.store import Document
+from data.store_samples import StoreWindows
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a document that a row of a batch shows, as inputs or targets.
+
+    Attributes:
+        row: of the global batch, from 0.
+        store: its place in the mixture.
+        document: where it came from.
+        start: its first token in the document, from 0.
+        stop: behind its last one.
+    """
+
+    row: int
+    store: int
+    document: Document
+    start: int
+    stop: int
+
+
+def pieces_of_step(training: Samples, batch_size: int, seed: int, step: int) -> Iterator[Piece]:
+    """What step `step`, from 1, learned from: row by row, in the order of the tokens."""
+    parts = _parts(training)
+    for row, sample_id in enumerate(training.draw(batch_size, seed, step - 1).tolist()):
+        store = 0
+        if isinstance(training, Mixture):
+            store = int(training.source_of(sample_id))
+            sample_id -= int(training.starts[store])
+        start, stop = parts[store].span(sample_id)
+        for first, document in parts[store].tokens.documents_in(start, stop):
+            end = first + document.tokens
+            yield Piece(row, store, document, max(start - first, 0), min(stop, end) - first)
+
+
+def steps_of_document(
+    stores: Stores, training: Samples, batch_size: int, seed: int, steps: int, path: str, line: int
+) -> list[tuple[Document, str, list[int] | None]]:
+    """Each document from that line of that source, its store, and the steps up to `steps` that learned from it.
+
+    None in place of the steps where it is held out. Raises ValueError if no store has such a document.
+    """
+    found: list[tuple[Document, str, list[int] | None]] = []
+    counts = (
+        training.counts(batch_size, seed, steps * batch_size) if isinstance(training, Mixture) else [steps * batch_size]
+    )
+    for place, (store, part) in enumerate(zip(stores.stores, _parts(training), strict=True)):
+        for first, document in store.train.find(path, line):
+            windows = part.windows_of(first, first + document.tokens)
+            numbers = sorted(number for window in windows for number in part.when(window, seed, counts[place]))
+            if isinstance(training, Mixture):
+                numbers = [training.sample_of(place, number, batch_size, seed) for number in numbers]
+            seen = sorted({number // batch_size + 1 for number in numbers})
+            found.append((document, stores.names[place], seen))
+        found += [(document, stores.names[place], None) for _, document in store.held_out.find(path, line)]
+    if not found:
+        raise ValueError(f"no document of {', '.join(stores.names)} is from {path}:{line}; see prepare.py --describe")
+    return found
+
+
+def _parts(training: Samples) -> list[StoreWindows]:
+    if isinstance(training, Mixture):
+        return list(training.parts)
+    if isinstance(training, StoreWindows):
+        return [training]
+    raise ValueError("where documents were seen is known of stores alone; prepare the data with prepare.py")

@@ -1,0 +1,195 @@
+"""Files of documents: which they are, how they are compressed, and their bytes as a stream.
+
+Invariant: the same arguments over the same files give the same sources in the same order.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import os
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from data.store import is_store
+
+FORMATS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = (".gz", ".zst", ".bz2")
+BROKEN = (EOFError, OSError, zlib.error, ValueError)  # what a damaged file raises; pyarrow's errors are of the last
+BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of documents, as it was when it was found.
+
+    Attributes:
+        path: as it was given, or below the folder that was given.
+        format: text, jsonl, json, csv or parquet.
+        bytes: of the file.
+        changed: when, in nanoseconds since 1970.
+    """
+
+    path: str
+    format: str
+    bytes: int
+    changed: int
+
+
+def find_sources(given: Sequence[str], format: str | None = None) -> list[Source]:
+    """The files that files, folders and globs name, in that order; those of a folder or a glob by name.
+
+    A folder gives all files of its one format, those of its subfolders too, as `documents_in` lists them. `format` says
+    which is meant where it holds several, and forces it on files that are named.
+
+    Raises ValueError if there is none, one is named twice, of no known format, or a folder holds several.
+    """
+    paths: list[tuple[str, str]] = []
+    for name in given:
+        if "://" in name:
+            raise ValueError(f"source {name} must be a local path; copy it here first, say with gcloud storage cp")
+        path = Path(name).expanduser()
+        if path.is_dir():
+            paths += _in_folder(path, format)
+        elif path.is_file():
+            paths.append((str(path), format or _known_format(name)))
+        else:
+            found = sorted(found for found in glob(str(path), recursive=True) if Path(found).is_file())
+            if not found:
+                raise ValueError(
+                    f"source {name} must be a file, a folder or a glob of files, and none is there; check it"
+                )
+            paths += [(name, format or _known_format(name)) for name in found]
+    repeated = [path for path, count in Counter(os.path.realpath(path) for path, _ in paths).items() if count > 1]
+    if repeated:
+        raise ValueError(f"source {repeated[0]} is named twice; leave it out once")
+    return [_described(path, format) for path, format in paths]
+
+
+def format_of(name: str) -> str | None:
+    """What a file's name says that it is, or None."""
+    stem, suffix = os.path.splitext(name.lower())
+    return FORMATS.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
+
+
+class SourceFile(io.RawIOBase):
+    """The bytes of a file as they are on the disk, counted and hashed on their way.
+
+    Attributes:
+        count: bytes read so far.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError if the file cannot be read."""
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with this)
+        self._path, self._digest, self.count = path, hashlib.sha256(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._file.readinto(buffer)
+        self._digest.update(memoryview(buffer)[:size])
+        self.count += size
+        return size
+
+    def sha256(self) -> str:
+        """Of the whole file, what was not read so far with it, and whether or not a reader closed this."""
+        with open(self._path, "rb") as rest:
+            rest.seek(self.count)
+            while piece := rest.read(BUFFER_BYTES):
+                self._digest.update(piece)
+                self.count += len(piece)
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        super().close()
+        if hasattr(self, "_file"):  # it may never have opened
+            self._file.close()
+
+
+def decompressed(file: SourceFile, name: str) -> io.BufferedIOBase:
+    """The bytes that a compressed file stands for, by the end of its name; reading raises one of BROKEN."""
+    suffix, buffered = os.path.splitext(name.lower())[1], io.BufferedReader(file, BUFFER_BYTES)
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=buffered)
+    if suffix == ".bz2":
+        return bz2.BZ2File(buffered)
+    return io.BufferedReader(_Zstandard(buffered), BUFFER_BYTES) if suffix == ".zst" else buffered
+
+
+class _Zstandard(io.RawIOBase):
+    """pyarrow's reader as one of Python's; unlike Python's own packages it reports a file that was cut short."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        import pyarrow
+
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def documents_in(folder: Path) -> list[tuple[str, str]]:
+    """The files of documents below a folder, by name, each with its format.
+
+    What is hidden (a name with a dot first) is left out, what is in a token store, such as the one that is being made,
+    and a README.md at its top, where that is not all.
+    """
+    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    stores = {parent for parent in {name.parent for name in names} if is_store(folder / parent)}
+    names = [name for name in names if name.parent not in stores]
+    found = sorted((name.as_posix(), format_of(name.name)) for name in names)
+    known = [(name, kind) for name, kind in found if kind is not None]
+    return [(name, kind) for name, kind in known if name.lower() != "readme.md"] or known
+
+
+def _in_folder(folder: Path, format: str | None) -> list[tuple[str, str]]:
+    found = documents_in(folder)
+    counts = Counter(kind for _, kind in found)
+    if format is not None:
+        found = [(name, kind) for name, kind in found if kind == format]
+    elif len(counts) > 1:
+        held = ", ".join(f"{kind} ({count})" for kind, count in counts.most_common())
+        choice = counts.most_common(1)[0][0]
+        raise ValueError(f"folder {folder} must hold files of one format and holds {held}; choose: --format {choice}")
+    if not found:
+        kinds = ", ".join(suffix for suffix, kind in FORMATS.items() if format in (None, kind))
+        raise ValueError(f"folder {folder} must hold a file of {kinds} and holds none; name another")
+    return [(str(folder / name), kind) for name, kind in found]
+
+
+def _known_format(name: str) -> str:
+    format = format_of(name)
+    if format is None:
+        kinds = ", ".join(FORMATS)
+        raise ValueError(
+            f"source {name} must end in {kinds}, with or without .gz, .zst, .bz2; say --format text, or another"
+        )
+    return format
+
+
+def _described(path: str, format: str) -> Source:
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"source {path} must be readable; check its permissions")
+    stat = os.stat(path)
+    return Source(path, format, stat.st_size, stat.st_mtime_ns)
