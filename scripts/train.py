@@ -31,7 +31,7 @@ gc.enable()
 
 def main() -> int:
     """Exit status: 0 finished, or stopped as asked; 1 failed, and would again; 2 bad input; 3 failed from
-    outside; 4 lost a peer; 5 lost a device, or a step did not end."""
+    outside; 4 lost a peer; 5 lost a device, or a step did not end; 130 interrupted twice."""
     keep_large_buffers()
     keep_compiled_programs()
     with errors_in_one_line():

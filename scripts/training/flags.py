@@ -73,11 +73,12 @@ class Flags:
     print_param_hash: Switch = False
     """End with a line `params sha256 HEX`."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, for a run of several processes; by default JAX_COORDINATOR_ADDRESS or TPU metadata."""
+    """HOST:PORT of process 0, for a run of several processes; by default JAX_COORDINATOR_ADDRESS, or what a TPU,
+    SLURM, Open MPI or Kubernetes says."""
     num_processes: int | None = None
-    """How many processes run together; by default JAX_NUM_PROCESSES or TPU metadata."""
+    """How many processes run together; by default JAX_NUM_PROCESSES, or found like --coordinator."""
     process_id: int | None = None
-    """Which of them this is, from 0; by default JAX_PROCESS_ID or TPU metadata."""
+    """Which of them this is, from 0; by default JAX_PROCESS_ID, or found like --coordinator."""
     local_device_ids: tuple[int, ...] | None = None
     """Which of the machine's GPUs are this process's; under SLURM and Open MPI by default one for each task."""
     step_timeout: float | None = None
@@ -223,19 +224,14 @@ def _settle(flags: Flags) -> Flags:
     short = {name: getattr(flags, name) for name in ("dtype", "remat") if getattr(flags, name) is not None}
     if short:
         model = dataclasses.replace(model, **short)
-    check_seq_len(flags.train.seq_len, model)
+    if flags.train.seq_len > model.max_seq_len:
+        raise ValueError(
+            f"seq_len={flags.train.seq_len} must not exceed max_seq_len={model.max_seq_len}; "
+            f"try --seq-len {model.max_seq_len}, or --model.max-seq-len {flags.train.seq_len}"
+        )
     learning = flags.learning.settled(flags.train.steps)
     strategy = flags.strategy or default
     return dataclasses.replace(flags, strategy=strategy, model=model, learning=learning, dtype=None, remat=None)
-
-
-def check_seq_len(seq_len: int, model: TransformerConfig) -> None:
-    """Raises ValueError for sequences that the model does not take, before it is traced."""
-    if seq_len > model.max_seq_len:
-        raise ValueError(
-            f"seq_len={seq_len} must not exceed max_seq_len={model.max_seq_len}; "
-            f"try --seq-len {model.max_seq_len}, or --model.max-seq-len {seq_len}"
-        )
 
 
 def _refuse_changes(saved: Flags, flags: Flags) -> None:

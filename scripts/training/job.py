@@ -27,8 +27,8 @@ from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.preparing.automatic import prepared
-from scripts.training.choices import choose_accumulate, choose_attention, choose_layer_loop
-from scripts.training.flags import Flags, check_seq_len, flags_to_dict, may_change, model_name
+from scripts.training.choices import choose_accumulate, choose_attention, choose_eval_tokens, choose_layer_loop
+from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.step import bind_state, bind_step
 
@@ -94,6 +94,8 @@ def prepare_job(flags: Flags) -> Job:
         require_corpus(folder, corpus.sha256, corpus.edition)
     tokenizer = _tokenizer(flags, folder, corpus, flags.tokenizer if dataset == flags.dataset else None)
     flags = _with_sizes(flags, tokenizer, corpus)
+    # Settled once, so that all evaluations of a run are of the same tokens, whatever a resumed one changes.
+    flags = dataclasses.replace(flags, eval_tokens=choose_eval_tokens(flags, of_store=corpus.stores is not None))
     training, held_out = prepare(corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1)
     try:
         layout, strategy, step, evaluate = build(flags)
@@ -169,7 +171,9 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     train = flags.train
     if flags.mode == "overfit":
         train = dataclasses.replace(train, seq_len=len(tokenizer.encode(corpus.documents[0])) - 1)
-        check_seq_len(train.seq_len, flags.model)
+        if train.seq_len > flags.model.max_seq_len:
+            rule = f"the sentence of {train.seq_len} tokens must not exceed max_seq_len={flags.model.max_seq_len}"
+            raise ValueError(f"{rule}; try --model.max-seq-len {train.seq_len}")
     model = dataclasses.replace(flags.model, vocab_size=tokenizer.vocab_size)
     return dataclasses.replace(flags, train=train, model=model)
 

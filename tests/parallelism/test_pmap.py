@@ -71,8 +71,8 @@ def test_batch_is_dealt_in_blocks_of_rows(strategy, tiny):
 def test_devices_drop_different_values_of_equal_rows(strategy):
     """Equal rows on all devices: with one key the averaged gradient would be 0 or 2 wherever dropout decides it."""
 
-    def loss_fn(params, batch, key):
-        kept = dropout(batch["x"][0] * params["w"], 0.5, key)
+    def loss_fn(params, batch, keys):
+        kept = dropout(batch["x"] * params["w"][None], 0.5, keys)
         return {"loss": jnp.sum(kept)}, jnp.int32(1)
 
     def step(state, batch):

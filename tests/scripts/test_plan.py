@@ -81,6 +81,6 @@ def test_a_command_gives_train_the_layout_and_every_change_of_model_and_optimize
     command = run_command(Choice(layout, {"data": 2, "fsdp": 4}, "full", "bfloat16"), flags)
     read = read_flags(shlex.split(command)[2:])
     assert read.model == config.replace(remat="full", dtype="bfloat16")
-    assert read.learning == optimizer
+    assert read.learning == optimizer.settled(read.train.steps)
     assert (read.strategy, read.mesh, read.config) == ("mesh", "data=2,fsdp=2x2", "nano")
     assert (read.train.batch_size, read.train.seq_len, read.train.accumulate) == (64, 32, microbatches)

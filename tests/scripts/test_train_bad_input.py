@@ -17,7 +17,7 @@ CASES = """
 --model.dropout-rate 1 | dropout_rate=1 | [0, 1) | try 0.1
 --accumulate 5 | accumulate=5 | batch_size=32 | try 4
 --seq-len 99 --model.max-seq-len 64 | seq_len=99 | max_seq_len=64 | try --seq-len 64
---mode overfit --seq-len 9 --model.max-seq-len 9 | seq_len=61 | max_seq_len=9 | or --model.max-seq-len 61
+--mode overfit --model.max-seq-len 9 --seq-len 9 | sentence of 60 tokens | max_seq_len=9 | try --model.max-seq-len 60
 --mode single --strategy pmap | single | pmap | try --mode distributed
 --mode distributed --strategy single | single | try --strategy pmap
 --strategy pmap --mesh data=8 | data=8 | --strategy mesh

@@ -96,7 +96,7 @@ def test_a_port_that_another_takes_meanwhile(small_run):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_soon_and_answers_end_too(small_run, number):
-    server = Served(small_run, "--capacity", "250", "--slots", "1")
+    server = Served(small_run, "--capacity", "250", "--context", "extend", "--slots", "1")
     events = []
 
     def listen():

@@ -64,7 +64,12 @@ def test_everything_happens_when_it_is_due_and_only_then(seed):
 def test_an_evaluation_is_saved_if_it_is_the_best_and_the_best_checkpoint_an_interval_old(intervals, losses, expected):
     config, run = TrainConfig(steps=30, eval_interval=intervals[0], checkpoint_interval=intervals[1]), Harness()
     rises = bool(losses)
-    run.evaluate = lambda state: losses.get(int(state.step), 1 + (1 if rises else -1) * int(state.step) / 100)
+
+    def evaluate(state):
+        step = int(state.step)
+        return {"eval_loss": losses.get(step, 1 + (step if rises else -step) / 100)}
+
+    run.evaluate = evaluate
     run.train(config)
     assert run.of("save") == expected
 

@@ -124,12 +124,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(value):
 
 
 def test_a_finite_loss_with_a_gradient_that_is_not_is_a_bad_step():
-    def root(params, batch, key):
+    def root(params, batch, keys):
         loss = jnp.sqrt(jnp.sum(params["w"]))  # value 0 and an infinite slope at 0
         return {"loss": loss}, jnp.int32(1)
 
     step, state = make_step(root, {"w": np.zeros(2, np.float32)})
-    new, metrics = step(state, {})
+    new, metrics = step(state, rows(0))
     assert metrics["loss"] == 0
     assert metrics["bad_steps"] == 1
     assert_same_bits((new.params, new.opt_state), (state.params, state.opt_state))
@@ -181,10 +181,10 @@ def test_update_is_scaled_by_the_rate_of_the_step():
 
 
 def test_a_batch_without_targets_is_finite():
-    def nothing(params, batch, key):
+    def nothing(params, batch, keys):
         return {"loss": 0.0 * jnp.sum(params["w"])}, jnp.int32(0)
 
     step, state = make_step(nothing, {"w": np.ones(2, np.float32)}, weight_decay=0.0)
-    new, metrics = step(state, {})
+    new, metrics = step(state, rows(0))
     assert metrics["loss"] == metrics["grad_norm"] == metrics["bad_steps"] == 0
     assert_same_bits(new.params, state.params)

@@ -142,7 +142,7 @@ def test_replicas_that_differ_end_the_run_before_they_are_saved(train_small, tex
 
 @pytest.fixture
 def full_at(monkeypatch):
-    """Makes the disk full for the checkpoints of these steps: a file of 60 kB and more cannot be written."""
+    """Makes the disk full for the checkpoints of these steps: a file of 10 kB and more cannot be written."""
     before, full = resource.getrlimit(resource.RLIMIT_FSIZE), set()
     wait, make_room = Checkpointer.wait, CheckpointFolder.make_room
 
@@ -155,8 +155,9 @@ def full_at(monkeypatch):
     def made_room(self, step):
         make_room(self, step)
         if step in full:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
 
+    monkeypatch.setattr(attempt, "plot_loss", lambda folder: None)  # for which there would be no room either
     monkeypatch.setattr(Checkpointer, "wait", waited)
     monkeypatch.setattr(CheckpointFolder, "make_room", made_room)
     yield full.update
@@ -175,10 +176,7 @@ def test_a_save_that_fails_takes_one_line_and_is_tried_again_at_the_next(train_s
     assert (summary_of(text / "run")["step"], summary_of(text / "run")["finished"]) == (12, True)
 
 
-def test_a_last_save_that_fails_is_a_failure_and_the_summary_names_what_is_saved(
-    train_small, text, full_at, monkeypatch
-):
-    monkeypatch.setattr(attempt, "plot_loss", lambda folder: None)  # for which there would be no room either
+def test_a_last_save_that_fails_is_a_failure_and_the_summary_names_what_is_saved(train_small, text, full_at):
     full_at({6, 9, 12})
     status, _, err = train_small("--output-dir", "run", "--checkpoint-interval", "3")
     assert status == 3
