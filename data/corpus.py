@@ -127,7 +127,9 @@ def _load_folder(folder: Path) -> Corpus:
     texts = [path for path in shown if path.parent != folder or path.name.lower() != "readme.md"] or shown
     if not texts:
         kinds = ", ".join(f"*{suffix}" for suffix in TEXT_SUFFIXES + RECORD_SUFFIXES)
-        raise ValueError(f"dataset folder {folder} must hold a text or record file ({kinds}) and holds none")
+        raise ValueError(
+            f"dataset folder {folder} must hold a text or record file ({kinds}) and holds none; prepare.py takes others"
+        )
     texts.sort(key=lambda path: path.relative_to(folder).as_posix())
     left_out = ["README.md"] if len(texts) < len(shown) else []
     left_out += [f"{len(found) - len(shown)} hidden"] if len(shown) < len(found) else []

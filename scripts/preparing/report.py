@@ -12,8 +12,6 @@ from data.store import DOCUMENT, open_store
 from data.store import verify as verify_store
 from parallax.storage import open_folder
 from parallax.tokenizers.registry import load_tokenizer
-from scripts.common.command_line import tell
-from scripts.preparing.automatic import prepared
 
 SHOWN_DOCUMENTS, SHOWN_CHARS, SHOWN_SOURCES = 3, 72, 5
 
@@ -55,9 +53,7 @@ def seen(run: str, step: int | None, document: str | None) -> int:
         raise ValueError(f"{run} was imported and learned from nothing here; name a run that train.py wrote")
     train = settings["train"]
     size, seed = train["batch_size"], train["seed"]
-    given = settings["run"]
-    dataset = prepared(given["dataset"], given["init_from"] or given["tokenizer"] or "char", tell)
-    corpus = load_corpus(dataset, notify=lambda line: None)
+    corpus = load_corpus(settings["run"]["dataset"], notify=lambda line: None)
     if corpus.stores is None:
         raise ValueError(f"{run} was trained on {corpus.edition}, and only stores know their documents; prepare one")
     if corpus.sha256 != settings["corpus"]["sha256"]:

@@ -26,7 +26,6 @@ from parallelism.hosts import agree, require_same
 from parallelism.planning.hardware import generation_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
-from scripts.preparing.automatic import prepared
 from scripts.training.choices import choose_accumulate, choose_attention, choose_eval_tokens, choose_layer_loop
 from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
@@ -87,12 +86,11 @@ def prepare_job(flags: Flags) -> Job:
     """
     overfit = flags.mode == "overfit"
     notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
-    dataset = flags.dataset if overfit else prepared(flags.dataset, flags.init_from or flags.tokenizer or "char", say)
-    corpus = overfit_corpus() if overfit else load_corpus(dataset, flags.data_dir, notify=notes.append)
+    corpus = overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=notes.append)
     folder = choose_folder(flags.output_dir, corpus.name, model_name(flags), resume=flags.resume)
     if flags.resume:
         require_corpus(folder, corpus.sha256, corpus.edition)
-    tokenizer = _tokenizer(flags, folder, corpus, flags.tokenizer if dataset == flags.dataset else None)
+    tokenizer = _tokenizer(flags, folder, corpus)
     flags = _with_sizes(flags, tokenizer, corpus)
     # Settled once, so that all evaluations of a run are of the same tokens, whatever a resumed one changes.
     flags = dataclasses.replace(flags, eval_tokens=choose_eval_tokens(flags, of_store=corpus.stores is not None))
@@ -150,12 +148,12 @@ def describe_schedule(flags: Flags) -> str:
     return f"the rate {ends}; --schedule-steps {steps}{shorter} lets it fall until the end"
 
 
-def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus, spec: str | None) -> Tokenizer:
+def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
     """That of the run, of the run it starts from, or one for the text."""
     for run in (folder, flags.init_from and open_folder(flags.init_from)):
         if run and (run / "tokenizer.json").exists():
             return load_tokenizer(run / "tokenizer.json")
-    return tokenizer_for(corpus, spec)
+    return tokenizer_for(corpus, flags.tokenizer)
 
 
 def _trained_length(flags: Flags, folder: epath.Path) -> int:
