@@ -62,6 +62,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Op]] = {}
         ops: dict[str, Op] | None = None  # of the computation that the line is in
+        text = re.sub(r"=\{\n(.*)\n\}", r"={\1}", text)  # a kernel's metadata are printed on lines of their own
         for line in text.splitlines():
             if header := _HEADER.match(line):
                 ops = self.computations[header[1] or str(header[2])] = {}

@@ -26,7 +26,7 @@ new MutationObserver(() => steps.push(document.getElementById('text').children.l
 @pytest.fixture(scope="module")
 def served(small_run):
     many = ("--max-answers", "250", "--queue", "1000")
-    with serving(small_run, "--capacity", "256", "--slots", "1", *many) as server:
+    with serving(small_run, "--capacity", "256", "--context", "extend", "--slots", "1", *many) as server:
         yield server
 
 

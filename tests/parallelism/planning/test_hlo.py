@@ -34,10 +34,17 @@ def without_signatures(text):
     return re.sub(r"^((?:ENTRY )?%[\w.-]+) \(.*\) -> .*\{$", r"\1 {", text, flags=re.MULTILINE)
 
 
+def with_metadata_of_kernels(text):
+    """As the TPU compiler prints attributes of a kernel, over three lines."""
+    return text.replace(
+        ", metadata={", ', frontend_attributes={kernel_metadata={\n"block":"{\\"q\\": 1}"\n}}, metadata={'
+    )
+
+
 @pytest.mark.parametrize(
     "change",
-    [lambda text: text.replace("%", ""), with_operand_shapes, without_signatures],
-    ids=["names without %", "operands with shapes", "headers without signatures"],
+    [lambda text: text.replace("%", ""), with_operand_shapes, without_signatures, with_metadata_of_kernels],
+    ids=["names without %", "operands with shapes", "headers without signatures", "metadata of kernels"],
 )
 def test_other_notations_are_read_alike(text, change):
     assert read_flops(text) == FLOPS
