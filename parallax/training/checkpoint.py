@@ -77,8 +77,8 @@ class Checkpointer:
         Waits for the save before it. Returns False, with nothing done, if that step is trusted already.
 
         Raises:
-          ValueError: the folder cannot be made, or the documents are not JSON.
-          OSError: this save could not start, or the one before failed in the background.
+          ValueError: the folder is a file, or the documents are not JSON.
+          OSError: the folder cannot be made, this save could not start, or the one before failed in the background.
         """
         import orbax.checkpoint as ocp
 
@@ -89,7 +89,8 @@ class Checkpointer:
         # Numbers of the host are written as arrays too.
         state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), state)
         if self._is_writer:
-            self._folder.make_room(step)
+            with self._saving(step):
+                self._folder.make_room(step)
         if self._saver is None:
             _silence()
             handlers = {"state": array_handler(), "documents": ocp.JsonCheckpointHandler()}

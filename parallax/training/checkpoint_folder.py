@@ -178,12 +178,8 @@ class CheckpointFolder:
         self._notify(f"checkpoint {step} is damaged: {damage}{aside}")
 
     def make_room(self, step: int) -> None:
-        """Makes the root, and clears the way for a save of `step`. Raises ValueError if the root cannot be made."""
-        try:
-            make_folder(self.root)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ValueError(f"{self.root} cannot be made: {reason}; choose another folder") from error
+        """Makes the root, and clears the way for a save of `step`. Raises OSError if one of them fails."""
+        make_folder(self.root)
         self.remove_unfinished()
         if step in self.newest_first():
             self.first_intact([step], set_aside=True)

@@ -1,5 +1,6 @@
 """Attempts at a run: resumed, stopped, killed and failed, on one layout and on another."""
 
+import errno
 import json
 import os
 import resource
@@ -9,6 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from parallax.storage import make_folder
+from parallax.training import checkpoint_folder
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.checkpoint_folder import CheckpointFolder
 from parallelism import sentinel
@@ -188,6 +191,23 @@ def test_a_last_save_that_fails_is_a_failure_and_the_summary_names_what_is_saved
     found = summary_of(text / "run")
     assert (found["step"], found["finished"], found["attempts"][-1]["end"]) == (3, False, "failed")
     assert found["attempts"][-1]["to_step"] == 3
+
+
+def test_a_disk_that_is_full_at_the_first_save_takes_one_line(train_small, text, monkeypatch):
+    full = iter([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+
+    def make(folder):
+        for error in full:
+            raise error
+        make_folder(folder)
+
+    monkeypatch.setattr(checkpoint_folder, "make_folder", make)
+    status, _, err = train_small("--output-dir", "run", "--checkpoint-interval", "3")
+    assert status == 0, err
+    (line,) = (line for line in err.splitlines() if "unsaved" in line)
+    assert line.startswith("unsaved   checkpoint 3 could not be saved in ")
+    assert line.endswith(": [Errno 28] No space left on device; the next save tries again")
+    assert checkpoints(text / "run") == [6, 9, 12]
 
 
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\na page of buffers")
