@@ -43,6 +43,19 @@ from tests.scripts.runs import ROOT, SHORT, SMALL, checkpoints, rows
             "python scripts/train.py --resume --output-dir run --strategy pmap --coordinator 10.0.0.2:8482 "
             "--num-processes 2 --process-id I (in each of 2 processes)",
         ),
+        (
+            "--step-timeout 0 --strategy pmap --coordinator 10.0.0.2:8482 --num-processes 2 --process-id 0 "
+            "--local-device-ids 0 1",
+            *("scripts/train.py", 2),
+            "python scripts/train.py --resume --output-dir run --strategy pmap --step-timeout 0 "
+            "--coordinator 10.0.0.2:8482 --num-processes 2 --process-id I --local-device-ids IDS "
+            "(in each of 2 processes)",
+        ),
+        (
+            "--step-timeout 90.5",
+            *("scripts/train.py", 1),
+            "python scripts/train.py --resume --output-dir run --step-timeout 90.5",
+        ),
     ],
 )
 def test_the_command_is_whole(args, program, processes, expected, monkeypatch):
