@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -246,6 +247,21 @@ def test_an_error_of_the_device_ends_the_run_with_its_words_and_a_status(
     summary = summary_of(text / "run")
     assert summary["attempts"][-1]["end"] == "failed"
     assert words in summary["failure"]
+
+
+def test_whatever_ends_a_run_gives_the_terminal_back(train_small, monkeypatch):
+    lost, closed = jax.errors.JaxRuntimeError("UNAVAILABLE: a peer is gone"), []
+
+    def check(step, *arguments, **how):
+        raise lost
+
+    monkeypatch.setattr(sentinel, "check", check)
+    monkeypatch.setattr(attempt, "has_peers", lambda: True)
+    monkeypatch.setattr(attempt, "Files", Mock())
+    monkeypatch.setattr(attempt.Terminal, "close", lambda self: closed.append(self))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a peer is gone"):
+        train_small("--output-dir", "run", "--strategy", "pmap")
+    assert len(closed) == 1
 
 
 def test_sigterm_saves_and_exits_well(text):

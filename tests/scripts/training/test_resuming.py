@@ -1,10 +1,13 @@
 """A run that goes on: the command for it, what it says it was, and what may change."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -13,6 +16,7 @@ from etils import epath
 from parallelism.hosts import StopRequest
 from scripts import train
 from scripts.training.flags import read_flags
+from scripts.training.lease import LEASE_FILE
 from scripts.training.resuming import resume_command
 from tests.scripts.runs import ROOT, SHORT, SMALL, checkpoints, rows
 
@@ -116,6 +120,7 @@ COMPILING = """
 import hashlib, sys
 from parallelism.single import Single
 from scripts import train
+from scripts.training import output_dir
 
 def compile(self, step):
     def hang(state, batch):
@@ -124,30 +129,47 @@ def compile(self, step):
     return hang
 
 Single.compile = compile
+output_dir._locked = lambda descriptor: None  # a file system without locks
 raise SystemExit(train.run_process(train.main))
 """
 
 
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+
 def test_a_stop_while_the_step_is_compiled_ends_the_run_at_once(text):
     flags = ["--dataset", "text.txt", *SMALL, *SHORT, "--output-dir", "run"]
+    terminal, screen = pty.openpty()
     run = subprocess.Popen(
         [sys.executable, "-c", COMPILING, *flags],
         cwd=text,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=screen,
         text=True,
     )
+    os.close(screen)
+    shown, limit = b"", threading.Timer(60, run.kill)
+    limit.start()
     try:
         assert run.stdout is not None
         assert run.stdout.readline() == "compiling\n"
+        assert (text / "run" / LEASE_FILE).exists()
         run.send_signal(signal.SIGTERM)
-        _, err = run.communicate(timeout=10)
+        with contextlib.suppress(OSError):  # of a terminal that nobody writes to any more
+            while part := os.read(terminal, 1 << 16):
+                shown += part
     finally:
+        limit.cancel()
         run.kill()
+        run.communicate()
+        os.close(terminal)
     assert run.returncode == 0
-    assert "\nstopped   at step 0 of 12; no checkpoint; run folder: run\n" in err
+    err = shown.decode().replace("\r\n", "\n")
+    assert err.rindex(SHOW_CURSOR) > err.rindex(HIDE_CURSOR)
+    assert "stopped   at step 0 of 12; no checkpoint; run folder: run\n" in err
     assert "\ngo on     python" in err
+    assert not (text / "run" / LEASE_FILE).exists()
     assert json.loads((text / "run" / "summary.json").read_text())["attempts"][-1]["end"] == "stopped"
 
 
