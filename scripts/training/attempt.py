@@ -91,8 +91,10 @@ class Attempt:
             say(f"resume    from step {done} of {job.folder}")
             state, self._start = strategy.adopt(restored.state), done
             progress = restored.documents["progress"]
-            self._evaluation_due = progress.get("evaluation_due", False)
-            self._best = Best(**progress.get("best", {}))  # older checkpoints say nothing of it
+            found = Best() if restored.eval_loss is None else Best(done, restored.eval_loss)
+            # The documents know nothing of an evaluation that was made up for, older ones of no best checkpoint.
+            self._evaluation_due = restored.eval_loss is None and progress.get("evaluation_due", False)
+            self._best = min(Best(**progress.get("best", {})), found, key=lambda best: best.loss)
         else:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
@@ -223,6 +225,7 @@ class Attempt:
             config=settings,
             evaluate=functools.partial(self._evaluate, evaluate),
             save=self._save,
+            measured=self._unsaved_noted()(self._checkpoints.measured),
             check=self._check,
             observers=observers,
             stopwatch=self._stopwatch,

@@ -114,6 +114,13 @@ def test_a_stop_in_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for
     assert json.loads((text / "run" / "summary.json").read_text())["finished"]
     for row, whole in zip(rows(text / "run"), rows(template), strict=True):
         assert row == pytest.approx(whole, rel=1e-5)  # sums in another order
+    losses = {row["step"]: row["eval_loss"] for row in rows(text / "run") if "eval_loss" in row}
+    for saved in checkpoints(text / "run"):
+        manifest = json.loads((text / "run" / "checkpoints" / str(saved) / "manifest.json").read_text())
+        assert manifest["eval_loss"] == losses[saved]
+    before = (text / "run" / "metrics.jsonl").read_bytes()
+    assert train_small("--output-dir", "run", "--resume")[0] == 0
+    assert (text / "run" / "metrics.jsonl").read_bytes() == before
 
 
 COMPILING = """
