@@ -33,14 +33,16 @@ class Restored(NamedTuple):
     step: int
     state: Any
     documents: Documents
+    eval_loss: float | None
+    """Its evaluation loss; None if it was not evaluated, or that was not finite."""
 
 
 class Checkpointer:
     """The checkpoints of one run: in each, one pytree of global arrays and some JSON documents.
 
     Every process of a run makes one and calls the same methods in the same order. Only the writer writes
-    manifests, renames and deletes, and only in `save`, `restore` and `set_aside`: other methods leave the folder as it
-    is.
+    manifests, renames and deletes, and only in `save`, `measured`, `restore` and `set_aside`: other methods leave the
+    folder as it is.
 
     Orbax's AsyncCheckpointer is used without its CheckpointManager. That one tells JAX's preemption service a
     stale step from a background thread, after which a SIGTERM can go unseen, and it deletes old steps before
@@ -77,8 +79,8 @@ class Checkpointer:
         Waits for the save before it. Returns False, with nothing done, if that step is trusted already.
 
         Raises:
-          ValueError: the folder cannot be made, or the documents are not JSON.
-          OSError: this save could not start, or the one before failed in the background.
+          ValueError: the folder is a file, or the documents are not JSON.
+          OSError: the folder cannot be made, this save could not start, or the one before failed in the background.
         """
         import orbax.checkpoint as ocp
 
@@ -89,7 +91,8 @@ class Checkpointer:
         # Numbers of the host are written as arrays too.
         state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), state)
         if self._is_writer:
-            self._folder.make_room(step)
+            with self._saving(step):
+                self._folder.make_room(step)
         if self._saver is None:
             _silence()
             handlers = {"state": array_handler(), "documents": ocp.JsonCheckpointHandler()}
@@ -101,6 +104,16 @@ class Checkpointer:
         facts = {"eval_loss": measured, "arrays": _signature(state)}
         self._pending = step, self._background.submit(self._finish, step, facts)
         return True
+
+    def measured(self, step: int, eval_loss: float) -> None:
+        """Records the evaluation loss of a trusted step that was saved without one; the writer does.
+
+        Raises OSError if it cannot be written, or the last save failed.
+        """
+        self.wait()
+        if self._is_writer and math.isfinite(eval_loss):
+            with self._saving(step):
+                self._folder.measure(step, float(eval_loss))
 
     def wait(self) -> None:
         """Blocks until the last save is trusted and older steps are gone. Raises OSError if that failed."""
@@ -227,13 +240,14 @@ class Checkpointer:
             raise ValueError(f"no checkpoint in {self._folder.root} is intact; start again in another folder")
         return None if chosen == none_there else chosen
 
-    def _read(self, step: int, abstract: Any, part: str, as_saved: bool) -> tuple[Any, Documents]:
-        """The documents of an intact step and its arrays: all of them, or those of one part in any dtype.
+    def _read(self, step: int, abstract: Any, part: str, as_saved: bool) -> tuple[Any, Documents, float | None]:
+        """The arrays of an intact step, all of them or those of one part in any dtype, its documents and its loss.
 
         Raises DamageError if an array is not as it was saved, ValueError if it is none that was asked for.
         """
         folder = self._folder.path(step)
-        saved, wanted = read_manifest(folder)["arrays"], _signature(abstract)
+        manifest, wanted = read_manifest(folder), _signature(abstract)
+        saved = manifest["arrays"]
         for name in sorted(saved.keys() | wanted.keys()):
             there, here = saved.get(name, "absent"), wanted.get(name, "absent")
             if part and (name.split("/")[0] != part or there.partition("[")[2] == here.partition("[")[2]):
@@ -242,7 +256,7 @@ class Checkpointer:
                 raise ValueError(
                     f"{name} is {there} in checkpoint {step} but {here} here; use the config saved with it"
                 )
-        return read_arrays(folder / "state", abstract, as_saved), self._documents(step)
+        return read_arrays(folder / "state", abstract, as_saved), self._documents(step), manifest["eval_loss"]
 
     def _documents(self, step: int) -> Documents:
         import orbax.checkpoint as ocp

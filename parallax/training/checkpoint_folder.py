@@ -37,7 +37,10 @@ def write_manifest(folder: epath.Path, facts: dict[str, Any]) -> None:
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(hashed, pool.map(lambda name: _sha256(folder / name), hashed), strict=True):
             entries[name]["sha256"] = digest
-    content = {**facts, "files": entries}
+    _write(folder, {**facts, "files": entries})
+
+
+def _write(folder: epath.Path, content: dict[str, Any]) -> None:
     write_whole(folder / MANIFEST, json.dumps({**content, "sha256": _own_digest(content)}, indent=1))
 
 
@@ -80,7 +83,9 @@ def verify(folder: epath.Path, under: str = "") -> None:
 
 def _sizes(folder: epath.Path) -> dict[str, int]:
     """Bytes of every file below `folder` but the manifest itself, by its relative name with forward slashes."""
-    return {name: size for name, size in sorted(file_sizes(folder).items()) if name != MANIFEST}
+    sizes = sorted(file_sizes(folder).items())
+    partial = f".{MANIFEST}."  # it is being written, or was when its writer was killed
+    return {name: size for name, size in sizes if name != MANIFEST and not name.startswith(partial)}
 
 
 def _holds_values(name: str) -> bool:
@@ -178,12 +183,8 @@ class CheckpointFolder:
         self._notify(f"checkpoint {step} is damaged: {damage}{aside}")
 
     def make_room(self, step: int) -> None:
-        """Makes the root, and clears the way for a save of `step`. Raises ValueError if the root cannot be made."""
-        try:
-            make_folder(self.root)
-        except OSError as error:
-            reason = error.strerror or error
-            raise ValueError(f"{self.root} cannot be made: {reason}; choose another folder") from error
+        """Makes the root, and clears the way for a save of `step`. Raises OSError if one of them fails."""
+        make_folder(self.root)
         self.remove_unfinished()
         if step in self.newest_first():
             self.first_intact([step], set_aside=True)
@@ -206,6 +207,10 @@ class CheckpointFolder:
                 # save completes it here.
                 (self.path(older) / MANIFEST).unlink(missing_ok=True)
                 self.path(older).rmtree()
+
+    def measure(self, step: int, eval_loss: float) -> None:
+        """Gives the manifest of a trusted step its evaluation loss."""
+        _write(self.path(step), read_manifest(self.path(step)) | {"eval_loss": eval_loss})
 
     def _is_unfinished(self, entry: epath.Path) -> bool:
         if not is_remote(entry):

@@ -86,6 +86,7 @@ def train(
     config: TrainConfig,
     evaluate: Callable[[TrainState], Row | None],
     save: Callable[[int, TrainState, float | None, Best], None],
+    measured: Callable[[int, float], None],
     check: Callable[[int, TrainState, Any], None],
     observers: list[Observer],
     stopwatch: Stopwatch,
@@ -104,6 +105,8 @@ def train(
       evaluate: state to `eval_loss`, the held-out loss in nats a token, and what else the row of it holds; None once a
         stop is requested: then the state is saved.
       save: called with (step, state, held-out loss of this step or None, the best checkpoint with this one among them).
+      measured: called with (step, held-out loss) once the evaluation that was due of step `start` is made: that step is
+        saved already.
       check: called with (step, state, placed batch) every `config.check_interval` steps and before each evaluation and
         save; raises where the state cannot be trusted.
       evaluation_due: whether the run was stopped before step `start` was evaluated: then that comes first.
@@ -120,7 +123,14 @@ def train(
     meter = _Meter(stopwatch, step_flops, peak_flops)
     pending: tuple[int, dict[str, jax.Array]] | None = None  # dispatched, not yet read: the host runs a step ahead
     done = start
-    stopping = evaluation_due and _evaluate(start, state, evaluate, observers, stopwatch) is None
+    stopping = False
+    if evaluation_due:
+        eval_loss = _evaluate(start, state, evaluate, observers, stopwatch)
+        stopping = eval_loss is None
+        if eval_loss is not None:
+            best = Best(start, eval_loss) if eval_loss < best.loss else best
+            with stopwatch.timing("checkpoint"):
+                measured(start, eval_loss)
     while done < config.steps and not stopping:
         with stopwatch.timing("data"):
             batch = placement.put_batch(next(batches))

@@ -90,9 +90,9 @@ def keep_running(
             return 0
         if stopping() or not death.may_pass:
             return death.exit_status
-        before, saved = saved, newest()
-        if saved is not None and (before is None or saved > before):
-            used = 0
+        found = newest()
+        if found is not None and (saved is None or found > saved):
+            used, saved = 0, found
         crashes = 0 if not death.crashed else crashes + 1 if death.step == step else 1
         step = death.step
         if crashes == SAME_STEP:

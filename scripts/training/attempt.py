@@ -67,6 +67,7 @@ class Attempt:
         self._evaluation_due = False  # that of the last step, which a stop cut short
         self._best = Best()
         self._unsaved: OSError | None = None
+        self._terminal: Terminal | None = None
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -90,8 +91,10 @@ class Attempt:
             say(f"resume    from step {done} of {job.folder}")
             state, self._start = strategy.adopt(restored.state), done
             progress = restored.documents["progress"]
-            self._evaluation_due = progress.get("evaluation_due", False)
-            self._best = Best(**progress.get("best", {}))  # older checkpoints say nothing of it
+            found = Best() if restored.eval_loss is None else Best(done, restored.eval_loss)
+            # The documents know nothing of an evaluation that was made up for, older ones of no best checkpoint.
+            self._evaluation_due = restored.eval_loss is None and progress.get("evaluation_due", False)
+            self._best = min(Best(**progress.get("best", {})), found, key=lambda best: best.loss)
         else:
             state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
         self._step = self._start
@@ -152,10 +155,8 @@ class Attempt:
                 observers += self._observers()
                 with self._stopwatch.watching():
                     state, self._step = self._train(state, observers)
-        except KeyboardInterrupt:
-            for observer in observers:
-                if isinstance(observer, Terminal):
-                    observer.close()  # gives the terminal its cursor back
+        except BaseException:
+            self._leave_terminal()
             raise
         for observer in observers:
             with noted():
@@ -186,16 +187,24 @@ class Attempt:
     def _end_at_once(self) -> None:
         """At a signal while the step is compiled, which nothing interrupts: no step is done that could be lost."""
         if self._stopwatch.current == "compile":
+            self._leave_terminal()
             self._write_summary("stopped")
             self._workspace.send()
+            self._workspace.release()
             self._say_end()
             os._exit(0)
+
+    def _leave_terminal(self) -> None:
+        """Gives it its cursor back."""
+        if self._terminal is not None:
+            self._terminal.close()
 
     def _observers(self) -> list[Any]:
         folder, flags = self._workspace.path, self._job.flags
         observers: list[Any] = []
         if self._job.strategy.is_writer:
-            observers += [Files(folder, self._start), Terminal(self._start, flags.train.steps)]
+            files, self._terminal = Files(folder, self._start), Terminal(self._start, flags.train.steps)
+            observers += [files, self._terminal]
         if flags.profile:
             observers.append(Profiler(folder / "profile", self._start))
         return observers
@@ -216,6 +225,7 @@ class Attempt:
             config=settings,
             evaluate=functools.partial(self._evaluate, evaluate),
             save=self._save,
+            measured=self._unsaved_noted()(self._checkpoints.measured),
             check=self._check,
             observers=observers,
             stopwatch=self._stopwatch,

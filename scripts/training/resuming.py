@@ -27,6 +27,7 @@ def resume_command(flags: Flags, folder: epath.Path, *changed: str) -> str:
         if name != "mode" and value != usual:  # a strategy says all that a mode does
             words += [f"--{name.replace('_', '-')}", value]
     words += ["--print-param-hash"] if flags.print_param_hash else []
+    words += [] if flags.step_timeout is None else ["--step-timeout", f"{flags.step_timeout:g}"]
     words += changed
     processes, devices = jax.process_count(), jax.local_device_count()
     simulated = jax.default_backend() == "cpu" and flags.strategy != "single" and devices > 1
@@ -37,6 +38,8 @@ def resume_command(flags: Flags, folder: epath.Path, *changed: str) -> str:
         local = f"{_program('launch')} local --processes {processes} --devices {devices}"
         return f"{local} -- {shlex.join(words)}"
     cluster = f" --coordinator {address} --num-processes {processes} --process-id I" if address else ""
+    # As the number of a process, its devices are its own, and others have others.
+    cluster += " --local-device-ids IDS" if flags.local_device_ids else ""
     return f"{_program('train')} {shlex.join(words)}{cluster} (in each of {processes} processes)"
 
 

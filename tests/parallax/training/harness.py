@@ -35,6 +35,7 @@ class Harness:
 
     def __init__(self, stop_at=None, bad=(), clock=None, differs_at=None, cut_at=None):
         self.events, self.saved, self.best, self.dispatched = [], {}, {}, 0
+        self.measured = {}
         self._stop_at, self._bad, self._clock = stop_at, bad, clock
         self._differs_at, self._cut_at = differs_at, cut_at
         self.stopwatch = Stopwatch()
@@ -98,6 +99,7 @@ class Harness:
             config=config,
             evaluate=self.evaluate,
             save=self.save,
+            measured=self.measured.__setitem__,
             check=self.check,
             observers=[self] if observers is None else observers,
             stopwatch=self.stopwatch,

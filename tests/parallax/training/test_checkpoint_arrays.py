@@ -1,5 +1,7 @@
 """Arrays in pieces: the same bits from any way they were stored to any place, also by the library's own defaults."""
 
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,19 @@ def test_what_was_stored_with_compression_is_read(tmp_path, monkeypatch):
     save(ocp.PyTreeCheckpointHandler(), tmp_path / "saved", tree)
     for way in ways.values():
         assert_same_bits(read_arrays(tmp_path / "saved", abstract(TREE, way)), TREE)
+
+
+class Uncopied(np.ndarray):
+    def tobytes(self, order="C"):
+        raise AssertionError("a second copy")
+
+
+def test_a_value_that_nothing_is_compared_with_is_not_copied(tmp_path):
+    save(ocp.PyTreeCheckpointHandler(), tmp_path / "saved", jax.tree.map(jnp.asarray, TREE))
+    array = checkpoint_arrays.StoredArray(tmp_path / "saved", "table", ocp.type_handlers.get_ts_context())
+    value: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
+    value.set_result(TREE["table"].view(Uncopied))
+    assert array._whole(value, "0.0") is value.result()
 
 
 def test_no_more_than_asked_for_is_read_at_a_time(tmp_path, monkeypatch):

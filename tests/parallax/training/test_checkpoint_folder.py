@@ -290,3 +290,18 @@ def test_a_save_over_an_unfinished_step_sets_that_aside(tmp_path):
     damage(tmp_path / "20" / "manifest.json", "delete")
     assert "it is now 20.damaged" in saved(tmp_path, [20])[0]
     assert reader(tmp_path)[0].steps() == [10, 20]
+
+
+def test_a_loss_that_is_measured_after_the_save_makes_a_step_the_best(tmp_path):
+    saved(tmp_path, [10, 20, 30], losses={10: 2.0, 30: 3.0})
+    other, _ = reader(tmp_path, is_writer=False)
+    other.measured(20, 1.0)
+    assert other.best_first() == [10, 30, 20]
+    writer, lines = reader(tmp_path)
+    writer.measured(20, 1.0)
+    writer.measured(10, float("nan"))
+    assert writer.best_first() == [20, 10, 30]
+    (tmp_path / "20" / ".manifest.json.0123").write_text("{")  # what a kill while it is written leaves
+    restored = writer.restore(ABSTRACT, step=20)
+    assert_same_bits(restored.state, make_state(20))
+    assert (restored.eval_loss, lines) == (1.0, [])

@@ -8,7 +8,7 @@ import pytest
 
 from parallax.config import TrainConfig
 from parallax.training import loop
-from parallax.training.loop import Diverged, Stopwatch
+from parallax.training.loop import Best, Diverged, Stopwatch
 from tests.parallax.training.harness import TIMING, TOKENS, Harness, fresh_state
 
 
@@ -164,9 +164,26 @@ def test_a_request_to_stop_cuts_an_evaluation_short_and_the_state_is_saved(cut_a
     state, done = run.train(config)
     assert done == state.step == cut_at
     assert run.events[-1] == ("save", cut_at, None)
-    for again in (Harness(cut_at=cut_at), rest := Harness()):
-        again.train(config, start=cut_at, state=run.saved[cut_at], evaluation_due=True)
+    for again in (cut := Harness(cut_at=cut_at), rest := Harness()):
+        again.train(config, start=cut_at, state=run.saved[cut_at], evaluation_due=True, best=run.best[cut_at])
     assert without_timing(run.rows + rest.rows) == without_timing(whole.rows)
+    (eval_loss,) = (row["eval_loss"] for row in whole.rows if row["step"] == cut_at and "eval_loss" in row)
+    assert (cut.measured, rest.measured) == ({}, {cut_at: eval_loss})
+
+
+@pytest.mark.parametrize(("made_up", "expected"), [(1.0, [20, 30]), (3.0, [15, 20, 30])])
+def test_an_evaluation_that_is_made_up_for_counts_for_the_best_checkpoint(made_up, expected):
+    """Step 15 is saved for its evaluation if no checkpoint that is less than an interval old is better."""
+    config, run = TrainConfig(steps=30, eval_interval=5, checkpoint_interval=10), Harness()
+    losses = {10: made_up, 15: 2.0}
+    run.evaluate = lambda state: {"eval_loss": losses.get(int(state.step), 9.0)}
+    state = Harness()
+    state.train(TrainConfig(steps=10))
+    run.train(config, start=10, state=state.saved[10], evaluation_due=True, best=Best(5, 2.5))
+    assert run.of("save") == expected
+    assert run.measured == {10: made_up}
+    best = run.best[run.of("save")[0]]
+    assert best == (Best(10, 1.0) if made_up == 1.0 else Best(15, 2.0))
 
 
 @pytest.mark.parametrize(("log_interval", "first_bad"), [(1, 0), (1, 4), (100, 4), (7, 4), (7, 5), (3, 9)])

@@ -252,6 +252,7 @@ def test_only_what_may_pass_is_tried_again(statuses, restarts, status, made):
         ([None] * 12, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]),
         ([10] * 12, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]),  # all of them were there before the first
         ([None, 10, 10, 20, 20, 20], [1, 1, 2, 1, 2, 4]),
+        ([10, None] * 6, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]),  # a bucket that does not always answer
     ],
 )
 def test_a_new_checkpoint_makes_the_restarts_whole_and_the_pauses_short(saved, pauses):

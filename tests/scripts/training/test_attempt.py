@@ -1,14 +1,18 @@
 """Attempts at a run: resumed, stopped, killed and failed, on one layout and on another."""
 
+import errno
 import json
 import os
 import resource
 import signal
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
+from parallax.storage import make_folder
+from parallax.training import checkpoint_folder
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.checkpoint_folder import CheckpointFolder
 from parallelism import sentinel
@@ -188,6 +192,23 @@ def test_a_last_save_that_fails_is_a_failure_and_the_summary_names_what_is_saved
     assert found["attempts"][-1]["to_step"] == 3
 
 
+def test_a_disk_that_is_full_at_the_first_save_takes_one_line(train_small, text, monkeypatch):
+    full = iter([OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+
+    def make(folder):
+        for error in full:
+            raise error
+        make_folder(folder)
+
+    monkeypatch.setattr(checkpoint_folder, "make_folder", make)
+    status, _, err = train_small("--output-dir", "run", "--checkpoint-interval", "3")
+    assert status == 0, err
+    (line,) = (line for line in err.splitlines() if "unsaved" in line)
+    assert line.startswith("unsaved   checkpoint 3 could not be saved in ")
+    assert line.endswith(": [Errno 28] No space left on device; the next save tries again")
+    assert checkpoints(text / "run") == [6, 9, 12]
+
+
 FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\na page of buffers")
 
 
@@ -224,6 +245,21 @@ def test_an_error_of_the_device_ends_the_run_with_its_words_and_a_status(
     summary = summary_of(text / "run")
     assert summary["attempts"][-1]["end"] == "failed"
     assert words in summary["failure"]
+
+
+def test_whatever_ends_a_run_gives_the_terminal_back(train_small, monkeypatch):
+    lost, closed = jax.errors.JaxRuntimeError("UNAVAILABLE: a peer is gone"), []
+
+    def check(step, *arguments, **how):
+        raise lost
+
+    monkeypatch.setattr(sentinel, "check", check)
+    monkeypatch.setattr(attempt, "has_peers", lambda: True)
+    monkeypatch.setattr(attempt, "Files", Mock())
+    monkeypatch.setattr(attempt.Terminal, "close", lambda self: closed.append(self))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a peer is gone"):
+        train_small("--output-dir", "run", "--strategy", "pmap")
+    assert len(closed) == 1
 
 
 def test_sigterm_saves_and_exits_well(text):

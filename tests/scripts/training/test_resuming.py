@@ -1,10 +1,13 @@
 """A run that goes on: the command for it, what it says it was, and what may change."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import pytest
@@ -13,6 +16,7 @@ from etils import epath
 from parallelism.hosts import StopRequest
 from scripts import train
 from scripts.training.flags import read_flags
+from scripts.training.lease import LEASE_FILE
 from scripts.training.resuming import resume_command
 from tests.scripts.runs import ROOT, SHORT, SMALL, checkpoints, rows
 
@@ -42,6 +46,19 @@ from tests.scripts.runs import ROOT, SHORT, SMALL, checkpoints, rows
             *("scripts/train.py", 2),
             "python scripts/train.py --resume --output-dir run --strategy pmap --coordinator 10.0.0.2:8482 "
             "--num-processes 2 --process-id I (in each of 2 processes)",
+        ),
+        (
+            "--step-timeout 0 --strategy pmap --coordinator 10.0.0.2:8482 --num-processes 2 --process-id 0 "
+            "--local-device-ids 0 1",
+            *("scripts/train.py", 2),
+            "python scripts/train.py --resume --output-dir run --strategy pmap --step-timeout 0 "
+            "--coordinator 10.0.0.2:8482 --num-processes 2 --process-id I --local-device-ids IDS "
+            "(in each of 2 processes)",
+        ),
+        (
+            "--step-timeout 90.5",
+            *("scripts/train.py", 1),
+            "python scripts/train.py --resume --output-dir run --step-timeout 90.5",
         ),
     ],
 )
@@ -97,12 +114,20 @@ def test_a_stop_in_an_evaluation_saves_at_once_and_the_evaluation_is_made_up_for
     assert json.loads((text / "run" / "summary.json").read_text())["finished"]
     for row, whole in zip(rows(text / "run"), rows(template), strict=True):
         assert row == pytest.approx(whole, rel=1e-5)  # sums in another order
+    losses = {row["step"]: row["eval_loss"] for row in rows(text / "run") if "eval_loss" in row}
+    for saved in checkpoints(text / "run"):
+        manifest = json.loads((text / "run" / "checkpoints" / str(saved) / "manifest.json").read_text())
+        assert manifest["eval_loss"] == losses[saved]
+    before = (text / "run" / "metrics.jsonl").read_bytes()
+    assert train_small("--output-dir", "run", "--resume")[0] == 0
+    assert (text / "run" / "metrics.jsonl").read_bytes() == before
 
 
 COMPILING = """
 import hashlib, sys
 from parallelism.single import Single
 from scripts import train
+from scripts.training import output_dir
 
 def compile(self, step):
     def hang(state, batch):
@@ -111,30 +136,47 @@ def compile(self, step):
     return hang
 
 Single.compile = compile
+output_dir._locked = lambda descriptor: None  # a file system without locks
 raise SystemExit(train.run_process(train.main))
 """
 
 
+HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
+
+
 def test_a_stop_while_the_step_is_compiled_ends_the_run_at_once(text):
     flags = ["--dataset", "text.txt", *SMALL, *SHORT, "--output-dir", "run"]
+    terminal, screen = pty.openpty()
     run = subprocess.Popen(
         [sys.executable, "-c", COMPILING, *flags],
         cwd=text,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=screen,
         text=True,
     )
+    os.close(screen)
+    shown, limit = b"", threading.Timer(60, run.kill)
+    limit.start()
     try:
         assert run.stdout is not None
         assert run.stdout.readline() == "compiling\n"
+        assert (text / "run" / LEASE_FILE).exists()
         run.send_signal(signal.SIGTERM)
-        _, err = run.communicate(timeout=10)
+        with contextlib.suppress(OSError):  # of a terminal that nobody writes to any more
+            while part := os.read(terminal, 1 << 16):
+                shown += part
     finally:
+        limit.cancel()
         run.kill()
+        run.communicate()
+        os.close(terminal)
     assert run.returncode == 0
-    assert "\nstopped   at step 0 of 12; no checkpoint; run folder: run\n" in err
+    err = shown.decode().replace("\r\n", "\n")
+    assert err.rindex(SHOW_CURSOR) > err.rindex(HIDE_CURSOR)
+    assert "stopped   at step 0 of 12; no checkpoint; run folder: run\n" in err
     assert "\ngo on     python" in err
+    assert not (text / "run" / LEASE_FILE).exists()
     assert json.loads((text / "run" / "summary.json").read_text())["attempts"][-1]["end"] == "stopped"
 
 
