@@ -86,7 +86,7 @@ def train(
     config: TrainConfig,
     evaluate: Callable[[TrainState], Row | None],
     save: Callable[[int, TrainState, float | None, Best], None],
-    measured: Callable[[int, float], None],
+    measured: Callable[[int, float], None] = lambda step, eval_loss: None,
     check: Callable[[int, TrainState, Any], None],
     observers: list[Observer],
     stopwatch: Stopwatch,
