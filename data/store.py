@@ -23,6 +23,8 @@ from parallax.storage import is_remote, open_folder
 
 FORMAT, VERSION = "parallax token store", 1
 MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.jsonl", "tokenizer.json"
+JOURNAL_MARK = f'{{"format": "{FORMAT}"'.encode()
+"""How a journal begins; a file of that name that begins otherwise is not a store's."""
 SIDES = ("train", "held_out")
 DOCUMENT = np.dtype(
     [
@@ -248,11 +250,20 @@ def file_name(shard: int, side: str, kind: str) -> str:
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a store, finished or not, damaged or not."""
-    if (folder / JOURNAL).exists() or (folder / file_name(0, "train", "tokens")).exists():
+    if has_journal(folder) or (folder / file_name(0, "train", "tokens")).exists():
         return True
     try:
         with (folder / MANIFEST).open("rb") as file:
             return FORMAT.encode() in file.read(256)
+    except OSError:
+        return False
+
+
+def has_journal(folder: Path | epath.Path) -> bool:
+    """Whether a folder holds the journal of a store; a file of that name may be anybody's."""
+    try:
+        with (folder / JOURNAL).open("rb") as file:
+            return file.read(len(JOURNAL_MARK)) == JOURNAL_MARK
     except OSError:
         return False
 
@@ -266,7 +277,7 @@ def open_store(address: str | os.PathLike) -> TokenStore:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
-        if (folder / JOURNAL).exists():
+        if has_journal(folder):
             raise ValueError(
                 f"store {folder} is not finished; give the prepare.py command that began it again"
             ) from None

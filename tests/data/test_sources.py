@@ -37,6 +37,10 @@ def test_folders_and_globs_by_name(files):
         open(f"web/first.store/{name}", "w").close()
     open("web/README.md", "w").close()
     assert len(find_sources(["web"])) == 3
+    for name in ("journal.jsonl", "other.jsonl"):
+        os.makedirs("diary", exist_ok=True)
+        open(f"diary/{name}", "w").close()
+    assert [source.path for source in find_sources(["diary"])] == ["diary/journal.jsonl", "diary/other.jsonl"]
     open("empty/README.md", "w").close()
     assert [source.path for source in find_sources(["empty"])] == ["empty/README.md"]
 

@@ -134,9 +134,11 @@ def test_what_is_no_store_is_refused_in_one_line(store, tmp_path, refused):
     assert is_store(folder)
     with refused("must hold a manifest.json and holds none"):
         open_store(folder)
-    (folder / "journal.jsonl").write_text("")
+    (folder / "journal.jsonl").write_text('{"format": "parallax token store", "version": 1}\n')
     with refused("is not finished; give the prepare.py command"):
         open_store(folder)
+    assert not is_store(tmp_path)
+    (tmp_path / "journal.jsonl").write_text('{"text": "dear diary"}\n')
     assert not is_store(tmp_path)
 
 
