@@ -49,7 +49,7 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all documents, each with its length in bytes before it; of stores what their manifests say."""
+        """Of all documents, each with its length in bytes before it; of stores that of their content."""
         if self.stores is not None:
             return self.stores.sha256
         digest = hashlib.sha256()

@@ -60,11 +60,11 @@ class Stores:
 
     @property
     def sha256(self) -> str:
-        """That of a single store, or of all and their stages."""
+        """Of the content of a single store, or of all and their stages."""
         if len(self.stores) == 1:
-            return self.stores[0].sha256
+            return self.stores[0].content_sha256
         stages = [[stage.until_step, [str(weight) for weight in stage.weights]] for stage in self.stages]
-        value = [[store.sha256 for store in self.stores], stages]
+        value = [[store.content_sha256 for store in self.stores], stages]
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
     @property

@@ -66,6 +66,12 @@ class TokenStore:
         return self.manifest["sha256"]
 
     @property
+    def content_sha256(self) -> str:
+        """Of the shards and their tokenizer, wherever the sources were when they were prepared."""
+        value = [self.manifest["shards"], self.manifest["tokenizer"]["sha256"], self.manifest["dtype"]]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+    @property
     def tokenizer_path(self) -> epath.Path:
         return self.folder / TOKENIZER
 
