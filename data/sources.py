@@ -191,5 +191,9 @@ def _known_format(name: str) -> str:
 def _described(path: str, format: str) -> Source:
     if not os.access(path, os.R_OK):
         raise ValueError(f"source {path} must be readable; check its permissions")
+    if format == "parquet" and path.lower().endswith(COMPRESSIONS):  # it is read from its end, and packed inside
+        raise ValueError(
+            f"source {path} must be parquet as it is, without {', '.join(COMPRESSIONS)}; decompress it first"
+        )
     stat = os.stat(path)
     return Source(path, format, stat.st_size, stat.st_mtime_ns)

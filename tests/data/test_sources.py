@@ -24,6 +24,8 @@ def files(tmp_path, monkeypatch):
         open(name, "w").close()
     os.makedirs("empty")
     open("notes", "w").close()
+    os.makedirs("packed")
+    open("packed/a.parquet.zst", "w").close()
 
 
 def test_folders_and_globs_by_name(files):
@@ -54,6 +56,8 @@ def test_folders_and_globs_by_name(files):
         ("notes", None, "source notes must end in .txt"),
         ("nowhere", None, "source nowhere must be a file, a folder or a glob"),
         ("web/*.txt", None, "must be a file, a folder or a glob"),
+        ("packed/a.parquet.zst", None, "packed/a.parquet.zst must be parquet as it is"),
+        ("packed", None, "packed/a.parquet.zst must be parquet as it is"),
         ("gs://bucket/a.jsonl", None, "must be a local path; copy it"),
     ],
 )
