@@ -89,7 +89,7 @@ def load_corpus(
         corpus = _of_stores(stores)
         notify(f"dataset {corpus.edition}")
         return corpus
-    if not path.exists():
+    if not os.path.exists(path):  # that of pathlib raises for a name that is too long
         rule = f"dataset {name_or_path!r} must be tiny_shakespeare or a path that exists"
         raise ValueError(f"{rule}; check the spelling")
     corpus = _load_folder(path) if path.is_dir() else _load_file(path)

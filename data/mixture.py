@@ -216,7 +216,7 @@ def load_stores(name: str) -> Stores | None:
     read, or the stores have different tokenizers.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # that of pathlib raises for a name that is too long, as a list may be
         stages = _read_stages(path) if path.suffix == ".json" and path.is_file() else None
     else:
         stages = [(None, _read_list(name))] if WEIGHT.search(name) else None

@@ -62,9 +62,9 @@ def find_sources(given: Sequence[str], format: str | None = None) -> list[Source
         if "://" in name:
             raise ValueError(f"source {name} must be a local path; copy it here first, say with gcloud storage cp")
         path = Path(name).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):  # that of pathlib raises for a name that is too long
             paths += _in_folder(path, format)
-        elif path.is_file():
+        elif os.path.isfile(path):
             paths.append((str(path), format or _known_format(name)))
         else:
             found = sorted(found for found in glob(str(path), recursive=True) if Path(found).is_file())
