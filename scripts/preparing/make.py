@@ -101,10 +101,10 @@ def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> T
         rule = f"--tokenizer {given} must be char, byte, bpe:VOCABULARY or a folder with a tokenizer.json"
         raise ValueError(f"{rule}; try bpe:32000")
     try:
-        ours = "kind" in json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be a tokenizer in JSON ({error}); choose another folder") from None
-    if ours:
+    if isinstance(values, dict) and "kind" in values:
         return load_tokenizer(path)
     from parallax.interop.folders import read_tokenizer  # late: it loads JAX
 

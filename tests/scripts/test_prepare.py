@@ -103,6 +103,7 @@ web --describe store | source web does not go with --describe
 web --output store --tokenizer words | --tokenizer words must be char, byte, bpe:VOCABULARY or a folder | try bpe:32000
 web --output store --tokenizer bpe:3 | bpe:3 must be at least 257
 web --output store --tokenizer empty | --tokenizer empty must be char
+web --output store --tokenizer five | five/config.json
 web --output store --tokenizer byte --field body | web/a.jsonl:1: there is no field 'body' but id, text
 web --output store --tokenizer char --field body | hold none that can be read
 web --output store --tokenizer byte --min-chars 9999 | hold none that is kept
@@ -134,6 +135,8 @@ latin.txt --output store --tokenizer byte | latin.txt:1: its text is not UTF-8
 @pytest.mark.parametrize(("args", "words"), read_cases(BAD))
 def test_bad_input_is_one_line_and_leaves_nothing(refuses, web, args, words):
     (web / "empty").mkdir()
+    (web / "five").mkdir()
+    (web / "five/tokenizer.json").write_text("5")
     (web / "taken").mkdir()
     (web / "taken/notes.txt").write_text("mine")
     (web / "mixed").mkdir()
