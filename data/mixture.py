@@ -27,8 +27,8 @@ from data.store_samples import StoreWindows, shuffled
 BLOCK = 1000
 """Samples in a block, or the next multiple of what the weights' decimals need."""
 LARGEST_BLOCK = 10**6
-WEIGHT = re.compile(r":[^/:,]*(,|$)")
-"""What tells a list from an address such as gs://bucket/web.store."""
+WEIGHT = re.compile(r":\s*[-+]?\.?\d[^/:,]*(,|$)")
+"""What tells a list from an address such as gs://bucket/web.store, and from a path with a colon."""
 REMEDY = 'write it as "web.store:0.7,code.store:0.3"'
 
 
