@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 
 from data.ranges import Files
-from parallax.storage import is_remote, open_folder
+from parallax.storage import is_remote, open_folder, reason_of
 
 FORMAT, VERSION = "parallax token store", 1
 MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.jsonl", "tokenizer.json"
@@ -288,7 +288,10 @@ def open_store(address: str | os.PathLike) -> TokenStore:
                 f"store {folder} is not finished; give the prepare.py command that began it again"
             ) from None
         raise ValueError(f"store {folder} must hold a {MANIFEST} and holds none; prepare it again") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        rule = f"store {folder} must be a folder with a {MANIFEST} that can be read ({reason_of(error)})"
+        raise ValueError(f"{rule}; give one that prepare.py made") from None
+    except ValueError as error:
         raise ValueError(f"{folder / MANIFEST} must be a store's manifest ({error}); prepare it again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST} must be a store's manifest and is none; prepare it again")

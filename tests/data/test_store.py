@@ -138,6 +138,8 @@ def test_what_is_no_store_is_refused_in_one_line(store, tmp_path, refused):
     (folder / "journal.jsonl").write_text('{"format": "parallax token store", "version": 1}\n')
     with refused("is not finished; give the prepare.py command"):
         open_store(folder)
+    with refused("a.jsonl must be a folder with a manifest.json", "(Not a directory); give one that prepare.py made"):
+        open_store(tmp_path / "a.jsonl")
     assert not is_store(tmp_path)
     (tmp_path / "journal.jsonl").write_text('{"text": "dear diary"}\n')
     assert not is_store(tmp_path)
