@@ -102,6 +102,11 @@ def is_records(path: Path) -> bool:
     return RECORD_NAME.fullmatch(path.suffix) is not None
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a file's name is that of text to be read as it is, or says nothing else."""
+    return format_of(path.name) in (None, "text") and path.suffix.lower() not in COMPRESSIONS
+
+
 def overfit_corpus() -> Corpus:
     """One short sentence, for the test that a model can learn a single window by heart."""
     return Corpus("overfit", "one sentence to be learned by heart", (OVERFIT_SENTENCE,))
@@ -110,7 +115,7 @@ def overfit_corpus() -> Corpus:
 def _load_file(path: Path) -> Corpus:
     if is_records(path):
         return _load_records(path, [path])
-    if format_of(path.name) not in (None, "text") or path.suffix.lower() in COMPRESSIONS:
+    if not is_plain(path):
         remedy = f"prepare it first: prepare.py {path} --tokenizer bpe:32000 --output {path.name.split('.')[0]}.store"
         raise ValueError(f"dataset {_spelled(path)} must be plain text to be read as it is; {remedy}")
     return Corpus(_short_name(path.stem), f"text file {_spelled(path)}", _read_texts([path]))

@@ -98,7 +98,7 @@ def test_refusals(refuses, call, tmp_path):
     refuses(train, [*FLAGS, "--eval-tokens", "0"], "--eval-tokens 0 must be at least 1")
     refuses(train, [*FLAGS, "--seq-len", "4000"], "held-out side of web.store has", "--held-out")
     assert call(train, *FLAGS, "--steps", "1", "--output-dir", "run")[0] == 0
-    refuses(evaluate, ["--checkpoint", "run", "--dataset", "web.store"], "holds no text to count the bytes of")
+    refuses(evaluate, ["--checkpoint", "run", "--dataset", "web.store"], "no plain text", "own eval_loss")
     path = write_jsonl(tmp_path / "b.jsonl", texts(80, seed=2))
     shutil.rmtree(tmp_path / "web.store")
     status, _, err = call(
