@@ -147,6 +147,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, web, args, words):
     refuses(prepare, args, *words)
 
 
+@pytest.mark.parametrize("spec", ["bpe:10", "bpe:foo", "bpe:"])
+def test_a_vocabulary_that_is_none_is_refused_before_anything_is_read(refuses, web, monkeypatch, spec):
+    def unread(*args):
+        raise AssertionError("read")
+
+    monkeypatch.setattr("scripts.preparing.make.sample_texts", unread)
+    refuses(prepare, [*MAKE, "--tokenizer", spec], "bpe", "try bpe:1024")
+
+
 def test_a_flipped_byte_is_found_and_named(call, refuses, web):
     assert call(prepare, *MAKE, "--tokenizer", "byte")[0] == 0
     path = web / "store/00000.train.tokens"

@@ -92,7 +92,10 @@ def test_a_text_that_is_cropped_ends_at_the_length():
     lengths = (5, 31)
     whole = zip(texts(request(lengths)), lengths, strict=True)
     assert texts(request(lengths), "crop") == [row[: LENGTH - length] for row, length in whole]
-    with pytest.raises(ValueError, match=r"prompt of 32 tokens leaves no room in the 32 that .*; try context=slide, or a shorter prompt"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt of 32 tokens leaves no room in the 32 that .*; try context=slide, or a shorter prompt",
+    ):
         texts(request((5, 32)), "crop")
 
 
