@@ -204,7 +204,7 @@ class Preparation:
     def _require_same(self, before: dict[str, Any], how: str) -> None:
         """Raises ValueError that names the first difference between two commands."""
         now = json.loads(json.dumps(self._command))
-        remedy = "give the same command, or another --output"
+        remedy = "give the same command, or another --output, or remove the folder"
         if before["version"] != VERSION:
             raise ValueError(f"store {self._folder} {how} with format version {before['version']}; {remedy}")
         old, new = ({"tokenizer": each["tokenizer"]} | each["settings"] for each in (before, now))
@@ -296,7 +296,7 @@ class Preparation:
         if document.error:
             reason = f"{self._sources[document.source].path}:{document.line}: {document.error}"
             if not skip_unreadable:
-                raise ValueError(f"{reason}; mend it, or leave such documents out with --on-error skip")
+                raise ValueError(f"{reason}; mend it and give another --output, or use --on-error skip")
             self.unreadable += 1
             self.named = [*self.named, reason][:NAMED_ERRORS]
         elif document.ids is None:

@@ -139,6 +139,8 @@ def test_whole_shards_outlive_a_failure_and_the_same_command_goes_on(tmp_path, s
     broken.write_text("{}\n")
     with refused("there is no field"):
         prepared(tmp_path / "store", *sources, broken, shard_tokens=500)
+    with refused("there is no field", "mend it and give another --output, or use --on-error skip"):
+        prepared(tmp_path / "store", *sources, broken, shard_tokens=500)
     names = {path.name for path in (tmp_path / "store").iterdir()}
     assert {"journal.jsonl", "tokenizer.json", "00000.train.tokens"} < names
     assert not [name for name in names if name.startswith(".")]
@@ -170,7 +172,9 @@ def test_a_full_disk_is_one_line_and_goes_on_later(tmp_path, sources, refused, m
 def test_another_command_does_not_go_on_with_a_store(tmp_path, sources, refused):
     prepared(tmp_path / "store", *sources)
     found = find_sources([str(path) for path in sources])
-    with refused("was prepared with --min-chars 1, got 9; give the same command"):
+    with refused(
+        "was prepared with --min-chars 1, got 9; give the same command, or another --output, or remove the folder"
+    ):
         Preparation(tmp_path / "store", found, Settings(min_chars=9), "byte")
     with refused("was prepared with --tokenizer byte, got char"):
         Preparation(tmp_path / "store", found, Settings(), "char")
