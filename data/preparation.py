@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.readers import Record, read_records
-from data.sources import Source, SourceFile
+from data.sources import Source, SourceFile, spelled
 from data.store import (
     FORMAT,
     JOURNAL,
@@ -294,7 +294,7 @@ class Preparation:
 
     def _take(self, document: Document, skip_unreadable: bool) -> None:
         if document.error:
-            reason = f"{self._sources[document.source].path}:{document.line}: {document.error}"
+            reason = f"{spelled(self._sources[document.source].path)}:{document.line}: {document.error}"
             if not skip_unreadable:
                 raise ValueError(f"{reason}; mend it and give another --output, or use --on-error skip")
             self.unreadable += 1

@@ -85,6 +85,12 @@ def format_of(name: str) -> str | None:
     return FORMATS.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
 
 
+def spelled(path: str | os.PathLike) -> str:
+    """A path as text on one line: bytes that are not UTF-8 as \\xNN, a line break or the like as Python writes it."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class SourceFile(io.RawIOBase):
     """The bytes of a file as they are on the disk, counted and hashed on their way.
 

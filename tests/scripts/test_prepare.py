@@ -1,6 +1,7 @@
 """prepare.py: sources to a store, killed and given again, described, verified, and what it refuses."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, web, args, words):
     (web / "half.txt.gz").write_bytes(b"\x1f\x8b\x08\x00")
     (web / "latin.txt").write_bytes(b"caf\xe9")
     refuses(prepare, args, *words)
+
+
+def test_names_of_any_bytes_are_described_on_one_line(call, web):
+    for name in (b"caf\xe9.jsonl", b"two\nlines.jsonl"):
+        shutil.copy(web / "web/a.jsonl", os.path.join(os.fsencode(web), b"web", name))
+    assert call(prepare, *MAKE, "--tokenizer", "byte")[0] == 0
+    status, out, err = call(prepare, "--describe", "store")
+    assert status == 0, err
+    assert r"source     web/caf\xe9.jsonl, jsonl, " in out
+    assert r"source     web/two\nlines.jsonl, jsonl, " in out
 
 
 @pytest.mark.parametrize("spec", ["bpe:10", "bpe:foo", "bpe:"])
