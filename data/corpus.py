@@ -16,7 +16,7 @@ import numpy as np
 
 from data.mixture import Stores, load_stores
 from data.records import TokenRecords
-from data.sources import COMPRESSIONS, format_of
+from data.sources import COMPRESSIONS, format_of, spelled
 from data.store import is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
 from parallax.storage import is_remote
@@ -49,7 +49,7 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all documents, each with its length in bytes before it; of stores what their manifests say."""
+        """Of all documents, each with its length in bytes before it; of stores that of their content."""
         if self.stores is not None:
             return self.stores.sha256
         digest = hashlib.sha256()
@@ -89,7 +89,7 @@ def load_corpus(
         corpus = _of_stores(stores)
         notify(f"dataset {corpus.edition}")
         return corpus
-    if not path.exists():
+    if not os.path.exists(path):  # that of pathlib raises for a name that is too long
         rule = f"dataset {name_or_path!r} must be tiny_shakespeare or a path that exists"
         raise ValueError(f"{rule}; check the spelling")
     corpus = _load_folder(path) if path.is_dir() else _load_file(path)
@@ -102,6 +102,11 @@ def is_records(path: Path) -> bool:
     return RECORD_NAME.fullmatch(path.suffix) is not None
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a file's name is that of text to be read as it is, or says nothing else."""
+    return format_of(path.name) in (None, "text") and path.suffix.lower() not in COMPRESSIONS
+
+
 def overfit_corpus() -> Corpus:
     """One short sentence, for the test that a model can learn a single window by heart."""
     return Corpus("overfit", "one sentence to be learned by heart", (OVERFIT_SENTENCE,))
@@ -110,10 +115,10 @@ def overfit_corpus() -> Corpus:
 def _load_file(path: Path) -> Corpus:
     if is_records(path):
         return _load_records(path, [path])
-    if format_of(path.name) not in (None, "text") or path.suffix.lower() in COMPRESSIONS:
+    if not is_plain(path):
         remedy = f"prepare it first: prepare.py {path} --tokenizer bpe:32000 --output {path.name.split('.')[0]}.store"
-        raise ValueError(f"dataset {_spelled(path)} must be plain text to be read as it is; {remedy}")
-    return Corpus(_short_name(path.stem), f"text file {_spelled(path)}", _read_texts([path]))
+        raise ValueError(f"dataset {spelled(path)} must be plain text to be read as it is; {remedy}")
+    return Corpus(_short_name(path.stem), f"text file {spelled(path)}", _read_texts([path]))
 
 
 def _load_folder(folder: Path) -> Corpus:
@@ -133,7 +138,7 @@ def _load_folder(folder: Path) -> Corpus:
     texts.sort(key=lambda path: path.relative_to(folder).as_posix())
     left_out = ["README.md"] if len(texts) < len(shown) else []
     left_out += [f"{len(found) - len(shown)} hidden"] if len(shown) < len(found) else []
-    edition = f"folder {_spelled(folder)}, text files: {len(texts)}"
+    edition = f"folder {spelled(folder)}, text files: {len(texts)}"
     edition += f" (left out: {' and '.join(left_out)})" if left_out else ""
     return Corpus(_short_name(folder.resolve().name), edition, _read_texts(texts))
 
@@ -149,7 +154,7 @@ def _of_stores(stores: Stores) -> Corpus:
 
 def _load_records(path: Path, files: list[Path]) -> Corpus:
     records = TokenRecords(files, path if path.is_dir() else path.parent)
-    edition = f"token records {_spelled(path)}: {len(records)} documents, files: {len(files)}"
+    edition = f"token records {spelled(path)}: {len(records)} documents, files: {len(files)}"
     return Corpus(_short_name(path.resolve().stem), edition, records=records)
 
 
@@ -180,11 +185,6 @@ def _read_text(path: Path) -> str:
     if not text:
         raise ValueError("must hold text and is empty")
     return text
-
-
-def _spelled(path: Path) -> str:
-    """A path as text: of a name that is not UTF-8, bytes as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _short_name(stem: str) -> str:

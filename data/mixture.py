@@ -27,8 +27,8 @@ from data.store_samples import StoreWindows, shuffled
 BLOCK = 1000
 """Samples in a block, or the next multiple of what the weights' decimals need."""
 LARGEST_BLOCK = 10**6
-WEIGHT = re.compile(r":[^/:,]*(,|$)")
-"""What tells a list from an address such as gs://bucket/web.store."""
+WEIGHT = re.compile(r":\s*[-+]?\.?\d[^/:,]*(,|$)")
+"""What tells a list from an address such as gs://bucket/web.store, and from a path with a colon."""
 REMEDY = 'write it as "web.store:0.7,code.store:0.3"'
 
 
@@ -60,11 +60,11 @@ class Stores:
 
     @property
     def sha256(self) -> str:
-        """That of a single store, or of all and their stages."""
+        """Of the content of a single store, or of all and their stages."""
         if len(self.stores) == 1:
-            return self.stores[0].sha256
+            return self.stores[0].content_sha256
         stages = [[stage.until_step, [str(weight) for weight in stage.weights]] for stage in self.stages]
-        value = [[store.sha256 for store in self.stores], stages]
+        value = [[store.content_sha256 for store in self.stores], stages]
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
     @property
@@ -216,7 +216,7 @@ def load_stores(name: str) -> Stores | None:
     read, or the stores have different tokenizers.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # that of pathlib raises for a name that is too long, as a list may be
         stages = _read_stages(path) if path.suffix == ".json" and path.is_file() else None
     else:
         stages = [(None, _read_list(name))] if WEIGHT.search(name) else None

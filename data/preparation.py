@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data.readers import Record, read_records
-from data.sources import Source, SourceFile
+from data.sources import Source, SourceFile, spelled
 from data.store import (
     FORMAT,
     JOURNAL,
@@ -28,17 +28,20 @@ from data.store import (
     ShardWriter,
     TokenSide,
     TokenStore,
+    has_journal,
     manifest_sha256,
     open_store,
     sync_folder,
 )
 from data.tokenizing import Document, Work, tokenized
-from parallax.storage import reason_of, write_json
+from parallax.storage import reason_of, write_atomically, write_json
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import save_tokenizer
 
 NAMED_ERRORS = 10
 OF_SHARD = re.compile(rf"\d+\.({'|'.join(SIDES)})\.(tokens|documents)")
+DRAFT = re.compile(rf"\.({OF_SHARD.pattern}\.draft|({MANIFEST}|{JOURNAL}|{TOKENIZER})\.[0-9a-f]{{32}})")
+"""What a kill leaves: a file that is not whole yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Preparation:
         """
         self._folder, self._sources, self._settings = folder, sources, settings
         self._command = {
+            "format": FORMAT,
             "version": VERSION,
             "tokenizer": tokenizer,
             "settings": dataclasses.asdict(settings),
@@ -111,13 +115,12 @@ class Preparation:
         self._at = (0, 0)
         self._seen: set[bytes] = set()
         self._progress, self._journal_bytes = Progress(), 0
-        if (folder / MANIFEST).exists():
+        self._found = self._look()
+        if self._found[0]:
             self.finished = open_store(folder)
             self._require_same(_command_of(self.finished.manifest), "was prepared")
-        elif (folder / JOURNAL).exists():
+        elif self._found[1]:
             self._read_journal()
-        elif folder.exists() and (not folder.is_dir() or any(not _is_draft(path) for path in folder.iterdir())):
-            raise ValueError(f"--output {folder} exists and is no store; choose another")
 
     @property
     def tokenizer_path(self) -> Path:
@@ -144,6 +147,8 @@ class Preparation:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with _held(self._folder):
+                if self._look() != self._found:
+                    raise ValueError(f"store {self._folder} changed meanwhile; give the same command again")
                 try:
                     self._begin(tokenizer)
                     self._tokenize(tokenizer, workers, skip_unreadable, observe)
@@ -158,16 +163,36 @@ class Preparation:
                 with contextlib.suppress(OSError):
                     self._folder.rmdir()
 
+    def _look(self) -> tuple[bool, int]:
+        """Whether the folder holds a manifest, and the bytes of its journal.
+
+        Raises ValueError where neither is there, but something else: it is not this command's to overwrite or remove.
+        """
+        folder = self._folder
+        if os.path.exists(folder / MANIFEST):
+            return True, 0
+        if has_journal(folder):
+            return False, (folder / JOURNAL).stat().st_size
+        if os.path.exists(folder) and (
+            not folder.is_dir() or any(not DRAFT.fullmatch(path.name) for path in folder.iterdir())
+        ):
+            raise ValueError(f"--output {folder} exists and is no store; choose another")
+        return False, 0
+
     def _read_journal(self) -> None:
         """Takes up what earlier processes finished; a last line that a kill cut short is none."""
         lines: list[dict[str, Any]] = []
-        for line in (self._folder / JOURNAL).read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            lines.append(json.loads(line))
-            self._journal_bytes += len(line)
-        if not lines:
-            return
+        path = self._folder / JOURNAL
+        try:
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break
+                lines.append(json.loads(line))
+                self._journal_bytes += len(line)
+        except ValueError as error:
+            raise ValueError(f"{path} must be a store's journal ({error}); give another --output") from None
+        if not lines:  # it is written whole or not at all, and so this one was cut by somebody else
+            raise ValueError(f"{path} must begin with a whole line and has none; give another --output")
         self._require_same(lines[0], "was begun")
         for line in lines[1:]:
             self._shards.append(line["shard"])
@@ -179,7 +204,7 @@ class Preparation:
     def _require_same(self, before: dict[str, Any], how: str) -> None:
         """Raises ValueError that names the first difference between two commands."""
         now = json.loads(json.dumps(self._command))
-        remedy = "give the same command, or another --output"
+        remedy = "give the same command, or another --output, or remove the folder"
         if before["version"] != VERSION:
             raise ValueError(f"store {self._folder} {how} with format version {before['version']}; {remedy}")
         old, new = ({"tokenizer": each["tokenizer"]} | each["settings"] for each in (before, now))
@@ -194,7 +219,8 @@ class Preparation:
     def _begin(self, tokenizer: Tokenizer) -> None:
         self._remove_drafts(all=not self.begun)
         if not self.begun:
-            self._append(self._command)
+            write_atomically(self._folder / JOURNAL, _journal_line(self._command))
+            sync_folder(self._folder)  # what follows is known for a store's by the journal alone
             save_tokenizer(tokenizer, self.tokenizer_path)
             sync_folder(self._folder)
             return
@@ -212,7 +238,7 @@ class Preparation:
 
     def _append(self, value: dict[str, Any]) -> None:
         with (self._folder / JOURNAL).open("ab") as file:
-            file.write(json.dumps(value).encode() + b"\n")
+            file.write(_journal_line(value))
             file.flush()
             os.fsync(file.fileno())
 
@@ -268,9 +294,9 @@ class Preparation:
 
     def _take(self, document: Document, skip_unreadable: bool) -> None:
         if document.error:
-            reason = f"{self._sources[document.source].path}:{document.line}: {document.error}"
+            reason = f"{spelled(self._sources[document.source].path)}:{document.line}: {document.error}"
             if not skip_unreadable:
-                raise ValueError(f"{reason}; mend it, or leave such documents out with --on-error skip")
+                raise ValueError(f"{reason}; mend it and give another --output, or use --on-error skip")
             self.unreadable += 1
             self.named = [*self.named, reason][:NAMED_ERRORS]
         elif document.ids is None:
@@ -333,8 +359,11 @@ class Preparation:
         return open_store(self._folder)
 
     def _remove_drafts(self, *, all: bool) -> None:
-        for path in self._folder.iterdir():
-            if _is_draft(path) or (all and (path.name in (JOURNAL, TOKENIZER) or OF_SHARD.fullmatch(path.name))):
+        # The journal goes last: without it the rest would be taken for somebody else's.
+        for path in sorted(self._folder.iterdir(), key=lambda path: path.name == JOURNAL):
+            if DRAFT.fullmatch(path.name) or (
+                all and (path.name in (JOURNAL, TOKENIZER) or OF_SHARD.fullmatch(path.name))
+            ):
                 path.unlink()
 
 
@@ -367,8 +396,5 @@ def _is_held_out(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _is_draft(path: Path) -> bool:
-    """What a kill leaves: a file that is not whole yet."""
-    return path.name.startswith(".") and (
-        path.suffix == ".draft" or path.name.startswith((f".{MANIFEST}.", f".{TOKENIZER}."))
-    )
+def _journal_line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"

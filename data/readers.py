@@ -218,5 +218,5 @@ READERS: dict[str, Callable[[io.BufferedIOBase, str], Found]] = {
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    return kinds.get(type(value), "a number")
+    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", bytes: "bytes"}
+    return kinds.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)

@@ -62,9 +62,9 @@ def find_sources(given: Sequence[str], format: str | None = None) -> list[Source
         if "://" in name:
             raise ValueError(f"source {name} must be a local path; copy it here first, say with gcloud storage cp")
         path = Path(name).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):  # that of pathlib raises for a name that is too long
             paths += _in_folder(path, format)
-        elif path.is_file():
+        elif os.path.isfile(path):
             paths.append((str(path), format or _known_format(name)))
         else:
             found = sorted(found for found in glob(str(path), recursive=True) if Path(found).is_file())
@@ -83,6 +83,12 @@ def format_of(name: str) -> str | None:
     """What a file's name says that it is, or None."""
     stem, suffix = os.path.splitext(name.lower())
     return FORMATS.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
+
+
+def spelled(path: str | os.PathLike) -> str:
+    """A path as text on one line: bytes that are not UTF-8 as \\xNN, a line break or the like as Python writes it."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class SourceFile(io.RawIOBase):
@@ -191,5 +197,9 @@ def _known_format(name: str) -> str:
 def _described(path: str, format: str) -> Source:
     if not os.access(path, os.R_OK):
         raise ValueError(f"source {path} must be readable; check its permissions")
+    if format == "parquet" and path.lower().endswith(COMPRESSIONS):  # it is read from its end, and packed inside
+        raise ValueError(
+            f"source {path} must be parquet as it is, without {', '.join(COMPRESSIONS)}; decompress it first"
+        )
     stat = os.stat(path)
     return Source(path, format, stat.st_size, stat.st_mtime_ns)

@@ -19,10 +19,12 @@ import numpy as np
 from etils import epath
 
 from data.ranges import Files
-from parallax.storage import is_remote, open_folder
+from parallax.storage import is_remote, open_folder, reason_of
 
 FORMAT, VERSION = "parallax token store", 1
 MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.jsonl", "tokenizer.json"
+JOURNAL_MARK = f'{{"format": "{FORMAT}"'.encode()
+"""How a journal begins; a file of that name that begins otherwise is not a store's."""
 SIDES = ("train", "held_out")
 DOCUMENT = np.dtype(
     [
@@ -62,6 +64,12 @@ class TokenStore:
     def sha256(self) -> str:
         """Of everything: the manifest holds the sha256 of each file."""
         return self.manifest["sha256"]
+
+    @property
+    def content_sha256(self) -> str:
+        """Of the shards and their tokenizer, wherever the sources were when they were prepared."""
+        value = [self.manifest["shards"], self.manifest["tokenizer"]["sha256"], self.manifest["dtype"]]
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     @property
     def tokenizer_path(self) -> epath.Path:
@@ -248,11 +256,20 @@ def file_name(shard: int, side: str, kind: str) -> str:
 
 def is_store(folder: Path) -> bool:
     """Whether a folder is a store, finished or not, damaged or not."""
-    if (folder / JOURNAL).exists() or (folder / file_name(0, "train", "tokens")).exists():
+    if has_journal(folder) or (folder / file_name(0, "train", "tokens")).exists():
         return True
     try:
         with (folder / MANIFEST).open("rb") as file:
             return FORMAT.encode() in file.read(256)
+    except OSError:
+        return False
+
+
+def has_journal(folder: Path | epath.Path) -> bool:
+    """Whether a folder holds the journal of a store; a file of that name may be anybody's."""
+    try:
+        with (folder / JOURNAL).open("rb") as file:
+            return file.read(len(JOURNAL_MARK)) == JOURNAL_MARK
     except OSError:
         return False
 
@@ -266,12 +283,15 @@ def open_store(address: str | os.PathLike) -> TokenStore:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
-        if (folder / JOURNAL).exists():
+        if has_journal(folder):
             raise ValueError(
                 f"store {folder} is not finished; give the prepare.py command that began it again"
             ) from None
         raise ValueError(f"store {folder} must hold a {MANIFEST} and holds none; prepare it again") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        rule = f"store {folder} must be a folder with a {MANIFEST} that can be read ({reason_of(error)})"
+        raise ValueError(f"{rule}; give one that prepare.py made") from None
+    except ValueError as error:
         raise ValueError(f"{folder / MANIFEST} must be a store's manifest ({error}); prepare it again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{folder / MANIFEST} must be a store's manifest and is none; prepare it again")

@@ -39,7 +39,7 @@ class ContextGenerator:
 
     def __init__(self, generator: AnyGenerator, context: Context, length: int):
         if context not in get_args(Context):
-            raise ValueError(f"context={context!r} is not one of {', '.join(get_args(Context))}")
+            raise ValueError(f"context={context!r} is not one of {', '.join(get_args(Context))}; try slide")
         self._generator, self._context, self._length = generator, context, max(2, length)
         self.proposed = self.accepted = 0
         """Tokens that a draft proposed for the latest request so far, and those of them that passed."""
@@ -86,7 +86,7 @@ class ContextGenerator:
         if length >= self._length and self._context == "crop":
             raise ValueError(
                 f"prompt of {length} tokens leaves no room in the {self._length} that the model was trained at; "
-                "try --context slide, or a shorter prompt"
+                "try context=slide, or a shorter prompt"
             )
         kept, seeds = length if length < self._length else self._length // 2, [request.seeds[row] for row in rows]
         return dataclasses.replace(

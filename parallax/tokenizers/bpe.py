@@ -67,9 +67,7 @@ def train_bpe(size: int, documents: Sequence[str]) -> BPETokenizer:
     Merges are learned inside words, of which a text without spaces or punctuation is one; in training a word ends after
     LONGEST_WORD bytes. Raises ValueError if `size` is too small for all bytes and the end of text.
     """
-    if size < SMALLEST_SIZE:
-        rule = f"bpe:{size} must be at least {SMALLEST_SIZE} to hold all bytes and the end of text"
-        raise ValueError(f"{rule}; try bpe:1024")
+    check_size(size)
     import tokenizers
     from tokenizers import models, pre_tokenizers, trainers
 
@@ -82,6 +80,13 @@ def train_bpe(size: int, documents: Sequence[str]) -> BPETokenizer:
     interruptible(lambda: model.train_from_iterator(documents, trainer))
     model.pre_tokenizer = splitter
     return BPETokenizer(json.loads(model.to_str()))
+
+
+def check_size(size: int) -> None:
+    """Raises ValueError if so few ids do not hold all bytes and the end of text."""
+    if size < SMALLEST_SIZE:
+        rule = f"bpe:{size} must be at least {SMALLEST_SIZE} to hold all bytes and the end of text"
+        raise ValueError(f"{rule}; try bpe:1024")
 
 
 def byte_of_character() -> dict[str, int]:

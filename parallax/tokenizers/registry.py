@@ -13,7 +13,7 @@ from etils import epath
 
 from parallax.storage import write_atomically
 from parallax.tokenizers.base import Tokenizer
-from parallax.tokenizers.bpe import BPETokenizer, train_bpe
+from parallax.tokenizers.bpe import BPETokenizer, check_size, train_bpe
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 
@@ -27,14 +27,20 @@ def train_tokenizer(spec: str, documents: Sequence[str]) -> Tokenizer:
     """
     if not any(documents):
         raise ValueError("a tokenizer is trained on text and there is none; give a text file")
-    kind, _, size = spec.partition(":")
     if spec == "char":
         return CharTokenizer("".join(sorted(set().union(*documents))), has_eos=len(documents) > 1)
     if spec == "byte":
         return ByteTokenizer()
-    if spec == "bpe" or (kind == "bpe" and size.isdecimal()):
-        return train_bpe(int(size or DEFAULT_BPE_SIZE), documents)
-    raise ValueError(f"tokenizer={spec!r} must be char, byte, bpe or bpe:N; try bpe:{DEFAULT_BPE_SIZE}")
+    return train_bpe(bpe_size(spec), documents)
+
+
+def bpe_size(spec: str) -> int:
+    """How many ids `bpe` or `bpe:N` names; raises ValueError if it is neither, or N is too small."""
+    kind, _, size = spec.partition(":")
+    if spec != "bpe" and not (kind == "bpe" and size.isdecimal()):
+        raise ValueError(f"tokenizer={spec!r} must be char, byte, bpe or bpe:N; try bpe:{DEFAULT_BPE_SIZE}")
+    check_size(int(size or DEFAULT_BPE_SIZE))
+    return int(size or DEFAULT_BPE_SIZE)
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: str | Path) -> None:

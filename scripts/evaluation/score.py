@@ -4,13 +4,15 @@ Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whateve
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from data.corpus import Corpus, load_corpus
+from data.corpus import Corpus, is_plain, load_corpus
 from data.pipeline import held_out
 from parallax.config import TransformerConfig, config_from_dict
 from parallax.run_folder import load_run, read_settings, trained_length
@@ -23,6 +25,7 @@ from scripts.common.placement import place_model
 from scripts.evaluation.flags import Flags
 
 USUAL_WINDOW = 1024
+TEXT_ALONE = "holds no plain text to count the bytes of; give plain text, or read the run's own eval_loss"
 
 
 def evaluate(flags: Flags) -> dict[str, Any]:
@@ -31,6 +34,8 @@ def evaluate(flags: Flags) -> dict[str, Any]:
     Raises ValueError if the run, the text or the mesh cannot be used, or the window does not fit the model.
     """
     settings = read_settings(open_folder(flags.checkpoint))
+    if os.path.isfile(os.path.expanduser(flags.dataset)) and not is_plain(Path(flags.dataset)):
+        raise ValueError(f"dataset {flags.dataset} {TEXT_ALONE}")
     config = config_from_dict(settings["model"])
     window, stride = _sizes(flags, config, settings)
     strategy = place_model(config, flags.mesh, batch_size=flags.batch_size, seq_len=window)
@@ -74,7 +79,7 @@ def _sizes(flags: Flags, config: TransformerConfig, settings: dict[str, Any]) ->
 def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tuple[list[np.ndarray], int]:
     """The tokens of each document, and the bytes that their targets stand for."""
     if corpus.records is not None or corpus.stores is not None:
-        raise ValueError(f"{corpus.edition} holds no text to count the bytes of; give text files")
+        raise ValueError(f"{corpus.edition} {TEXT_ALONE}")
     documents, size = [], 0
     several = len(corpus.documents) > 1
     for text in held_out(corpus.documents) if only_held_out else corpus.documents:

@@ -16,8 +16,8 @@ from data.store import TokenStore
 from data.tokenizing import sample_texts
 from parallax.storage import is_remote, open_folder
 from parallax.tokenizers.base import Tokenizer
-from parallax.tokenizers.plain import CharTokenizer
-from parallax.tokenizers.registry import load_tokenizer, train_tokenizer
+from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
+from parallax.tokenizers.registry import bpe_size, load_tokenizer, train_tokenizer
 from scripts.common.command_line import tell
 from scripts.preparing.flags import Flags
 
@@ -91,8 +91,11 @@ def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> T
         if not alphabet:
             raise ValueError("the sources must hold a document and hold none that can be read; check --field")
         return CharTokenizer("".join(sorted(alphabet)), has_eos=True)
-    if given == "byte" or given.partition(":")[0] == "bpe":
-        texts = list(sample_texts(sources, settings.field, settings.nfc, TRAINED_BYTES)) if given != "byte" else ["-"]
+    if given == "byte":
+        return ByteTokenizer()
+    if given.partition(":")[0] == "bpe":
+        bpe_size(given)  # it refuses what no text could be read for
+        texts = list(sample_texts(sources, settings.field, settings.nfc, TRAINED_BYTES))
         if not texts:
             raise ValueError("the sources must hold a document and hold none that can be read; check --field")
         return train_tokenizer(given, texts)
@@ -101,10 +104,10 @@ def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> T
         rule = f"--tokenizer {given} must be char, byte, bpe:VOCABULARY or a folder with a tokenizer.json"
         raise ValueError(f"{rule}; try bpe:32000")
     try:
-        ours = "kind" in json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} must be a tokenizer in JSON ({error}); choose another folder") from None
-    if ours:
+    if isinstance(values, dict) and "kind" in values:
         return load_tokenizer(path)
     from parallax.interop.folders import read_tokenizer  # late: it loads JAX
 

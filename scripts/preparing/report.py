@@ -8,6 +8,7 @@ from etils import epath
 
 from data.corpus import load_corpus
 from data.provenance import pieces_of_step, steps_of_document
+from data.sources import spelled
 from data.store import DOCUMENT, open_store
 from data.store import verify as verify_store
 from parallax.storage import open_folder
@@ -31,13 +32,14 @@ def describe(folder: str) -> int:
     print(f"settings   {', '.join(f'{name} {value}' for name, value in manifest['settings'].items())}")
     print(f"shards     {len(manifest['shards']):,}")
     for source in manifest["sources"][:SHOWN_SOURCES]:
-        print(f"source     {source['path']}, {source['format']}, {source['bytes']:,} bytes, sha256 {source['sha256']}")
+        facts = f"{source['format']}, {source['bytes']:,} bytes, sha256 {source['sha256']}"
+        print(f"source     {spelled(source['path'])}, {facts}")
     if len(manifest["sources"]) > SHOWN_SOURCES:
         print(f"           and {len(manifest['sources']) - SHOWN_SOURCES:,} more in {folder}/manifest.json")
     decoder = load_tokenizer(store.tokenizer_path)
     for document, ids in itertools.islice(store.train.documents(), SHOWN_DOCUMENTS):
         text = " ".join(decoder.decode(ids[: 4 * SHOWN_CHARS]).split())
-        print(f"document   {document.path}:{document.line}, {document.tokens:,} tokens: {text[:SHOWN_CHARS]}")
+        print(f"document   {spelled(document.path)}:{document.line}, {document.tokens:,} tokens: {text[:SHOWN_CHARS]}")
     return 0
 
 
@@ -66,7 +68,7 @@ def seen(run: str, step: int | None, document: str | None) -> int:
         for piece in pieces_of_step(training, size, seed, step):
             found, store = piece.document, corpus.stores.names[piece.store]
             tokens = f"tokens {piece.start} to {piece.stop - 1} of {found.tokens}"
-            print(f"row {piece.row:<5} {found.path}:{found.line} (offset {found.offset}, {store}), {tokens}")
+            print(f"row {piece.row:<5} {spelled(found.path)}:{found.line} (offset {found.offset}, {store}), {tokens}")
         return 0
     path, _, line = (document or "").rpartition(":")
     if not path or not line.isdecimal():
@@ -74,7 +76,8 @@ def seen(run: str, step: int | None, document: str | None) -> int:
     for found, store, steps in steps_of_document(corpus.stores, training, size, seed, done, path, int(line)):
         when = "held out" if steps is None else f"none of {done} steps"
         when = f"steps {', '.join(map(str, steps))}" if steps else when
-        print(f"document   {found.path}:{found.line} (offset {found.offset}, {store}), {found.tokens} tokens: {when}")
+        place = f"{spelled(found.path)}:{found.line} (offset {found.offset}, {store})"
+        print(f"document   {place}, {found.tokens} tokens: {when}")
     return 0
 
 

@@ -99,6 +99,8 @@ def test_overfit_corpus_is_one_short_sentence():
 def test_wrong_paths_are_refused(tmp_path, refused):
     with refused("no_such_place", "tiny_shakespeare", "check the spelling"):
         load_corpus("no_such_place", notify=ignore)
+    with refused("must be tiny_shakespeare or a path that exists"):
+        load_corpus("x" * 300, notify=ignore)
     (tmp_path / "empty.txt").touch()
     with refused("empty.txt", "is empty"):
         load_corpus(str(tmp_path / "empty.txt"), notify=ignore)

@@ -120,10 +120,13 @@ def test_weights_are_exact():
 BAD = {
     "web.store:0.7,code.store:0.2": "must add up to 1 and add up to 0.9; correct one",
     "web.store:1.5,code.store:-0.5": "weight 1.5 of web.store",
-    "web.store:x": "weight 'x' of web.store in web.store:x must be a number",
+    "web.store:x": "must be tiny_shakespeare or a path that exists",
+    "C:foo.txt": "must be tiny_shakespeare or a path that exists",
+    "web.store:x,code.store:0.5": "weight 'x' of web.store in web.store:x,code.store:0.5 must be a number",
     "web.store:0.5,web.store:0.5": "must give each store once",
     "web.store:0.5,code.store": "must give each store once",
     "web.store:0.1234567,code.store:0.8765433": "at most 6 decimals",
+    ",".join(f"{'long' * 9}{i}.store:0.1" for i in range(10)): "0.store must hold a manifest.json",
     "web.store:0.5,none.store:0.5": "store none.store must hold a manifest.json",
     "web.store:0.5,chars.store:0.5": "must have one tokenizer, and web.store has byte",
 }

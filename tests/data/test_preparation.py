@@ -139,6 +139,8 @@ def test_whole_shards_outlive_a_failure_and_the_same_command_goes_on(tmp_path, s
     broken.write_text("{}\n")
     with refused("there is no field"):
         prepared(tmp_path / "store", *sources, broken, shard_tokens=500)
+    with refused("there is no field", "mend it and give another --output, or use --on-error skip"):
+        prepared(tmp_path / "store", *sources, broken, shard_tokens=500)
     names = {path.name for path in (tmp_path / "store").iterdir()}
     assert {"journal.jsonl", "tokenizer.json", "00000.train.tokens"} < names
     assert not [name for name in names if name.startswith(".")]
@@ -170,7 +172,9 @@ def test_a_full_disk_is_one_line_and_goes_on_later(tmp_path, sources, refused, m
 def test_another_command_does_not_go_on_with_a_store(tmp_path, sources, refused):
     prepared(tmp_path / "store", *sources)
     found = find_sources([str(path) for path in sources])
-    with refused("was prepared with --min-chars 1, got 9; give the same command"):
+    with refused(
+        "was prepared with --min-chars 1, got 9; give the same command, or another --output, or remove the folder"
+    ):
         Preparation(tmp_path / "store", found, Settings(min_chars=9), "byte")
     with refused("was prepared with --tokenizer byte, got char"):
         Preparation(tmp_path / "store", found, Settings(), "char")
@@ -180,15 +184,50 @@ def test_another_command_does_not_go_on_with_a_store(tmp_path, sources, refused)
     before = files_of(again.finished)
     assert again.run(ByteTokenizer()) is again.finished
     assert files_of(again.finished) == before
-    (tmp_path / "begun").mkdir()
-    (tmp_path / "begun/journal.jsonl").write_text("")
-    (tmp_path / "begun/notes.txt").write_text("mine")
-    assert prepared(tmp_path / "begun", *sources).sha256 == again.finished.sha256
-    assert (tmp_path / "begun/notes.txt").read_text() == "mine"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
     with refused("exists and is no store; choose another"):
         Preparation(tmp_path / "mine", found, Settings(), "byte")
+
+
+@pytest.mark.parametrize("journal", ["", "notes", "dear diary\n", '{"text": "mine"}\n', '{"format": "parallax'])
+def test_a_journal_of_somebody_else_is_left_alone(tmp_path, sources, refused, journal):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name, content in (("journal.jsonl", journal), ("tokenizer.json", '{"mine": 1}'), (".notes.draft", "mine")):
+        (folder / name).write_text(content)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with refused("exists and is no store; choose another"):
+        prepared(folder, *sources)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "journal.jsonl", ".notes.draft", "00000.train.tokens"])
+def test_what_comes_into_the_folder_meanwhile_is_left_alone(tmp_path, sources, refused, name):
+    found = find_sources([str(path) for path in sources])
+    preparation = Preparation(tmp_path / "store", found, Settings(), "byte")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / name).write_text("mine")
+    with refused("exists and is no store; choose another"):
+        preparation.run(ByteTokenizer())
+    assert (tmp_path / "store" / name).read_text() == "mine"
+
+
+def test_files_beside_those_of_a_begun_store_are_kept(tmp_path, sources, refused):
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    with refused("there is no field"):
+        prepared(tmp_path / "store", *sources, tmp_path / "broken.jsonl", shard_tokens=500)
+    for name in ("notes.txt", ".notes.draft", ".tokenizer.json.swp"):
+        (tmp_path / "store" / name).write_text("mine")
+    store = prepared(tmp_path / "store", *sources, tmp_path / "broken.jsonl", shard_tokens=500, skip=True)
+    for name in ("notes.txt", ".notes.draft", ".tokenizer.json.swp"):
+        assert (tmp_path / "store" / name).read_text() == "mine"
+    verify(store)
+    journal = tmp_path / "store/journal.jsonl"
+    (tmp_path / "store/manifest.json").unlink()
+    journal.write_text('{"format": "parallax token store"}\n{\n')
+    with refused("journal.jsonl must be a store's journal", "another --output"):
+        prepared(tmp_path / "store", *sources)
 
 
 def test_a_source_that_changes_meanwhile_is_refused(tmp_path, sources, refused):

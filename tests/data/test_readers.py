@@ -1,6 +1,7 @@
 """Each format gives its documents with their lines, compressed or not, and says what it cannot read."""
 
 import bz2
+import datetime
 import gzip
 import json
 
@@ -70,6 +71,13 @@ def test_parquet_by_column_and_by_path(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=3)
     assert read(tmp_path / "a.parquet") == list(enumerate(TEXTS, start=1))
     assert [text for _, text in read(tmp_path / "a.parquet", "meta.body")] == [text.upper() for text in TEXTS]
+
+
+def test_what_a_column_holds_instead_of_text_is_named(tmp_path):
+    columns = {"raw": [b"a"], "day": [datetime.date(2020, 1, 1)], "n": [1.5]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    for field, kind in (("raw", "bytes"), ("day", "date"), ("n", "a number")):
+        assert read(tmp_path / "a.parquet", field) == [(1, f"field '{field}' must be text and is {kind}")]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])

@@ -24,6 +24,8 @@ def files(tmp_path, monkeypatch):
         open(name, "w").close()
     os.makedirs("empty")
     open("notes", "w").close()
+    os.makedirs("packed")
+    open("packed/a.parquet.zst", "w").close()
 
 
 def test_folders_and_globs_by_name(files):
@@ -37,6 +39,10 @@ def test_folders_and_globs_by_name(files):
         open(f"web/first.store/{name}", "w").close()
     open("web/README.md", "w").close()
     assert len(find_sources(["web"])) == 3
+    for name in ("journal.jsonl", "other.jsonl"):
+        os.makedirs("diary", exist_ok=True)
+        open(f"diary/{name}", "w").close()
+    assert [source.path for source in find_sources(["diary"])] == ["diary/journal.jsonl", "diary/other.jsonl"]
     open("empty/README.md", "w").close()
     assert [source.path for source in find_sources(["empty"])] == ["empty/README.md"]
 
@@ -50,6 +56,9 @@ def test_folders_and_globs_by_name(files):
         ("notes", None, "source notes must end in .txt"),
         ("nowhere", None, "source nowhere must be a file, a folder or a glob"),
         ("web/*.txt", None, "must be a file, a folder or a glob"),
+        ("packed/a.parquet.zst", None, "packed/a.parquet.zst must be parquet as it is"),
+        ("packed", None, "packed/a.parquet.zst must be parquet as it is"),
+        ("x" * 300, None, "must be a file, a folder or a glob"),
         ("gs://bucket/a.jsonl", None, "must be a local path; copy it"),
     ],
 )

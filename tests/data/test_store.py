@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from data.mixture import Stores
 from data.store import is_store, manifest_sha256, open_store, verify
 from parallax.tokenizers.plain import ByteTokenizer
 from tests.data.stores import decoded, prepared, texts, write_jsonl
@@ -134,10 +135,26 @@ def test_what_is_no_store_is_refused_in_one_line(store, tmp_path, refused):
     assert is_store(folder)
     with refused("must hold a manifest.json and holds none"):
         open_store(folder)
-    (folder / "journal.jsonl").write_text("")
+    (folder / "journal.jsonl").write_text('{"format": "parallax token store", "version": 1}\n')
     with refused("is not finished; give the prepare.py command"):
         open_store(folder)
+    with refused("a.jsonl must be a folder with a manifest.json", "(Not a directory); give one that prepare.py made"):
+        open_store(tmp_path / "a.jsonl")
     assert not is_store(tmp_path)
+    (tmp_path / "journal.jsonl").write_text('{"text": "dear diary"}\n')
+    assert not is_store(tmp_path)
+
+
+def test_content_is_known_wherever_its_sources_were(tmp_path, documents):
+    stores = []
+    for host in ("one", "other"):
+        path = write_jsonl(tmp_path / host / "a.jsonl", documents)
+        stores.append(prepared(tmp_path / host / "store", path, held_out=0.2))
+    assert stores[0].sha256 != stores[1].sha256
+    assert stores[0].content_sha256 == stores[1].content_sha256
+    assert Stores((stores[0],)).sha256 == Stores((stores[1],)).sha256
+    less = prepared(tmp_path / "less", tmp_path / "one/a.jsonl", held_out=0.3)
+    assert Stores((less,)).sha256 != Stores((stores[0],)).sha256
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):

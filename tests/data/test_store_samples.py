@@ -31,7 +31,7 @@ def sides(store):
 def test_a_store_is_a_corpus_with_its_own_tokenizer(store, refused):
     lines = []
     corpus = load_corpus(str(store.folder), notify=lines.append)
-    assert (corpus.name, corpus.sha256) == ("web", store.sha256)
+    assert (corpus.name, corpus.sha256) == ("web", store.content_sha256)
     assert lines == [f"dataset store {store.folder}: 60 documents, {store.manifest['tokens']:,} tokens"]
     assert tokenizer_for(corpus) == ByteTokenizer()
     with refused("--tokenizer bpe does not go with a store"):

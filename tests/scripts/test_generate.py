@@ -213,7 +213,7 @@ BAD = f"""
 --max-tokens 0 | max_tokens=0 must be at least 1; try 200
 --max-tokens 256 --context extend | must not exceed max_seq_len=256; try max_tokens 255
 --prompt {"a" * 256} --max-tokens 1 --context extend | must not exceed max_seq_len=256; try a shorter prompt
---prompt {"a" * 128} --context crop | leaves no room in the 128 that the model was trained at; try --context slide
+--prompt {"a" * 128} --context crop | leaves no room in the 128 that the model was trained at; try context=slide
 --context skip | skip
 --seed -1 | seed=-1 must be in [0, 2^32); try 0
 --stop '' | stop 0 is empty; leave it out

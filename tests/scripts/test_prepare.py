@@ -1,6 +1,7 @@
 """prepare.py: sources to a store, killed and given again, described, verified, and what it refuses."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -103,6 +104,7 @@ web --describe store | source web does not go with --describe
 web --output store --tokenizer words | --tokenizer words must be char, byte, bpe:VOCABULARY or a folder | try bpe:32000
 web --output store --tokenizer bpe:3 | bpe:3 must be at least 257
 web --output store --tokenizer empty | --tokenizer empty must be char
+web --output store --tokenizer five | five/config.json
 web --output store --tokenizer byte --field body | web/a.jsonl:1: there is no field 'body' but id, text
 web --output store --tokenizer char --field body | hold none that can be read
 web --output store --tokenizer byte --min-chars 9999 | hold none that is kept
@@ -134,6 +136,8 @@ latin.txt --output store --tokenizer byte | latin.txt:1: its text is not UTF-8
 @pytest.mark.parametrize(("args", "words"), read_cases(BAD))
 def test_bad_input_is_one_line_and_leaves_nothing(refuses, web, args, words):
     (web / "empty").mkdir()
+    (web / "five").mkdir()
+    (web / "five/tokenizer.json").write_text("5")
     (web / "taken").mkdir()
     (web / "taken/notes.txt").write_text("mine")
     (web / "mixed").mkdir()
@@ -142,6 +146,25 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, web, args, words):
     (web / "half.txt.gz").write_bytes(b"\x1f\x8b\x08\x00")
     (web / "latin.txt").write_bytes(b"caf\xe9")
     refuses(prepare, args, *words)
+
+
+def test_names_of_any_bytes_are_described_on_one_line(call, web):
+    for name in (b"caf\xe9.jsonl", b"two\nlines.jsonl"):
+        shutil.copy(web / "web/a.jsonl", os.path.join(os.fsencode(web), b"web", name))
+    assert call(prepare, *MAKE, "--tokenizer", "byte")[0] == 0
+    status, out, err = call(prepare, "--describe", "store")
+    assert status == 0, err
+    assert r"source     web/caf\xe9.jsonl, jsonl, " in out
+    assert r"source     web/two\nlines.jsonl, jsonl, " in out
+
+
+@pytest.mark.parametrize("spec", ["bpe:10", "bpe:foo", "bpe:"])
+def test_a_vocabulary_that_is_none_is_refused_before_anything_is_read(refuses, web, monkeypatch, spec):
+    def unread(*args):
+        raise AssertionError("read")
+
+    monkeypatch.setattr("scripts.preparing.make.sample_texts", unread)
+    refuses(prepare, [*MAKE, "--tokenizer", spec], "bpe", "try bpe:1024")
 
 
 def test_a_flipped_byte_is_found_and_named(call, refuses, web):

@@ -48,7 +48,7 @@ def test_one_curve_on_another_layout_and_when_resumed(call, refuses, tmp_path, s
     status, _, err = call(train, *FLAGS, "--checkpoint-interval", "6", "--output-dir", "alone")
     assert status == 0, err
     assert f"dataset store web.store: 80 documents, {store.manifest['tokens']:,} tokens" in err
-    assert json.loads((tmp_path / "alone/config.json").read_text())["corpus"]["sha256"] == store.sha256
+    assert json.loads((tmp_path / "alone/config.json").read_text())["corpus"]["sha256"] == store.content_sha256
     assert bounds == [6 * 6 * 16 * 16 // 100] * 2  # 2% of the time of 6 steps of 16 × 16 tokens
     shutil.copytree(tmp_path / "alone", tmp_path / "other")
     shutil.rmtree(tmp_path / "other/checkpoints/12")
@@ -98,7 +98,7 @@ def test_refusals(refuses, call, tmp_path):
     refuses(train, [*FLAGS, "--eval-tokens", "0"], "--eval-tokens 0 must be at least 1")
     refuses(train, [*FLAGS, "--seq-len", "4000"], "held-out side of web.store has", "--held-out")
     assert call(train, *FLAGS, "--steps", "1", "--output-dir", "run")[0] == 0
-    refuses(evaluate, ["--checkpoint", "run", "--dataset", "web.store"], "holds no text to count the bytes of")
+    refuses(evaluate, ["--checkpoint", "run", "--dataset", "web.store"], "no plain text", "own eval_loss")
     path = write_jsonl(tmp_path / "b.jsonl", texts(80, seed=2))
     shutil.rmtree(tmp_path / "web.store")
     status, _, err = call(

@@ -92,7 +92,10 @@ def test_a_text_that_is_cropped_ends_at_the_length():
     lengths = (5, 31)
     whole = zip(texts(request(lengths)), lengths, strict=True)
     assert texts(request(lengths), "crop") == [row[: LENGTH - length] for row, length in whole]
-    with pytest.raises(ValueError, match=r"prompt of 32 tokens leaves no room in the 32 that .*; try --context slide"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt of 32 tokens leaves no room in the 32 that .*; try context=slide, or a shorter prompt",
+    ):
         texts(request((5, 32)), "crop")
 
 
@@ -104,7 +107,7 @@ def test_a_text_that_fits_or_extends_is_the_generators():
         texts(request(max_tokens=124), "extend")
     with pytest.raises(ValueError, match="prompt is empty"):
         texts(request(prompts=[prompt(0)]))
-    with pytest.raises(ValueError, match="context='skip' is not one of slide, crop, extend"):
+    with pytest.raises(ValueError, match="context='skip' is not one of slide, crop, extend; try slide"):
         texts(request(), "skip")
 
 
