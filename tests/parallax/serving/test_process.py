@@ -128,7 +128,7 @@ def test_an_error_of_the_device_ends_the_answers_under_way_and_the_server_goes_o
     server, gate = Served(small_run, program=(*FAILING, str(tmp_path / "gate"))), tmp_path / "gate"
     assert server.http.get("/healthz").json()["status"] == "ok"
     with pytest.raises(openai.APIError, match="the step that computed this answer failed"):
-        for _ in server.complete("a", max_tokens=90, n=4, stream=True):
+        for _ in server.complete("a", max_tokens=90, n=4, temperature=0, stream=True):
             pass
     health = server.http.get("/healthz")
     assert (health.status_code, health.json()["status"]) == (503, "degraded")
@@ -143,7 +143,7 @@ def test_an_error_of_the_device_ends_the_answers_under_way_and_the_server_goes_o
 
 def test_a_device_that_stays_away_ends_the_server(small_run):
     server = Served(small_run, program=(*FAILING, "-"))
-    failed = server.post(prompt="a", max_tokens=90, n=4)
+    failed = server.post(prompt="a", max_tokens=90, n=4, temperature=0)  # none ends before the last begins
     assert (failed.status_code, failed.json()["error"]["code"]) == (500, "step_failed")
     server.process.wait(timeout=20)
     status, words = server.end()

@@ -3,7 +3,6 @@
 The emulator (tests/google_storage.py) is not Google: what these tests show, they show of our calls alone.
 """
 
-import gcsfs
 import jax
 import numpy as np
 import pytest
@@ -128,6 +127,8 @@ MIB = 2**20
 @pytest.fixture
 def read_bytes(monkeypatch):
     """Bytes that gcsfs and TensorStore have read since the last call."""
+    import gcsfs  # here, since the tests are collected where it is not installed
+
     read, found = gcsfs.GCSFileSystem._cat_file_sequential, []
 
     async def counted(self, *args, **keywords):
