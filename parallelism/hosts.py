@@ -336,11 +336,11 @@ class StopRequest:
         return self._requested if self._together is None else self._together(self._asked)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self._requested:
+        first, self._requested = not self._requested, True  # at once: another signal may come while this one is handled
+        if first:
             os.write(2, STOPPING.encode())  # a handler may have interrupted a print
-        self._requested = True
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
 
 
 def _watch(reading: int, at_once: Callable[[], None]) -> None:
