@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.mixture import Stores, load_stores
+from data.preparing.sources import COMPRESSIONS, format_of, spelled
 from data.records import TokenRecords
-from data.sources import COMPRESSIONS, format_of, spelled
-from data.store import is_store, open_store
+from data.stores.mixture import Stores, load_stores
+from data.stores.store import is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
 from parallax.storage import is_remote
 

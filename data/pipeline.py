@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from data.corpus import Corpus
-from data.mixture import Stores
 from data.packing import pack
 from data.samples import Batch, PackedDocuments, Samples, Windows
+from data.stores.mixture import Stores
 from parallax.tokenizers.base import Tokenizer, encode_checked
 from parallax.tokenizers.registry import load_tokenizer, train_tokenizer
 

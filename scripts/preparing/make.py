@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data.preparation import Preparation, Progress, Settings
-from data.sources import Source, find_sources
-from data.store import TokenStore
-from data.tokenizing import sample_texts
+from data.preparing.preparation import Preparation, Progress, Settings
+from data.preparing.sources import Source, find_sources
+from data.preparing.tokenizing import sample_texts
+from data.stores.store import TokenStore
 from parallax.storage import is_remote, open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer

@@ -7,10 +7,10 @@ import numpy as np
 from etils import epath
 
 from data.corpus import load_corpus
-from data.provenance import pieces_of_step, steps_of_document
-from data.sources import spelled
-from data.store import DOCUMENT, open_store
-from data.store import verify as verify_store
+from data.preparing.sources import spelled
+from data.stores.provenance import pieces_of_step, steps_of_document
+from data.stores.store import DOCUMENT, open_store
+from data.stores.store import verify as verify_store
 from parallax.storage import open_folder
 from parallax.tokenizers.registry import load_tokenizer
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from data.corpus import load_corpus
 from data.pipeline import prepare, tokenizer_for, training_batches
-from data.store import file_name, manifest_sha256, open_store
+from data.stores.store import file_name, manifest_sha256, open_store
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.bpe import train_bpe
 from parallax.tokenizers.registry import load_tokenizer, save_tokenizer

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from data.store import open_store
+from data.stores.store import open_store
 from scripts import prepare
-from tests.data.stores import decoded, texts, write_jsonl
+from tests.data.small_stores import decoded, texts, write_jsonl
 from tests.scripts.cases import read_cases
 from tests.scripts.runs import SCRIPTS
 

@@ -6,13 +6,13 @@ import shutil
 import pytest
 
 from data.pipeline import evaluation_batches
-from data.preparation import Preparation, Settings
-from data.sources import find_sources
-from data.store import open_store
+from data.preparing.preparation import Preparation, Settings
+from data.preparing.sources import find_sources
+from data.stores.store import open_store
 from parallax.tokenizers.plain import ByteTokenizer
 from scripts import evaluate, prepare, train
 from scripts.training import attempt
-from tests.data.stores import texts, write_jsonl
+from tests.data.small_stores import texts, write_jsonl
 from tests.scripts.runs import SHORT, SMALL
 
 FLAGS = ["--dataset", "web.store", *SMALL, *SHORT]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from data.store import open_store
+from data.stores.store import open_store
 from parallax.storage import open_folder
-from tests.data.stores import prepared, texts, write_jsonl
+from tests.data.small_stores import prepared, texts, write_jsonl
 from tests.scripts.runs import SHORT, SMALL, Training, pmap, rows, run_script, single
 
 pytestmark = [pytest.mark.external, pytest.mark.filterwarnings("ignore::ResourceWarning")]

@@ -16,7 +16,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from data.store import is_store
+from data.stores.store import is_store
 
 FORMATS = {
     ".txt": "text",

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from data.sources import BROKEN, Source, SourceFile, decompressed
+from data.preparing.sources import BROKEN, Source, SourceFile, decompressed
 
 TEXT_BYTES = 1 << 20
 LARGEST_ELEMENT = 1 << 28

@@ -5,10 +5,10 @@ import pytest
 
 from data.corpus import load_corpus
 from data.pipeline import prepare, tokenizer_for
-from data.provenance import pieces_of_step, steps_of_document
 from data.samples import Windows
-from data.store_samples import shuffled, unshuffled
-from tests.data.stores import prepared, texts, write_jsonl
+from data.stores.permutation import shuffled, unshuffled
+from data.stores.provenance import pieces_of_step, steps_of_document
+from tests.data.small_stores import prepared, texts, write_jsonl
 
 SEQ_LEN, SIZE, SEED, STEPS = 16, 4, 3, 300
 

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.readers import Record, read_records
-from data.sources import Source, SourceFile, spelled
-from data.store import (
+from data.preparing.readers import Record, read_records
+from data.preparing.sources import Source, SourceFile, spelled
+from data.preparing.tokenizing import Document, Work, tokenized
+from data.stores.store import (
     FORMAT,
     JOURNAL,
     MANIFEST,
@@ -33,7 +34,6 @@ from data.store import (
     open_store,
     sync_folder,
 )
-from data.tokenizing import Document, Work, tokenized
 from parallax.storage import reason_of, write_atomically, write_json
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import save_tokenizer

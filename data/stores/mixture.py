@@ -21,8 +21,9 @@ import numpy as np
 from etils import epath
 
 from data.samples import Batch, Samples
-from data.store import TokenStore, open_store
-from data.store_samples import StoreWindows, shuffled
+from data.stores.permutation import shuffled
+from data.stores.store import TokenStore, open_store
+from data.stores.windows import StoreWindows
 
 BLOCK = 1000
 """Samples in a block, or the next multiple of what the weights' decimals need."""

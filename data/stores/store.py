@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from data.ranges import Files
+from data.stores.ranges import Files
 from parallax.storage import is_remote, open_folder, reason_of
 
 FORMAT, VERSION = "parallax token store", 1

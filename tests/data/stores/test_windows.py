@@ -8,10 +8,10 @@ import pytest
 
 from data.corpus import load_corpus
 from data.pipeline import evaluation_batches, prepare, tokenizer_for, training_batches
-from data.store import manifest_sha256
-from data.store_samples import shuffled
+from data.stores.permutation import shuffled
+from data.stores.store import manifest_sha256
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
-from tests.data.stores import prepared, texts, write_jsonl
+from tests.data.small_stores import prepared, texts, write_jsonl
 
 SEQ_LEN = 16
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from data.sources import SourceFile, decompressed, find_sources
+from data.preparing.sources import SourceFile, decompressed, find_sources
 
 
 @pytest.fixture

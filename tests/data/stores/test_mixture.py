@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from data.corpus import load_corpus
-from data.mixture import Mixture, Stage, load_stores
 from data.pipeline import evaluation_batches, prepare, tokenizer_for, training_batches
+from data.stores.mixture import Mixture, Stage, load_stores
 from parallax.tokenizers.plain import CharTokenizer
-from tests.data.stores import prepared, texts, write_jsonl
+from tests.data.small_stores import prepared, texts, write_jsonl
 
 SEQ_LEN, SIZE = 16, 8
 

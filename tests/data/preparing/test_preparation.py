@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import store as store_module
-from data.preparation import Preparation, Settings
-from data.sources import find_sources
-from data.store import open_store, verify
+from data.preparing.preparation import Preparation, Settings
+from data.preparing.sources import find_sources
+from data.stores import store as store_module
+from data.stores.store import open_store, verify
 from parallax.tokenizers.plain import ByteTokenizer
-from tests.data.stores import decoded, prepared, texts, write_jsonl
+from tests.data.small_stores import decoded, prepared, texts, write_jsonl
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Children of this process are killed before the n-th time that something is made lasting, for each n there is.
 KILLS = """
 import os, pathlib, signal, sys
-from tests.data.stores import prepared
-from data.store import verify
+from tests.data.small_stores import prepared
+from data.stores.store import verify
 
 base = pathlib.Path(sys.argv[1])
 
@@ -44,7 +44,7 @@ def attempt(name, last):
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
-from data.store import open_store
+from data.stores.store import open_store
 attempt("whole", 0)
 expected, n = open_store(base / "whole").sha256, 1
 while attempt(f"store-{n}", n) != 0:

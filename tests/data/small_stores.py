@@ -4,9 +4,9 @@ import json
 import random
 from pathlib import Path
 
-from data.preparation import Preparation, Settings
-from data.sources import find_sources
-from data.store import TokenStore
+from data.preparing.preparation import Preparation, Settings
+from data.preparing.sources import find_sources
+from data.stores.store import TokenStore
 from parallax.tokenizers.plain import ByteTokenizer
 
 WORDS = ["king", "queen", "crown", "sword", "night", "über", "the", "<|endoftext|>"]

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.readers import Record, field_of, read_records
-from data.sources import Source, SourceFile
+from data.preparing.readers import Record, field_of, read_records
+from data.preparing.sources import Source, SourceFile
 from parallax.tokenizers.batches import Encode, document_encoder
 from parallax.tokenizers.registry import tokenizer_from_json
 

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from data.mixture import Stores
-from data.store import is_store, manifest_sha256, open_store, verify
+from data.stores.mixture import Stores
+from data.stores.store import is_store, manifest_sha256, open_store, verify
 from parallax.tokenizers.plain import ByteTokenizer
-from tests.data.stores import decoded, prepared, texts, write_jsonl
+from tests.data.small_stores import decoded, prepared, texts, write_jsonl
 
 
 @pytest.fixture

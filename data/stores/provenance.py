@@ -7,10 +7,10 @@ layout and however often the run was resumed.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from data.mixture import Mixture, Stores
 from data.samples import Samples
-from data.store import Document
-from data.store_samples import StoreWindows
+from data.stores.mixture import Mixture, Stores
+from data.stores.store import Document
+from data.stores.windows import StoreWindows
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data import readers
-from data.readers import read_records
-from data.sources import SourceFile, find_sources
-from data.tokenizing import read_text
+from data.preparing import readers
+from data.preparing.readers import read_records
+from data.preparing.sources import SourceFile, find_sources
+from data.preparing.tokenizing import read_text
 
 TEXTS = ["one\ntwo", "drei, ü", 'a "quoted" word', "[1, 2]"]
 

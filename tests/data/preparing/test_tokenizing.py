@@ -6,12 +6,12 @@ import signal
 
 import pytest
 
-from data import tokenizing
-from data.readers import Record
-from data.sources import find_sources
-from data.tokenizing import Work, sample_texts, tokenized
+from data.preparing import tokenizing
+from data.preparing.readers import Record
+from data.preparing.sources import find_sources
+from data.preparing.tokenizing import Work, sample_texts, tokenized
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
-from tests.data.stores import texts, write_jsonl
+from tests.data.small_stores import texts, write_jsonl
 
 WORK = Work(ByteTokenizer().to_json(), "text", "uint16", nfc=False, min_chars=1)
 
