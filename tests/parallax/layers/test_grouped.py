@@ -1,0 +1,69 @@
+"""The grouped matmul: each row by its own weights, at any load, with its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from parallax.layers.grouped import BLOCK, block_rows, grouped_matmul
+
+D, F = 5, 7
+LOADS = {
+    "even": (4, 4, 4, 4),
+    "skewed": (1, 11, 0, 4),
+    "all on one": (0, 0, 16, 0),
+    "some rows in no group": (3, 0, 2, 4),
+    "no row in a group": (0, 0, 0, 0),
+}
+
+
+def example(sizes, n=16, dtype=np.float64):
+    rng = np.random.default_rng(sum(sizes) + len(sizes))
+    x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((n, D), (len(sizes), D, F)))
+    return x, w, jnp.asarray(sizes, jnp.int32)
+
+
+def expected(x, w, sizes):
+    """Group by group, rows beyond them zero."""
+    x, w, sizes = (np.asarray(each, np.float64) for each in (x, w, sizes))
+    out, start = np.zeros((len(x), w.shape[2])), 0
+    for weights, size in zip(w, sizes.astype(int), strict=True):
+        out[start : start + size] = x[start : start + size] @ weights
+        start += size
+    return out
+
+
+@pytest.mark.parametrize("sizes", LOADS.values(), ids=LOADS)
+def test_value_and_gradients_at_any_load(x64, sizes):
+    x, w, sizes = example(sizes)
+    np.testing.assert_allclose(jax.jit(grouped_matmul)(x, w, sizes), expected(x, w, sizes), rtol=1e-12, atol=1e-14)
+    check_grads(jax.jit(lambda x, w: grouped_matmul(x, w, sizes)), (x, w), order=1, modes=["rev"], atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("sizes", [(300, 0, 37, 163), (0, 500, 0, 0), (125, 125, 125, 100)])
+def test_groups_of_many_blocks(sizes):
+    x, w, sizes = example(sizes, 500, np.float32)
+    assert block_rows(500, 4) == BLOCK
+    value, vjp = jax.vjp(lambda x, w: jax.jit(grouped_matmul)(x, w, sizes), x, w)
+    np.testing.assert_allclose(value, expected(x, w, sizes), atol=1e-5)
+    of_x, of_w = vjp(value)
+    np.testing.assert_allclose(of_x, expected(value, np.swapaxes(w, 1, 2), sizes), atol=1e-4)
+    ends = np.cumsum(sizes)
+    for number, end in enumerate(ends):
+        rows = slice(end - sizes[number], end)
+        np.testing.assert_allclose(of_w[number], np.asarray(x)[rows].T @ np.asarray(value)[rows], atol=1e-3)
+
+
+def test_gradient_of_weights_is_summed_in_float32():
+    """512 equal addends: in bfloat16 a sum of ones stops at 256."""
+    x, w, sizes = jnp.ones((512, 2), jnp.bfloat16), jnp.ones((2, 2, 3), jnp.bfloat16), jnp.array([512, 0])
+    value, vjp = jax.vjp(lambda w: grouped_matmul(x, w, sizes), w)
+    assert value.dtype == jnp.bfloat16
+    (of_w,) = vjp(jnp.ones_like(value))
+    np.testing.assert_array_equal(of_w[0].astype(jnp.float32), 512)
+    np.testing.assert_array_equal(of_w[1].astype(jnp.float32), 0)
+
+
+def test_blocks_are_as_long_as_groups_are_on_average():
+    assert [block_rows(1024, groups) for groups in (2, 8, 64, 4096)] == [128, 128, 16, 1]
