@@ -108,9 +108,9 @@ class TransformerConfig:
     """How many tokens back attention sees, itself included; 0 sees them all."""
     logit_softcap: float = 0.0
     """Squash logits to ±this by a tanh; 0 leaves them."""
-    attention: Literal["auto", "xla", "blocks", "splash"] = "auto"
+    attention: Literal["auto", "xla", "blocks", "splash", "cudnn"] = "auto"
     """How training computes attention: all scores by XLA, or skipping what is masked: blocks by XLA, splash by a kernel
-    for TPU. A script decides on auto by the devices; the model itself takes it for xla."""
+    for TPU, cudnn by one for GPUs. A script decides on auto by the devices; the model itself takes it for xla."""
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     """How training goes through the layers: scan compiles one block, whatever the depth, and stacks what the
     backward pass needs; unroll compiles each, and stacks nothing. A script decides on auto by the devices; the model
@@ -136,7 +136,7 @@ class TransformerConfig:
         _require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
         _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must be in [0, 1); try 0.1")
         _require(
-            self.attention not in ("blocks", "splash") or not self.dropout_rate,
+            self.attention not in ("blocks", "splash", "cudnn") or not self.dropout_rate,
             f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try xla",
         )
         _require(

@@ -17,6 +17,7 @@ from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
 from parallax.layers.attend_blocks import attend_by_blocks
 from parallax.layers.cache import LayerCache
+from parallax.layers.cudnn import attend_by_cudnn
 from parallax.layers.dropout import split
 from parallax.layers.normalization import RMSNorm
 from parallax.layers.rotary import frequencies, magnitude, rotate
@@ -25,8 +26,10 @@ from parallax.layers.splash import attend_in_kernel
 CHUNK = 512
 """Above twice this length scores are computed chunk by chunk: [T, S] no longer fits caches, and memory stays linear."""
 
-BY_BLOCKS = {"blocks": attend_by_blocks, "splash": attend_in_kernel}
+BY_BLOCKS = {"blocks": attend_by_blocks, "splash": attend_in_kernel, "cudnn": attend_by_cudnn}
 """What skips blocks of scores that the mask hides, for whole sequences in order."""
+KERNELS = {"splash", "cudnn"}
+"""Those of them that XLA does not compile, and that neither JAX nor a count of matmuls can look into."""
 
 
 class Attention(nnx.Module):
@@ -98,8 +101,8 @@ class Attention(nnx.Module):
         function = BY_BLOCKS[self.config.attention]
         on_device = functools.partial(function, window=self.config.sliding_window)
         names = queries, keys, keys, ("batch", None)
-        # JAX does not know what a Pallas kernel returns.
-        on_shards = local(on_device, names, queries, checked=self.config.attention != "splash")
+        # JAX does not know what a kernel returns.
+        on_shards = local(on_device, names, queries, checked=self.config.attention not in KERNELS)
         return on_shards(q_BTHK, k_BTGK, v_BTGK, segments_BT)
 
     def _attend(

@@ -12,7 +12,7 @@ import jax
 
 from parallax.config import TransformerConfig
 from parallax.layers.attend_blocks import LARGEST, blocks
-from parallax.layers.attention import CHUNK
+from parallax.layers.attention import CHUNK, KERNELS
 from parallax.model.transformer import parameters
 
 
@@ -88,7 +88,7 @@ class StepCost:
     def product_flops(self, sizes: Mapping[str, int]) -> float:
         """Operations of all matmuls outside kernels in one step, over all devices, recomputation included."""
         config = self.config
-        kernel = config.attention == "splash"
+        kernel = config.attention in KERNELS
         # Masked scores are computed all the same, but for those of blocks that are skipped.
         attention = 0.0 if kernel else _attention(config, self._computed_keys())
         block = 2 * _weights(config) + attention
@@ -112,15 +112,18 @@ class StepCost:
     def kernel_flops(self) -> float:
         """Operations inside the attention kernel, by whole blocks of scores that are not all masked.
 
-        Forward two matmuls, again where it is recomputed; backward three for the queries and four for keys and values.
+        Forward two matmuls, again where it is recomputed; backward five by cuDNN, which computes scores once (Dao 2023,
+        arXiv:2307.08691), and by splash three for the queries and four for keys and values.
         """
-        config, block = self.config, min(self.seq_len, 512)
-        if config.attention != "splash":
+        config = self.config
+        if config.attention not in KERNELS:
             return 0.0
+        largest, backward = {"splash": (512, 3.5), "cudnn": (128, 2.5)}[config.attention]
+        block = min(self.seq_len, largest)
         keys = (self.seq_len + block) / 2
         if config.sliding_window:
             keys = min(keys, config.sliding_window + block)
-        runs = 4.5 + (config.remat != "none")
+        runs = 1 + backward + (config.remat != "none")
         return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
 
     def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float = 0.0) -> float:
@@ -183,7 +186,7 @@ class StepCost:
         D, F = config.embed_dim, config.mlp_dim / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
-        kernel = config.attention == "splash"
+        kernel = config.attention in KERNELS
         # Heads fill whole tiles of 128: at work along the tokens of a row, in the kernel's layout along themselves.
         # Kept arrays have the layout that wastes less.
         length = config.head_dim if kernel else self.seq_len / sequence

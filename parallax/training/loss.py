@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from parallax.config import TrainConfig, TransformerConfig
+from parallax.layers.attention import KERNELS
 from parallax.model.transformer import TransformerLM
 
 NO_TARGET = -1
@@ -156,8 +157,8 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
         )
         return sums, jnp.sum(batch["targets"] != NO_TARGET)
 
-    # A shard_map that checks what differs between devices can hold no Pallas kernel: JAX cannot see into it.
-    loss_fn.has_kernels = config.attention == "splash"  # pyright: ignore[reportFunctionMemberAccess]
+    # A shard_map that checks what differs between devices can hold no kernel: JAX cannot see into it.
+    loss_fn.has_kernels = config.attention in KERNELS  # pyright: ignore[reportFunctionMemberAccess]
     return loss_fn
 
 

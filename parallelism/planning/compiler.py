@@ -1,4 +1,4 @@
-"""Programs for a TPU that is not here, by its real compiler, which runs on any Linux machine.
+"""Programs for TPUs and GPUs that are not here, by their real compilers, which run on any Linux machine.
 
 Invariant: nothing is computed and no device is touched; what is reported is what the compiler says, loops counted.
 """
@@ -17,11 +17,12 @@ from typing import Any
 
 import jax
 
-from parallelism.planning.hardware import Accelerator
+from parallelism.planning.gpus import Gpus, target_config
+from parallelism.planning.hardware import Accelerator, Machine
 from parallelism.planning.hlo_collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.planning.hlo_flops import read_flops
 
-REPORT_VERSION = 2
+REPORT_VERSION = 3
 """To be raised when a report comes to say something else of the same program, so that no older one is found."""
 
 
@@ -33,6 +34,8 @@ class Traffic:
     axes: tuple[str, ...]
     count: int
     wire_bytes: float
+    level: str = ""
+    """The slowest link that they cross."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +61,43 @@ class Report:
         return self.state_bytes + self.temporary_bytes
 
 
-def topology_devices(accelerator: Accelerator) -> list[Any]:
-    """The devices of a slice that is not here: good to lower and compile for.
+def topology_devices(accelerator: Machine) -> list[Any]:
+    """The devices of a machine that is not here: good to lower and compile for.
 
-    Raises ValueError if libtpu is not installed, or does not know the slice.
+    Raises ValueError if its compiler is not installed, or does not know the slice.
     """
+    return _gpus(accelerator) if isinstance(accelerator, Gpus) else _tpus(accelerator)
+
+
+def _gpus(gpus: Gpus) -> list[Any]:
+    for module in ("jax_plugins.xla_cuda13", "jax_cuda13_plugin", "nvidia.cudnn"):
+        if not _is_installed(module):
+            raise ValueError(
+                f'{module}, a part of the compiler for GPUs, is not installed; try pip install -e ".[plan-gpu]"'
+            )
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the compiler's plugin looks for no GPU
+    from jax.experimental import topologies
+
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", target_config=target_config(gpus.generation), topology=gpus.topology
+        )
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"topology={gpus.name} is refused by XLA's compiler for GPUs ({_one_line(error)}); "
+            'try pip install -e ".[plan-gpu]", which fits it to JAX'
+        ) from None
+    return list(described.devices)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+def _tpus(accelerator: Accelerator) -> list[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError('libtpu, the compiler for TPUs, is not installed; try pip install -e ".[plan]"')
     # Live beside other processes that use libtpu, and ask no metadata server for what is not here.
@@ -79,23 +114,28 @@ def topology_devices(accelerator: Accelerator) -> list[Any]:
     return list(described.devices)
 
 
-def compile_step(lowered: jax.stages.Lowered, topology: str, mesh_shape: Mapping[str, int], cache: Path) -> Report:
-    """Compiles a step that was lowered for the devices of a topology, or finds the report of an equal program.
+def compile_step(
+    lowered: jax.stages.Lowered, accelerator: Machine, mesh_shape: Mapping[str, int], cache: Path
+) -> Report:
+    """Compiles a step that was lowered for the devices of a machine, or finds the report of an equal program.
 
     Args:
-      topology: what the program, which names no chip, was lowered for.
+      accelerator: what the program, which names no chip, was lowered for.
       mesh_shape: sizes of the axes over which the program's devices are arranged, outermost first.
       cache: a folder for reports, by a hash of program, target and compiler; without one that can be written,
         nothing is kept.
     """
-    versions = (REPORT_VERSION, importlib.metadata.version("libtpu"), jax.__version__)
-    identity = f"{versions}\n{topology}\n{tuple(mesh_shape.items())}\n{lowered.as_text()}"
+    is_gpu = isinstance(accelerator, Gpus)
+    compiler = importlib.metadata.version("jax-cuda13-pjrt" if is_gpu else "libtpu")
+    versions = (REPORT_VERSION, compiler, jax.__version__)
+    target = f"{accelerator.topology} {target_config(accelerator.generation)}" if is_gpu else accelerator.topology
+    identity = f"{versions}\n{target}\n{tuple(mesh_shape.items())}\n{lowered.as_text()}"
     file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged
         values = json.loads(file.read_text())
         traffic = tuple(Traffic(**each | {"axes": tuple(each["axes"])}) for each in values.pop("traffic"))
         return Report(**values, traffic=traffic)
-    report = _compile(lowered, mesh_shape)
+    report = _compile(lowered, accelerator, mesh_shape)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
@@ -104,9 +144,11 @@ def compile_step(lowered: jax.stages.Lowered, topology: str, mesh_shape: Mapping
     return report
 
 
-def _compile(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int]) -> Report:
+def _compile(lowered: jax.stages.Lowered, accelerator: Machine, mesh_shape: Mapping[str, int]) -> Report:
+    # Without a GPU no variants of a kernel can be timed.
+    options: Any = {"xla_gpu_autotune_level": "0"} if isinstance(accelerator, Gpus) else None
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -118,7 +160,7 @@ def _compile(lowered: jax.stages.Lowered, mesh_shape: Mapping[str, int]) -> Repo
         state_bytes=memory.argument_size_in_bytes,
         temporary_bytes=temporary_size(memory),
         flops=read_flops(text),
-        traffic=_traffic(text, mesh_shape),
+        traffic=_traffic(text, accelerator, mesh_shape),
     )
 
 
@@ -132,13 +174,13 @@ def temporary_size(memory: Any) -> int:
     return min(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, laid_out)
 
 
-def _traffic(hlo_text: str, mesh_shape: Mapping[str, int]) -> tuple[Traffic, ...]:
-    sums: dict[tuple[str, tuple[str, ...]], tuple[int, float]] = {}
+def _traffic(hlo_text: str, accelerator: Machine, mesh_shape: Mapping[str, int]) -> tuple[Traffic, ...]:
+    sums: dict[tuple[str, tuple[str, ...], str], tuple[int, float]] = {}
     for each in read_collectives(hlo_text):
-        key = each.kind, crossed_axes(each, mesh_shape)
+        key = each.kind, crossed_axes(each, mesh_shape), accelerator.level(each.groups)
         count, sent = sums.get(key, (0, 0.0))
         sums[key] = count + each.count, sent + each.count * wire_bytes(each)
-    return tuple(Traffic(*key, *sums[key]) for key in sorted(sums))
+    return tuple(Traffic(kind, axes, *sums[kind, axes, level], level) for kind, axes, level in sorted(sums))
 
 
 def _shortage(message: str) -> str:

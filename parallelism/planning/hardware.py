@@ -6,8 +6,11 @@ Invariant: a device that is not in the table has no peak, and no utilisation is 
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
-GIB = 2**30
+from parallelism.planning.gpus import GIB, Gpus, cards, gpus
+
 ON_CHIP = 104 * 2**20
 """Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries: a middle, chosen
 by 45 steps of SMALL and BASE for v4 and v5e. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to none."""
@@ -60,16 +63,16 @@ GENERATIONS = {
     )
 }
 ALIASES = {"v5litepod": "v5e"}
+LINKS = 2
+"""Of one dim of a torus, on each chip: a ring sends both ways."""
 OTHER_PEAKS = {
     "TPU v4 lite": 137e12,
     "TPU7x": 2307e12 / 2,  # a chip shows as two devices
-    **dict.fromkeys(("A100-SXM4-40GB", "A100-SXM4-80GB", "A100-PCIE-40GB", "A100 80GB PCIe"), 312e12),
-    **dict.fromkeys(("H100 80GB HBM3", "H200", "GH200 120GB", "GH200 144G HBM3e", "GH200 480GB"), 989e12),
+    **dict.fromkeys(("A100-SXM4-40GB", "A100-PCIE-40GB", "A100 80GB PCIe"), 312e12),
+    **dict.fromkeys(("GH200 120GB", "GH200 144G HBM3e", "GH200 480GB"), 989e12),
     **dict.fromkeys(("H100 NVL", "H200 NVL"), 835e12),
     "H100 PCIe": 756e12,
-    "B200": 2250e12,
     "A10G": 70e12,
-    "L4": 121e12,
     "L40S": 362e12,
 }
 """Peak bfloat16 operations a second, without sparsity, of devices that are not planned for: by JAX's tpu_info for TPUs,
@@ -99,6 +102,22 @@ class Accelerator:
         """Devices along each dim of the network, those of a chip last."""
         return (*self.shape, self.generation.devices_per_chip)
 
+    tiled = True
+    """Arrays fill whole tiles of the memory."""
+
+    @property
+    def attention(self) -> str:
+        """What attends fastest on it."""
+        return "splash" if self.generation.splash else "xla"
+
+    def link_rate(self, span: int) -> float:
+        """Bytes a second that a device sends to neighbours, both ways of a ring, whatever the span."""
+        return LINKS * self.generation.link_rate / self.generation.devices_per_chip
+
+    def level(self, groups: Sequence[Sequence[int]]) -> str:
+        """What joins the devices of a group: the links between chips."""
+        return "links"
+
     @property
     def topology(self) -> str:
         """The name by which its compiler knows it, such as v3:4x4."""
@@ -118,6 +137,18 @@ class Accelerator:
         return self.generation.memory_rate / self.generation.devices_per_chip
 
 
+Machine: TypeAlias = Accelerator | Gpus
+"""Where a step runs."""
+
+
+def machine(name: str) -> Machine:
+    """The slice or the GPUs of that name, such as v3-8, v5litepod-256 or h100-64.
+
+    Raises ValueError if there is no such generation or card, or not in that number.
+    """
+    return gpus(name) if name.partition("-")[0] in cards() else accelerator(name)
+
+
 def accelerator(name: str) -> Accelerator:
     """The slice of that name, such as v3-8, v4-64, v5litepod-256, v5p-1024 or v6e-256.
 
@@ -126,7 +157,7 @@ def accelerator(name: str) -> Accelerator:
     match = re.fullmatch(r"(v\w+)-(\d+)", name)
     generation = GENERATIONS.get(ALIASES.get(match[1], match[1])) if match else None
     if match is None or generation is None:
-        known = ", ".join((*GENERATIONS, *ALIASES))
+        known = ", ".join((*GENERATIONS, *ALIASES, *cards()))
         raise ValueError(f"topology={name!r} must be one of {known} with a size behind it; try v3-8")
     unit = generation.cores_per_name
     slices = {chips * unit: chips for chips in _slices(generation)}
@@ -159,5 +190,21 @@ def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 operations a second of one JAX device, or None where it is not known."""
     generation = generation_of(device_kind)
     if generation is None:
-        return OTHER_PEAKS.get(device_kind.removeprefix("NVIDIA "))
+        kind = device_kind.removeprefix("NVIDIA ")
+        planned = {kind: card.flops for card in cards().values() for kind in card.kinds}
+        return (planned | OTHER_PEAKS).get(kind)
     return generation.flops / generation.devices_per_chip
+
+
+def attention_of(device: Any) -> str:
+    """What attends fastest on a JAX device: splash or cudnn, which are kernels, xla, or blocks, measured on CPUs alone.
+
+    cuDNN's kernel needs compute capability 8.0.
+    """
+    generation = generation_of(device.device_kind)
+    if generation is not None:
+        return "splash" if generation.splash else "xla"
+    if device.platform != "gpu":
+        return "blocks"
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return "cudnn" if major.isdecimal() and int(major) >= 8 else "xla"

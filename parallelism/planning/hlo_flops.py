@@ -2,7 +2,7 @@
 
 Invariant: a matmul is counted as often as it runs, by the rule of XLA's own cost analysis: two operations for each
 element of the result and each pair that is summed for it, zeros of padding and dilation left out. Elementwise work,
-a few in a hundred of a Transformer's, is not counted, nor what is inside a Pallas kernel.
+a few in a hundred of a Transformer's, is not counted, nor what is inside a kernel: one of Pallas, or cuDNN's attention.
 """
 
 import math
@@ -14,6 +14,8 @@ from parallelism.planning.hlo import Op, Program, numbers
 
 _MATMULS = re.compile(r"\bdot\b|gemm|matmul|convolution|\$conv|cublas|cudnn", re.IGNORECASE)
 """In the names of other opcodes and of libraries' calls: ragged-dot, scaled-dot, __cublas$gemm, __onednn$matmul."""
+_ATTENTION = re.compile(r"__cudnn\$fmha")
+"""In the names of cuDNN's kernels for attention."""
 
 
 def read_flops(hlo_text: str) -> int:
@@ -28,7 +30,7 @@ def read_flops(hlo_text: str) -> int:
         if op.opcode not in ("dot", "convolution"):
             target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
             name = target[1] if target else op.opcode
-            if _MATMULS.search(name):
+            if _MATMULS.search(name) and not _ATTENTION.match(name):
                 raise ValueError(f"{name} is not counted; known matmuls are dot and convolution")
             return None
         shapes = [_dims(operand.shape) for operand in program.operands(op, computation)]

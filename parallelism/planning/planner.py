@@ -1,4 +1,4 @@
-"""Which layout a slice of TPUs should run: every legal one is estimated, the best are compiled by the real compiler.
+"""Which layout TPUs or GPUs should run: every legal one is estimated, the best are compiled by the real compiler.
 
 Invariant: a number says where it comes from. What the compiler reports replaces the estimate; a time is always an
 estimate, the largest of what arithmetic, memory and links need by their peaks.
@@ -15,7 +15,7 @@ import jax
 
 from parallelism.mesh_shape import along_torus, show_mesh
 from parallelism.planning.compiler import Report, compile_step
-from parallelism.planning.hardware import Accelerator
+from parallelism.planning.hardware import Machine
 from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
@@ -23,8 +23,6 @@ from parallelism.strategy import Layout
 ROOM = 1.2
 """An estimate beyond this share of a device's memory is not worth compiling. Of 400 steps none was estimated at more
 than 1.16 times what the compiler reports, but for those of less than 0.1 GiB on v5e and v5p."""
-LINKS = 2
-"""Of one dim of a torus, on each chip: a ring sends both ways."""
 
 
 class Cost(Protocol):
@@ -109,9 +107,12 @@ class Row:
         return max(self.peak_bytes, self.evaluation_bytes, self.save_bytes)
 
     def fits(self, memory_bytes: float) -> bool:
-        """Whether steps fit a device, as the compiler says where it was asked, and evaluations and saves too."""
-        step_fits = self.report.fits if self.report else self.peak_bytes <= memory_bytes
-        return step_fits and max(self.evaluation_bytes, self.save_bytes) <= memory_bytes
+        """Whether steps fit a device, and evaluations and saves too.
+
+        The compiler for TPUs refuses a step that does not; that for GPUs refuses none, and its peak is compared.
+        """
+        refused = self.report is not None and not self.report.fits
+        return not refused and self.needed_bytes <= memory_bytes
 
     @property
     def bound(self) -> str:
@@ -137,15 +138,16 @@ def legal_meshes(devices: int, fits: Callable[[Mapping[str, int]], bool]) -> Ite
             yield sizes
 
 
-def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Report | None = None) -> Row:
+def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report | None = None) -> Row:
     """A row, from the analytic model and, where there is one, the compiler's report."""
     cost, generation = build.cost, accelerator.generation
     devices = math.prod(choice.sizes.values())
     state, rules = jax.eval_shape(build.init_state), load_rules(choice.layout.rules)
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
-    laid_out = held_bytes(state, build.axes, rules, choice.sizes, tiled_size)
-    own = held_bytes(state.params, build.axes.params, rules, choice.sizes, tiled_size)
+    stored = tiled_size if accelerator.tiled else math.prod
+    laid_out = held_bytes(state, build.axes, rules, choice.sizes, stored)
+    own = held_bytes(state.params, build.axes.params, rules, choice.sizes, stored)
     evaluation = cost.evaluation_bytes(choice.sizes, own)
     temporary = estimated = cost.temporary_bytes(choice.sizes, own, generation.on_chip)
     flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
@@ -153,11 +155,10 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         flops, sent = report.flops, report.traffic
         temporary = report.temporary_bytes
     flops += cost.kernel_flops() / devices
-    wire = _by_axis(sent)
+    wire, spans = _by_axis(sent), _spans(choice.sizes)
     # State is read and written once; in each microbatch what is in use at its fullest is, and parameters are read
     # three times.
     moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
-    rate = LINKS * generation.link_rate / generation.devices_per_chip
     return Row(
         choice=choice,
         attention=build.attention,
@@ -172,7 +173,9 @@ def estimate(choice: Choice, build: Build, accelerator: Accelerator, report: Rep
         report=report,
         compute_seconds=flops / accelerator.device_flops,
         memory_seconds=moved / accelerator.device_memory_rate,
-        link_seconds=max([0.0, *(sent / rate for sent in wire.values())]),
+        link_seconds=max(
+            [0.0, *(sent / accelerator.link_rate(spans.get(axis, devices)) for axis, sent in wire.items())]
+        ),
     )
 
 
@@ -214,6 +217,18 @@ def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
     return sums
 
 
+def _spans(sizes: Mapping[str, int]) -> dict[str, int]:
+    """How many neighbouring devices a group along each axis, or part of one, reaches over; the last axis is innermost.
+
+    pmap has one axis, of all devices.
+    """
+    spans, inner = {"batch": math.prod(sizes.values())}, 1
+    for axis, size in reversed(list(sizes.items())):
+        inner *= size
+        spans[axis] = inner
+    return spans
+
+
 def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:
     """What fits first, fastest first, of equals what moves less; what does not fit by how much it lacks."""
 
@@ -239,16 +254,14 @@ def name_of(choice: Choice) -> str:
     return choice.layout.mesh or choice.layout.strategy
 
 
-def compile_choice(
-    choice: Choice, build: Build, accelerator: Accelerator, devices: Sequence[Any], cache: Path
-) -> Report:
+def compile_choice(choice: Choice, build: Build, accelerator: Machine, devices: Sequence[Any], cache: Path) -> Report:
     """What the compiler says of a choice; raises ValueError if it does not fit the devices, the batch or the model."""
     strategy = get_strategy(choice.layout, build.init_state, build.axes, devices)
     lowered = strategy.lower(build.make_step(strategy.gradients), build.batch)
-    return compile_step(lowered, accelerator.topology, strategy.mesh_shape, cache)
+    return compile_step(lowered, accelerator, strategy.mesh_shape, cache)
 
 
-def mesh_text(sizes: Mapping[str, int], accelerator: Accelerator) -> str:
+def mesh_text(sizes: Mapping[str, int], accelerator: Machine) -> str:
     """The --mesh for these sizes on this slice."""
     return show_mesh(along_torus(sizes, accelerator.network)) or "data=1"
 

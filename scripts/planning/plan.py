@@ -23,7 +23,7 @@ from parallax.model.cost import StepCost
 from parallax.storage import cache_folder
 from parallelism.mesh_shape import is_legal
 from parallelism.planning.compiler import topology_devices
-from parallelism.planning.hardware import accelerator
+from parallelism.planning.hardware import machine
 from parallelism.planning.planner import (
     Build,
     Choice,
@@ -39,7 +39,7 @@ from parallelism.planning.planner import (
 from parallelism.rules import Rules, load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
-from scripts.planning.report import plan_table, plan_to_json, run_command
+from scripts.planning.report import environment, plan_table, plan_to_json, run_command
 from scripts.training.choices import choose_attention
 from scripts.training.step import bind_state, bind_step
 
@@ -52,7 +52,7 @@ class Plan:
 
     def __init__(self, flags: Flags):
         self._flags = flags
-        self._slice = accelerator(flags.topology)
+        self._slice = machine(flags.topology)
         self._builds: dict[tuple[str, int, str], Build] = {}
         TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)  # checks both
 
@@ -122,7 +122,7 @@ class Plan:
     def _build(self, choice: Choice) -> Build:
         flags = self._flags
         parts = length_parts(choice.sizes, load_rules(choice.layout.rules))
-        model = choose_attention(flags.model, flags.seq_len, parts, self._slice.generation)
+        model = choose_attention(flags.model, flags.seq_len, parts, self._slice.attention)
         return self._build_of(choice.remat, choice.layout.accumulate, model.attention)
 
     def _build_of(self, remat: str, microbatches: int, attention: str) -> Build:
@@ -150,11 +150,11 @@ class Plan:
         vocabulary = f"Planned for a vocabulary of {flags.model.vocab_size:,}; train.py takes its tokenizer's."
         console.print(vocabulary, highlight=False)
         if not fitting:
-            print("No layout that was compiled fits; try a smaller --batch-size, or a larger slice.")
+            print("No layout that was compiled fits; try a smaller --batch-size, or a larger machine.")
             return 1
         print("The best that fits, on the slice, and rehearsed here without computing anything:")
         best = run_command(fitting[0].choice, flags)
-        print(f"{best}\nJAX_NUM_CPU_DEVICES={sliced.devices} {best} --lower-only")
+        print(f"{environment(sliced)}{best}\nJAX_NUM_CPU_DEVICES={sliced.devices} {best} --lower-only")
         return 0
 
 

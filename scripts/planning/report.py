@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from parallax.config import PRESETS, OptimizerConfig
-from parallelism.planning.hardware import GIB, Accelerator
+from parallelism.planning.gpus import GIB, USED, Gpus
+from parallelism.planning.hardware import Machine
 from parallelism.planning.planner import Choice, Row, name_of
 from scripts.planning.flags import Flags
 
@@ -23,15 +24,14 @@ LACKING = 4
 """Rows beside these of layouts that do not fit, of which those that lack the least."""
 
 
-def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: int) -> Table:
+def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) -> Table:
     """The best rows first. Memory in GiB a device; times of a step in milliseconds."""
     table = Table(
         title=f"{asked.config}, {asked.batch_size} × {asked.seq_len} tokens a step, on {sliced.name}: "
         f"{sliced.devices} devices of {sliced.device_memory / GIB:.0f} GiB",
         caption=f"{ranked} choices were ranked. compiled: memory, operations and traffic are the compiler's. "
         "estimate: the analytic model's. HBM: of a step, or of an evaluation or a save (always estimates) where "
-        "these need more. Times are estimates by peak rates, as if all overlapped; none of "
-        f"this has run on a TPU. Billing runs until a slice is deleted; prices: {PRICES}",
+        f"these need more. Times are estimates by peak rates, as if all overlapped. {_limits(sliced)}",
     )
     for name in ("layout", "remat", "micro", "attention", "source", "fits"):
         table.add_column(name, no_wrap=True)
@@ -43,7 +43,22 @@ def plan_table(rows: Sequence[Row], sliced: Accelerator, asked: Flags, ranked: i
     return table
 
 
-def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
+def _limits(sliced: Machine) -> str:
+    """What the numbers do not say."""
+    if isinstance(sliced, Gpus):
+        return (
+            f"Whether a step fits is decided here, by {USED:.0%} of a card: XLA's compiler for GPUs refuses none, and "
+            "the rest is kept for CUDA, NCCL and cuDNN. None of this has run on a GPU."
+        )
+    return f"None of this has run on a TPU. Billing runs until a slice is deleted; prices: {PRICES}"
+
+
+def environment(sliced: Machine) -> str:
+    """What is set before a command on that machine: how much of a card JAX takes, which by itself takes 75%."""
+    return f"XLA_CLIENT_MEM_FRACTION={USED} " if isinstance(sliced, Gpus) else ""
+
+
+def _cells(row: Row, sliced: Machine, asked: Flags) -> list[str]:
     choice, temporary = row.choice, row.needed_bytes - row.parameter_bytes - row.optimizer_bytes
     times = {"compute": row.compute_seconds, "memory": row.memory_seconds, "links": row.link_seconds}
     return [
@@ -61,18 +76,19 @@ def _cells(row: Row, sliced: Accelerator, asked: Flags) -> list[str]:
     ]
 
 
-def _verdict(row: Row, sliced: Accelerator) -> str:
+def _verdict(row: Row, sliced: Machine) -> str:
     if row.report is None:
         lack = row.needed_bytes - sliced.device_memory
         return "may fit" if lack <= 0 else f"lacks {lack / GIB:.1f} GiB"
     if not row.report.fits:
         return f"no: {row.report.error}"
-    what, needed = max(("an evaluation", row.evaluation_bytes), ("a save", row.save_bytes), key=lambda pair: pair[1])
+    parts = ("a step", row.peak_bytes), ("an evaluation", row.evaluation_bytes), ("a save", row.save_bytes)
+    what, needed = max(parts, key=lambda pair: pair[1])
     lack = needed - sliced.device_memory
     return "yes" if lack <= 0 else f"no: {what} lacks {lack / GIB:.1f} GiB"
 
 
-def plan_to_json(rows: Sequence[Row], sliced: Accelerator, asked: Flags, commands: Mapping[str, str]) -> dict[str, Any]:
+def plan_to_json(rows: Sequence[Row], sliced: Machine, asked: Flags, commands: Mapping[str, str]) -> dict[str, Any]:
     """All rows, best first: sizes in bytes and times in seconds, a device's share."""
     return {
         "topology": sliced.name,
@@ -85,7 +101,7 @@ def plan_to_json(rows: Sequence[Row], sliced: Accelerator, asked: Flags, command
     }
 
 
-def _row_to_json(row: Row, sliced: Accelerator, asked: Flags) -> dict[str, Any]:
+def _row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
     choice = row.choice
     return {
         "layout": name_of(choice),

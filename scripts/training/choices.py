@@ -8,8 +8,8 @@ import dataclasses
 from parallax.config import TransformerConfig
 from parallax.cpu import FEW_LAYERS
 from parallax.layers.attention import BY_BLOCKS
+from parallax.layers.cudnn import check_heads, takes
 from parallax.layers.splash import LANES, check_length
-from parallelism.planning.hardware import Generation
 from scripts.training.flags import Flags
 
 MICROBATCH = 1536
@@ -27,22 +27,25 @@ def choose_eval_tokens(flags: Flags, *, of_store: bool) -> int | None:
     return 6 * flags.train.eval_interval * flags.train.batch_size * flags.train.seq_len // 100
 
 
-def choose_attention(
-    model: TransformerConfig, seq_len: int, length_parts: int, generation: Generation | None
-) -> TransformerConfig:
-    """The model with splash where the devices run that kernel, with blocks on what is no TPU, or with xla.
-
-    Blocks were measured on CPUs alone.
+def choose_attention(model: TransformerConfig, seq_len: int, length_parts: int, fastest: str) -> TransformerConfig:
+    """The model with what attends fastest on the devices, where that takes its heads and sequences, or with xla.
 
     Args:
       length_parts: how many devices share a sequence.
-      generation: of the TPU, or None on other devices.
+      fastest: see `attention_of` in planning/hardware.py.
 
     Raises:
-      ValueError: splash is asked for and cannot take such sequences.
+      ValueError: a kernel is asked for that the devices do not have, or that cannot take such sequences or heads.
     """
     if model.attention == "splash":
         check_length(seq_len)
+    if model.attention == "cudnn":
+        check_heads(model.head_dim, model.dtype)
+        if fastest != "cudnn":
+            raise ValueError(
+                "attention=cudnn needs NVIDIA GPUs of compute capability 8.0 or later, and the devices are others; "
+                "try --model.attention auto"
+            )
     if model.attention in BY_BLOCKS and length_parts > 1:
         raise ValueError(
             f"attention={model.attention} needs whole sequences on a device, and {length_parts} devices share each; "
@@ -50,13 +53,9 @@ def choose_attention(
         )
     if model.attention != "auto":
         return model
-    chosen = "xla"
-    if length_parts == 1 and not model.dropout_rate:
-        if generation is None:
-            chosen = "blocks"
-        elif generation.splash and seq_len % LANES == 0:
-            chosen = "splash"
-    return dataclasses.replace(model, attention=chosen)
+    taken = {"blocks": True, "splash": seq_len % LANES == 0, "cudnn": takes(model.head_dim, model.dtype)}
+    whole = length_parts == 1 and not model.dropout_rate
+    return dataclasses.replace(model, attention=fastest if whole and taken.get(fastest) else "xla")
 
 
 def choose_layer_loop(model: TransformerConfig, platform: str, reduction: str) -> TransformerConfig:

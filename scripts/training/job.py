@@ -23,7 +23,7 @@ from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.loss import make_evaluation
 from parallelism.hosts import agree, require_same
-from parallelism.planning.hardware import generation_of
+from parallelism.planning.hardware import attention_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.training.choices import choose_accumulate, choose_attention, choose_eval_tokens, choose_layer_loop
@@ -184,8 +184,8 @@ def build(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
     layout = settle_layout(flags)
     init_state, axes = bind_state(flags.model, flags.train, flags.learning)
     strategy = get_strategy(layout, init_state, axes)
-    kind = strategy.devices[0].device_kind
-    model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, generation_of(kind))
+    fastest = attention_of(strategy.devices[0])
+    model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, fastest)
     model = choose_layer_loop(model, strategy.devices[0].platform, flags.train.reduction)
     split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(strategy.abstract().params))
     if flags.train.reduction == "exact" and flags.learning.optimizer == "muon" and split:

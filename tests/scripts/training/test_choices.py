@@ -1,12 +1,32 @@
 """train.py decides how a run computes by the devices, unless it is asked."""
 
+from typing import NamedTuple
+
 import pytest
 
 from parallax.config import PRESETS, TrainConfig
 from parallax.cpu import FEW_LAYERS
-from parallelism.planning.hardware import generation_of
+from parallelism.planning.hardware import attention_of
 from scripts.training.choices import MICROBATCH, choose_accumulate, choose_attention, choose_layer_loop
 from scripts.training.flags import Flags
+
+
+class Device(NamedTuple):
+    """What JAX says of one."""
+
+    device_kind: str
+    platform: str
+    compute_capability: str = ""
+
+
+DEVICES = {
+    **{kind: Device(kind, "tpu") for kind in ("TPU v3", "TPU v4", "TPU v5p")},
+    "cpu": Device("cpu", "cpu"),
+    "H100": Device("NVIDIA H100 80GB HBM3", "gpu", "9.0"),
+    "T4": Device("Tesla T4", "gpu", "7.5"),
+    "MI300": Device("AMD Instinct MI300X", "gpu", "gfx942"),
+}
+HALF = {"dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(
@@ -23,11 +43,20 @@ from scripts.training.flags import Flags
         ("TPU v4", {}, 256, 8, "xla"),
         ("TPU v4", {"attention": "xla"}, 256, 1, "xla"),
         ("cpu", {"attention": "splash"}, 256, 1, "splash"),
+        ("H100", HALF, 200, 1, "cudnn"),
+        ("H100", {**HALF, "head_dim": 128, "attention": "cudnn"}, 256, 1, "cudnn"),
+        ("H100", {}, 256, 1, "xla"),
+        ("H100", {**HALF, "head_dim": 36}, 256, 1, "xla"),
+        ("H100", {**HALF, "head_dim": 256}, 256, 1, "xla"),
+        ("H100", {**HALF, "dropout_rate": 0.1}, 256, 1, "xla"),
+        ("H100", HALF, 256, 2, "xla"),
+        ("T4", HALF, 256, 1, "xla"),
+        ("MI300", HALF, 256, 1, "xla"),
     ],
 )
 def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(kind, changes, length, parts, expected):
     model = PRESETS["tiny"].replace(**changes)
-    assert choose_attention(model, length, parts, generation_of(kind)).attention == expected
+    assert choose_attention(model, length, parts, attention_of(DEVICES[kind])).attention == expected
 
 
 @pytest.mark.parametrize(
@@ -36,11 +65,27 @@ def test_attention_is_the_kernels_where_the_devices_run_it_unless_asked(kind, ch
         ("splash", 100, 1, "try 128"),
         ("splash", 128, 2, "2 devices share each"),
         ("blocks", 128, 2, "2 devices share each"),
+        ("cudnn", 128, 2, "2 devices share each"),
     ],
 )
 def test_what_skips_blocks_is_refused_where_it_cannot_run(attention, length, parts, words):
     with pytest.raises(ValueError, match=words):
-        choose_attention(PRESETS["tiny"].replace(attention=attention), length, parts, None)
+        choose_attention(PRESETS["tiny"].replace(attention=attention, **HALF), length, parts, attention)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("cpu", HALF, "needs NVIDIA GPUs .*; try --model.attention auto"),
+        ("T4", HALF, "needs NVIDIA GPUs of compute capability 8.0 or later"),
+        ("H100", {}, "needs bfloat16 and .*, not float32 and head_dim=32; try --model.attention xla"),
+        ("H100", {**HALF, "head_dim": 130}, "heads of a multiple of 8 up to 128, not bfloat16 and head_dim=130"),
+    ],
+)
+def test_cudnn_is_refused_where_it_is_not_or_has_no_such_heads(kind, changes, words):
+    model = PRESETS["tiny"].replace(attention="cudnn", **changes)
+    with pytest.raises(ValueError, match=words):
+        choose_attention(model, 128, 1, attention_of(DEVICES[kind]))
 
 
 @pytest.mark.parametrize(
