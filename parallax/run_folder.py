@@ -17,6 +17,7 @@ from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params, param_axes
 from parallax.storage import open_folder, reason_of
 from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.chat_template import ChatTemplate, read_chat_template
 from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.checkpoint import Checkpointer
 
@@ -33,6 +34,8 @@ class Run:
     """The checkpoint that `params` came from."""
     settings: dict[str, Any]
     """All of config.json: how the run was trained, and on what."""
+    chat_template: ChatTemplate | None = None
+    """How its conversations are written, where it has a form for them."""
 
     @property
     def context_length(self) -> int:
@@ -97,7 +100,7 @@ def load_run(
         found, params, _ = checkpoints.restore_params(abstract, step, as_saved=param_dtype is None)
     finally:
         checkpoints.close()
-    return Run(folder, config, tokenizer, params, found, settings)
+    return Run(folder, config, tokenizer, params, found, settings, read_chat_template(folder, tokenizer))
 
 
 def trained_length(settings: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from parallax.model.transformer import Params
 from parallax.run_folder import Run, abstract_params, in_dtype, load_run
 from parallax.storage import is_remote, write_json
 from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.chat_template import CONFIG, ChatTemplate, read_chat_template, write_chat_template
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_from_hf, tokenizer_to_hf
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
@@ -32,9 +33,9 @@ Place = Callable[[TransformerConfig], Params]
 
 
 def import_model(source: Path, run: str | Path, place: Place = abstract_params, param_dtype: str | None = None) -> str:
-    """Makes the run folder `run`: config.json, tokenizer.json and checkpoint 0, which holds parameters alone.
+    """Makes the run folder `run`: config.json, tokenizer.json, the chat template, and checkpoint 0.
 
-    These have `param_dtype`, by default the dtypes of the folder's tensors.
+    That holds parameters alone, which have `param_dtype`, by default the dtypes of the folder's tensors.
 
     Returns:
       a line for the person who watches.
@@ -45,6 +46,9 @@ def import_model(source: Path, run: str | Path, place: Place = abstract_params, 
     _check_folder(source)
     with _made(run) as draft:
         read = read_model(source, place, param_dtype)
+        if read.chat_template:
+            read.chat_template.check()
+            write_chat_template(read.chat_template, draft)
         write_json(draft / "config.json", read.settings)
         save_tokenizer(read.tokenizer, draft / "tokenizer.json")
         checkpoints = Checkpointer(draft / "checkpoints", keep=1)
@@ -70,7 +74,8 @@ def read_model(source: Path, place: Place = abstract_params, param_dtype: str | 
     params = read_params(TensorFiles(source), config, abstract, as_stored=param_dtype is None)
     imported = {"folder": source.resolve().name, "model_type": values["model_type"]}
     settings = {"model": config_to_dict(config), "imported": imported}
-    return Run(epath.Path(source), config, tokenizer, params, 0, settings)
+    template = read_chat_template(epath.Path(source), tokenizer)
+    return Run(epath.Path(source), config, tokenizer, params, 0, settings, template)
 
 
 def read_tokenizer(source: Path) -> Tokenizer:
@@ -118,7 +123,7 @@ def export_model(
         values = config_to_hf(dataclasses.replace(loaded.config, max_seq_len=longest))
         values |= {"dtype": dtype, **_special_ids(loaded.tokenizer)}
         write_params(loaded.params, loaded.config, draft, dtype, max_file_bytes)
-        _write_tokenizer(loaded.tokenizer, draft)
+        _write_tokenizer(loaded.tokenizer, loaded.chat_template, draft)
         write_json(draft / "config.json", values)
     return f"exported  {run}, step {loaded.step}: {values['model_type']}, {dtype}; folder: {target}"
 
@@ -189,7 +194,7 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def _write_tokenizer(tokenizer: Tokenizer, template: ChatTemplate | None, folder: Path) -> None:
     definition = tokenizer_to_hf(tokenizer)
     (folder / "tokenizer.json").write_text(json.dumps(definition, ensure_ascii=False), "utf-8")
     spelled = {token["id"]: token["content"] for token in definition.get("added_tokens") or ()}
@@ -198,4 +203,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     for name, token in (("bos_token", special["bos_token_id"]), ("eos_token", tokenizer.eos_id)):
         if token in spelled:
             values[name] = spelled[token]
-    write_json(folder / "tokenizer_config.json", values)
+    if template:
+        write_chat_template(template, folder)
+        values |= template.special_tokens
+    write_json(folder / CONFIG, values)

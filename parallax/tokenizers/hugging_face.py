@@ -81,6 +81,36 @@ class HuggingFaceTokenizer(Tokenizer):
         """What a text of nothing is."""
         return self._begin_of_nothing
 
+    @property
+    def added_tokens(self) -> dict[int, str]:
+        """Spellings, by id, of the tokens that the library finds in a text before all others."""
+        return {token["id"]: token["content"] for token in self._definition.get("added_tokens") or ()}
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """Ids, by spelling, of those that no text is meant to hold: what is called special, begins or ends a text."""
+        own = {token["id"] for token in self._definition.get("added_tokens") or () if token.get("special")}
+        own |= {*self._begin_of_nothing, *self._end_ids}
+        return {spelling: token for token, spelling in self.added_tokens.items() if token in own}
+
+    def respelled(self, mark: str) -> tuple[Any, dict[int, int]]:
+        """The library's tokenizer with `mark` before the spelling of each special token, and its ids of added tokens.
+
+        The library may give added tokens other ids then; theirs here, by these.
+        """
+        import tokenizers
+
+        special = self.special_tokens
+        added = [
+            token | {"content": mark * (token["content"] in special) + token["content"]}
+            for token in self._definition.get("added_tokens") or ()
+        ]
+        changed = {"added_tokens": added, "post_processor": None}
+        model: Any = tokenizers.Tokenizer.from_str(json.dumps(self._definition | changed))
+        model.no_truncation()
+        model.no_padding()
+        return model, {model.token_to_id(token["content"]): token["id"] for token in added}
+
     def encode(self, text: str) -> np.ndarray:
         if not text:
             return np.array(self._begin_of_nothing, np.int32)
@@ -123,7 +153,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """The bytes of each id, and whether a space stands before a text that is none of it."""
         steps = list(_steps(self._definition.get("decoder")))
         kinds = {step["type"] for step in steps}
-        added = {token["id"]: token["content"] for token in self._definition.get("added_tokens") or ()}
+        added = self.added_tokens
         pieces = {token: piece for piece, token in self._model.get_vocab().items() if token not in added}
         try:
             if "ByteLevel" in kinds:
