@@ -66,6 +66,8 @@ class Placement(Protocol):
 
     def local(self, fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked: bool) -> Callable: ...
 
+    def group(self, name: str) -> tuple[str, ...]: ...
+
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
 
@@ -117,6 +119,16 @@ def local(fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked:
         check_names(names)
     placement = _placement.get()
     return fn if placement is None else placement.local(fn, in_names, out_names, checked=checked)
+
+
+def group(name: str) -> tuple[str, ...]:
+    """The devices that share a logical axis of what a function inside `local` got, as JAX's collectives name them.
+
+    Of experts and activations alone; () where each device has all of that axis, and outside `local`.
+    """
+    check_names((name,))
+    placement = _placement.get()
+    return () if placement is None else placement.group(name)
 
 
 def param(

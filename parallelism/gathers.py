@@ -35,12 +35,39 @@ class ShardPlacement:
 
     def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
         for dim, name in enumerate(names):
-            if over := split_by(name or "", self._rules, self._mesh_shape):
+            over = split_by(name or "", self._rules, self._mesh_shape)
+            if over and name != "experts":  # tokens travel to these
                 x = _gather(x, dim, tuple(over.items()))
         return x
 
     def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
         return fn
+
+    def group(self, name: str) -> tuple[str, ...]:
+        return tuple(split_by(name, self._rules, self._mesh_shape))
+
+
+class OnShards:
+    """Bound inside `local` of a mesh: arrays are what a device holds, and nothing in them is to be placed.
+
+    Args:
+      split: the mesh axes that split each logical axis of the arguments.
+    """
+
+    def __init__(self, split: Mapping[str, tuple[str, ...]]):
+        self._split = split
+
+    def constrain(self, x: jax.Array, names: axes.Names) -> jax.Array:
+        return x
+
+    def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
+        return x
+
+    def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
+        return fn
+
+    def group(self, name: str) -> tuple[str, ...]:
+        return self._split.get(name, ())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

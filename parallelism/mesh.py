@@ -15,13 +15,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
-from parallelism.gathers import ShardPlacement
+from parallelism.gathers import OnShards, ShardPlacement
 from parallelism.hosts import StopRequest
 from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
 from parallelism.rules import (
     Rules,
     check_activations,
+    check_experts,
     check_rules,
     check_used,
     in_parts,
@@ -51,7 +52,9 @@ class MeshPlacement:
     def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
         # What fn returns is known only inside shard_map; a size that any mesh divides asks for the rule alone.
         out_spec = self.sharding(out_names, [self.mesh.size] * len(out_names)).spec
-        split = tuple(axis for axis in self.mesh.axis_names if axis in _flat(out_spec))
+        named = {name for names in (*in_names, out_names) for name in names if name}
+        split = {name: tuple(split_by(name, self.rules, self.mesh.shape)) for name in named}
+        over = tuple(axis for axis in self.mesh.axis_names if any(axis in each for each in split.values()))
 
         def call(*arrays):
             in_specs = tuple(
@@ -61,14 +64,17 @@ class MeshPlacement:
 
             def on_shards(*shards):
                 if checked:  # so that gradients of what is whole are added up once, behind fn and no loop in it
-                    shards = (_vary(x, split, spec) for x, spec in zip(shards, in_specs, strict=True))
-                with axes.bound(None):
+                    shards = (_vary(x, over, spec) for x, spec in zip(shards, in_specs, strict=True))
+                with axes.bound(OnShards(split)):
                     return fn(*shards)
 
             run = jax.shard_map(on_shards, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=checked)
             return run(*arrays)
 
         return call
+
+    def group(self, name: str) -> tuple[str, ...]:
+        return ()  # arrays are global
 
 
 class MeshStrategy:
@@ -83,6 +89,7 @@ class MeshStrategy:
         else:
             sizes = parse_mesh(layout.mesh, len(devices), devices[0].platform)
         check_used(in_parts(rules, list(sizes)), sizes)
+        check_experts(sizes, state_axes)
         # An axis of one device splits nothing; without it there is no collective over a group of one.
         sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
         # Unlike jax.make_mesh, which takes whole dims of the network alone, on most TPUs.

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from parallelism.rows import canonical_shards
-from parallelism.rules import MESH_AXES, Rules, check_used, partition_spec, parts_of, split_by
+from parallelism.rules import MESH_AXES, Rules, check_experts, check_used, partition_spec, parts_of, split_by
 from parallelism.strategy import Layout, State
 
 STATE_SHARE = 0.5
@@ -107,22 +107,24 @@ def _explain(sizes: dict[str, int], reason: str, batch_size: int) -> str:
 def along_torus(sizes: Mapping[str, int], dims: Sequence[int]) -> dict[str, int]:
     """The axes of a mesh; fsdp that spans several dims of the network in parts: 256 on 16×16 is fsdp=16x16.
 
-    Data takes the outer dims, so fsdp has the inner ones. Beside tensor or sequence the compiler gathers as it likes,
-    and fsdp stays whole.
+    Data takes the outer dims and experts the innermost, so fsdp has those between. Beside tensor or sequence the
+    compiler gathers as it likes, and fsdp stays whole.
 
     Args:
       dims: devices along each dim of the network, outermost first; the devices of a chip are the innermost.
     """
     shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    left, parts = shape["fsdp"], []
+    inner, left, parts = shape["expert"], shape["fsdp"], []
     for dim in reversed(dims):
-        piece = math.gcd(left, dim)
+        taken = math.gcd(inner, dim)
+        inner //= taken
+        piece = math.gcd(left, dim // taken)
         left //= piece
         parts += [piece] if piece > 1 else []
     if len(parts) < 2 or left > 1 or shape["tensor"] * shape["sequence"] > 1:
         return shape
     split = dict(zip(parts_of("fsdp", len(parts)), reversed(parts), strict=True))
-    return {"data": shape["data"], **split, "sequence": 1, "tensor": 1}
+    return {"data": shape["data"], **split, "expert": shape["expert"], "sequence": 1, "tensor": 1}
 
 
 def network_dims(devices: Sequence[Any]) -> tuple[int, ...]:
@@ -166,6 +168,7 @@ def is_legal(sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: 
         return False
     try:
         check_used(rules, sizes)
+        check_experts(sizes, state_axes)
         partition_spec((None, "length"), (1, layout.seq_len), rules, sizes)
         jax.tree.map(lambda leaf, names: partition_spec(names, leaf.shape, rules, sizes), shapes, state_axes)
     except ValueError:

@@ -8,12 +8,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec
 
 from parallax.axes import LOGICAL_AXES
 
-MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 """Outermost first: neighbours along the last axis talk the most."""
 
 Rules = Mapping[str, tuple[str, ...]]
@@ -21,9 +23,11 @@ Rules = Mapping[str, tuple[str, ...]]
 
 RULE_SETS: dict[str, Rules] = {
     "default": {
-        "batch": ("data", "fsdp"),
+        "batch": ("data", "fsdp", "expert"),
         # Parameters, gradients and optimizer state cut along the embedding (ZeRO, arXiv:1910.02054).
         "embed": ("fsdp",),
+        # Tokens travel to the devices that hold their experts (GShard, arXiv:2006.16668, section 3.2).
+        "experts": ("expert",),
         # Heads, hidden units and words shared by devices that sum their results (Megatron-LM, arXiv:1909.08053).
         **dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("tensor",)),
         **dict.fromkeys(("act_heads", "act_kv_heads", "act_mlp", "act_vocab"), ("tensor",)),
@@ -31,7 +35,7 @@ RULE_SETS: dict[str, Rules] = {
         "length": ("sequence",),
     },
     # Every device holds all parameters: the plainest layout, to compare others to.
-    "replicated": {"batch": ("data", "fsdp"), "length": ("sequence",)},
+    "replicated": {"batch": ("data", "fsdp", "expert"), "length": ("sequence",)},
 }
 
 
@@ -79,6 +83,12 @@ def check_rules(rules: Rules) -> Rules:
             f"rules act_heads={list(queries)} and act_kv_heads={list(keys)} must be the same, since heads attend to "
             "keys on their own device; give both the longer list"
         )
+    experts, tokens = set(rules.get("experts", ())), {*rules.get("batch", ()), *rules.get("length", ())}
+    if experts & tokens and not experts <= tokens:
+        raise ValueError(
+            f"rule experts={list(rules['experts'])} must name axes that split tokens, or none that does; "
+            f"remove {', '.join(sorted(experts - tokens))} from it, or add it to batch"
+        )
     return rules
 
 
@@ -104,6 +114,14 @@ def check_used(rules: Rules, mesh_shape: Mapping[str, int]) -> None:
             raise ValueError(
                 f"mesh axis {axis}={size} splits nothing under these rules; try --mesh data=all, or --rules default"
             )
+
+
+def check_experts(mesh_shape: Mapping[str, int], state_axes: Any) -> None:
+    """Raises ValueError where a mesh has an axis for experts and no array of the state has any."""
+    size = math.prod(count for axis, count in mesh_shape.items() if axis.partition(".")[0] == "expert")
+    specs = jax.tree.leaves(state_axes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    if size > 1 and not any("experts" in spec for spec in specs):
+        raise ValueError(f"mesh axis expert={size} shares experts, and the model has none; try data={size}")
 
 
 def check_activations(rules: Rules, mesh_shape: Mapping[str, int]) -> None:

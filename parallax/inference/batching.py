@@ -299,6 +299,9 @@ class _OneRow:
     def local(self, fn, in_names: Sequence[Names], out_names: Names, *, checked: bool):
         return self._placement.local(fn, [_alone(names) for names in in_names], _alone(out_names), checked=checked)
 
+    def group(self, name: str) -> tuple[str, ...]:
+        return self._placement.group(name)
+
 
 def _alone(names: Names) -> Names:
     return [None if name == "batch" else name for name in names]

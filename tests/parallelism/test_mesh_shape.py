@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
+from parallelism.mesh_shape import along_torus, choose_mesh, parse_mesh, show_mesh
 from parallelism.rules import MESH_AXES, RULE_SETS
 from parallelism.strategy import Layout
 
@@ -89,6 +89,19 @@ def test_fsdp_follows_the_network_of_a_tpu(tiny, dims, cores, mesh):
     assert parse_mesh(mesh, len(devices)) == sizes
 
 
+@pytest.mark.parametrize(
+    ("sizes", "dims", "mesh"),
+    [
+        ({"fsdp": 16, "expert": 4}, (4, 4, 4, 1), "fsdp=4x4,expert=4"),
+        ({"fsdp": 32, "expert": 8}, (16, 16, 1), "fsdp=16x2,expert=8"),
+        ({"data": 4, "fsdp": 4, "expert": 16}, (16, 16, 1), "data=4,fsdp=4,expert=16"),
+        ({"fsdp": 8, "expert": 4, "tensor": 2}, (4, 4, 4, 1), "fsdp=8,expert=4,tensor=2"),
+    ],
+)
+def test_experts_are_neighbours_in_the_network(sizes, dims, mesh):
+    assert show_mesh(along_torus(sizes, dims)) == mesh
+
+
 def test_what_is_not_fsdp_stays_whole_on_any_network(tiny):
     assert show_mesh(choose(tiny, torus(tiny, 10, 4, 4, 1))[0]) == "data=16"
     assert show_mesh(choose(tiny, torus(tiny, 1, 4, 4, 1)[:12])[0]) == "fsdp=4,sequence=3"  # no whole torus
@@ -107,7 +120,7 @@ def test_what_is_not_fsdp_stays_whole_on_any_network(tiny):
     ],
 )
 def test_mesh_from_text(text, data, fsdp):
-    assert parse_mesh(text, 8) == {"data": data, "fsdp": fsdp, "sequence": 1, "tensor": 1}
+    assert parse_mesh(text, 8) == {"data": data, "fsdp": fsdp, "expert": 1, "sequence": 1, "tensor": 1}
     assert tuple(parse_mesh(text, 8)) == MESH_AXES
 
 
@@ -115,9 +128,10 @@ def test_one_device_is_a_mesh_too():
     assert parse_mesh("", 1) == parse_mesh("fsdp=all", 1) == dict.fromkeys(MESH_AXES, 1)
 
 
-def test_every_axis_has_a_size_of_its_own():
-    assert parse_mesh("tensor=2,sequence=2,data=2", 8) == {"data": 2, "fsdp": 1, "sequence": 2, "tensor": 2}
-    assert parse_mesh("tensor=all,sequence=2", 8) == {"data": 1, "fsdp": 1, "sequence": 2, "tensor": 4}
+@pytest.mark.parametrize(("text", "tensor"), [("tensor=2,sequence=2,data=2", 2), ("tensor=all,sequence=2", 4)])
+def test_every_axis_has_a_size_of_its_own(text, tensor):
+    wanted = {"data": 4 // tensor, "fsdp": 1, "expert": 1, "sequence": 2, "tensor": tensor}
+    assert parse_mesh(text, 8) == wanted
 
 
 @pytest.mark.parametrize(
@@ -152,7 +166,7 @@ def test_a_mesh_that_cannot_be_is_refused_with_a_remedy(text, complaint):
         mended = sizes | {part[1]: part[2]}
         parse_mesh(",".join(f"{axis}={size}" for axis, size in mended.items()), 8)
     else:
-        assert re.search(r"known are data, fsdp, sequence, tensor$|give each axis once$", message)
+        assert re.search(r"known are data, fsdp, expert, sequence, tensor$|give each axis once$", message)
 
 
 @pytest.mark.parametrize(

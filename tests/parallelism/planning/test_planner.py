@@ -75,10 +75,10 @@ def row(cost, sizes, report=None, strategy="mesh", sliced=V3):
 
 def test_every_split_of_the_devices_is_tried_once():
     found = [tuple(sizes.values()) for sizes in legal_meshes(8, lambda sizes: True)]
-    assert len(found) == len(set(found)) == math.comb(3 + 3, 3)  # three factors of two among four axes
+    assert len(found) == len(set(found)) == math.comb(3 + 4, 3)  # three factors of two among five axes
     assert all(math.prod(sizes) == 8 for sizes in found)
     assert list(legal_meshes(8, lambda sizes: sizes["tensor"] == 8)) == [
-        {"data": 1, "fsdp": 1, "sequence": 1, "tensor": 8}
+        {"data": 1, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 8}
     ]
 
 
