@@ -13,7 +13,9 @@ import numpy as np
 
 from parallelism.planning.hlo import SAME_VALUE, Op, Program, numbers
 
-_PASSES = {"all-gather": 1, "all-reduce": 2, "all-to-all": 1, "collective-permute": 1, "reduce-scatter": 1}
+RAGGED = "ragged-all-to-all"
+"""Sends a part of its buffer that only a run knows; all of it is counted."""
+_PASSES = {"all-gather": 1, "all-reduce": 2, "all-to-all": 1, RAGGED: 1, "collective-permute": 1, "reduce-scatter": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Collective:
     """One instruction, with all that it does in one execution of the program."""
 
     kind: str
-    """all-gather, all-reduce, all-to-all, collective-permute or reduce-scatter, asynchronous or not."""
+    """all-gather, all-reduce, all-to-all, ragged-all-to-all, collective-permute or reduce-scatter, asynchronous or
+    not."""
     count: int
     """How often it runs: the product of the trip counts of the loops around it."""
     bytes: int

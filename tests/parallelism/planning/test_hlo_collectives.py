@@ -281,7 +281,7 @@ def test_a_chain_of_collectives_that_nothing_known_starts_is_refused():
 @pytest.mark.parametrize(
     ("line", "match"),
     [
-        ("%r = s8[4] ragged-all-to-all(%p), replica_groups={}", "ragged-all-to-all is not counted; known"),
+        ("%r = s8[4] collective-broadcast(%p), replica_groups={}", "collective-broadcast is not counted; known"),
         ('%r = (s8[4]) send(%p), x={_xla_megascale_transfer_type="ALL_REDUCE"}', "send is not counted; known"),
         ("%r = s8[4] all-reduce(%p), replica_groups=new", "in no known notation: replica_groups=new"),
     ],
