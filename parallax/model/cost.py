@@ -64,6 +64,7 @@ class Sent:
     kind: str
     axis: str
     wire_bytes: float
+    count: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +126,21 @@ class StepCost:
             keys = min(keys, config.sliding_window + block)
         runs = 1 + backward + (config.remat != "none")
         return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
+
+    def elementwise_bytes(self, sizes: Mapping[str, int]) -> float:
+        """What a device reads and writes in a step between its matmuls, in memory, where nothing else hides it.
+
+        In each block two norms and two residual sums over D, a rotation of queries and keys, and the product of the
+        hidden units with their gate, each fused into one pass; backward twice as much. Of the logits four passes in
+        float32.
+        """
+        config, e, tensor = self.config, self.item, sizes.get("tensor", 1)
+        rows = sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("sequence", 1)
+        heads = (config.num_heads + config.num_kv_heads) * config.head_dim / tensor
+        a_block = 10 * config.embed_dim + 2 * heads + 3 * config.mlp_dim / tensor
+        passes = 3 + (config.remat != "none")
+        numbers = e * passes * config.num_layers * a_block + 4 * 4 * config.table_rows / tensor
+        return numbers * self.batch_size * self.seq_len / rows
 
     def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float = 0.0) -> float:
         """What a device's main memory holds beside state and batch at the fullest moment of a step.
@@ -237,15 +253,18 @@ class StepCost:
         tokens = self.batch_size * self.seq_len / (data * fsdp * sequence)
         vectors = tokens * config.embed_dim * e
         keys = 2 * tokens * sequence * config.num_kv_heads * config.head_dim * e / tensor
-        again = config.remat == "full"
+        again, layers, parts = config.remat == "full", config.num_layers, self.microbatches
+        matrices = 7 * layers  # of each block its own, gathered and reduced by themselves
         found = {
-            ("all-reduce", "data"): (data, 2 * 4 * (blocks + tables) / fsdp),
-            ("all-gather", "fsdp"): (fsdp, self.microbatches * e * (2 * blocks + tables)),
-            ("reduce-scatter", "fsdp"): (fsdp, self.microbatches * e * (blocks + tables)),
-            ("all-reduce", "tensor"): (tensor, 2 * vectors * (config.num_layers * (4 + again) + 2)),
-            ("all-gather", "sequence"): (sequence, config.num_layers * keys * (1 + again)),
-            ("all-reduce", "sequence"): (sequence, config.num_layers * 2 * keys + 2 * 4 * (blocks + tables)),
+            ("all-reduce", "data"): (data, 2 * 4 * (blocks + tables) / fsdp, matrices),
+            ("all-gather", "fsdp"): (fsdp, parts * e * (2 * blocks + tables), 2 * parts * matrices),
+            ("reduce-scatter", "fsdp"): (fsdp, parts * e * (blocks + tables), parts * matrices),
+            ("all-reduce", "tensor"): (tensor, 2 * vectors * (layers * (4 + again) + 2), parts * layers * (4 + again)),
+            ("all-gather", "sequence"): (sequence, layers * keys * (1 + again), 2 * parts * layers * (1 + again)),
+            ("all-reduce", "sequence"): (sequence, layers * 2 * keys + 2 * 4 * (blocks + tables), matrices),
         }
         return [
-            Sent(kind, axis, amount * (size - 1) / size) for (kind, axis), (size, amount) in found.items() if size > 1
+            Sent(kind, axis, amount * (size - 1) / size, count)
+            for (kind, axis), (size, amount, count) in found.items()
+            if size > 1
         ]

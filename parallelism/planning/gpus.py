@@ -12,7 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from parallelism.planning.network import Dim
+
 GIB = 2**30
+HOP, NETWORK_HOP = 1e-6, 1e-5
+"""Seconds through the switch of a host or domain, and through a network: orders of magnitude, not measured."""
 USED = 0.9
 """Of a card's memory, the share that JAX's pool may take (XLA_CLIENT_MEM_FRACTION; without it JAX takes 0.75). The rest
 is kept for what is outside of the pool: the CUDA context and its modules, NCCL's buffers, and cuBLAS's and cuDNN's own.
@@ -100,9 +104,14 @@ class Gpus:
         within = all(len({place // self.generation.joined for place in group}) == 1 for group in groups)
         return self.generation.link if within else self.generation.network
 
-    def link_rate(self, span: int) -> float:
-        """Bytes a second that a device sends one way to others among so many neighbours."""
-        return self.generation.link_rate if span <= self.generation.joined else self.generation.network_rate
+    @property
+    def dims(self) -> tuple[Dim, ...]:
+        """The network: hosts or domains at one switch, the GPUs of each at another."""
+        card, inner = self.generation, min(self.devices, self.generation.joined)
+        within = Dim(card.link, inner, card.link_rate, "switch", HOP)
+        if inner == self.devices:
+            return (within,)
+        return Dim(card.network, self.devices // inner, card.network_rate, "switch", NETWORK_HOP), within
 
 
 @functools.cache

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 from parallelism.planning.gpus import GIB, Gpus, cards, gpus
+from parallelism.planning.network import Dim
 
+HOP = 1e-6
+"""Seconds from a chip to its neighbour; "How to scale your model" gives half a microsecond to one."""
 ON_CHIP = 104 * 2**20
 """Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries: a middle, chosen
 by 45 steps of SMALL and BASE for v4 and v5e. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to none."""
@@ -21,7 +24,7 @@ class Generation:
     """One generation of TPU; rates are a chip's.
 
     Sources: Google Cloud's page of each TPU, and "How to scale your model" (jax-ml.github.io/scaling-book); the memory
-    and link rates of v2 are unverified.
+    and link rates of v2, and the network rates of v2 and v3, are unverified.
     """
 
     name: str
@@ -34,7 +37,12 @@ class Generation:
     """Bytes a second to and from a chip's memory."""
     link_rate: float
     """Bytes a second one way through one link to a neighbour."""
+    network_rate: float
+    """Bytes a second that a chip sends through its host to other slices: the host's network cards, shared."""
     torus_dims: int
+    ring: int
+    """Chips of a side that closes to a ring: in two dims the side of a whole pod, in three that of a cube, of which
+    optical switches join any number. Other sides are lines."""
     largest: int
     """Chips of its largest slice with a power of two of them."""
     devices_per_chip: int = 1
@@ -47,24 +55,24 @@ class Generation:
     """Bytes of a device's temporaries that its compiler keeps out of its main memory, at once."""
 
 
+# fmt: off
 GENERATIONS = {
     each.name: each
     for each in (
-        Generation("v2", ("TPU v2",), 45e12, 16 * GIB, 700e9, 62e9, 2, 256, devices_per_chip=2, splash=False),
-        Generation("v3", ("TPU v3",), 123e12, 32 * GIB, 900e9, 100e9, 2, 1024, devices_per_chip=2, splash=False),
-        Generation("v4", ("TPU v4",), 275e12, 32 * GIB, 1200e9, 45e9, 3, 4096, on_chip=ON_CHIP),
-        Generation(
-            "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 810e9, 45e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
-        ),
-        Generation("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 90e9, 3, 4096),
-        Generation(
-            "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 90e9, 2, 256, cores_per_name=1, on_chip=ON_CHIP
-        ),
+        Generation("v2", ("TPU v2",), 45e12, 16 * GIB, 700e9, 62e9, 3.125e9, 2, 16, 256,
+                   devices_per_chip=2, splash=False),
+        Generation("v3", ("TPU v3",), 123e12, 32 * GIB, 900e9, 100e9, 3.125e9, 2, 32, 1024,
+                   devices_per_chip=2, splash=False),
+        Generation("v4", ("TPU v4",), 275e12, 32 * GIB, 1200e9, 45e9, 6.25e9, 3, 4, 4096, on_chip=ON_CHIP),
+        Generation("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 810e9, 45e9, 3.125e9, 2, 16, 256,
+                   cores_per_name=1, on_chip=ON_CHIP),
+        Generation("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 90e9, 6.25e9, 3, 4, 4096),
+        Generation("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 90e9, 12.5e9, 2, 16, 256,
+                   cores_per_name=1, on_chip=ON_CHIP),
     )
 }
+# fmt: on
 ALIASES = {"v5litepod": "v5e"}
-LINKS = 2
-"""Of one dim of a torus, on each chip: a ring sends both ways."""
 OTHER_PEAKS = {
     "TPU v4 lite": 137e12,
     "TPU7x": 2307e12 / 2,  # a chip shows as two devices
@@ -110,13 +118,24 @@ class Accelerator:
         """What attends fastest on it."""
         return "splash" if self.generation.splash else "xla"
 
-    def link_rate(self, span: int) -> float:
-        """Bytes a second that a device sends to neighbours, both ways of a ring, whatever the span."""
-        return LINKS * self.generation.link_rate / self.generation.devices_per_chip
-
     def level(self, groups: Sequence[Sequence[int]]) -> str:
         """What joins the devices of a group: the links between chips."""
         return "links"
+
+    @property
+    def dims(self) -> tuple[Dim, ...]:
+        """The network, outermost dim first; rates are a device's."""
+        generation, devices = self.generation, self.generation.devices_per_chip
+        cubes = all(side % generation.ring == 0 for side in self.shape)
+        found = []
+        for side in self.shape:
+            closed = cubes if generation.torus_dims == 3 else side == generation.ring
+            rate = generation.link_rate / devices
+            found.append(Dim("links", side, rate, "ring" if closed else "line", HOP))
+        if devices > 1:  # no link joins them: what one writes to the chip's memory the other reads
+            rate = generation.memory_rate / (2 * devices)
+            found.append(Dim("chip", devices, rate, "switch", 0.0))
+        return tuple(found)
 
     @property
     def topology(self) -> str:

@@ -16,6 +16,7 @@ import jax
 from parallelism.mesh_shape import along_torus, show_mesh
 from parallelism.planning.compiler import Report, compile_step
 from parallelism.planning.hardware import Machine
+from parallelism.planning.network import Reach, Wait, place, waits
 from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
@@ -86,6 +87,8 @@ class Row:
     """Along each mesh axis; a collective over several axes counts along each of them."""
     sent_bytes: float
     """In all."""
+    waits: Sequence[Wait]
+    """How long each kind of collective takes, by the rates of the links."""
     report: Report | None
     compute_seconds: float
     memory_seconds: float
@@ -155,7 +158,8 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
         flops, sent = report.flops, report.traffic
         temporary = report.temporary_bytes
     flops += cost.kernel_flops() / devices
-    wire, spans = _by_axis(sent), _spans(choice.sizes)
+    wire = _by_axis(sent)
+    found = waits(sent, _paths(choice, accelerator))
     # State is read and written once; in each microbatch what is in use at its fullest is, and parameters are read
     # three times.
     moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
@@ -170,12 +174,11 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
         flops=flops,
         wire_bytes=wire,
         sent_bytes=sum(each.wire_bytes for each in sent),
+        waits=found,
         report=report,
         compute_seconds=flops / accelerator.device_flops,
         memory_seconds=moved / accelerator.device_memory_rate,
-        link_seconds=max(
-            [0.0, *(sent / accelerator.link_rate(spans.get(axis, devices)) for axis, sent in wire.items())]
-        ),
+        link_seconds=max([0.0, *(sum(each.seconds for each in found if axis in each.axes) for axis in wire)]),
     )
 
 
@@ -217,16 +220,10 @@ def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
     return sums
 
 
-def _spans(sizes: Mapping[str, int]) -> dict[str, int]:
-    """How many neighbouring devices a group along each axis, or part of one, reaches over; the last axis is innermost.
-
-    pmap has one axis, of all devices.
-    """
-    spans, inner = {"batch": math.prod(sizes.values())}, 1
-    for axis, size in reversed(list(sizes.items())):
-        inner *= size
-        spans[axis] = inner
-    return spans
+def _paths(choice: Choice, accelerator: Machine) -> dict[str, tuple[Reach, ...]]:
+    """Along which dims of the network each mesh axis runs, fsdp by its parts; the axis of pmap is called batch."""
+    paths = place(along_torus(choice.sizes, accelerator.network), accelerator.dims)
+    return paths | {"batch": paths["data"]} if choice.layout.strategy == "pmap" else paths
 
 
 def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:

@@ -127,6 +127,17 @@ def test_an_estimate_names_what_binds():
     assert row(Fixed(wire=1e12), {"fsdp": 8}).link_seconds == 0
 
 
+def test_an_axis_whose_collectives_a_layer_waits_for_is_known():
+    """Along tensor, by the memory of a chip at 225 GB/s, and along fsdp, by a link of which each core has 50 GB/s."""
+    traffic = (Traffic("all-reduce", ("tensor",), 1, 225e9), Traffic("all-gather", ("fsdp",), 0, 50e9))
+    found = row(Fixed(), {"fsdp": 2, "data": 2, "tensor": 2}, Report(flops=1, traffic=traffic))
+    assert [(each.axes, each.in_layer, each.seconds) for each in found.waits] == [
+        (("tensor",), True, pytest.approx(1.0)),
+        (("fsdp",), False, pytest.approx(1.0)),
+    ]
+    assert found.link_seconds == pytest.approx(1.0)
+
+
 def test_a_report_replaces_the_estimate():
     report = Report(
         state_bytes=100, temporary_bytes=200, flops=10, traffic=(Traffic("all-gather", ("fsdp.0",), 3, 7.0),)
