@@ -99,7 +99,7 @@ def place(mesh_shape: Mapping[str, int], dims: Sequence[Dim]) -> dict[str, tuple
         places = [place for place, along in enumerate(sizes) if along > 1]
         paths[axis] = tuple(Reach(dims[place], sizes[place], strides[place]) for place in places)
         strides = [stride * along for stride, along in zip(strides, sizes, strict=True)]
-    return paths
+    return {axis: paths[axis] for axis in mesh_shape}
 
 
 def _whole_dims(size: int, dims: Sequence[Dim], left: Sequence[int]) -> list[int]:
