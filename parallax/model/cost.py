@@ -86,6 +86,14 @@ class StepCost:
         """Bytes of a number in the compute dtype."""
         return 2 if self.config.dtype == "bfloat16" else 4
 
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    def model_flops(self) -> float:
+        """Operations of the model in a step over all devices, as utilisation wants them: nothing recomputed."""
+        return step_flops(self.config, self.batch_size, self.seq_len)
+
     def product_flops(self, sizes: Mapping[str, int]) -> float:
         """Operations of all matmuls outside kernels in one step, over all devices, recomputation included."""
         config = self.config

@@ -1,7 +1,7 @@
 """Which layout TPUs or GPUs should run: every legal one is estimated, the best are compiled by the real compiler.
 
-Invariant: a number says where it comes from. What the compiler reports replaces the estimate; a time is always an
-estimate, the largest of what arithmetic, memory and links need by their peaks.
+Invariant: a number says where it comes from. What the compiler reports replaces the estimate. A time is always an
+estimate: the least by the peaks of arithmetic, memory and links, and what to expect (`step_time.py`).
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from parallelism.mesh_shape import along_torus, show_mesh
 from parallelism.planning.compiler import Report, compile_step
 from parallelism.planning.hardware import Machine
 from parallelism.planning.network import Reach, Wait, place, waits
+from parallelism.planning.step_time import Expected, Work, calibration
 from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
@@ -32,6 +33,13 @@ class Cost(Protocol):
     def product_flops(self, sizes: Mapping[str, int]) -> float: ...
 
     def kernel_flops(self) -> float: ...
+
+    def model_flops(self) -> float: ...
+
+    def elementwise_bytes(self, sizes: Mapping[str, int]) -> float: ...
+
+    @property
+    def embed_dim(self) -> int: ...
 
     def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float) -> float: ...
 
@@ -93,6 +101,10 @@ class Row:
     compute_seconds: float
     memory_seconds: float
     link_seconds: float
+    expected: Expected
+    """What a step should take, with what programs reach of these peaks."""
+    utilisation: float
+    """Of the peak by the model's operations, in the expected time (MFU)."""
 
     @property
     def source(self) -> str:
@@ -124,7 +136,7 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """A step's time, an estimate: as if everything overlapped, at the peak of what binds."""
+        """The least a step can take: as if everything overlapped, at the peak of what binds."""
         return max(self._seconds.values())
 
     @property
@@ -157,12 +169,22 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
     if report is not None and report.fits:
         flops, sent = report.flops, report.traffic
         temporary = report.temporary_bytes
-    flops += cost.kernel_flops() / devices
+    kernels = cost.kernel_flops() / devices
     wire = _by_axis(sent)
     found = waits(sent, _paths(choice, accelerator))
     # State is read and written once; in each microbatch what is in use at its fullest is, and parameters are read
     # three times.
     moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
+    work = Work(
+        matmuls=flops / accelerator.device_flops,
+        kernels=kernels / accelerator.device_flops,
+        elementwise=cost.elementwise_bytes(choice.sizes) / accelerator.device_memory_rate,
+        update=2 * (parameters + optimizer) / accelerator.device_memory_rate,
+        in_layer=sum(each.seconds for each in found if each.in_layer),
+        beside=sum(each.seconds for each in found if not each.in_layer),
+        embed_dim=cost.embed_dim,
+    )
+    expected = calibration().expected(work, generation.name)
     return Row(
         choice=choice,
         attention=build.attention,
@@ -171,14 +193,16 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
         estimated_bytes=laid_out + estimated,
         evaluation_bytes=laid_out + evaluation,
         save_bytes=laid_out + copied_bytes(state, build.axes, rules, choice.sizes),
-        flops=flops,
+        flops=flops + kernels,
         wire_bytes=wire,
         sent_bytes=sum(each.wire_bytes for each in sent),
         waits=found,
         report=report,
-        compute_seconds=flops / accelerator.device_flops,
+        compute_seconds=work.matmuls + work.kernels,
         memory_seconds=moved / accelerator.device_memory_rate,
         link_seconds=max([0.0, *(sum(each.seconds for each in found if axis in each.axes) for axis in wire)]),
+        expected=expected,
+        utilisation=cost.model_flops() / devices / accelerator.device_flops / expected.seconds,
     )
 
 
@@ -231,7 +255,7 @@ def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:
 
     def key(row: Row) -> tuple[bool, float, float]:
         fits = row.fits(memory_bytes)
-        return not fits, row.seconds if fits else row.needed_bytes, row.memory_seconds + row.link_seconds
+        return not fits, row.expected.seconds if fits else row.needed_bytes, row.memory_seconds + row.link_seconds
 
     return sorted(rows, key=key)
 

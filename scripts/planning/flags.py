@@ -4,6 +4,7 @@ Invariant: where train.py has the same flag, it means the same.
 """
 
 import dataclasses
+import math
 from typing import Annotated, Literal
 
 import tyro
@@ -31,6 +32,10 @@ class Flags:
     """What the backward pass recomputes; any tries all three."""
     rules: str = "default"
     """What a mesh axis splits: a rule set or a JSON file of rules."""
+    tokens: float | None = None
+    """Tokens of the whole run, such as 1e12; then the plan says its hours and its price."""
+    price: float | None = None
+    """US dollars for a chip or card and an hour, in place of the list price."""
     compile: int = 8
     """How many layouts to compile, the best first, and pmap if it may fit."""
     exhaustive: Switch = False
@@ -43,3 +48,7 @@ class Flags:
     def __post_init__(self):
         if self.compile < 1:
             raise ValueError(f"compile={self.compile} must be at least 1; try 8")
+        if self.tokens is not None and not 0 < self.tokens < math.inf:
+            raise ValueError(f"tokens={self.tokens} must be positive; try 1e9")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ValueError(f"price={self.price} must be 0 or more; try 1.20")

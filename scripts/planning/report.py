@@ -15,11 +15,12 @@ from parallelism.planning.gpus import GIB, USED, Gpus
 from parallelism.planning.hardware import Machine
 from parallelism.planning.planner import Choice, Row, name_of
 from scripts.planning.flags import Flags
+from scripts.planning.prices import Price, hours, price_of
 
-PRICES = "https://cloud.google.com/tpu/pricing"
 SHOWN = 20
 """Rows of the table; the JSON has all."""
-NUMBERS = ("HBM", "params", "optimizer", "temporary", "TFLOP", "GB sent", "compute", "memory", "links", "tokens/s")
+NUMBERS = ("HBM", "params", "optimizer", "temporary", "TFLOP", "GB sent", "compute", "memory", "links")
+EXPECTED = ("expected", "tokens/s", "MFU")
 LACKING = 4
 """Rows beside these of layouts that do not fit, of which those that lack the least."""
 
@@ -31,11 +32,13 @@ def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) 
         f"{sliced.devices} devices of {sliced.device_memory / GIB:.0f} GiB",
         caption=f"{ranked} choices were ranked. compiled: memory, operations and traffic are the compiler's. "
         "estimate: the analytic model's. HBM: of a step, or of an evaluation or a save (always estimates) where "
-        f"these need more. Times are estimates by peak rates, as if all overlapped. {_limits(sliced)}",
+        "these need more. Compute, memory and links by their peaks; as if all overlapped, the one with a star binds. "
+        "Expected: by what published runs reached of these peaks, see docs/planning.md. "
+        f"{_limits(sliced)} {_priced(price_of(sliced.generation.name, asked.price))}",
     )
     for name in ("layout", "remat", "micro", "attention", "source", "fits"):
         table.add_column(name, no_wrap=True)
-    for name in NUMBERS:
+    for name in (*NUMBERS, *EXPECTED, *(("hours", "USD") if asked.tokens else ())):
         table.add_column(name, justify="right", no_wrap=True)
     lacking = [row for row in rows[SHOWN:] if _verdict(row, sliced).startswith(("no", "lacks"))]
     for row in [*rows[:SHOWN], *lacking[:LACKING]]:
@@ -48,9 +51,9 @@ def _limits(sliced: Machine) -> str:
     if isinstance(sliced, Gpus):
         return (
             f"Whether a step fits is decided here, by {USED:.0%} of a card: XLA's compiler for GPUs refuses none, and "
-            "the rest is kept for CUDA, NCCL and cuDNN. None of this has run on a GPU."
+            "the rest is kept for CUDA, NCCL and cuDNN. None of this has run on a GPU;"
         )
-    return f"None of this has run on a TPU. Billing runs until a slice is deleted; prices: {PRICES}"
+    return "None of this has run on a TPU. Billing runs until a slice is deleted;"
 
 
 def environment(sliced: Machine) -> str:
@@ -72,8 +75,24 @@ def _cells(row: Row, sliced: Machine, asked: Flags) -> list[str]:
         f"{row.flops / 1e12:.2f}",
         f"{row.sent_bytes / 1e9:.2f}",
         *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
-        f"{asked.batch_size * asked.seq_len / row.seconds:,.0f}",
+        f"{row.expected.seconds * 1e3:.1f} ±{row.expected.high / row.expected.seconds - 1:.0%}",
+        f"{asked.batch_size * asked.seq_len / row.expected.seconds:,.0f}",
+        f"{row.utilisation:.0%}",
+        *(("-" if size is None else f"{size:,.1f}" for size in _bill(row, sliced, asked)) if asked.tokens else ()),
     ]
+
+
+def _bill(row: Row, sliced: Machine, asked: Flags) -> tuple[float | None, float | None]:
+    """Hours of the run and what they cost, in the expected time of a step."""
+    if asked.tokens is None:
+        return None, None
+    taken = hours(asked.tokens, asked.batch_size * asked.seq_len, row.expected.seconds)
+    price = price_of(sliced.generation.name, asked.price)
+    return taken, price and price.usd * sliced.chips * taken
+
+
+def _priced(price: Price | None) -> str:
+    return f"USD {price.usd:.2f} a chip and hour ({price.source})" if price else "no price is known; give --price"
 
 
 def _verdict(row: Row, sliced: Machine) -> str:
@@ -129,6 +148,10 @@ def _row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
         "bound": row.bound,
         "estimated_step_seconds": row.seconds,
         "estimated_tokens_per_second": asked.batch_size * asked.seq_len / row.seconds,
+        "expected_step_seconds": dataclasses.asdict(row.expected),
+        "expected_tokens_per_second": asked.batch_size * asked.seq_len / row.expected.seconds,
+        "expected_utilisation": row.utilisation,
+        **dict(zip(("expected_hours", "expected_usd"), _bill(row, sliced, asked), strict=True)),
     }
 
 

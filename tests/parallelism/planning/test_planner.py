@@ -39,6 +39,13 @@ class Fixed:
     temporary: float = 1e9
     wire: float = 1e8
     evaluation: float = 0.0
+    embed_dim: int = 8192
+
+    def model_flops(self):
+        return self.flops / 2
+
+    def elementwise_bytes(self, sizes):
+        return 0.0
 
     def product_flops(self, sizes):
         return self.flops

@@ -1,0 +1,268 @@
+"""Steps that others published, laid out as plan.py lays out ours.
+
+Invariant: a row is laid out by what its source says of it, or left out with the reason. The work that is computed for
+a row depends on its sizes alone, never on its time.
+"""
+
+import csv
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Set
+from pathlib import Path
+from typing import Any
+
+from parallax.config import TransformerConfig
+from parallax.model.cost import StepCost, step_flops
+from parallelism.planning.fitting import Run
+from parallelism.planning.network import place, waits
+from parallelism.planning.step_time import Work
+from scripts.planning.published_machines import Machine, machine_of
+
+ROWS = Path(__file__).with_name("published_steps.csv")
+COLUMNS = {
+    "id",
+    "chip",
+    "chips",
+    "slices",
+    "sharding",
+    "seqs_per_chip",
+    "seq",
+    "compute_dtype",
+    "weight_dtype",
+    "remat",
+}
+SHOWN_MEMORY = 0.96
+"""Share of a device's memory that its compiler gives to a program: 30.75 of 32 GiB of v4, 15.75 of 16 of v5e."""
+AXES = {"tp": "tensor", "cp": "sequence", "context": "sequence", "fsdp_transpose": "fsdp"}
+"""What others call the axes of a mesh."""
+WINDOWED = ("maxtext", "tpu-recipes")
+"""Sources whose programs keep activations in shards along tensor between layers: XLA splits the matmul beside a gather
+into windows, and sends one while it multiplies another."""
+BLOCK = ("q", "k", "v", "context", "out_proj", "mlpwi", "mlpwo")
+"""The large arrays of a block behind its input, by MaxText's names; context is what attention gives."""
+INPUT = "decoder_layer_input"
+KEPT = {
+    "full": set(),
+    "full AC": set(),
+    "minimal": set(BLOCK) - {"context", "mlpwo"},
+    "minimal_flash": set(BLOCK) - {"mlpwo"},
+    "qkv_proj_offloaded": {"q", "k", "v"},
+}
+"""What a policy keeps for the backward pass, which never needs mlpwo by itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A published step, and what it takes by the formulas of the planner."""
+
+    name: str
+    family: str
+    """The model, of which one source published several runs."""
+    generation: str
+    work: Work
+    seconds: float | None
+    """Of a step; None of a run that was refused for lack of memory."""
+    memory_bytes: float
+    """Of a device, by estimate."""
+    device_memory: float
+    peak_seconds: float
+    """Of the model's operations at the peak of all devices; over the time of a step it is the utilisation."""
+    ran: bool
+    """Whether it had the memory."""
+
+    @property
+    def fits(self) -> bool:
+        """By estimate."""
+        return self.memory_bytes <= self.device_memory
+
+    @property
+    def run(self) -> Run | None:
+        return None if self.seconds is None else Run(self.generation, self.family, self.work, self.seconds)
+
+
+def read_rows(path: Path = ROWS) -> list[dict[str, str]]:
+    """Raises ValueError if there is no such table."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); choose another table") from None
+    missing = ", ".join(sorted(COLUMNS - set(rows[0] if rows else ())))
+    if missing:
+        raise ValueError(f"{path} lacks the columns {missing}; it must have those of {ROWS}")
+    return rows
+
+
+def lay_out(row: Mapping[str, str]) -> Published:
+    """Raises ValueError with the reason why a row is left out."""
+    if not row["compute_dtype"].startswith("bf16") or "int8" in row["compute_dtype"]:
+        raise ValueError(f"computes in {row['compute_dtype'] or 'no stated dtype'}, and plans are for bfloat16")
+    config, machine = _config(row), machine_of(row)
+    sizes = _sizes(row["sharding"], machine.devices)
+    if not row["seqs_per_chip"] or not row["seq"]:
+        raise ValueError("the batch is not stated")
+    chips = int(row["chips"])
+    batch_size, seq_len = round(float(row["seqs_per_chip"]) * chips), int(row["seq"])
+    cost = StepCost(config=config, batch_size=batch_size, seq_len=seq_len)
+    flops = step_flops(config, batch_size, seq_len)
+    return Published(
+        name=row["id"],
+        family=row["model"],
+        generation=machine.generation,
+        work=_work(row, cost, sizes, machine),
+        seconds=_seconds(row, config, batch_size * seq_len / chips) if row.get("ran") != "no" else None,
+        memory_bytes=_memory(row, cost, sizes, machine.devices),
+        device_memory=SHOWN_MEMORY * machine.memory,
+        peak_seconds=flops / machine.devices / machine.flops,
+        ran=row.get("ran") != "no",
+    )
+
+
+def _config(row: Mapping[str, str]) -> TransformerConfig:
+    """The model, whose feed-forward has three matrices.
+
+    One of two matrices, as GPT's, has the operations and the parameters of ours with two thirds of its width: the
+    source's count of parameters says which it is.
+    """
+    names = {"num_layers": "layers", "embed_dim": "emb", "mlp_dim": "mlp", "num_heads": "q_heads"}
+    names |= {"num_kv_heads": "kv_heads", "head_dim": "head_dim", "vocab_size": "vocab"}
+    try:
+        sizes: dict[str, Any] = {ours: int(row[theirs]) for ours, theirs in names.items()}
+    except ValueError:
+        raise ValueError("the sizes of the model are not those of one stack of like layers, or not stated") from None
+    config = TransformerConfig(**sizes, tie_embeddings=False, attention="splash", dtype="bfloat16", max_seq_len=2**20)
+    plain = dataclasses.replace(config, mlp_dim=2 * config.mlp_dim // 3)
+    stated = float(row["params_B"]) * 1e9
+    found = min((config, plain), key=lambda each: abs(math.log(each.num_params() / stated)))
+    if abs(found.num_params() / stated - 1) > 0.05:
+        raise ValueError(
+            f"has {row['params_B']} billion parameters, and its sizes give {config.num_params() / 1e9:.2f}"
+        )
+    return found
+
+
+def _sizes(sharding: str, devices: int) -> dict[str, int]:
+    """Devices along each mesh axis, those of all slices together, in the order of a mesh."""
+    sizes: dict[str, int] = {}
+    for axis, size in re.findall(r"([a-z_]+)\s*=\s*(\d+)", sharding):
+        name = AXES.get(axis, axis)
+        if name not in ("data", "fsdp", "sequence", "tensor"):
+            raise ValueError(f"is split along {axis}, which is no mesh axis here")
+        sizes[name] = sizes.get(name, 1) * int(size)
+    if math.prod(sizes.values()) != devices or not sizes:
+        raise ValueError(f"the layout {sharding!r} does not say how {devices} devices are used")
+    return {axis: sizes[axis] for axis in ("data", "fsdp", "sequence", "tensor") if axis in sizes}
+
+
+def _seconds(row: Mapping[str, str], config: TransformerConfig, tokens: float) -> float:
+    """Of a step, from whichever of its time, tokens a second and operations a second the source gives.
+
+    Args:
+      tokens: of a chip, in a step.
+    """
+    if row.get("step_s", "").strip():
+        return float(row["step_s"])
+    if row.get("tok_s_per_chip", "").strip():
+        return tokens / float(row["tok_s_per_chip"])
+    if not row.get("tflops_per_chip", "").strip():
+        raise ValueError("no time is stated")
+    return tokens * stated_flops(row, config) / (float(row["tflops_per_chip"]) * 1e12)
+
+
+def stated_flops(row: Mapping[str, str], config: TransformerConfig) -> float:
+    """Operations a token by the source's own rule: 6 a weight of each matmul, and attention in full, or half of it."""
+    heads = config.num_heads * config.head_dim
+    table = config.vocab_size * config.embed_dim
+    weights = config.num_params() - config.table_rows * config.embed_dim * 2 + table
+    half = "causal half" in row["flop_convention"]
+    return 6 * weights + (6 if half else 12) * config.num_layers * heads * int(row["seq"])
+
+
+def _kept(remat: str) -> tuple[Set[str], Set[str]]:
+    """What a policy keeps of each block on the device, and what in the memory of the host."""
+    if remat in KEPT:
+        host = KEPT[remat] if remat.endswith("offloaded") else set()
+        return {INPUT} | KEPT[remat] - host, host
+    if "selective" in remat or "SAC" in remat:  # of torchtitan: attention, and each second matmul
+        return {INPUT, "q", "v", "context"}, set()
+    if not remat.startswith("custom"):
+        raise ValueError(f"what remat={remat!r} keeps is not known")
+    device: set[str] = set()
+    host: set[str] = set()
+    for part in re.split(r"[:;]", remat)[1:]:
+        names = set(re.findall(r"\w+", part)) & {INPUT, *BLOCK}
+        if "remat" not in part:
+            (host if "host" in part else device).update(names)
+    return device | ({INPUT} - host), host
+
+
+def _widths(config: TransformerConfig) -> dict[str, int]:
+    """Numbers of a token in each array of a block."""
+    heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    widths = {INPUT: config.embed_dim, "q": heads, "k": keys, "v": keys, "context": heads}
+    return widths | {"out_proj": config.embed_dim, "mlpwi": 2 * config.mlp_dim, "mlpwo": config.embed_dim}
+
+
+def _work(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], machine: Machine) -> Work:
+    config, devices = cost.config, machine.devices
+    tokens = cost.batch_size * cost.seq_len / devices
+    device, host = _kept(row["remat"])
+    widths = _widths(config)
+    weights = {name: config.embed_dim * widths[name] for name in ("q", "k", "v", "mlpwi")}
+    weights["out_proj"] = widths["context"] * config.embed_dim
+    again = sum(size for name, size in weights.items() if name not in device | host)
+    flops = cost.product_flops(sizes) / devices + 2 * config.num_layers * again * tokens
+    attended = cost if "context" in device | host else _with_remat(cost, "full")
+    in_layer = beside = 0.0
+    windowed = row["source"].startswith(WINDOWED) or "async" in row["sharding"]
+    for each in waits(_with_remat(cost, "full" if again else "none").sent(sizes), place(sizes, machine.dims)):
+        if each.in_layer and not (windowed and "tensor" in each.axes):
+            in_layer += each.seconds
+        else:
+            beside += each.seconds
+    offloaded = cost.item * tokens * config.num_layers * sum(widths[name] for name in host)
+    # All arrays of a block are in shards along tensor, as if it cut the sequence.
+    apart = {**sizes, "tensor": 1, "sequence": sizes.get("sequence", 1) * sizes.get("tensor", 1)}
+    return Work(
+        matmuls=flops / machine.flops,
+        kernels=attended.kernel_flops() / devices / machine.flops,
+        elementwise=_with_remat(cost, "full").elementwise_bytes(apart) / machine.memory_rate,
+        update=2 * _state_bytes(row, cost, sizes) / machine.memory_rate,
+        in_layer=in_layer,
+        beside=beside,
+        embed_dim=config.embed_dim,
+        host=offloaded / machine.host_rate,
+    )
+
+
+def _with_remat(cost: StepCost, remat: str) -> StepCost:
+    return dataclasses.replace(cost, config=dataclasses.replace(cost.config, remat=remat))
+
+
+def _state_bytes(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int]) -> float:
+    """Of a device: parameters and two moments, in float32 or all of them in bfloat16."""
+    item = 2 if row["weight_dtype"] == "bf16" else 4
+    return 3 * item * cost.config.num_params() / (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
+
+
+def _memory(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], devices: int) -> float:
+    """What a device holds at the fullest moment of such a step.
+
+    State, gradients, what is kept of all blocks, and the larger of one block at work and the logits in float32.
+    A block at work has two norms in float32, its heads and hidden units with their gradients, and three of its largest
+    matrices gathered or reduced at once.
+    """
+    config, item = cost.config, cost.item
+    tokens = cost.batch_size * cost.seq_len / devices
+    widths, (device, _) = _widths(config), _kept(row["remat"])
+    kept = item * config.num_layers * sum(widths[name] for name in device)
+    scores = 10 * config.num_heads * cost.seq_len if row.get("attention") == "dot_product" else 0
+    heads = 2 * (widths["q"] + widths["k"] + widths["v"])
+    at_work = 8 * config.embed_dim + item * (heads + 4 * config.mlp_dim) + scores
+    matrix = item * config.embed_dim * config.mlp_dim / sizes.get("tensor", 1)
+    gathered = 3 * matrix if sizes.get("fsdp", 1) > 1 else 0.0
+    tiling = re.search(r"vocab tiling (\d+)", row["remat"])
+    logits = 4 * config.vocab_size / (int(tiling[1]) if tiling else 1)
+    state = _state_bytes(row, cost, sizes)
+    return state * 4 / 3 + tokens * kept + max(tokens * at_work + gathered, tokens * logits)
