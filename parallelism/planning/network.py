@@ -93,7 +93,7 @@ def place(mesh_shape: Mapping[str, int], dims: Sequence[Dim]) -> dict[str, tuple
         raise ValueError(f"a mesh of {dict(mesh_shape)} must have the devices of {[dim.size for dim in dims]}")
     strides = [1] * len(dims)
     paths: dict[str, tuple[Reach, ...]] = {}
-    for axis, size in reversed(mesh_shape.items()):
+    for axis, size in reversed(list(mesh_shape.items())):
         left = [dim.size // stride for dim, stride in zip(dims, strides, strict=True)]
         sizes = _whole_dims(size, dims, left) or _factors(size, left)
         places = [place for place, along in enumerate(sizes) if along > 1]
