@@ -5,65 +5,13 @@ and came in again is equal to what it was.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import chex
 
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
-
-
-def _require_choices(config: Any, prefix: str = "") -> None:
-    """That a field with a Literal type has one of its values."""
-    for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), get_args(field.type)
-        holds = get_origin(field.type) is not Literal or value in choices
-        _require(holds, f"{prefix}{field.name}={value!r} is not one of {', '.join(map(str, choices))}")
-
-
-@chex.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary wavelengths are stretched to reach beyond the length a model was first trained at.
-
-    `linear` divides every frequency by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3` divides only the
-    low ones and blends in between (Llama 3, arXiv:2407.21783); so does `yarn`, which also sharpens attention
-    (Peng et al. 2023, arXiv:2309.00071).
-    """
-
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    """llama3: a wave that turns less often than this over the first length is divided by the whole factor."""
-    high_freq_factor: float = 4.0
-    """llama3: one that turns more often than this is left alone."""
-    original_max_seq_len: int = 8192
-    """llama3, yarn: the first length, in tokens."""
-    beta_fast: float = 32.0
-    """yarn: a wave that turns more often than this over the first length is left alone."""
-    beta_slow: float = 1.0
-    """yarn: one that turns less often than this is divided by the whole factor."""
-    attention_factor: float = 0.0
-    """yarn: by what queries and keys are multiplied; 0 stands for the paper's 0.1 ln(factor) + 1."""
-
-    def __post_init__(self):
-        _require_choices(self, "rope_scaling.")
-        _require(self.factor >= 1, f"rope_scaling.factor={self.factor} must be at least 1; try 8")
-        low, high = self.low_freq_factor, self.high_freq_factor
-        _require(low < high, f"rope_scaling.low_freq_factor={low} must be below high_freq_factor={high}; try 1 and 4")
-        length = self.original_max_seq_len
-        _require(length >= 1, f"rope_scaling.original_max_seq_len={length} must be at least 1; try 8192")
-        _require(
-            0 < self.beta_slow < self.beta_fast,
-            f"rope_scaling.beta_slow={self.beta_slow} must be positive and below beta_fast={self.beta_fast}; "
-            "try 1 and 32",
-        )
-        _require(
-            0 <= self.attention_factor < math.inf,
-            f"rope_scaling.attention_factor={self.attention_factor} must be finite, and 0 (the paper's) or more; try 0",
-        )
+from parallax.layer_config import LayerSpec, RopeScaling, require, require_choices
 
 
 @chex.dataclass(frozen=True)
@@ -96,6 +44,13 @@ class TransformerConfig:
     rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
+    norms: Literal["before", "after", "both"] = "before"
+    """Where a block normalises: what attention and the feed-forward read, what they add to the residual stream, or
+    both."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the gate of the feed-forward."""
+    embedding_scale: float = 1.0
+    """By what embeddings are multiplied when they are looked up."""
     attention_bias: bool = False
     """Whether the query, key and value projections add a bias."""
     attention_out_bias: bool = False
@@ -103,11 +58,27 @@ class TransformerConfig:
     tie_embeddings: bool = True
     """Whether the output embedding is the input embedding."""
     qk_norm: bool = False
-    """Whether queries and keys are RMS-normalised per head before the rotation."""
+    """Whether queries and keys are RMS-normalised before the rotation."""
+    qk_norm_over: Literal["head", "heads"] = "head"
+    """Over what that norm takes its mean: each head, or all heads at once."""
+    attention_scale: float = 0.0
+    """By what scores are multiplied; 0 stands for 1/√K."""
+    attention_softcap: float = 0.0
+    """Squash scores to ±this by a tanh; 0 leaves them."""
+    attention_sinks: bool = False
+    """Whether each head has a learned score that takes weight from all keys."""
     sliding_window: int = 0
     """How many tokens back attention sees, itself included; 0 sees them all."""
     logit_softcap: float = 0.0
     """Squash logits to ±this by a tanh; 0 leaves them."""
+    feed_forward: Literal["auto", "dense", "experts"] = "auto"
+    """What follows attention in a layer: one network for all tokens, or experts among which a router chooses for each.
+    auto is dense."""
+    pattern: tuple[LayerSpec, ...] = ()
+    """In what layers differ, one after another: the first of them stands for a layer, the next for the layer behind it,
+    and behind the last it begins again. Without any, all layers are alike."""
+    first_layers: tuple[LayerSpec, ...] = ()
+    """In what the first layers differ; the pattern begins behind them."""
     attention: Literal["auto", "xla", "blocks", "splash", "cudnn"] = "auto"
     """How training computes attention: all scores by XLA, or skipping what is masked: blocks by XLA, splash by a kernel
     for TPU, cudnn by one for GPUs. A script decides on auto by the devices; the model itself takes it for xla."""
@@ -121,33 +92,48 @@ class TransformerConfig:
     """Compute dtype; parameters stay float32."""
 
     def __post_init__(self):
-        _require_choices(self)
+        require_choices(self)
         sizes = {"vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             holds = field.name not in sizes or value >= 1
-            _require(holds, f"{field.name}={value} must be at least 1; try {field.default}")
-        _require(
+            require(holds, f"{field.name}={value} must be at least 1; try {field.default}")
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; "
             f"try {_largest_divisor(self.num_heads, self.num_kv_heads)}",
         )
-        _require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even; try {self.head_dim + 1}")
-        _require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
-        _require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must be in [0, 1); try 0.1")
-        _require(
+        require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even; try {self.head_dim + 1}")
+        require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
+        require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must be in [0, 1); try 0.1")
+        require(
+            self.attention != "cudnn" or not (self.attention_softcap or self.attention_sinks),
+            f"attention={self.attention} has neither soft caps nor sinks, and attention_softcap="
+            f"{self.attention_softcap}, attention_sinks={self.attention_sinks}; try blocks",
+        )
+        require(
             self.attention not in ("blocks", "splash", "cudnn") or not self.dropout_rate,
             f"attention={self.attention} drops no weights, and dropout_rate={self.dropout_rate}; try xla",
         )
-        _require(
+        require(
             self.layer_loop != "unroll" or self.remat == "none",
             f"layer_loop=unroll keeps what remat={self.remat} would compute again; try scan",
         )
-        _require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
-        _require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")
-        _require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative; 0 is off")
-        cap = self.logit_softcap
-        _require(0 <= cap < math.inf, f"logit_softcap={cap} must be finite and not negative; 0 is off")
+        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")
+        require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative; 0 is off")
+        for name in ("logit_softcap", "attention_softcap", "attention_scale"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"{name}={value} must be finite and not negative; 0 is off")
+        scale = self.embedding_scale
+        require(0 < scale < math.inf, f"embedding_scale={scale} must be finite and positive; try 1")
+        first = len(self.first_layers)
+        require(
+            first <= self.num_layers,
+            f"first_layers of {first} layers must not exceed num_layers={self.num_layers}; give fewer",
+        )
+        for spec in (*self.first_layers, *self.pattern):
+            self._of(spec)  # which checks it
 
     @property
     def table_rows(self) -> int:
@@ -157,16 +143,48 @@ class TransformerConfig:
         """
         return -(-self.vocab_size // 8) * 8
 
+    @property
+    def layers(self) -> tuple["TransformerConfig", ...]:
+        """The config of each layer, as of a model in which all were like it."""
+        return _layers(self)
+
+    @property
+    def period(self) -> int:
+        """After how many layers the pattern begins again."""
+        return max(1, len(self.pattern))
+
+    def _of(self, spec: LayerSpec) -> "TransformerConfig":
+        alone: dict[str, Any] = {"pattern": (), "first_layers": ()} | spec.given()
+        if self.feed_forward == "auto":
+            alone.setdefault("feed_forward", "dense")
+        return dataclasses.replace(self, **alone)
+
     def num_params(self) -> int:
         """Count of the parameters, from the sizes alone; equals the count of the initialised tree."""
+        tables = 1 if self.tie_embeddings else 2
+        outside = tables * self.table_rows * self.embed_dim + self.embed_dim
+        return sum(layer._layer_params() for layer in self.layers) + outside
+
+    def _layer_params(self) -> int:
+        """Of a layer of this config."""
         heads = self.num_heads + 2 * self.num_kv_heads
         attention = self.embed_dim * self.head_dim * (heads + self.num_heads)
         attention += heads * self.head_dim if self.attention_bias else 0
         attention += self.embed_dim if self.attention_out_bias else 0
-        attention += 2 * self.head_dim if self.qk_norm else 0
-        block = attention + 3 * self.embed_dim * self.mlp_dim + 2 * self.embed_dim
-        tables = 1 if self.tie_embeddings else 2
-        return self.num_layers * block + tables * self.table_rows * self.embed_dim + self.embed_dim
+        normed_heads = 2 if self.qk_norm_over == "head" else self.num_heads + self.num_kv_heads
+        attention += normed_heads * self.head_dim if self.qk_norm else 0
+        attention += self.num_heads if self.attention_sinks else 0
+        norms = 4 if self.norms == "both" else 2
+        return attention + 3 * self.embed_dim * self.mlp_dim + norms * self.embed_dim
+
+
+@functools.lru_cache(maxsize=256)
+def _layers(config: TransformerConfig) -> tuple[TransformerConfig, ...]:
+    first, pattern = config.first_layers, config.pattern or (LayerSpec(),)
+    behind = (pattern[number % len(pattern)] for number in range(config.num_layers - len(first)))
+    specs = (*first, *behind)
+    of = {spec: config._of(spec) for spec in set(specs)}
+    return tuple(of[spec] for spec in specs)
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
@@ -194,22 +212,22 @@ class OptimizerConfig:
     """Largest global norm of the averaged gradient; 0 leaves it."""
 
     def __post_init__(self):
-        _require_choices(self)
-        _require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive; try 1e-3")
-        _require(
+        require_choices(self)
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive; try 1e-3")
+        require(
             self.warmup_steps is None or self.warmup_steps >= 0,
             f"warmup_steps={self.warmup_steps} must not be negative; try 100",
         )
-        _require(
+        require(
             self.schedule_steps is None or self.schedule_steps >= 1,
             f"schedule_steps={self.schedule_steps} must be at least 1; try 1000",
         )
-        _require(0 <= self.final_rate <= 1, f"final_rate={self.final_rate} must be in [0, 1]; try 0.1")
-        _require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative; try 0.1")
+        require(0 <= self.final_rate <= 1, f"final_rate={self.final_rate} must be in [0, 1]; try 0.1")
+        require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative; try 0.1")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"{name}={value} must be in [0, 1); try 0.9")
-        _require(self.clip_norm >= 0, f"clip_norm={self.clip_norm} must not be negative; 0 is off")
+            require(0 <= value < 1, f"{name}={value} must be in [0, 1); try 0.9")
+        require(self.clip_norm >= 0, f"clip_norm={self.clip_norm} must not be negative; 0 is off")
 
     def settled(self, steps: int) -> "OptimizerConfig":
         """With the warm-up and the schedule of a run of so many steps, which stay if that gets longer."""
@@ -253,21 +271,21 @@ class TrainConfig:
     """Steps in a row with a loss or gradient that is not finite before the run stops."""
 
     def __post_init__(self):
-        _require_choices(self)
+        require_choices(self)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             counts = field.type is int and field.name not in ("seed", "accumulate")
-            _require(not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}")
-        _require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2^31); try 0")
-        _require(self.accumulate >= 0, f"accumulate={self.accumulate} must not be negative; try 0")
+            require(not counts or value >= 1, f"{field.name}={value} must be at least 1; try {field.default}")
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must be in [0, 2^31); try 0")
+        require(self.accumulate >= 0, f"accumulate={self.accumulate} must not be negative; try 0")
         if self.accumulate:
-            _require(
+            require(
                 self.batch_size % self.accumulate == 0,
                 f"accumulate={self.accumulate} must divide batch_size={self.batch_size}; "
                 f"try {_largest_divisor(self.batch_size, self.accumulate)}",
             )
-        _require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be in [0, 1); try 0.1")
-        _require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative; 0 is off")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be in [0, 1); try 0.1")
+        require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative; 0 is off")
 
 
 TINY_CONFIG = TransformerConfig(mlp_dim=96)
@@ -282,6 +300,12 @@ LLAMA_8B_CONFIG = TransformerConfig(
     vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
     rope_theta=500_000.0, rope_scaling=RopeScaling(kind="llama3", factor=8.0), tie_embeddings=False,
 )  # fmt: skip
+GEMMA3_4B_CONFIG = TransformerConfig(
+    vocab_size=262_208, embed_dim=2560, num_layers=34, num_heads=8, num_kv_heads=4, head_dim=256, mlp_dim=10_240,
+    rope_theta=1_000_000.0, rope_scaling=RopeScaling(kind="linear", factor=8.0), norm_eps=1e-6, norms="both",
+    qk_norm=True, activation="gelu_tanh", embedding_scale=2560**0.5,
+    pattern=5 * (LayerSpec(sliding_window=1024, rope_theta=10_000.0, rope_scaling=RopeScaling()),) + (LayerSpec(),),
+)  # fmt: skip
 PRESETS = {
     "tiny": TINY_CONFIG,
     "nano": NANO_CONFIG,
@@ -289,21 +313,42 @@ PRESETS = {
     "base": BASE_CONFIG,
     "llama-1b": LLAMA_1B_CONFIG,
     "llama-8b": LLAMA_8B_CONFIG,
+    "gemma3-4b": GEMMA3_4B_CONFIG,
 }
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """A config as JSON-ready values, nested configs as nested objects."""
-    fields = ((field.name, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return {name: config_to_dict(x) if dataclasses.is_dataclass(x) else x for name, x in fields}
+    """A config as JSON-ready values, nested configs as nested objects; of a LayerSpec what it gives."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {name: _plain(x) for name, x in (config.given() if isinstance(config, LayerSpec) else fields).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return config_to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
 def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
     """The model config that `config_to_dict` wrote. Raises ValueError if a field is unknown or a rule is broken."""
     _refuse_unknown(values, TransformerConfig, "model config")
-    scaling = values.get("rope_scaling") or {}
-    _refuse_unknown(scaling, RopeScaling, "rope_scaling")
-    return TransformerConfig(**{**values, "rope_scaling": RopeScaling(**scaling)})
+    values = values | {"rope_scaling": _nested(values, "rope_scaling", RopeScaling)}
+    for name in ("pattern", "first_layers"):
+        values[name] = tuple(_layer_from_dict(each) for each in values.get(name) or ())
+    return TransformerConfig(**values)
+
+
+def _layer_from_dict(values: dict[str, Any]) -> LayerSpec:
+    _refuse_unknown(values, LayerSpec, "layer of a pattern")
+    if values.get("rope_scaling") is not None:
+        values = values | {"rope_scaling": _nested(values, "rope_scaling", RopeScaling)}
+    return LayerSpec(**values)
+
+
+def _nested(values: dict[str, Any], name: str, kind: type) -> Any:
+    given = values.get(name) or {}
+    _refuse_unknown(given, kind, name)
+    return kind(**given)
 
 
 def _refuse_unknown(values: dict[str, Any], kind: type, what: str) -> None:

@@ -147,7 +147,7 @@ def token_log_probs(config: TransformerConfig, params: Params, inputs_T: jax.Arr
     # By blocks, memory stays linear in the length, on all devices.
     config = dataclasses.replace(config, attention="blocks", dropout_rate=0.0)
     model = TransformerLM.from_params(config, params)
-    x_1TD, _ = model.hidden(inputs_T[None])
+    x_1TD, _, _ = model.hidden(inputs_T[None])
     T = len(inputs_T)
     table_WD, chunk = model.head.whole(), min(LOGITS_OF, T)
 

@@ -56,10 +56,13 @@ class Generation:
         return dataclasses.replace(self, slots=slots)
 
 
-def read_prompts(model: TransformerLM, arrays: tuple, *, capacity: int, room: int) -> Generation:
-    """The texts of `Request.arrays`, with room for `capacity` tokens and in the cache for `room`, or `capacity`."""
+def read_prompts(model: TransformerLM, arrays: tuple, *, capacity: int, room: int, ahead: int = 0) -> Generation:
+    """The texts of `Request.arrays`, with room for `capacity` tokens and in the cache for `room`, or `capacity`.
+
+    `ahead` is how many tokens of a row may be taken back.
+    """
     tokens_BP, lengths_B, seeds_B, settings, max_tokens, stops_RL, eos_id = arrays
-    slots, _ = prefill(model, tokens_BP, lengths_B, seeds_B, settings)
+    slots, _ = prefill(model, tokens_BP, lengths_B, seeds_B, settings, ahead)
     return Generation(
         slots=slots,
         tokens=jnp.pad(tokens_BP, ((0, 0), (0, capacity - tokens_BP.shape[1]))),

@@ -76,16 +76,21 @@ class Slots:
 
 
 def prefill(
-    model: TransformerLM, tokens_BP: jax.Array, lengths_B: jax.Array, seeds_B: jax.Array, settings: SamplingSettings
+    model: TransformerLM,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+    seeds_B: jax.Array,
+    settings: SamplingSettings,
+    ahead: int = 0,
 ) -> tuple[Slots, jax.Array]:
     """Reads prompts, right-padded to P tokens, into slots with room for P; and what the model makes of them, [B, P, D].
 
     Padding needs no mask: its keys are in the slots of their positions, later than any query of the prompt, and the
-    next tokens overwrite them before anything sees them.
+    next tokens overwrite them before anything sees them. `ahead` is how many tokens of a row may be taken back.
     """
     (B, P), V = tokens_BP.shape, model.config.vocab_size
     positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None], (B, P))
-    x_BPD, cache = model.hidden(tokens_BP, positions_BP, cache=model.empty_cache(B, P))
+    x_BPD, cache, _ = model.hidden(tokens_BP, positions_BP, cache=model.empty_cache(B, P, ahead), lengths=lengths_B)
     # Padding marks a token beyond the vocabulary, which is dropped.
     ids_BP = jnp.where(positions_BP < lengths_B[:, None], tokens_BP, V)
     slots = Slots(

@@ -57,7 +57,7 @@ def start(
     """Reads the prompts of `Request.arrays` into both caches, then `extend`s."""
     room = capacity + draft_tokens
     text, draft = (
-        read_prompts(TransformerLM.from_params(config, weights), arrays, capacity=room, room=room)
+        read_prompts(TransformerLM.from_params(config, weights), arrays, capacity=room, room=room, ahead=draft_tokens)
         for config, weights in zip(configs, params, strict=True)
     )
     none = jnp.zeros_like(text.prompt_lengths)

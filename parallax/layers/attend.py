@@ -40,10 +40,15 @@ def visible(positions: Pair, segments: Pair | None, window: int) -> jax.Array:
     return seen
 
 
-def _scores(q_BTGRK: jax.Array, k_BSGK: jax.Array, seen_BTS: jax.Array) -> jax.Array:
+def capped(scores: jax.Array, softcap: float) -> jax.Array:
+    """c·tanh(score/c), within ±c (Gemma 2, arXiv:2408.00118, section 2); without a cap the scores."""
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def _scores(q_BTGRK: jax.Array, k_BSGK: jax.Array, seen_BTS: jax.Array, softcap: float) -> jax.Array:
     """Masked scores [B, G, R, T, S], at least float32."""
     wide = jnp.promote_types(q_BTGRK.dtype, jnp.float32)
-    scores = jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide)
+    scores = capped(jnp.einsum("BTGRK,BSGK->BGRTS", q_BTGRK, k_BSGK, preferred_element_type=wide), softcap)
     return jnp.where(seen_BTS[:, None, None], scores, jnp.asarray(MASKED, wide))
 
 
@@ -62,19 +67,37 @@ def attend(
     positions: Pair,
     segments: Pair | None = None,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks_BH: jax.Array | None = None,
     dropout: tuple[float, jax.Array | None] = (0.0, None),
 ) -> jax.Array:
     """All scores at once; queries are scaled already. Returns [B, T, H, K] in the dtype of the values.
 
-    `dropout` is a rate, and a key for each query of each head, [B, H, T].
+    `sinks_BH` are scores of a key that every query sees, and whose value is 0: they take weight from the others
+    (Xiao et al. 2023, arXiv:2309.17453; gpt-oss, arXiv:2508.10925). `dropout` is a rate, and a key for each query of
+    each head, [B, H, T].
     """
-    scores = _scores(_grouped(q_BTHK, k_BSGK), k_BSGK, visible(positions, segments, window))
+    scores = _scores(_grouped(q_BTHK, k_BSGK), k_BSGK, visible(positions, segments, window), softcap)
     rate, keys_BHT = dropout
     keys_BGRT = None if keys_BHT is None else keys_BHT.reshape(scores.shape[:-1])
-    weights = drop(jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype), rate, keys_BGRT)
+    weights = drop(_softmax(scores, sinks_BH).astype(v_BSGK.dtype), rate, keys_BGRT)
     # In this order of dims XLA on CPUs reads a cache's values without transposing them, which it does with T here.
     heads_BGRTK = jnp.einsum("BGRTS,BSGK->BGRTK", weights, v_BSGK)
     return jnp.moveaxis(heads_BGRTK, 3, 1).reshape(q_BTHK.shape)
+
+
+def _softmax(scores_BGRTS: jax.Array, sinks_BH: jax.Array | None) -> jax.Array:
+    """Weights of the keys, [B, G, R, T, S]; with sinks their sums are below 1."""
+    if sinks_BH is None:
+        return jax.nn.softmax(scores_BGRTS, axis=-1)
+    *dims, S = scores_BGRTS.shape
+    sinks = jnp.broadcast_to(_grouped_sinks(sinks_BH, scores_BGRTS)[..., None], (*dims, 1))
+    return jax.nn.softmax(jnp.concatenate([scores_BGRTS, sinks], axis=-1), axis=-1)[..., :S]
+
+
+def _grouped_sinks(sinks_BH: jax.Array, of_BGR: jax.Array) -> jax.Array:
+    """[B, G, R, 1], of the dtype and the heads of an array [B, G, R, ...]."""
+    return sinks_BH.astype(of_BGR.dtype).reshape(*of_BGR.shape[:3], 1)
 
 
 class _Running(NamedTuple):
@@ -93,6 +116,8 @@ def attend_in_chunks(
     positions: Pair,
     segments: Pair | None = None,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks_BH: jax.Array | None = None,
     dropout: tuple[float, jax.Array | None] = (0.0, None),
     chunk: int,
 ) -> jax.Array:
@@ -104,16 +129,16 @@ def attend_in_chunks(
     rate, keys_BHT = dropout
     dtype, wide = v_BSGK.dtype, jnp.promote_types(q_BTHK.dtype, jnp.float32)
 
-    def one_query_chunk(q: jax.Array, keys: Pair, beside: tuple) -> jax.Array:
-        """[B, t, H, K] of queries [B, t, G, R, K], over chunks of keys and values."""
-        (q_at, q_in, dropout_keys), (k_at, k_in) = beside
+    def one_query_chunk(q: jax.Array, keys: tuple, beside: tuple) -> jax.Array:
+        """[B, t, H, K] of queries [B, t, G, R, K], over chunks of keys and values, and with sinks."""
+        (k_chunks, v_chunks, sinks_BH), ((q_at, q_in, dropout_keys), (k_at, k_in)) = keys, beside
         wide_q = q.astype(wide)  # its gradient is a sum over the chunks of keys
 
         @jax.checkpoint
         def one_key_chunk(running: _Running, numbered):
             k, v, k_position, k_segment, j = numbered
             pair = None if q_in is None else (q_in, k_segment)
-            scores = _scores(wide_q.astype(q.dtype), k, visible((q_at, k_position), pair, window))
+            scores = _scores(wide_q.astype(q.dtype), k, visible((q_at, k_position), pair, window), softcap)
             maximum = jnp.maximum(running.maximum, jnp.max(scores, axis=-1))
             weights = jnp.exp(scores - maximum[..., None])
             shrink = jnp.exp(running.maximum - maximum)
@@ -126,12 +151,15 @@ def attend_in_chunks(
         B, t, G, R, K = q.shape
         fill = functools.partial(jax.lax.full_like, q, dtype=wide)  # inside shard_map as different as q between devices
         start = _Running(fill(MASKED, shape=(B, G, R, t)), fill(0, shape=(B, G, R, t)), fill(0, shape=(B, G, R, t, K)))
-        numbered = (*keys, k_at, k_in, jnp.arange(k_at.shape[0]))
+        if sinks_BH is not None:  # as of a first key
+            maximum = fill(0, shape=(B, G, R, t)) + _grouped_sinks(sinks_BH, start.maximum)
+            start = start._replace(maximum=maximum, normaliser=fill(1, shape=(B, G, R, t)))
+        numbered = (k_chunks, v_chunks, k_at, k_in, jnp.arange(k_at.shape[0]))
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)
         return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(dtype)
 
     q_chunks = _cut(_grouped(q_BTHK, k_BSGK), chunk, 0)
-    keys = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0)
+    keys = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0), sinks_BH
     # Padded keys get a position that no query reaches; what padded queries compute is cut off below.
     q_at, k_at = _cut(positions[0], chunk, 0), _cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
     q_in, k_in = (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
@@ -146,7 +174,7 @@ def attend_in_chunks(
     return out[:, :T]
 
 
-def _over_queries(function: Callable[[jax.Array, Pair, tuple], jax.Array]) -> Callable:
+def _over_queries(function: Callable[[jax.Array, tuple, tuple], jax.Array]) -> Callable:
     """`function(query, keys, (of query, of keys))` for each of a leading dim of the queries and of what is of them.
 
     Computed again in the backward pass from its arguments, whatever a policy around it keeps: `jax.checkpoint` does not

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from parallax.layers.attend import MASKED, check_whole, visible
+from parallax.layers.attend import MASKED, capped, check_whole, visible
 
 SMALLEST = 64
 """Queries of a block; a shorter sequence is one block, in which nothing is skipped."""
@@ -23,7 +23,13 @@ LARGEST = 128
 
 
 def attend_by_blocks(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None, window: int
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int,
+    softcap: float = 0.0,
+    sinks_BH: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K].
 
@@ -34,27 +40,41 @@ def attend_by_blocks(
     G = k_BTGK.shape[2]
     q_BGRTK = jnp.moveaxis(q_BTHK.reshape(B, T, G, H // G, K), 1, 3)
     k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (k_BTGK, v_BTGK))
-    out_BGRTK: Any = _attend(window, q_BGRTK, k_BGTK, v_BGTK, segments_BT)
+    sinks = None if sinks_BH is None else sinks_BH.reshape(B, G, H // G, 1, 1)
+    out_BGRTK: Any = _attend(_Shape(window, softcap), q_BGRTK, k_BGTK, v_BGTK, segments_BT, sinks)
     return jnp.moveaxis(out_BGRTK, 3, 1).reshape(B, T, H, K)
 
 
+class _Shape(NamedTuple):
+    """What is made of scores."""
+
+    window: int
+    softcap: float
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(window: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
-    """[B, G, R, T, K] from R query heads for each of G heads of keys and values [B, G, T, K]."""
-    return _forward(window, q, k, v, segments)[0]
+def _attend(
+    shape: _Shape, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, sinks: jax.Array | None
+) -> jax.Array:
+    """[B, G, R, T, K] from R query heads for each of G heads of keys and values [B, G, T, K]; sinks [B, G, R, 1, 1]."""
+    return _forward(shape, q, k, v, segments, sinks)[0]
 
 
 def _forward(
-    window: int, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
+    shape: _Shape, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, sinks: jax.Array | None
 ) -> tuple[jax.Array, tuple]:
     outs, log_normalisers = [], []
-    for queries, keys in blocks(q.shape[3], window):
+    for queries, keys in blocks(q.shape[3], shape.window):
 
         def attend(nothing: None, part: _Queries, keys: slice = keys):
-            scores = _scores(part, k, segments, keys, window)
+            scores = _scores(part, k, segments, keys, shape)
             maximum = jnp.max(scores, axis=-1, keepdims=True)
+            if sinks is not None:
+                maximum = jnp.maximum(maximum, sinks.astype(scores.dtype))
             weights = jnp.exp(scores - maximum)
             normaliser = jnp.sum(weights, axis=-1, keepdims=True)
+            if sinks is not None:
+                normaliser = normaliser + jnp.exp(sinks.astype(scores.dtype) - maximum)
             weighted = _einsum("BGRTS,BGSK->BGRTK", weights.astype(v.dtype), v[:, :, keys])
             return nothing, ((weighted / normaliser).astype(v.dtype), maximum + jnp.log(normaliser))
 
@@ -62,11 +82,11 @@ def _forward(
         outs.append(out)
         log_normalisers.append(log_normaliser)
     out, log_normaliser = (jnp.concatenate(parts, axis=3) for parts in (outs, log_normalisers))
-    return out, (q, k, v, segments, out, log_normaliser)
+    return out, (q, k, v, segments, sinks, out, log_normaliser)
 
 
-def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
-    q, k, v, segments, out, log_normaliser = kept
+def _backward(shape: _Shape, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
+    q, k, v, segments, sinks, out, log_normaliser = kept
     # The barriers keep XLA from computing such arrays again within matmuls that read them across, which takes longer.
     of_out = jax.lax.optimization_barrier(of_out)
     wide = log_normaliser.dtype
@@ -75,14 +95,16 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     shared = jnp.matmul(of_out.astype(wide) * out.astype(wide), ones, precision="highest")
     # Of keys and values with their length last, so that no scores are transposed for a matmul.
     of_q, of_keys = [], tuple(jnp.zeros_like(jnp.swapaxes(x, 2, 3), dtype=wide) for x in (k, v))
-    for queries, keys in blocks(q.shape[3], window):
+    for queries, keys in blocks(q.shape[3], shape.window):
 
         def attend_back(of_keys: tuple[jax.Array, jax.Array], part: _Queries, keys: slice = keys):
             log_normaliser, of_out, shared = part.beside
-            scores = _scores(part, k, segments, keys, window)
+            scores = _scores(part, k, segments, keys, shape)
             weights = jnp.exp(scores - log_normaliser)
             of_weights = _einsum("BGRTK,BGSK->BGRTS", of_out, v[:, :, keys])
             of_scores = weights * (of_weights - shared)
+            if shape.softcap:  # the slope of the tanh, 0 where a score is masked
+                of_scores = of_scores * (1 - (jnp.maximum(scores, -shape.softcap) / shape.softcap) ** 2)
             weights, of_scores = jax.lax.optimization_barrier((weights.astype(v.dtype), of_scores.astype(q.dtype)))
             of_q = _einsum("BGRTS,BGSK->BGRTK", of_scores, k[:, :, keys]).astype(q.dtype)
             of_k, of_v = (
@@ -97,7 +119,11 @@ def _backward(window: int, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
     # XLA on CPUs has no matmul of bfloat16 whose result is transposed in it.
     of_keys = jax.lax.optimization_barrier(of_keys)
     of_k, of_v = (jnp.swapaxes(of_x, 2, 3).astype(x.dtype) for of_x, x in zip(of_keys, (k, v), strict=True))
-    return jnp.concatenate(of_q, axis=3), of_k, of_v, None
+    of_sinks = None
+    if sinks is not None:
+        of_weights = -jnp.exp(sinks.astype(wide) - log_normaliser) * shared
+        of_sinks = jnp.sum(of_weights, axis=3, keepdims=True).astype(sinks.dtype)
+    return jnp.concatenate(of_q, axis=3), of_k, of_v, None, of_sinks
 
 
 _attend.defvjp(_forward, _backward)
@@ -157,14 +183,14 @@ def _in_parts(function: Callable, carry: Any, queries: _Queries) -> tuple[Any, A
     return carry, jax.tree.map(joined, results)
 
 
-def _scores(part: _Queries, k: jax.Array, segments: jax.Array | None, keys: slice, window: int) -> jax.Array:
+def _scores(part: _Queries, k: jax.Array, segments: jax.Array | None, keys: slice, shape: _Shape) -> jax.Array:
     """Masked scores, [B, G, R, t, s], at least float32."""
     positions = part.positions[None], jnp.arange(keys.start, keys.stop)[None]
     within = None
     if part.segments is not None and segments is not None:
         within = part.segments, segments[:, keys]
-    scores = _einsum("BGRTK,BGSK->BGRTS", part.q, k[:, :, keys])
-    seen = visible(positions, within, window)[:, None, None]
+    scores = capped(_einsum("BGRTK,BGSK->BGRTS", part.q, k[:, :, keys]), shape.softcap)
+    seen = visible(positions, within, shape.window)[:, None, None]
     return jnp.where(seen, scores, jnp.asarray(MASKED, scores.dtype))
 
 

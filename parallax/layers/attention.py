@@ -35,8 +35,9 @@ KERNELS = {"splash", "cudnn"}
 class Attention(nnx.Module):
     """softmax(q kᵀ / √K) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1), H query heads over G key/value heads.
 
-    Grouped heads: Ainslie et al. 2023, arXiv:2305.13245. QK-norm: Dehghani et al. 2023, arXiv:2302.05442.
-    Sliding window: Mistral 7B, arXiv:2310.06825.
+    Grouped heads: Ainslie et al. 2023, arXiv:2305.13245. QK-norm: Dehghani et al. 2023, arXiv:2302.05442, and over all
+    heads OLMo 2, arXiv:2501.00656, section 3.2. Sliding window: Mistral 7B, arXiv:2310.06825. Soft cap and sinks: see
+    `attend`.
     """
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
@@ -58,9 +59,14 @@ class Attention(nnx.Module):
             self.value_bias = bias(rngs.params(), (G, K), ("kv_heads", "head_dim"))
         if config.attention_out_bias:
             self.out_bias = bias(rngs.params(), (D,), ("embed",))
-        if config.qk_norm:
+        if config.attention_sinks:
+            self.sinks = bias(rngs.params(), (H,), ("heads",))
+        if config.qk_norm and config.qk_norm_over == "head":
             self.query_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
             self.key_norm = RMSNorm(K, "head_dim", eps=config.norm_eps, rngs=rngs)
+        elif config.qk_norm:
+            self.query_norm = RMSNorm((H, K), ("heads", "head_dim"), eps=config.norm_eps, rngs=rngs)
+            self.key_norm = RMSNorm((G, K), ("kv_heads", "head_dim"), eps=config.norm_eps, rngs=rngs)
 
     def __call__(
         self,
@@ -69,10 +75,12 @@ class Attention(nnx.Module):
         segments_BT: jax.Array | None = None,
         cache: LayerCache | None = None,
         dropout_keys_B: jax.Array | None = None,
+        lengths_B: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
         """[B, T, D] to [B, T, D], and the cache with these tokens written into it.
 
         `positions_BT` is [B, T] or [1, T], by default 0 … T-1; segments are for training and do not mix with a cache.
+        `lengths_B` is for `LayerCache.extend`.
         """
         by_blocks = self.config.attention in BY_BLOCKS and positions_BT is None and cache is None
         if positions_BT is None:
@@ -81,9 +89,7 @@ class Attention(nnx.Module):
         q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT, joined)
         key_positions = positions_BT
         if cache is not None:
-            cache = cache.write(k_BSGK, v_BSGK, positions_BT)
-            k_BSGK, v_BSGK = cache.read()
-            key_positions = jnp.arange(k_BSGK.shape[1], dtype=positions_BT.dtype)[None, :]
+            cache, k_BSGK, v_BSGK, key_positions = cache.extend(k_BSGK, v_BSGK, positions_BT, lengths_B)
         if by_blocks:
             heads_BTHK = self._attend_by_blocks(q_BTHK, k_BSGK, v_BSGK, segments_BT)
         else:
@@ -98,12 +104,16 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """[B, T, H, K]. Each device takes its rows and heads, and whole sequences."""
         queries, keys = ("batch", "length", "act_heads", None), ("batch", None, "act_kv_heads", None)
-        function = BY_BLOCKS[self.config.attention]
-        on_device = functools.partial(function, window=self.config.sliding_window)
-        names = queries, keys, keys, ("batch", None)
+        function, config = BY_BLOCKS[self.config.attention], self.config
+
+        def on_device(q_BTHK, k_BTGK, v_BTGK, segments_BT, sinks_BH):
+            shape = config.sliding_window, config.attention_softcap
+            return function(q_BTHK, k_BTGK, v_BTGK, segments_BT, *shape, sinks_BH)
+
+        names = queries, keys, keys, ("batch", None), ("batch", "act_heads")
         # JAX does not know what a kernel returns.
         on_shards = local(on_device, names, queries, checked=self.config.attention not in KERNELS)
-        return on_shards(q_BTHK, k_BTGK, v_BTGK, segments_BT)
+        return on_shards(q_BTHK, k_BTGK, v_BTGK, segments_BT, self._sinks(q_BTHK))
 
     def _attend(
         self,
@@ -119,7 +129,7 @@ class Attention(nnx.Module):
         heads, length = q_BTHK.shape[2], q_BTHK.shape[1]
         keys_BHT = None if dropout_keys_B is None else split(dropout_keys_B, heads, length)
 
-        def on_device(q_BTHK, k_BSGK, v_BSGK, q_at, k_at, q_in, k_in, keys_BHT):
+        def on_device(q_BTHK, k_BSGK, v_BSGK, q_at, k_at, q_in, k_in, keys_BHT, sinks_BH):
             long = q_BTHK.shape[1] > 2 * CHUNK
             return (attend_in_chunks if long else attend)(
                 q_BTHK,
@@ -128,6 +138,8 @@ class Attention(nnx.Module):
                 positions=(q_at, k_at),
                 segments=None if q_in is None else (q_in, k_in),
                 window=self.config.sliding_window,
+                softcap=self.config.attention_softcap,
+                sinks_BH=sinks_BH,
                 dropout=(self.config.dropout_rate, keys_BHT),
                 **({"chunk": CHUNK} if long else {}),
             )
@@ -137,15 +149,23 @@ class Attention(nnx.Module):
         # One row of positions may stand for all: those of the slots of a cache always do.
         row, key_row = (None if x.shape[0] == 1 else "batch" for x in (positions_BT, key_positions_BS))
         names = (*(queries, keys, keys, (row, "length"), (key_row, None)), ("batch", "length"), ("batch", None))
-        names = (*names, ("batch", "act_heads", "length"))
+        names = (*names, ("batch", "act_heads", "length"), ("batch", "act_heads"))
         return local(on_device, names, queries)(
-            q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, keys_BHT
+            *(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, keys_BHT),
+            self._sinks(q_BTHK),
         )
+
+    def _sinks(self, q_BTHK: jax.Array) -> jax.Array | None:
+        """[B, H], at least float32: each row has them for itself, and their gradient is a sum over rows."""
+        if not self.config.attention_sinks:
+            return None
+        sinks_H = read(self.sinks, jnp.promote_types(q_BTHK.dtype, jnp.float32))
+        return jnp.broadcast_to(sinks_H[None], (q_BTHK.shape[0], len(sinks_H)))
 
     def _project(
         self, x_BTD: jax.Array, positions_BT: jax.Array, joined: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, K], scaled by 1/√K, keys and values [B, T, G, K]; queries and keys rotated.
+        """Queries [B, T, H, K], scaled, and keys and values [B, T, G, K]; queries and keys are rotated.
 
         Joined, they come from one matmul with the three weights side by side.
         """
@@ -162,9 +182,10 @@ class Attention(nnx.Module):
         if self.config.qk_norm:
             q_BTHK, k_BTGK = self.query_norm(q_BTHK), self.key_norm(k_BTGK)
         omega = frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+        own_scale = self.config.attention_scale
+        divisor = 1 / own_scale if own_scale else math.sqrt(self.config.head_dim)
         # yarn's factor of queries and of keys, both here.
-        scale = math.sqrt(self.config.head_dim) / magnitude(self.config.rope_scaling) ** 2
-        q_BTHK = rotate(q_BTHK, positions_BT, omega) / scale
+        q_BTHK = rotate(q_BTHK, positions_BT, omega) / (divisor / magnitude(self.config.rope_scaling) ** 2)
         # Each device projects its own tokens; what others need of keys and values is gathered afterwards.
         own = ("batch", "length", "act_kv_heads", None)
         return q_BTHK, constrain(rotate(k_BTGK, positions_BT, omega), *own), constrain(v_BTGK, *own)

@@ -27,13 +27,21 @@ def check_heads(head_dim: int, dtype: str) -> None:
 
 
 def attend_by_cudnn(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None, window: int
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int,
+    softcap: float = 0.0,
+    sinks_BH: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K].
 
     Packed documents are attended to by blocks instead, on GPUs too: cuDNN has no mask of segments that is not [T, T].
-    Raises ValueError if a device holds a part of each sequence, or cuDNN has no such heads.
+    Raises ValueError if a device holds a part of each sequence, or cuDNN has no such heads, soft cap or sinks.
     """
+    if softcap or sinks_BH is not None:
+        raise ValueError("attention=cudnn has neither soft caps nor sinks; try --model.attention blocks")
     check_whole("cudnn", q_BTHK.shape[1], k_BTGK.shape[1])
     check_heads(q_BTHK.shape[-1], q_BTHK.dtype.name)
     if segments_BT is not None:

@@ -13,6 +13,7 @@ from flax import nnx
 from parallax import cpu
 from parallax.axes import Role, constrain, param, read
 from parallax.config import TransformerConfig
+from parallax.layers.attend import capped
 
 MASKED = -1e30
 """The logit of a row without a token: finite, so that zero times it is zero."""
@@ -29,7 +30,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: TransformerConfig, role: Role = "input", *, rngs: nnx.Rngs):
         self.dtype = jnp.dtype(config.dtype)
-        self.softcap = config.logit_softcap
+        self.softcap, self.scale = config.logit_softcap, config.embedding_scale
         self.vocab_size, rows = config.vocab_size, config.table_rows
         deviation = 0.25 * config.embed_dim**-0.5
         if role == "input":
@@ -47,6 +48,8 @@ class Embedding(nnx.Module):
         # Whole vectors: looked up in slices of them, tokens and results would change places between devices.
         table_WD = constrain(self.whole() if table_WD is None else table_WD, "vocab", None)
         x_BTD: Any = _look_up(table_WD.shape[0], table_WD, tokens_BT)
+        if self.scale != 1:
+            x_BTD = x_BTD * jnp.asarray(self.scale, x_BTD.dtype)
         return constrain(x_BTD, "batch", "length", "act_embed")
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
@@ -61,8 +64,7 @@ class Embedding(nnx.Module):
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         logits_BTW = cpu.unembed(table_WD, x_BTD, wide)
         logits_BTW = constrain(logits_BTW, "batch", "length", "act_vocab")
-        if self.softcap:
-            logits_BTW = self.softcap * jnp.tanh(logits_BTW / self.softcap)
+        logits_BTW = capped(logits_BTW, self.softcap)
         if table_WD.shape[0] > self.vocab_size:
             ids_W = jnp.arange(table_WD.shape[0])[None, None]
             logits_BTW = jnp.where(ids_W < self.vocab_size, logits_BTW, jnp.asarray(MASKED, wide))

@@ -36,11 +36,16 @@ def _project_backward(inputs: tuple[jax.Array, jax.Array], g_BTF: jax.Array) -> 
 _project.defvjp(_project_forward, _project_backward)
 
 
-class SwiGLU(nnx.Module):
-    """y = (silu(x W_gate) ⊙ x W_up) W_down (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+
+
+class GatedFeedForward(nnx.Module):
+    """y = (a(x W_gate) ⊙ x W_up) W_down (Shazeer 2020, arXiv:2002.05202, eq. 6): SwiGLU where a is silu, GeGLU where it
+    is the gelu, by its tanh."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
+        self.activation = config.activation
         inward = jax.nn.initializers.normal(D**-0.5)
         outward = jax.nn.initializers.normal((2 * config.num_layers * F) ** -0.5)  # residual sum over 2N branches
         matrix = functools.partial(param, decays=True, role="hidden")
@@ -48,10 +53,10 @@ class SwiGLU(nnx.Module):
         self.up = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
         self.down = matrix(outward, rngs.params(), (F, D), ("mlp", "embed"), inputs=("mlp",))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] to [B, T, D]."""
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, T, D] to [B, T, D], with nothing to report of it."""
         dtype = x_BTD.dtype
         gate_BTF = _project(x_BTD, read(self.gate, dtype))
         up_BTF = _project(x_BTD, read(self.up, dtype))
-        hidden_BTF = constrain(jax.nn.silu(gate_BTF) * up_BTF, "batch", "length", "act_mlp")
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, read(self.down, dtype))
+        hidden_BTF = constrain(ACTIVATIONS[self.activation](gate_BTF) * up_BTF, "batch", "length", "act_mlp")
+        return jnp.einsum("BTF,FD->BTD", hidden_BTF, read(self.down, dtype)), {}

@@ -26,7 +26,13 @@ def check_length(seq_len: int) -> None:
 
 
 def attend_in_kernel(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None, window: int
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    window: int,
+    softcap: float = 0.0,
+    sinks_BH: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention within segments and the window; queries are scaled already. Returns [B, T, H, K].
 
@@ -35,9 +41,9 @@ def attend_in_kernel(
     """
     check_whole("splash", q_BTHK.shape[1], k_BTGK.shape[1])
     check_length(q_BTHK.shape[1])
-    run = functools.partial(_run, window)
+    run = functools.partial(_run, window, softcap)
     return jax.lax.platform_dependent(
-        *(q_BTHK, k_BTGK, v_BTGK, segments_BT),
+        *(q_BTHK, k_BTGK, v_BTGK, segments_BT, sinks_BH),
         tpu=functools.partial(run, interpret=False),
         default=functools.partial(run, interpret=True),
     )
@@ -45,10 +51,12 @@ def attend_in_kernel(
 
 def _run(
     window: int,
+    softcap: float,
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
     segments_BT: jax.Array | None,
+    sinks_BH: jax.Array | None,
     *,
     interpret: bool,
 ) -> jax.Array:
@@ -67,8 +75,9 @@ def _run(
         block_sizes=kernel.BlockSizes(**blocks),
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=softcap or None,
         interpret=interpret,
     )
     ids = None if segments_BT is None else kernel.SegmentIds(segments_BT, segments_BT)
     q_BHTK, k_BGTK, v_BGTK = (jnp.swapaxes(x, 1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-    return jnp.swapaxes(jax.vmap(on_one_row)(q_BHTK, k_BGTK, v_BGTK, ids), 1, 2)
+    return jnp.swapaxes(jax.vmap(on_one_row)(q_BHTK, k_BGTK, v_BGTK, ids, sinks_BH), 1, 2)

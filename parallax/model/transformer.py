@@ -18,7 +18,7 @@ from parallax.layers.cache import KVCache
 from parallax.layers.dropout import dropout, split
 from parallax.layers.embedding import Embedding
 from parallax.layers.normalization import RMSNorm
-from parallax.model.stack import LayerStack, Params, is_listed, listed_blocks, stacked_blocks
+from parallax.model.stack import Aux, LayerStack, Params, is_listed, listed_blocks, stacked_blocks
 
 
 class TransformerLM(nnx.Module):
@@ -51,6 +51,7 @@ class TransformerLM(nnx.Module):
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Token ids [B, T] to float32 logits [B, T, V], and the cache with these tokens in it.
 
@@ -61,12 +62,14 @@ class TransformerLM(nnx.Module):
           segments: [B, T]; tokens attend within their own segment.
           cache: earlier tokens, from `empty_cache`; a token is written to the slot of its position.
           dropout_key: one, or one a row [B], which alone decides what is dropped of it; without one nothing is.
+          lengths: [B], where these are the first tokens of rows in a cache: those behind so many are padding, which
+            would take the slots of a window from the tokens before it.
 
         Raises:
           ValueError: more tokens than max_seq_len or the cache has room for, a cache without positions, with segments
             or of another model, or shapes that do not belong together.
         """
-        x_BTD, cache = self.hidden(tokens_BT, positions, segments, cache, dropout_key)
+        x_BTD, cache, _ = self.hidden(tokens_BT, positions, segments, cache, dropout_key, lengths)
         return self.unembed(x_BTD)[..., : self.config.vocab_size], cache
 
     def hidden(
@@ -76,11 +79,13 @@ class TransformerLM(nnx.Module):
         segments: jax.Array | None = None,
         cache: KVCache | None = None,
         dropout_key: jax.Array | None = None,
+        lengths: jax.Array | None = None,
         table_WD: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | None, Aux]:
         """`__call__` up to the final norm: [B, T, D], so that a loss can take the logits a chunk at a time.
 
-        `table_WD` is the input embedding where it was read already.
+        With it comes what layers report, as `LayerStack.fold` gives it. `table_WD` is the input embedding where it was
+        read already.
         """
         self._check_shapes(tokens_BT, positions, segments, cache)
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.vocab_size)
@@ -93,8 +98,8 @@ class TransformerLM(nnx.Module):
         x_BTD = self.embedding.embed(tokens_BT, table_WD)
         x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])
         stack, layer_keys = LayerStack(self.config, self.blocks), None if keys is None else keys[:-1]
-        x_BTD, cache = stack.fold(x_BTD, cache, positions, segments, layer_keys)
-        return self.final_norm(x_BTD), cache
+        x_BTD, cache, aux = stack.fold(x_BTD, cache, positions, segments, layer_keys, lengths)
+        return self.final_norm(x_BTD), cache, aux
 
     def _layer_keys(self, key: jax.Array, num_rows: int) -> jax.Array:
         """[N + 1, B] from one key or one a row; the last are for what stands before the blocks."""
@@ -124,7 +129,7 @@ class TransformerLM(nnx.Module):
                 raise ValueError("a cache does not separate segments; give one document a row, without segments")
 
     def _check_cache(self, cache: KVCache, rows: int, length: int) -> None:
-        own = jax.eval_shape(lambda: self.empty_cache(rows, cache.capacity))
+        own = jax.eval_shape(lambda: self.empty_cache(rows, cache.capacity, cache.ahead))
         given, own = (
             [(x.shape, str(x.dtype)) for x in jax.tree.leaves((each.keys, each.values))] for each in (cache, own)
         )
@@ -138,9 +143,9 @@ class TransformerLM(nnx.Module):
                 f"{length} tokens must not exceed the {cache.capacity} of the cache; make it larger, or give fewer"
             )
 
-    def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """A cache for rows of up to `capacity` tokens, laid out as the blocks are."""
-        return KVCache.create(self.config, batch_size, capacity, listed=isinstance(self.blocks, nnx.List))
+    def empty_cache(self, batch_size: int, capacity: int, ahead: int = 0) -> KVCache:
+        """A cache for rows of up to `capacity` tokens, `ahead` of which may be taken back, laid out as the blocks."""
+        return KVCache.create(self.config, batch_size, capacity, ahead, listed=isinstance(self.blocks, nnx.List))
 
     @property
     def head(self) -> Embedding:

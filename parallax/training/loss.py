@@ -138,7 +138,7 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
     def loss_fn(params, batch, key):
         model = TransformerLM.from_params(config, params)
         table_WD = model.head.whole() if config.tie_embeddings else None
-        x_BTD, _ = model.hidden(batch["inputs"], segments=batch.get("segments"), dropout_key=key, table_WD=table_WD)
+        x_BTD, _, _ = model.hidden(batch["inputs"], segments=batch.get("segments"), dropout_key=key, table_WD=table_WD)
         if table_WD is None:
             # Gathered after the blocks, and its gradient scattered before theirs: never two whole tables at once.
             shards = (x_BTD, model.head.table[...])

@@ -53,7 +53,9 @@ def choose_attention(model: TransformerConfig, seq_len: int, length_parts: int, 
         )
     if model.attention != "auto":
         return model
-    taken = {"blocks": True, "splash": seq_len % LANES == 0, "cudnn": takes(model.head_dim, model.dtype)}
+    plain = not any(layer.attention_softcap or layer.attention_sinks for layer in model.layers)
+    by_cudnn = takes(model.head_dim, model.dtype) and plain
+    taken = {"blocks": True, "splash": seq_len % LANES == 0, "cudnn": by_cudnn}
     whole = length_parts == 1 and not model.dropout_rate
     return dataclasses.replace(model, attention=fastest if whole and taken.get(fastest) else "xla")
 

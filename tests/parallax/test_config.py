@@ -86,6 +86,7 @@ SIZES = {  # name in parallax.config: millions of parameters, as published or as
     "BASE_CONFIG": 85.0,
     "LLAMA_1B_CONFIG": 1235.8,
     "LLAMA_8B_CONFIG": 8030.3,
+    "GEMMA3_4B_CONFIG": 3880.1,
 }
 
 

@@ -35,8 +35,8 @@ def model(variant):
         return TransformerLM.from_params(config, params)(tokens)[0]
 
     @jax.jit
-    def step(params, tokens, positions, cache):
-        return TransformerLM.from_params(config, params)(tokens, positions, cache=cache)
+    def step(params, tokens, positions, cache, lengths=None):
+        return TransformerLM.from_params(config, params)(tokens, positions, cache=cache, lengths=lengths)
 
     return config, params, full(params, TOKENS), functools.partial(step, params), step
 
@@ -60,7 +60,7 @@ def test_ragged_rows_padded_on_the_right_then_decoded(variant):
     at = np.tile(np.arange(7, dtype=np.int32), (B, 1))
     padding = at >= lengths[:, None]
     prompt = np.where(padding, rng.integers(0, V, at.shape), TOKENS[:, :7])
-    logits, cache = step(prompt, at, KVCache.create(config, B, SLOTS))
+    logits, cache = step(prompt, at, KVCache.create(config, B, SLOTS), lengths)
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32 sums
     compare(logits[~padding], expected[:, :7][~padding])
     rows = np.arange(B)
@@ -113,7 +113,7 @@ def test_a_layers_own_arrays_are_written_like_its_part_of_the_stack(rows):
     part = LayerCache(keys=stack.keys, values=stack.values, layer=jnp.int32(1))
     k, v = np.random.default_rng(4).normal(size=(2, rows, 2, 4, 4)).astype(np.float32)
     at = np.arange(rows, dtype=np.int32)[:, None] + np.array([[2, SLOTS]], np.int32)  # the second in no slot
-    for mine, shared in zip(own.write(k, v, at).read(), part.write(k, v, at).read(), strict=True):
+    for mine, shared in zip(own.extend(k, v, at)[0].read(), part.extend(k, v, at)[0].read(), strict=True):
         np.testing.assert_array_equal(mine, shared)
         assert (np.asarray(mine != 7.0).any((2, 3)).sum(axis=1) == 1).all()
 
@@ -122,7 +122,7 @@ def test_layer_writes_and_reads_its_own_part():
     cache = KVCache.create(SMALL, B, SLOTS)
     view = LayerCache(keys=cache.keys, values=cache.values, layer=jnp.int32(1))
     k, v = np.random.default_rng(3).normal(size=(2, B, 2, 4, 4)).astype(np.float32)
-    written = view.write(k, v, np.array([[3, 8]], np.int32))  # one row of positions for the whole batch
+    written, *_ = view.extend(k, v, np.array([[3, 8]], np.int32))  # one row of positions for the whole batch
     for stored, given in zip(written.read(), (k, v), strict=True):
         np.testing.assert_array_equal(stored[:, [3, 8]], given)
         assert not np.delete(stored, [3, 8], axis=1).any()

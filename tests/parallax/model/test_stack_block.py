@@ -30,9 +30,10 @@ def example(zeroed=(), **changes):
 def test_adds_attention_of_the_norm_and_then_feedforward_of_the_norm():
     block, x = example()
     attended = x + block.attention(block.attention_norm(x), POSITIONS)[0]
-    expected = attended + block.mlp(block.mlp_norm(attended))
-    y, cache = block(x, POSITIONS)
+    expected = attended + block.mlp(block.mlp_norm(attended))[0]
+    y, cache, aux = block(x, POSITIONS)
     assert cache is None
+    assert aux == {}
     np.testing.assert_array_equal(y, expected)
 
 
@@ -52,7 +53,7 @@ def test_the_three_places_of_dropout_use_different_keys():
     """With one key for the two residual sums, a dropped value of one would be dropped in the other too."""
     block, x = example(dropout_rate=0.5)
     block.attention = lambda x, *_: (jnp.ones_like(x), None)
-    block.mlp = jnp.ones_like
+    block.mlp = lambda x: (jnp.ones_like(x), {})
     added = block(x, POSITIONS, dropout_keys_B=jax.random.split(jax.random.key(0), B))[0] - x
     np.testing.assert_allclose(np.unique(np.round(added, 4)), [0, 2, 4])  # neither, one, both; scaled by 2
 

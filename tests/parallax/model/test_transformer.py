@@ -82,7 +82,7 @@ def test_scan_equals_a_loop_over_the_blocks():
         x = dropout(model.embedding.embed(TOKENS), config.dropout_rate, keys[-1])
         for n in range(config.num_layers):
             block = nnx.merge(graph, jax.tree.map(lambda leaf, n=n: leaf[n], stacked))
-            x, _ = block(x, jnp.arange(T)[None], dropout_keys_B=keys[n])
+            x, _, _ = block(x, jnp.arange(T)[None], dropout_keys_B=keys[n])
         return model.unembed(model.final_norm(x))[..., :V]
 
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # fused in another way
