@@ -119,7 +119,8 @@ def context_length(settings: dict[str, Any]) -> int:
     training never showed.
     """
     config, trained = config_from_dict(settings["model"]), trained_length(settings)
-    return config.max_seq_len if 0 < config.sliding_window < trained else trained
+    windows = [layer.sliding_window for layer in config.layers]
+    return config.max_seq_len if 0 < min(windows) <= max(windows) < trained else trained
 
 
 def read_settings(folder: epath.Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ utilisation wants it; everything on `StepCost` counts what this implementation e
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -23,11 +23,14 @@ def forward_flops(config: TransformerConfig, seq_len: int) -> float:
     2·2·K a visible key. Causal attention sees half of the keys on average (Kaplan et al. 2020, arXiv:2001.08361,
     table 1, counts all of them).
     """
-    keys = (seq_len + 1) / 2
-    window = config.sliding_window
-    if 0 < window < seq_len:  # the first `window` queries see 1 … window keys, the others see window
-        keys = window - window * (window - 1) / (2 * seq_len)
-    return config.num_layers * (2 * _weights(config) + _attention(config, keys)) + _head(config)
+
+    def seen(window: int) -> float:
+        if not 0 < window < seq_len:
+            return (seq_len + 1) / 2
+        # The first `window` queries see 1 … window keys, the others see window.
+        return window - window * (window - 1) / (2 * seq_len)
+
+    return config.num_layers * (2 * _weights(config) + _attention(config, _mean(config, seen))) + _head(config)
 
 
 def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> float:
@@ -37,7 +40,7 @@ def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> floa
 
 @functools.lru_cache(maxsize=64)
 def _weights(config: TransformerConfig) -> int:
-    """Of the matrices of one block."""
+    """Of the matrices of one block, on average."""
     leaves = jax.tree.leaves(parameters(config))
     return sum(each.size for each in leaves if each.role == "hidden") // config.num_layers
 
@@ -46,6 +49,11 @@ def _weights(config: TransformerConfig) -> int:
 def _tables(config: TransformerConfig) -> tuple[int, ...]:
     """Weights of each table of embeddings; the last is the head."""
     return tuple(each.size for each in jax.tree.leaves(parameters(config)) if "vocab" in each.names)
+
+
+def _mean(config: TransformerConfig, keys: Callable[[int], float]) -> float:
+    """Of what layers have for their windows."""
+    return sum(keys(layer.sliding_window) for layer in config.layers) / config.num_layers
 
 
 def _attention(config: TransformerConfig, keys: float) -> float:
@@ -115,8 +123,12 @@ class StepCost:
         """Keys of which a query's scores are computed, on average."""
         if self.config.attention != "blocks":
             return self.seq_len
-        pairs = blocks(self.seq_len, self.config.sliding_window)
-        return sum((q.stop - q.start) * (k.stop - k.start) for q, k in pairs) / self.seq_len
+
+        def computed(window: int) -> float:
+            pairs = blocks(self.seq_len, window)
+            return sum((q.stop - q.start) * (k.stop - k.start) for q, k in pairs) / self.seq_len
+
+        return _mean(self.config, computed)
 
     def kernel_flops(self) -> float:
         """Operations inside the attention kernel, by whole blocks of scores that are not all masked.
@@ -129,9 +141,8 @@ class StepCost:
             return 0.0
         largest, backward = {"splash": (512, 3.5), "cudnn": (128, 2.5)}[config.attention]
         block = min(self.seq_len, largest)
-        keys = (self.seq_len + block) / 2
-        if config.sliding_window:
-            keys = min(keys, config.sliding_window + block)
+        whole = (self.seq_len + block) / 2
+        keys = _mean(config, lambda window: min(whole, window + block) if window else whole)
         runs = 1 + backward + (config.remat != "none")
         return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
 
@@ -221,7 +232,7 @@ class StepCost:
         scores = 0.0 if kernel else config.num_heads * self._keys_at_once(sequence) / tensor
         if config.remat == "none":
             # In float32, and in the compute dtype where that is another.
-            norms = 2 * D * (8 + (e if e < 4 else 0))
+            norms = (4 if config.norms == "both" else 2) * D * (8 + (e if e < 4 else 0))
             kept = 0.0 if config.attention == "blocks" or self._in_chunks(sequence) else scores * (4 + e)
             return norms + e * D + kept_heads * projections + 6 * e * F + gathered + kept, 0.0
         gathered *= max(1, 128 / config.head_dim)  # it comes along heads
