@@ -3,20 +3,21 @@
 Invariant: a Corpus is never empty and is the same on every host that reads the same files, in the same order.
 """
 
+import dataclasses
 import hashlib
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from data.preparing.sources import COMPRESSIONS, format_of, spelled
+from data.preparing.sources import COMPRESSIONS, documents_in, format_of, is_records, spelled
 from data.records import TokenRecords
-from data.stores.mixture import Stores, load_stores
+from data.stores.mixture import Stores, load_stores, open_stores
 from data.stores.store import is_store, open_store
 from data.tiny_shakespeare import load_tiny_shakespeare
 from parallax.storage import is_remote
@@ -25,11 +26,10 @@ TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".array_record", ".arrayrecord")
 NAMED = 10
 """Files at most that one message names."""
-RECORD_NAME = re.compile(r"\.(array_record|arrayrecord)(-\d+-of-\d+)?", re.IGNORECASE)
 OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way."
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Corpus:
     """What a run learns from: `documents` of text, `records` of tokens, or `stores` of them, one of the three.
 
@@ -39,17 +39,25 @@ class Corpus:
         documents: the texts, a single one for a single file; empty for the others.
         records: token documents with the tokenizer that made them, or None.
         stores: token stores, or None.
+        evaluated: stores whose held-out sides are evaluated, instead of a part of this.
     """
 
     name: str
     edition: str
-    documents: tuple[str, ...] = field(default=(), repr=False)
+    documents: tuple[str, ...] = dataclasses.field(default=(), repr=False)
     records: TokenRecords | None = None
     stores: Stores | None = None
+    evaluated: Stores | None = None
 
     @cached_property
     def sha256(self) -> str:
-        """Of all documents, each with its length in bytes before it; of stores that of their content."""
+        """Of all documents, each with its length in bytes before it; of stores that of their content.
+
+        With other stores to be evaluated, of both.
+        """
+        if self.evaluated is not None:
+            both = (dataclasses.replace(self, evaluated=None).sha256, self.evaluated.sha256)
+            return hashlib.sha256("\n".join(both).encode()).hexdigest()
         if self.stores is not None:
             return self.stores.sha256
         digest = hashlib.sha256()
@@ -63,6 +71,7 @@ def load_corpus(
     name_or_path: str,
     data_dir: str | None = None,
     *,
+    evaluated: str | None = None,
     notify: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Corpus:
     """Loads `tiny_shakespeare`, a text file, a folder of text files (*.txt, *.md), ArrayRecord files or token stores.
@@ -74,6 +83,7 @@ def load_corpus(
     Args:
         name_or_path: the `--dataset` flag.
         data_dir: where to look for Tiny Shakespeare first; None means $PARALLAX_DATA_DIR.
+        evaluated: the `--held-out` flag, a store or a mixture.
         notify: receives a line that says which text is used and where it came from.
 
     Raises:
@@ -81,25 +91,25 @@ def load_corpus(
     """
     if name_or_path == "tiny_shakespeare":
         text, title = load_tiny_shakespeare(data_dir, notify)
-        return Corpus("tiny_shakespeare", title, (text,))
-    path, stores = Path(name_or_path).expanduser(), load_stores(name_or_path)
-    if stores is None and is_remote(name_or_path):
-        stores = Stores((open_store(name_or_path),))
-    if stores is not None:
-        corpus = _of_stores(stores)
+        corpus = Corpus("tiny_shakespeare", title, (text,))
+    else:
+        corpus = _load(name_or_path)
         notify(f"dataset {corpus.edition}")
+    if evaluated is None:
         return corpus
+    stores = open_stores(evaluated)
+    notify(f"held out  {stores.title}")
+    return dataclasses.replace(corpus, edition=f"{corpus.edition}, evaluated on {stores.title}", evaluated=stores)
+
+
+def _load(name: str) -> Corpus:
+    path, stores = Path(name).expanduser(), load_stores(name)
+    if stores is not None or is_remote(name):
+        return _of_stores(stores or open_stores(name))
     if not os.path.exists(path):  # that of pathlib raises for a name that is too long
-        rule = f"dataset {name_or_path!r} must be tiny_shakespeare or a path that exists"
+        rule = f"dataset {name!r} must be tiny_shakespeare or a path that exists"
         raise ValueError(f"{rule}; check the spelling")
-    corpus = _load_folder(path) if path.is_dir() else _load_file(path)
-    notify(f"dataset {corpus.edition}")
-    return corpus
-
-
-def is_records(path: Path) -> bool:
-    """Whether a file's name is that of an ArrayRecord file, or of a shard such as x.array_record-00000-of-00002."""
-    return RECORD_NAME.fullmatch(path.suffix) is not None
+    return _load_folder(path) if path.is_dir() else _load_file(path)
 
 
 def is_plain(path: Path) -> bool:
@@ -113,7 +123,7 @@ def overfit_corpus() -> Corpus:
 
 
 def _load_file(path: Path) -> Corpus:
-    if is_records(path):
+    if is_records(path.name):
         return _load_records(path, [path])
     if not is_plain(path):
         remedy = f"prepare it first: prepare.py {path} --tokenizer bpe:32000 --output {path.name.split('.')[0]}.store"
@@ -124,7 +134,7 @@ def _load_file(path: Path) -> Corpus:
 def _load_folder(folder: Path) -> Corpus:
     if is_store(folder):
         return _of_stores(Stores((open_store(folder),)))
-    records = sorted(entry for entry in folder.rglob("*") if is_records(entry) and not entry.name.startswith("."))
+    records = sorted(entry for entry in folder.rglob("*") if is_records(entry.name) and not entry.name.startswith("."))
     if records:
         return _load_records(folder, records)
     found = [path for path in folder.rglob("*") if path.suffix.lower() in TEXT_SUFFIXES and path.is_file()]
@@ -155,6 +165,9 @@ def _of_stores(stores: Stores) -> Corpus:
 def _load_records(path: Path, files: list[Path]) -> Corpus:
     records = TokenRecords(files, path if path.is_dir() else path.parent)
     edition = f"token records {spelled(path)}: {len(records)} documents, files: {len(files)}"
+    others = Counter(kind for _, kind in documents_in(path) if kind != "records") if path.is_dir() else {}
+    if others:
+        edition += f" (left out: {', '.join(f'{kind} ({count})' for kind, count in others.items())})"
     return Corpus(_short_name(path.resolve().stem), edition, records=records)
 
 

@@ -60,6 +60,36 @@ def pack(documents: np.ndarray, lengths: np.ndarray, seq_len: int) -> PackingInd
     )
 
 
+def fill(index: PackingIndex, seq_len: int, num_rows: int) -> PackingIndex:
+    """The same tokens in `num_rows` rows, which must have room for them.
+
+    The fullest rows stay as they are, and the pieces of the others are cut to fit what they leave free. So the number
+    of rows follows from that of the tokens, at the price of a few more cuts.
+    """
+    if index.num_rows <= num_rows:
+        return index
+    used = np.add.reduceat(index.length, index.row_start[:-1])
+    order = np.argsort(-used, kind="stable").tolist()
+    rows = [index.pieces(row) for row in order[:num_rows]]
+    left = [piece for row in order[num_rows:] for piece in index.pieces(row)]
+    place, free = num_rows - 1, seq_len - int(used[order[num_rows - 1]])
+    for document, start, length in left:
+        while length:
+            while not free:
+                place -= 1
+                free = seq_len - int(used[order[place]])
+            taken = min(length, free)
+            rows[place].append((document, start, taken))
+            start, length, free = start + taken, length - taken, free - taken
+    documents, starts, lengths = zip(*(piece for row in rows for piece in row), strict=True)
+    return PackingIndex(
+        document=np.array(documents, np.int32),
+        start=np.array(starts, np.int64),
+        length=np.array(lengths, np.int32),
+        row_start=np.cumsum([0, *(len(row) for row in rows)]),
+    )
+
+
 def _best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     """The row of each piece, for lengths in decreasing order: the fullest open row that still has room.
 

@@ -4,6 +4,7 @@ Invariant: global batch k is a pure function of (corpus, tokenizer, seq_len, bat
 differ only in the rows that they take of it, and the state of the pipeline is the integer k.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -35,22 +36,33 @@ def tokenizer_for(corpus: Corpus, spec: str | None = None) -> Tokenizer:
 
 
 def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, *, held_out_fraction: float = 0.1
+    corpus: Corpus, tokenizer: Tokenizer, seq_len: int, *, held_out_fraction: float = 0.1, packing: str | None = None
 ) -> tuple[Samples, Samples]:
     """Splits the corpus into (train, held out) and lays it out for rows of `seq_len` tokens.
 
     One document is split by its characters, at the same place for every tokenizer, and trained on in random windows;
     several are split by whole documents, at least one to each side, and packed. The last ones are held out. With
-    `held_out_fraction=0` both sides are the whole corpus. A store was split when it was made, and is trained on in
-    windows. Raises ValueError if a text is shorter than one sequence, it holds a character that the tokenizer does not
-    know, a store's tokens are of another tokenizer, or an argument or a record is out of range.
+    `held_out_fraction=0` both sides are the whole corpus. A store was split when it was made, and `packing` says how
+    its documents fill rows; None means concat. Where other stores are evaluated, text and records are trained on whole.
+
+    Raises ValueError if a text is shorter than one sequence, it holds a character that the tokenizer does not know, a
+    store's tokens are of another tokenizer, or an argument or a record is out of range.
     """
     if seq_len < 1:
         raise ValueError(f"seq_len={seq_len} must be at least 1; try 256")
     if not 0 <= held_out_fraction < 1:
         raise ValueError(f"held_out_fraction={held_out_fraction} must be at least 0 and less than 1; try 0.1")
-    if corpus.stores is not None:
-        return _prepare_stores(corpus.stores, tokenizer, seq_len)
+    if corpus.stores is None and packing is not None:
+        raise ValueError(
+            f"--packing {packing} goes with a store, and {corpus.edition} is none; see prepare.py, or leave it out"
+        )
+    if (evaluated := corpus.evaluated or corpus.stores) is not None:
+        if corpus.stores is None:
+            alone = dataclasses.replace(corpus, evaluated=None)
+            training, _ = prepare(alone, tokenizer, seq_len, held_out_fraction=0.0)
+        else:
+            training = require_same_tokenizer(corpus.stores, tokenizer).training(seq_len, packing or "concat")
+        return training, require_same_tokenizer(evaluated, tokenizer).held_out(seq_len, packing or "concat")
     if len(corpus.records or corpus.documents) > 1:
         return _prepare_documents(corpus, tokenizer, seq_len, held_out_fraction)
     return _prepare_text(corpus, tokenizer, seq_len, held_out_fraction)
@@ -110,12 +122,13 @@ def _prepare_text(
     return windows(whole[:cut], "training text"), windows(whole[cut:], "held-out text")
 
 
-def _prepare_stores(stores: Stores, tokenizer: Tokenizer, seq_len: int) -> tuple[Samples, Samples]:
+def require_same_tokenizer(stores: Stores, tokenizer: Tokenizer) -> Stores:
+    """The stores. Raises ValueError if their tokens are of another tokenizer."""
     if tokenizer.to_json() != load_tokenizer(stores.tokenizer_path).to_json():
         made = stores.stores[0].manifest["tokenizer"]["name"]
         rule = f"store {stores.names[0]} holds tokens of another tokenizer ({made}) than the run's ({tokenizer.name})"
         raise ValueError(f"{rule}; prepare one with --tokenizer and the folder of the run")
-    return stores.samples(seq_len)
+    return stores
 
 
 def _prepare_documents(

@@ -21,10 +21,9 @@ Batch = dict[str, np.ndarray]
 
 
 class Samples(Protocol):
-    """Samples with ids. `num_targets` counts the tokens to predict in all of `all_ids`."""
+    """Samples with ids."""
 
     seq_len: int
-    num_targets: int
 
     def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
         """The sample ids of global training batch k, int64 [batch_size]."""

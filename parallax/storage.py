@@ -50,6 +50,13 @@ def open_folder(folder: str | os.PathLike) -> epath.Path:
     return path
 
 
+def bucket_files() -> Any:
+    """The gcsfs of this process, the one that etils uses too, for what its paths do not do."""
+    import fsspec
+
+    return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
 def make_folder(folder: epath.Path) -> None:
     """Makes a local folder and its parents; an object store has none, and gcsfs would make a missing bucket.
 
@@ -66,9 +73,7 @@ def file_sizes(folder: epath.Path) -> dict[str, int]:
     raises KeyError for the users of other machines and containers.
     """
     if is_remote(folder):
-        import fsspec
-
-        files = fsspec.filesystem("gcs", finalize_on_close=True)  # the one that etils uses
+        files = bucket_files()
         base = files._strip_protocol(os.fspath(folder)).rstrip("/") + "/"
         return {name.removeprefix(base): entry["size"] for name, entry in files.find(base, detail=True).items()}
     paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)

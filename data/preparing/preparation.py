@@ -7,41 +7,33 @@ says behind which document each shard that is whole ended.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from data.preparing.output import Output
 from data.preparing.readers import Record, read_records
-from data.preparing.sources import Source, SourceFile, spelled
+from data.preparing.sources import Source, described, opened, spelled
 from data.preparing.tokenizing import Document, Work, tokenized
 from data.stores.store import (
     FORMAT,
-    JOURNAL,
-    MANIFEST,
     SIDES,
     TOKENIZER,
     VERSION,
     ShardWriter,
     TokenSide,
     TokenStore,
-    has_journal,
     manifest_sha256,
     open_store,
-    sync_folder,
 )
-from parallax.storage import reason_of, write_atomically, write_json
+from parallax.storage import reason_of
 from parallax.tokenizers.base import Tokenizer
-from parallax.tokenizers.registry import save_tokenizer
 
 NAMED_ERRORS = 10
-OF_SHARD = re.compile(rf"\d+\.({'|'.join(SIDES)})\.(tokens|documents)")
-DRAFT = re.compile(rf"\.({OF_SHARD.pattern}\.draft|({MANIFEST}|{JOURNAL}|{TOKENIZER})\.[0-9a-f]{{32}})")
-"""What a kill leaves: a file that is not whole yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +57,8 @@ class Settings:
     shard_tokens: int = 1 << 26
 
     def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"held_out={self.held_out} must be at least 0 and less than 1; try 0.01")
+        if not 0 <= self.held_out <= 1:
+            raise ValueError(f"held_out={self.held_out} must be from 0 to 1; try 0.01")
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1; try {1 << 26}")
         if not self.field:
@@ -93,12 +85,14 @@ class Preparation:
         named: the first of them, each with its file, line and reason.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[Source], settings: Settings, tokenizer: str) -> None:
-        """Looks at the folder and makes nothing; `tokenizer` is what the command calls it.
+    def __init__(
+        self, folder: str | os.PathLike, sources: Sequence[Source], settings: Settings, tokenizer: str
+    ) -> None:
+        """Looks at the folder, local or on gs://, and makes nothing; `tokenizer` is what the command calls it.
 
         Raises ValueError if something else is in the folder, or a store that another command began.
         """
-        self._folder, self._sources, self._settings = folder, sources, settings
+        self._output, self._sources, self._settings = Output(folder), sources, settings
         self._command = {
             "format": FORMAT,
             "version": VERSION,
@@ -107,24 +101,24 @@ class Preparation:
             "sources": [dataclasses.astuple(source) for source in sources],
         }
         self.finished: TokenStore | None = None
-        self.begun = False
         self.unreadable, self.named = 0, list[str]()
         self._left_out = {"short": 0, "duplicates": 0}
         self._shards: list[dict[str, Any]] = []
         self._hashes: list[str] = []
         self._at = (0, 0)
         self._seen: set[bytes] = set()
-        self._progress, self._journal_bytes = Progress(), 0
-        self._found = self._look()
-        if self._found[0]:
+        self._progress = Progress()
+        if self._output.is_finished:
             self.finished = open_store(folder)
             self._require_same(_command_of(self.finished.manifest), "was prepared")
-        elif self._found[1]:
-            self._read_journal()
+        elif journal := self._output.read_journal():
+            self._require_same(journal[0], "was begun")
+            self._take_up(journal[1:])
+        self.begun = bool(self._shards)
 
     @property
-    def tokenizer_path(self) -> Path:
-        return self._folder / TOKENIZER
+    def tokenizer_path(self) -> epath.Path:
+        return epath.Path(self._output.folder) / TOKENIZER
 
     def run(
         self,
@@ -143,111 +137,67 @@ class Preparation:
         """
         if self.finished is not None:
             return self.finished
-        made = not self._folder.exists()
+        output = self._output
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with _held(self._folder):
-                if self._look() != self._found:
-                    raise ValueError(f"store {self._folder} changed meanwhile; give the same command again")
+            with output.held():
                 try:
                     self._begin(tokenizer)
                     self._tokenize(tokenizer, workers, skip_unreadable, observe)
-                    return self._finish(tokenizer)
+                    output.finish(self._manifest(tokenizer))
                 finally:
-                    self._remove_drafts(all=not self._shards)
+                    output.remove_drafts(all=not self._shards)
         except OSError as error:
-            rule = f"store {self._folder} cannot be written: {reason_of(error)}"
+            rule = f"store {output.folder} cannot be written: {reason_of(error)}"
             raise ValueError(f"{rule}; mend that and give the same command again") from None
-        finally:
-            if made and not self._shards:
-                with contextlib.suppress(OSError):
-                    self._folder.rmdir()
+        return open_store(output.folder)
 
-    def _look(self) -> tuple[bool, int]:
-        """Whether the folder holds a manifest, and the bytes of its journal.
-
-        Raises ValueError where neither is there, but something else: it is not this command's to overwrite or remove.
-        """
-        folder = self._folder
-        if os.path.exists(folder / MANIFEST):
-            return True, 0
-        if has_journal(folder):
-            return False, (folder / JOURNAL).stat().st_size
-        if os.path.exists(folder) and (
-            not folder.is_dir() or any(not DRAFT.fullmatch(path.name) for path in folder.iterdir())
-        ):
-            raise ValueError(f"--output {folder} exists and is no store; choose another")
-        return False, 0
-
-    def _read_journal(self) -> None:
-        """Takes up what earlier processes finished; a last line that a kill cut short is none."""
-        lines: list[dict[str, Any]] = []
-        path = self._folder / JOURNAL
-        try:
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                lines.append(json.loads(line))
-                self._journal_bytes += len(line)
-        except ValueError as error:
-            raise ValueError(f"{path} must be a store's journal ({error}); give another --output") from None
-        if not lines:  # it is written whole or not at all, and so this one was cut by somebody else
-            raise ValueError(f"{path} must begin with a whole line and has none; give another --output")
-        self._require_same(lines[0], "was begun")
-        for line in lines[1:]:
+    def _take_up(self, lines: list[dict[str, Any]]) -> None:
+        """What earlier processes finished."""
+        for line in lines:
             self._shards.append(line["shard"])
             self._hashes += line["hashes"]
             self._at = (line["at"][0], line["at"][1])
             self._left_out, self.unreadable, self.named = line["left_out"], line["unreadable"], line["named"]
-        self.begun = bool(self._shards)
 
     def _require_same(self, before: dict[str, Any], how: str) -> None:
         """Raises ValueError that names the first difference between two commands."""
         now = json.loads(json.dumps(self._command))
+        store = f"store {self._output.folder}"
         remedy = "give the same command, or another --output, or remove the folder"
         if before["version"] != VERSION:
-            raise ValueError(f"store {self._folder} {how} with format version {before['version']}; {remedy}")
+            raise ValueError(f"{store} {how} with format version {before['version']}; {remedy}")
         old, new = ({"tokenizer": each["tokenizer"]} | each["settings"] for each in (before, now))
         for name, value in new.items():
             if old.get(name) != value:
                 flag = name.replace("_", "-")
-                raise ValueError(f"store {self._folder} {how} with --{flag} {old.get(name)}, got {value}; {remedy}")
+                raise ValueError(f"{store} {how} with --{flag} {old.get(name)}, got {value}; {remedy}")
         pairs = list(zip(before["sources"], now["sources"], strict=False))
         if len(before["sources"]) != len(now["sources"]) or any(new[: len(old)] != old for old, new in pairs):
-            raise ValueError(f"store {self._folder} {how} from other sources, or they changed since; {remedy}")
+            raise ValueError(f"{store} {how} from other sources, or they changed since; {remedy}")
 
     def _begin(self, tokenizer: Tokenizer) -> None:
-        self._remove_drafts(all=not self.begun)
+        self._output.remove_drafts(all=not self.begun)
         if not self.begun:
-            write_atomically(self._folder / JOURNAL, _journal_line(self._command))
-            sync_folder(self._folder)  # what follows is known for a store's by the journal alone
-            save_tokenizer(tokenizer, self.tokenizer_path)
-            sync_folder(self._folder)
+            self._output.begin(self._command, tokenizer)
             return
-        os.truncate(self._folder / JOURNAL, self._journal_bytes)
+        self._output.go_on()
         sizes = [source.bytes for source in self._sources]
         self._progress.share = sum(sizes[: self._at[0]]) / max(1, sum(sizes))
         for side in SIDES:
             if self._settings.deduplicate:
-                kept = {"shards": self._shards, "sources": [], "dtype": _dtype(tokenizer)}
-                self._seen.update(TokenSide(TokenStore(self._folder, kept), side).digests())
+                kept = {"shards": self._shards, "sources": [], "dtype": _dtype(tokenizer), "sha256": ""}
+                self._seen.update(TokenSide(TokenStore(self._output.folder, kept), side).digests())
             for shard in self._shards:
                 self._progress.documents += shard[side]["documents"]
                 self._progress.tokens += shard[side]["tokens"]
                 self._progress.bytes += shard[side]["bytes"]
-
-    def _append(self, value: dict[str, Any]) -> None:
-        with (self._folder / JOURNAL).open("ab") as file:
-            file.write(_journal_line(value))
-            file.flush()
-            os.fsync(file.fileno())
 
     def _tokenize(
         self, tokenizer: Tokenizer, workers: int, skip_unreadable: bool, observe: Callable[[Progress], None]
     ) -> None:
         settings, dtype = self._settings, _dtype(tokenizer)
         work = Work(tokenizer.to_json(), settings.field, dtype, settings.nfc, settings.min_chars)
-        self._writer = ShardWriter(self._folder, len(self._shards), dtype)
+        self._writer = ShardWriter(self._output.path, len(self._shards), dtype)
         observe(self._progress)
         try:
             with contextlib.closing(tokenized(self._records(), work, workers)) as results:
@@ -256,7 +206,7 @@ class Preparation:
                         self._take(document, skip_unreadable)
                         if self._writer.tokens >= settings.shard_tokens:
                             self._close_shard((document.source, document.number + 1))
-                            self._writer = ShardWriter(self._folder, len(self._shards), dtype)
+                            self._writer = ShardWriter(self._output.path, len(self._shards), dtype)
                     observe(self._progress)
             if self._writer.tokens:
                 self._close_shard((len(self._sources), 0))
@@ -277,17 +227,14 @@ class Preparation:
             def share(part: float, before: int = before, size: int = source.bytes) -> None:
                 self._progress.share = (before + part * size) / total
 
-            try:
-                with SourceFile(source.path) as file:
-                    for record in read_records(source, place, file, self._settings.field, share):
-                        if file.count:
-                            share(file.count / source.bytes)
-                        if place > first or record.number >= passed:
-                            yield record
-                    sha256, found = file.sha256(), os.stat(source.path)
-            except OSError as error:
-                raise ValueError(f"source {source.path} must be readable ({error.strerror}); mend that") from None
-            if (found.st_size, found.st_mtime_ns) != (source.bytes, source.changed):
+            with opened(source.path) as file:
+                for record in read_records(source, place, file, self._settings.field, share):
+                    if file.count:
+                        share(file.count / source.bytes)
+                    if place > first or record.number >= passed:
+                        yield record
+                sha256 = file.sha256()
+            if described(source.path, source.format) != source:
                 raise ValueError(f"source {source.path} must stay as it is and changed while it was read; begin again")
             self._hashes[place:] = [sha256]
             before += source.bytes
@@ -306,7 +253,7 @@ class Preparation:
         else:
             if self._settings.deduplicate:
                 self._seen.add(document.digest)
-            side = "held_out" if _is_held_out(document.digest, self._settings.held_out) else "train"
+            side = "held_out" if is_held_out(document.digest, self._settings.held_out) else "train"
             place = {"source": document.source, "line": document.line, "offset": document.offset}
             self._writer.add(side, document.ids, size=document.size, digest=document.digest, **place)
             self._progress.documents += 1
@@ -316,7 +263,8 @@ class Preparation:
     def _close_shard(self, at: tuple[int, int]) -> None:
         self._shards.append(self._writer.finish())
         known, self._at = self._at[0], at
-        self._append(
+        self._output.add_shard(
+            len(self._shards) - 1,
             {
                 "shard": self._shards[-1],
                 "at": at,
@@ -324,10 +272,10 @@ class Preparation:
                 "left_out": self._left_out,
                 "unreadable": self.unreadable,
                 "named": self.named,
-            }
+            },
         )
 
-    def _finish(self, tokenizer: Tokenizer) -> TokenStore:
+    def _manifest(self, tokenizer: Tokenizer) -> dict[str, Any]:
         totals = {
             side: {name: sum(shard[side][name] for shard in self._shards) for name in ("documents", "tokens", "bytes")}
             for side in SIDES
@@ -352,33 +300,7 @@ class Preparation:
             ],
             "shards": self._shards,
         }
-        manifest["sha256"] = manifest_sha256(manifest)
-        write_json(self._folder / MANIFEST, manifest)
-        sync_folder(self._folder)
-        (self._folder / JOURNAL).unlink()
-        return open_store(self._folder)
-
-    def _remove_drafts(self, *, all: bool) -> None:
-        # The journal goes last: without it the rest would be taken for somebody else's.
-        for path in sorted(self._folder.iterdir(), key=lambda path: path.name == JOURNAL):
-            if DRAFT.fullmatch(path.name) or (
-                all and (path.name in (JOURNAL, TOKENIZER) or OF_SHARD.fullmatch(path.name))
-            ):
-                path.unlink()
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing the folder; one that ends, however it ends, lets go of it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"store {folder} is being written by another process; wait for it") from None
-        yield
-    finally:
-        os.close(descriptor)
+        return manifest | {"sha256": manifest_sha256(manifest)}
 
 
 def _command_of(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -392,9 +314,6 @@ def _dtype(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
-def _is_held_out(digest: bytes, fraction: float) -> bool:
+def is_held_out(digest: bytes, fraction: float) -> bool:
+    """Whether a text is among the held-out fraction, by the first bytes of its sha256."""
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _journal_line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value).encode() + b"\n"

@@ -10,9 +10,13 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.preparing.sources import BROKEN, Source, SourceFile, decompressed
+from data.preparing.sources import BROKEN, RemoteFile, Source, SourceFile, decompressed
+from data.records import TokenRecords
+from parallax.storage import is_remote
+from parallax.tokenizers.registry import load_tokenizer
 
 TEXT_BYTES = 1 << 20
 LARGEST_ELEMENT = 1 << 28
@@ -55,6 +59,8 @@ def read_records(
     try:
         if source.format == "parquet":
             found = _read_parquet(source.path, field, observe)
+        elif source.format == "records":
+            found = _read_token_records(source.path)
         else:
             found = READERS[source.format](decompressed(file, source.path), field)
         for line, offset, content, error in found:
@@ -192,7 +198,8 @@ def _skipped(buffer: str, at: int) -> int:
 def _read_parquet(path: str, field: str, observe: Callable[[float], None]) -> Found:
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, buffer_size=TEXT_BYTES) as table:
+    file: Any = RemoteFile(path) if is_remote(path) else path
+    with pyarrow.parquet.ParquetFile(file, buffer_size=TEXT_BYTES) as table:
         columns = table.schema_arrow.names
         if field.split(".")[0] not in columns:
             raise ValueError(f"there is no column {field!r} but {', '.join(columns[:8])}")
@@ -205,6 +212,17 @@ def _read_parquet(path: str, field: str, observe: Callable[[float], None]) -> Fo
                 except ValueError as error:
                     yield row, 0, "", str(error)
             observe(row / total)
+
+
+def _read_token_records(path: str) -> Found:
+    """The texts that ids stand for, by the tokenizer.json beside the file or one folder up."""
+    if is_remote(path):
+        raise ValueError("ArrayRecord files are read from a local disk alone; copy it here")
+    above = [folder for folder in Path(path).parents[:2] if (folder / "tokenizer.json").is_file()]
+    records = TokenRecords([Path(path)], next(iter(above), Path(path).parent))
+    tokenizer = load_tokenizer(records.tokenizer_path)
+    for row, ids in enumerate(records, start=1):
+        yield row, 0, tokenizer.decode(ids), ""
 
 
 READERS: dict[str, Callable[[io.BufferedIOBase, str], Found]] = {

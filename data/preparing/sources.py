@@ -4,19 +4,24 @@ Invariant: the same arguments over the same files give the same sources in the s
 """
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import io
 import os
+import re
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from glob import glob
-from pathlib import Path
+from glob import glob, has_magic
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from etils import epath
+
 from data.stores.store import is_store
+from parallax.storage import bucket_files, file_sizes, is_remote, open_folder, reason_of
 
 FORMATS = {
     ".txt": "text",
@@ -27,9 +32,11 @@ FORMATS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+RECORD_SUFFIX = re.compile(r"\.(array_record|arrayrecord)(-\d+-of-\d+)?", re.IGNORECASE)
 COMPRESSIONS = (".gz", ".zst", ".bz2")
 BROKEN = (EOFError, OSError, zlib.error, ValueError)  # what a damaged file raises; pyarrow's errors are of the last
 BUFFER_BYTES = 1 << 20
+REMOTE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -38,9 +45,9 @@ class Source:
 
     Attributes:
         path: as it was given, or below the folder that was given.
-        format: text, jsonl, json, csv or parquet.
+        format: text, jsonl, json, csv, parquet or records.
         bytes: of the file.
-        changed: when, in nanoseconds since 1970.
+        changed: when, in nanoseconds since 1970; on gs:// the object's generation.
     """
 
     path: str
@@ -59,30 +66,33 @@ def find_sources(given: Sequence[str], format: str | None = None) -> list[Source
     """
     paths: list[tuple[str, str]] = []
     for name in given:
-        if "://" in name:
-            raise ValueError(f"source {name} must be a local path; copy it here first, say with gcloud storage cp")
         path = Path(name).expanduser()
-        if os.path.isdir(path):  # that of pathlib raises for a name that is too long
+        if is_remote(name):
+            paths += _on_bucket(name, format)
+        elif os.path.isdir(path):  # that of pathlib raises for a name that is too long
             paths += _in_folder(path, format)
         elif os.path.isfile(path):
             paths.append((str(path), format or _known_format(name)))
         else:
             found = sorted(found for found in glob(str(path), recursive=True) if Path(found).is_file())
-            if not found:
-                raise ValueError(
-                    f"source {name} must be a file, a folder or a glob of files, and none is there; check it"
-                )
-            paths += [(name, format or _known_format(name)) for name in found]
+            paths += _named(name, found, format)
     repeated = [path for path, count in Counter(os.path.realpath(path) for path, _ in paths).items() if count > 1]
     if repeated:
         raise ValueError(f"source {repeated[0]} is named twice; leave it out once")
-    return [_described(path, format) for path, format in paths]
+    return [described(path, format) for path, format in paths]
 
 
 def format_of(name: str) -> str | None:
     """What a file's name says that it is, or None."""
+    if is_records(name):
+        return "records"
     stem, suffix = os.path.splitext(name.lower())
     return FORMATS.get(os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix)
+
+
+def is_records(name: str) -> bool:
+    """Whether a file's name is that of an ArrayRecord file, or of a shard such as x.array_record-00000-of-00002."""
+    return RECORD_SUFFIX.fullmatch(os.path.splitext(name)[1]) is not None
 
 
 def spelled(path: str | os.PathLike) -> str:
@@ -91,8 +101,40 @@ def spelled(path: str | os.PathLike) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+class Unreachable(Exception):
+    """A file on gs:// cannot be read: no fault of what is in it, and so not one of BROKEN."""
+
+
+class RemoteFile(io.RawIOBase):
+    """A file on gs://, read by pieces of a few megabytes. Raises Unreachable."""
+
+    def __init__(self, address: str) -> None:
+        self._file = self._asked(bucket_files().open, address, "rb", block_size=REMOTE_BYTES)
+
+    def _asked(self, call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        try:
+            return call(*args, **keywords)
+        except Exception as error:  # of gcsfs, aiohttp, google.auth or requests
+            raise Unreachable(reason_of(error)) from error
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._asked(self._file.readinto, buffer)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 class SourceFile(io.RawIOBase):
-    """The bytes of a file as they are on the disk, counted and hashed on their way.
+    """The bytes of a file as they are stored, counted and hashed on their way.
 
     Attributes:
         count: bytes read so far.
@@ -100,7 +142,7 @@ class SourceFile(io.RawIOBase):
 
     def __init__(self, path: str) -> None:
         """Raises OSError if the file cannot be read."""
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed with this)
+        self._file = _open(path)
         self._path, self._digest, self.count = path, hashlib.sha256(), 0
 
     def readable(self) -> bool:
@@ -114,7 +156,7 @@ class SourceFile(io.RawIOBase):
 
     def sha256(self) -> str:
         """Of the whole file, what was not read so far with it, and whether or not a reader closed this."""
-        with open(self._path, "rb") as rest:
+        with _open(self._path) as rest:
             rest.seek(self.count)
             while piece := rest.read(BUFFER_BYTES):
                 self._digest.update(piece)
@@ -125,6 +167,20 @@ class SourceFile(io.RawIOBase):
         super().close()
         if hasattr(self, "_file"):  # it may never have opened
             self._file.close()
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Iterator[SourceFile]:
+    """A source while it is read. Raises ValueError if it cannot be."""
+    try:
+        with SourceFile(path) as file:
+            yield file
+    except (OSError, Unreachable) as error:
+        raise ValueError(f"source {spelled(path)} must be readable ({reason_of(error)}); mend that") from None
+
+
+def _open(path: str) -> io.RawIOBase:
+    return RemoteFile(path) if is_remote(path) else open(path, "rb", buffering=0)
 
 
 def decompressed(file: SourceFile, name: str) -> io.BufferedIOBase:
@@ -154,22 +210,42 @@ class _Zstandard(io.RawIOBase):
         return len(content)
 
 
-def documents_in(folder: Path) -> list[tuple[str, str]]:
+def documents_in(folder: Path | epath.Path) -> list[tuple[str, str]]:
     """The files of documents below a folder, by name, each with its format.
 
     What is hidden (a name with a dot first) is left out, what is in a token store, such as the one that is being made,
-    and a README.md at its top, where that is not all.
+    a tokenizer.json, and a README.md at its top, where that is not all.
     """
-    names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    if is_remote(folder):
+        names = [PurePosixPath(name) for name in file_sizes(epath.Path(folder))]
+    else:
+        names = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     stores = {parent for parent in {name.parent for name in names} if is_store(folder / parent)}
     names = [name for name in names if name.parent not in stores]
     found = sorted((name.as_posix(), format_of(name.name)) for name in names)
-    known = [(name, kind) for name, kind in found if kind is not None]
+    known = [(name, kind) for name, kind in found if kind is not None and os.path.basename(name) != "tokenizer.json"]
     return [(name, kind) for name, kind in known if name.lower() != "readme.md"] or known
 
 
-def _in_folder(folder: Path, format: str | None) -> list[tuple[str, str]]:
+def _on_bucket(address: str, format: str | None) -> list[tuple[str, str]]:
+    """What a file, a folder or a glob on gs:// names."""
+    folder = open_folder(address)
+    if not has_magic(address):
+        if folder.is_dir():
+            return _in_folder(folder, format)
+        return _named(address, [address] if folder.exists() else [], format)
+    found = bucket_files().glob(address, detail=True)
+    return _named(address, sorted(f"gs://{name}" for name, entry in found.items() if entry["type"] == "file"), format)
+
+
+def _named(given: str, found: Sequence[str], format: str | None) -> list[tuple[str, str]]:
+    if not found:
+        raise ValueError(f"source {given} must be a file, a folder or a glob of files, and none is there; check it")
+    return [(name, format or _known_format(name)) for name in found]
+
+
+def _in_folder(folder: Path | epath.Path, format: str | None) -> list[tuple[str, str]]:
     found = documents_in(folder)
     counts = Counter(kind for _, kind in found)
     if format is not None:
@@ -194,12 +270,16 @@ def _known_format(name: str) -> str:
     return format
 
 
-def _described(path: str, format: str) -> Source:
-    if not os.access(path, os.R_OK):
+def described(path: str, format: str) -> Source:
+    """A file as it is now. Raises ValueError if it cannot be read."""
+    if not is_remote(path) and not os.access(path, os.R_OK):
         raise ValueError(f"source {path} must be readable; check its permissions")
     if format == "parquet" and path.lower().endswith(COMPRESSIONS):  # it is read from its end, and packed inside
         raise ValueError(
             f"source {path} must be parquet as it is, without {', '.join(COMPRESSIONS)}; decompress it first"
         )
+    if is_remote(path):
+        entry = bucket_files().info(path)
+        return Source(path, format, entry["size"], int(entry["generation"]))
     stat = os.stat(path)
     return Source(path, format, stat.st_size, stat.st_mtime_ns)

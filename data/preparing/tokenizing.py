@@ -4,13 +4,16 @@ Invariant: results come in the order of the records, the same for any number of 
 chunks a process are under way.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
+import types
 import unicodedata
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.preparing.readers import Record, field_of, read_records
-from data.preparing.sources import Source, SourceFile
+from data.preparing.sources import Source, opened
 from parallax.tokenizers.batches import Encode, document_encoder
 from parallax.tokenizers.registry import tokenizer_from_json
 
@@ -71,7 +74,7 @@ def sample_texts(sources: Sequence[Source], field: str, nfc: bool, limit: int | 
         chosen = chosen[:: max(1, len(chosen) // SAMPLED_SOURCES)]
     for source in chosen:
         size = 0
-        with SourceFile(source.path) as file:
+        with opened(source.path) as file:
             for record in read_records(source, 0, file, field):
                 text, document = read_text(record, field, nfc)
                 size += document.size
@@ -110,7 +113,8 @@ def tokenized(records: Iterable[Record], work: Work, workers: int) -> Generator[
         for _ in range(workers):
             here, there = context.Pipe()
             processes.append(context.Process(target=_serve, args=(there, work), daemon=True))
-            processes[-1].start()
+            with _without_main():
+                processes[-1].start()
             there.close()  # so that this end reads no more when the process ends
             pipes.append(here)
         yield from _in_order(chunks, pipes)
@@ -123,6 +127,17 @@ def tokenized(records: Iterable[Record], work: Work, workers: int) -> Generator[
             pipe.close()  # a worker ends with its pipe
         for process in processes:
             process.join()
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hides the script that runs from `spawn`, which would import it in each worker: train.py loads JAX."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _in_order(chunks: Iterator[list[Record]], pipes: list[Connection]) -> Iterator[list[Document]]:

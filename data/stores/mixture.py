@@ -21,9 +21,9 @@ import numpy as np
 from etils import epath
 
 from data.samples import Batch, Samples
-from data.stores.permutation import shuffled
+from data.stores.order import shuffled
+from data.stores.rows import PACKINGS, StoreRows
 from data.stores.store import TokenStore, open_store
-from data.stores.windows import StoreWindows
 
 BLOCK = 1000
 """Samples in a block, or the next multiple of what the weights' decimals need."""
@@ -90,50 +90,43 @@ class Stores:
         more = f", in {len(self.stages)} stages" if len(self.stages) > 1 else ""
         return f"mixture of {shares}{more}"
 
-    def samples(self, seq_len: int) -> tuple[Samples, Samples]:
-        """Windows to train on and windows held out. Raises ValueError where a store has none of a side."""
-        train = [StoreWindows(store.train, seq_len, f"the training side of {store.folder}") for store in self.stores]
-        held = [StoreWindows(store.held_out, seq_len, f"the held-out side of {store.folder}") for store in self.stores]
-        if len(self.stores) == 1:
-            return train[0], held[0]
-        return Mixture(train, self.stages), Mixture(held, self.stages)
+    def training(self, seq_len: int, packing: str = "concat") -> "StoreRows | Mixture":
+        """Rows to train on, filled as one of PACKINGS. Raises ValueError where a store has none."""
+        sides = [(store.train, f"the training side of {store.folder}") for store in self.stores]
+        return self._joined([PACKINGS[packing](side, seq_len, what) for side, what in sides])
 
-    def by_source(self, samples: Samples) -> dict[str, Samples]:
-        """One side of `samples`, taken apart; a single store has no name here."""
-        if isinstance(samples, Mixture):
-            return dict(zip(self.short_names, samples.parts, strict=True))
-        return {"": samples}
+    def held_out(self, seq_len: int, packing: str = "concat") -> "StoreRows | Mixture":
+        """Rows that are held out. Raises ValueError where a store has none."""
+        sides = [(store.held_out, f"the held-out side of {store.folder}") for store in self.stores]
+        return self._joined([PACKINGS[packing](side, seq_len, what) for side, what in sides])
+
+    def _joined(self, parts: list[StoreRows]) -> "StoreRows | Mixture":
+        return parts[0] if len(parts) == 1 else Mixture(self.short_names, parts, self.stages)
 
     def seen(self, training: Samples, batch_size: int, seed: int, step: int) -> dict[str, dict[str, float]]:
         """By source: the share of it in step `step`, tokens of it in all steps up to that, and epochs of them."""
-        samples = step * batch_size
-        parts = list(self.by_source(training).values())
+        samples, rows = step * batch_size, rows_by_store(training)
         counts = training.counts(batch_size, seed, samples) if isinstance(training, Mixture) else [samples]
         stage = next(each for each in self.stages if each.until_step is None or step <= each.until_step)
         return {
-            name: {
-                "weight": float(weight),
-                "tokens": count * training.seq_len,
-                "epochs": round(count * training.seq_len / part.num_targets, 6),
-            }
-            for name, weight, count, part in zip(self.short_names, stage.weights, counts, parts, strict=True)
+            name: {"weight": float(weight), "tokens": count * training.seq_len, "epochs": round(part.epochs(count), 6)}
+            for name, weight, count, part in zip(self.short_names, stage.weights, counts, rows, strict=True)
         }
 
 
 class Mixture:
-    """Windows of several stores; a sample id is a window's number behind all those of the stores before."""
+    """Rows of several stores; a sample id is a row's number behind all those of the stores before."""
 
-    def __init__(self, parts: Sequence[StoreWindows], stages: Sequence[Stage]) -> None:
-        self.parts, self.seq_len, self._stages = parts, parts[0].seq_len, tuple(stages)
-        self.starts = np.cumsum([0, *(part.num_windows for part in parts)])
-        self.num_targets = sum(part.num_targets for part in parts)
+    def __init__(self, names: Sequence[str], parts: Sequence[StoreRows], stages: Sequence[Stage]) -> None:
+        self.names, self.parts, self.seq_len, self._stages = names, parts, parts[0].seq_len, tuple(stages)
+        self.starts = np.cumsum([0, *(part.order.size for part in parts)])
 
     def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
         sources, numbers = self._placed(np.arange(k * batch_size, (k + 1) * batch_size), batch_size, seed)
         ids = self.starts[sources]
         for source in np.unique(sources).tolist():
             here = sources == source
-            ids[here] += self.parts[source].ordered(numbers[here], seed)
+            ids[here] += self.parts[source].order.rows(numbers[here], seed)
         return ids
 
     def all_ids(self, most: int | None = None) -> np.ndarray:
@@ -200,6 +193,19 @@ class Mixture:
         return sources, numbers
 
 
+def by_source(samples: Samples) -> dict[str, Samples]:
+    """The samples of each store of a mixture; what is no mixture has no name here."""
+    return dict(zip(samples.names, samples.parts, strict=True)) if isinstance(samples, Mixture) else {"": samples}
+
+
+def rows_by_store(samples: Samples) -> list[StoreRows]:
+    """The rows of each store. Raises ValueError where they are of none."""
+    rows = [part for part in by_source(samples).values() if isinstance(part, StoreRows)]
+    if not rows:
+        raise ValueError("where documents were seen is known of stores alone; prepare the data with prepare.py")
+    return rows
+
+
 @lru_cache(maxsize=64)
 def _block(stage: Stage, seed: int, place: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """The source of each sample of a block, and its rank among those of that source in the block."""
@@ -208,6 +214,11 @@ def _block(stage: Stage, seed: int, place: int, block: int) -> tuple[np.ndarray,
     for source, quota in enumerate(stage.quotas):
         ranks[sources == source] = np.arange(quota)
     return sources, ranks
+
+
+def open_stores(name: str) -> Stores:
+    """A store by its address, or what `load_stores` takes. Raises ValueError if it cannot be read."""
+    return load_stores(name) or Stores((open_store(os.path.expanduser(name)),))
 
 
 def load_stores(name: str) -> Stores | None:

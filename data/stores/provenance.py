@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data.samples import Samples
-from data.stores.mixture import Mixture, Stores
+from data.stores.mixture import Mixture, Stores, rows_by_store
 from data.stores.store import Document
-from data.stores.windows import StoreWindows
 
 
 @dataclass(frozen=True)
@@ -34,16 +33,17 @@ class Piece:
 
 def pieces_of_step(training: Samples, batch_size: int, seed: int, step: int) -> Iterator[Piece]:
     """What step `step`, from 1, learned from: row by row, in the order of the tokens."""
-    parts = _parts(training)
+    stores = rows_by_store(training)
     for row, sample_id in enumerate(training.draw(batch_size, seed, step - 1).tolist()):
         store = 0
         if isinstance(training, Mixture):
             store = int(training.source_of(sample_id))
             sample_id -= int(training.starts[store])
-        start, stop = parts[store].span(sample_id)
-        for first, document in parts[store].tokens.documents_in(start, stop):
-            end = first + document.tokens
-            yield Piece(row, store, document, max(start - first, 0), min(stop, end) - first)
+        rows = stores[store]
+        for span in rows.spans(sample_id):
+            for first, document in rows.tokens.documents_in(span.start, span.stop):
+                end = first + document.tokens
+                yield Piece(row, store, document, max(span.start - first, 0), min(span.stop, end) - first)
 
 
 def steps_of_document(
@@ -57,10 +57,10 @@ def steps_of_document(
     counts = (
         training.counts(batch_size, seed, steps * batch_size) if isinstance(training, Mixture) else [steps * batch_size]
     )
-    for place, (store, part) in enumerate(zip(stores.stores, _parts(training), strict=True)):
+    for place, (store, rows) in enumerate(zip(stores.stores, rows_by_store(training), strict=True)):
         for first, document in store.train.find(path, line):
-            windows = part.windows_of(first, first + document.tokens)
-            numbers = sorted(number for window in windows for number in part.when(window, seed, counts[place]))
+            shown = rows.rows_of(first, first + document.tokens)
+            numbers = [number for row in shown for number in rows.order.numbers_of(row, seed, counts[place])]
             if isinstance(training, Mixture):
                 numbers = [training.sample_of(place, number, batch_size, seed) for number in numbers]
             seen = sorted({number // batch_size + 1 for number in numbers})
@@ -69,11 +69,3 @@ def steps_of_document(
     if not found:
         raise ValueError(f"no document of {', '.join(stores.names)} is from {path}:{line}; see prepare.py --describe")
     return found
-
-
-def _parts(training: Samples) -> list[StoreWindows]:
-    if isinstance(training, Mixture):
-        return list(training.parts)
-    if isinstance(training, StoreWindows):
-        return [training]
-    raise ValueError("where documents were seen is known of stores alone; prepare the data with prepare.py")

@@ -66,6 +66,13 @@ class TokenStore:
         return self.manifest["sha256"]
 
     @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        sides = [shard[side] for shard in self.manifest["shards"] for side in SIDES]
+        tokens, documents = (sum(side[what] for side in sides) for what in ("tokens", "documents"))
+        return tokens * np.dtype(self.manifest["dtype"]).itemsize + documents * DOCUMENT.itemsize
+
+    @property
     def content_sha256(self) -> str:
         """Of the shards and their tokenizer, wherever the sources were when they were prepared."""
         value = [self.manifest["shards"], self.manifest["tokenizer"]["sha256"], self.manifest["dtype"]]
@@ -98,7 +105,8 @@ class TokenSide:
         self._type = np.dtype(store.manifest["dtype"]).newbyteorder("<")
         self._documents = [shard[side]["documents"] for shard in store.manifest["shards"]]
         self._starts = np.cumsum([0, *(shard[side]["tokens"] for shard in store.manifest["shards"])], dtype=np.int64)
-        self._files, self._table = Files(store.folder), lru_cache(4)(self._read_table)
+        self._numbers = np.cumsum([0, *self._documents], dtype=np.int64)
+        self._files, self._table = Files(store.folder, store.sha256, store.size), lru_cache(4)(self._read_table)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -122,6 +130,36 @@ class TokenSide:
         contents = iter(self._files.read(ranges) if ranges else [])
         joined = [b"".join(next(contents) for _ in range(count)) for count in counts]
         return [np.frombuffer(content, self._type).astype(np.int32) for content in joined]
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._numbers[-1])
+
+    def span_of(self, number: int) -> tuple[int, int]:
+        """The first token of a document and the one behind its last; documents are numbered from 0."""
+        shard = int(np.searchsorted(self._numbers, number, "right")) - 1
+        row, size = number - int(self._numbers[shard]), DOCUMENT.itemsize
+        last = row + 1 == self._documents[shard]
+        wanted = (file_name(shard, self._side, "documents"), row * size, (row + 2 - last) * size)
+        rows = np.frombuffer(self._files.read([wanted])[0], DOCUMENT)
+        before, end = self._starts[shard : shard + 2].tolist()
+        return before + int(rows[0]["start"]), end if last else before + int(rows[1]["start"])
+
+    def number_at(self, position: int) -> int:
+        """The number of the document that holds a token."""
+        shard = self._shard(position)
+        row = np.searchsorted(self._table(shard)["start"], position - int(self._starts[shard]), "right") - 1
+        return int(self._numbers[shard]) + int(row)
+
+    def starts_in(self, start: int, stop: int) -> np.ndarray:
+        """The positions from start to stop - 1 at which a document begins, int64."""
+        found = [np.zeros(0, np.int64)]
+        for shard in range(self._shard(start), self._shard(stop - 1) + 1):
+            if not self._documents[shard]:
+                continue
+            starts = self._table(shard)["start"].astype(np.int64) + self._starts[shard]
+            found.append(starts[np.searchsorted(starts, start) : np.searchsorted(starts, stop)])
+        return np.concatenate(found)
 
     def documents_in(self, start: int, stop: int) -> Iterator[tuple[int, Document]]:
         """The documents with a token from start to stop - 1, each with the position of its first token."""
@@ -254,7 +292,7 @@ def file_name(shard: int, side: str, kind: str) -> str:
     return f"{shard:05d}.{side}.{kind}"
 
 
-def is_store(folder: Path) -> bool:
+def is_store(folder: Path | epath.Path) -> bool:
     """Whether a folder is a store, finished or not, damaged or not."""
     if has_journal(folder) or (folder / file_name(0, "train", "tokens")).exists():
         return True

@@ -23,7 +23,7 @@ class Flags:
     tokenizer: str | None = None
     """char, byte, bpe:VOCABULARY (trained on 64 MiB from all sources), a run folder, another store, or a Hugging
     Face folder."""
-    format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = None
+    format: Literal["text", "jsonl", "json", "csv", "parquet", "records"] | None = None
     """What the files are, whatever their names; of a folder, which of its files are meant."""
     field: str = "text"
     """Where the text is: a column, or a dotted path into an object such as meta.body."""
@@ -36,7 +36,8 @@ class Flags:
     deduplicate: Switch = False
     """Leave out a text that came before; takes about 100 bytes of memory a document."""
     held_out: float = 0.01
-    """The fraction of documents, chosen by the hash of their text, that is kept for evaluation."""
+    """The fraction of documents, chosen by the hash of their text, that is kept for evaluation. 1 makes a
+    store that train.py --held-out takes."""
     shard_tokens: int = 1 << 26
     """Tokens in a shard, which is what a kill can lose."""
     workers: int | None = None
@@ -75,5 +76,5 @@ class Flags:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1; leave it out")
-        if not 0 <= self.held_out < 1:
-            raise ValueError(f"--held-out {self.held_out} must be at least 0 and less than 1; try 0.01")
+        if not 0 <= self.held_out <= 1:
+            raise ValueError(f"--held-out {self.held_out} must be from 0 to 1; try 0.01")

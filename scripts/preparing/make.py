@@ -14,7 +14,7 @@ from data.preparing.preparation import Preparation, Progress, Settings
 from data.preparing.sources import Source, find_sources
 from data.preparing.tokenizing import sample_texts
 from data.stores.store import TokenStore
-from parallax.storage import is_remote, open_folder
+from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from parallax.tokenizers.registry import bpe_size, load_tokenizer, train_tokenizer
@@ -32,8 +32,6 @@ LINE_SECONDS = 10.0
 def make(flags: Flags) -> int:
     """Makes the store, or goes on with it. Raises ValueError for whatever is wrong with the input."""
     output, given = flags.output or "", flags.tokenizer or ""
-    if is_remote(output):
-        raise ValueError(f"--output {output} must be a local folder; make it here and copy it")
     settings = Settings(
         field=flags.field,
         min_chars=flags.min_chars,
@@ -43,7 +41,7 @@ def make(flags: Flags) -> int:
         shard_tokens=flags.shard_tokens,
     )
     sources = find_sources(flags.sources, flags.format)
-    preparation = Preparation(Path(output), sources, settings, given)
+    preparation = Preparation(output, sources, settings, given)
     if preparation.finished is not None:
         tell(f"finished   {output} already: {_counts(preparation.finished)}")
         return 0

@@ -174,8 +174,11 @@ def test_shards_of_others_are_found_in_subfolders_too(record_folder):
     folder, documents = record_folder
     (folder / "train").mkdir()
     (folder / "part-0.array_record").rename(folder / "train/x.array_record-00000-of-00002")
+    (folder / "train/notes.txt").write_text("words")
     (folder / "part-1.arrayrecord").rename(folder / "train/x.array_record-00001-of-00002")
-    records = load_corpus(str(folder), notify=ignore).records
+    lines = []
+    records = load_corpus(str(folder), notify=lines.append).records
+    assert lines == [f"dataset token records {folder}: 40 documents, files: 2 (left out: text (1))"]
     np.testing.assert_array_equal(records[30], documents[30])
     assert records.tokenizer_path == folder / "tokenizer.json"
 

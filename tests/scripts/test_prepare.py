@@ -108,18 +108,17 @@ web --output store --tokenizer five | five/config.json
 web --output store --tokenizer byte --field body | web/a.jsonl:1: there is no field 'body' but id, text
 web --output store --tokenizer char --field body | hold none that can be read
 web --output store --tokenizer byte --min-chars 9999 | hold none that is kept
-web --output store --tokenizer byte --held-out 1 | --held-out 1.0 must be
+web --output store --tokenizer byte --held-out 1.5 | --held-out 1.5 must be
 web --output store --tokenizer byte --workers 0 | --workers 0 must be at least 1
 web --output store --tokenizer byte --shard-tokens 0 | --shard-tokens 0 must be
 web --output store --tokenizer byte --format xml | xml
 web --output store --tokenizer byte --format csv | folder web must hold a file of .csv
 web --output taken --tokenizer byte | --output taken exists and is no store
 web --output half.txt.gz --tokenizer byte | half.txt.gz exists and is no store
-web --output gs://bucket/store --tokenizer byte | must be a local folder
 web web/a.jsonl --output store --tokenizer byte | web/a.jsonl is named twice
 empty --output store --tokenizer byte | folder empty must hold a file
 nowhere --output store --tokenizer byte | source nowhere must be
-gs://bucket/a.jsonl --output store --tokenizer byte | must be a local path
+s3://bucket/a.jsonl --output store --tokenizer byte | must be a local path or start with gs://
 mixed --output store --tokenizer byte | holds jsonl (1), csv (1) | --format jsonl
 half.txt.gz --output store --tokenizer byte | half.txt.gz:0: the file cannot be read further
 latin.txt --output store --tokenizer byte | latin.txt:1: its text is not UTF-8

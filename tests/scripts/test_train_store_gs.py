@@ -1,13 +1,26 @@
 """A store on gs://, in an emulator of Google's storage: described, verified, and trained on by two processes."""
 
+import gzip
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from data.stores.store import open_store
+from data.stores.store import open_store, verify
 from parallax.storage import open_folder
 from tests.data.small_stores import prepared, texts, write_jsonl
-from tests.scripts.runs import SHORT, SMALL, Training, pmap, rows, run_script, single
+from tests.scripts.runs import ROOT, SHORT, SMALL, Training, pmap, rows, run_script, single
 
 pytestmark = [pytest.mark.external, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -22,7 +35,7 @@ def address(tmp_path, bucket):
     return f"{bucket}/web.store"
 
 
-def test_two_processes_train_to_the_same_curve_as_from_disk(tmp_path, address):
+def test_two_processes_train_to_the_same_curve_as_from_disk(tmp_path, address, monkeypatch):
     flags = [*SMALL, *SHORT, "--steps", "6", "--print-param-hash", "--dataset"]
     Training(tmp_path, "alone", single(), [*flags, "web.store"]).finish()
     Training(tmp_path, "both", pmap(2, 2), [*flags, address]).finish()
@@ -31,9 +44,85 @@ def test_two_processes_train_to_the_same_curve_as_from_disk(tmp_path, address):
     for one, two in zip(rows(tmp_path / "alone"), rows(tmp_path / "both"), strict=True):
         assert one == pytest.approx(two, abs=1e-5)
     assert rows(tmp_path / "mixed")[-1]["step"] == 6
+    # What was read is kept, and read without the bucket, which was not asked for more than that.
+    store = open_store(address)
+    tokens = store.train.read(0, len(store.train))
+    for path in open_folder(address).iterdir():
+        if path.name.endswith(".tokens"):
+            path.unlink()
+    np.testing.assert_array_equal(open_store(address).train.read(0, len(tokens)), tokens)
+    monkeypatch.setenv("PARALLAX_STORE_CACHE_GIB", "1e-6")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_store(address).train.read(0, len(tokens))
 
 
-def test_it_is_described_verified_and_refused(tmp_path, address, bucket):
+def test_a_store_is_made_from_gs_and_on_gs(tmp_path, bucket):
+    """The same bytes as locally, also when it is killed between two shards; what is not there is refused."""
+    (tmp_path / "web").mkdir()
+    write_jsonl(tmp_path / "web/a.jsonl", texts(60))
+    (tmp_path / "web/b.jsonl.gz").write_bytes(gzip.compress(write_jsonl(tmp_path / "b", texts(30, 1)).read_bytes()))
+    rows = [{"text": text} for text in texts(20, 2)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for path in [*(tmp_path / "web").iterdir(), tmp_path / "c.parquet"]:
+        (open_folder(bucket) / "made" / path.relative_to(tmp_path)).write_bytes(path.read_bytes())
+    settings = ["--tokenizer", "byte", "--shard-tokens", "1500", "--workers", "1", "--deduplicate"]
+    local = prepare(tmp_path, "web", "c.parquet", *settings, "--output", "local.store")
+    assert local.returncode == 0, local.stderr
+    expected = open_store(tmp_path / "local.store")
+    sources, target = [f"{bucket}/made/web", f"{bucket}/made/c.par*"], f"{bucket}/made/remote.store"
+    killed = prepare(tmp_path, *sources, *settings, "--output", target, env=os.environ | {"DIES": "3"})
+    assert killed.returncode == -9
+    with pytest.raises(ValueError, match="is not finished; give the prepare"):
+        open_store(target)
+    done = prepare(tmp_path, *sources, *settings, "--output", target)
+    assert done.returncode == 0, done.stderr
+    assert "going on" in done.stderr
+    store = open_store(target)
+    assert (store.content_sha256, len(store.manifest["shards"]) > 4) == (expected.content_sha256, True)
+    assert [each["sha256"] for each in store.manifest["sources"]] == [
+        each["sha256"] for each in expected.manifest["sources"]
+    ]
+    assert store.manifest["sources"][0]["path"] == f"{bucket}/made/web/a.jsonl"
+    assert not (open_folder(target) / "journal.jsonl").exists()
+    verify(store)
+    again = prepare(tmp_path, *sources, *settings, "--output", target)
+    assert again.stderr.startswith("finished ")
+    for arguments, words in (
+        ([f"{bucket}/nothing.jsonl", "--output", "new"], "and none is there"),
+        ([f"{bucket}/made/*.jsonl", "--output", "new"], "and none is there"),
+        (["web", "--output", f"{bucket}/made"], "exists and is no store"),
+        (["web", "--output", "gs://no-such-bucket/store"], "cannot be"),
+    ):
+        done = prepare(tmp_path, *arguments, *settings)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert words in done.stderr
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data.preparing.output import Output
+from scripts import prepare
+add = Output.add_shard
+def dying(self, number, value):
+    if str(number) == os.environ.get("DIES"):
+        self._send(*sorted(path.name for path in Path(self.path).glob("*.tokens")))
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, number, value)
+Output.add_shard = dying
+sys.exit(prepare.main())
+"""
+
+
+def prepare(folder, *arguments, env=None):
+    """prepare.py, which is killed when shard $DIES is half sent."""
+    command = [sys.executable, "-c", KILLED, *arguments]
+    environment = (env or os.environ) | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_it_is_described_verified_and_refused(tmp_path, address, bucket, monkeypatch):
+    monkeypatch.setenv("PARALLAX_STORE_CACHE_GIB", "0")
     local = run_script("prepare.py", "--describe", "web.store", cwd=tmp_path).stdout.splitlines()
     done = run_script("prepare.py", "--describe", address, cwd=tmp_path)
     assert (done.returncode, done.stdout.splitlines()[1:]) == (0, local[1:]), done.stderr

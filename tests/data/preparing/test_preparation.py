@@ -273,7 +273,7 @@ def test_progress_reaches_the_end(tmp_path, sources):
 
 def test_arguments_out_of_range(refused):
     for values, message in (
-        ({"held_out": 1.0}, "held_out=1.0 must be at least 0 and less than 1"),
+        ({"held_out": 1.5}, "held_out=1.5 must be from 0 to 1"),
         ({"shard_tokens": 0}, "shard_tokens=0 must be at least 1"),
         ({"field": ""}, "field='' must name"),
     ):

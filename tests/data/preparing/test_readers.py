@@ -13,6 +13,9 @@ from data.preparing import readers
 from data.preparing.readers import read_records
 from data.preparing.sources import SourceFile, find_sources
 from data.preparing.tokenizing import read_text
+from data.records import write_token_records
+from parallax.tokenizers.plain import ByteTokenizer
+from parallax.tokenizers.registry import save_tokenizer
 
 TEXTS = ["one\ntwo", "drei, ü", 'a "quoted" word', "[1, 2]"]
 
@@ -34,6 +37,18 @@ def read(path, field="text", format=None):
     assert [record.number for record in records] == list(range(len(records)))
     found = [read_text(record, field, False) for record in records]
     return [(document.line, document.error if text is None else text) for text, document in found]
+
+
+def test_token_records_are_read_as_the_texts_they_stand_for(tmp_path):
+    (tmp_path / "set/train").mkdir(parents=True)
+    path = tmp_path / "set/train/x.array_record-00000-of-00002"
+    write_token_records(tmp_path / "x.array_record", [ByteTokenizer().encode(text) for text in TEXTS])
+    (tmp_path / "x.array_record").rename(path)
+    ((row, error),) = read(path)
+    assert (row, f"token records {path} need a tokenizer; put it into {path.parent}" in error) == (0, True)
+    save_tokenizer(ByteTokenizer(), tmp_path / "set/tokenizer.json")
+    assert read(path) == list(enumerate(TEXTS, start=1))
+    assert [source.format for source in find_sources([str(tmp_path / "set")])] == ["records"]
 
 
 CONTENT = {

@@ -59,7 +59,7 @@ def test_folders_and_globs_by_name(files):
         ("packed/a.parquet.zst", None, "packed/a.parquet.zst must be parquet as it is"),
         ("packed", None, "packed/a.parquet.zst must be parquet as it is"),
         ("x" * 300, None, "must be a file, a folder or a glob"),
-        ("gs://bucket/a.jsonl", None, "must be a local path; copy it"),
+        ("s3://bucket/a.jsonl", None, "must be a local path or start with gs://"),
     ],
 )
 def test_refusals(files, refused, given, format, words):

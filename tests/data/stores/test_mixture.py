@@ -54,7 +54,7 @@ def test_each_source_goes_through_its_own_epochs(folder):
     sources = train.source_of(ids)
     for source, part in enumerate(train.parts):
         seen = ids[sources == source] - train.starts[source]
-        count = part.num_windows
+        count = part.order.size
         for epoch in seen[: len(seen) // count * count].reshape(-1, count):
             assert sorted(epoch.tolist()) == list(range(count))
 
@@ -73,7 +73,7 @@ def test_stages_change_the_shares_and_no_source_begins_again(folder):
     assert (sources[: 100 * SIZE] == 0).all()
     for source, part in enumerate(train.parts):
         seen = ids[sources == source] - train.starts[source]
-        np.testing.assert_array_equal(seen, part.ordered(np.arange(len(seen)), 0))
+        np.testing.assert_array_equal(seen, part.order.rows(np.arange(len(seen)), 0))
     for samples in (799, 800, 1000, 1200, 1201, 3200):
         assert np.bincount(sources[:samples], minlength=2).tolist() == train.counts(SIZE, 0, samples)
     facts = corpus.stores.seen(train, SIZE, 0, 150)
@@ -97,7 +97,7 @@ def test_batches_are_those_of_the_parts_for_any_processes_and_any_k(folder):
         np.testing.assert_array_equal(whole["inputs"][row], alone["inputs"][0])
         np.testing.assert_array_equal(whole["targets"][row], alone["targets"][0])
     targets = np.concatenate([batch["targets"].ravel() for batch in evaluation_batches(held_out, batch_size=3)])
-    assert (targets >= 0).sum() == held_out.num_targets
+    assert (targets >= 0).sum() == sum(part.num_targets for part in held_out.parts)
     bounded = list(evaluation_batches(held_out, batch_size=2, most_tokens=4 * SEQ_LEN))
     found = held_out.source_of(np.concatenate([batch["sample_ids"] for batch in bounded]))
     assert np.bincount(found).tolist() == [2, 2]

@@ -8,7 +8,6 @@ import pytest
 
 from data.corpus import load_corpus
 from data.pipeline import evaluation_batches, prepare, tokenizer_for, training_batches
-from data.stores.permutation import shuffled
 from data.stores.store import manifest_sha256
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from tests.data.small_stores import prepared, texts, write_jsonl
@@ -45,18 +44,18 @@ def test_a_store_is_a_corpus_with_its_own_tokenizer(store, refused):
 def test_windows_are_the_tokens_and_their_successors(store, sides):
     train, _ = sides
     whole = store.train.read(0, len(store.train))
-    batch = train.gather(np.array([2, -1, train.num_windows - 1]))
+    batch = train.gather(np.array([2, -1, train.order.size - 1]))
     np.testing.assert_array_equal(batch["inputs"][0], whole[32:48])
     np.testing.assert_array_equal(batch["targets"][0], whole[33:49])
     assert (batch["targets"][1] == -1).all()
     last = batch["targets"][2]
-    assert last[last >= 0].tolist() == whole[(train.num_windows - 1) * SEQ_LEN + 1 :].tolist()
-    assert batch["sample_ids"].tolist() == [2, -1, train.num_windows - 1]
+    assert last[last >= 0].tolist() == whole[(train.order.size - 1) * SEQ_LEN + 1 :].tolist()
+    assert batch["sample_ids"].tolist() == [2, -1, train.order.size - 1]
 
 
 def test_each_epoch_visits_every_window_once_in_its_own_order(sides):
     train, _ = sides
-    count, size = train.num_windows, 7
+    count, size = train.order.size, 7
     ids = np.concatenate([train.draw(size, 3, k) for k in range(4 * count // size + 1)])
     epochs = ids[: 3 * count].reshape(3, count)
     for epoch in epochs:
@@ -90,18 +89,8 @@ def test_a_bounded_evaluation_takes_windows_from_all_over(sides):
     ids = ids[ids >= 0]
     assert len(ids) == len(set(ids.tolist())) == 5
     assert np.ptp(np.diff(ids)) <= 1
-    assert ids[-1] >= held_out.num_windows * 0.7
+    assert ids[-1] >= held_out.order.size * 0.7
     assert len(list(evaluation_batches(held_out, batch_size=3, most_tokens=1))) == 1
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
-def test_a_permutation_of_any_size(size):
-    found = shuffled(np.arange(size), size, 0, 0)
-    assert sorted(found.tolist()) == list(range(size))
-    if size > 16:
-        assert (found != shuffled(np.arange(size), size, 0, 1)).any()
-        assert abs(np.corrcoef(np.arange(size), found)[0, 1]) < 0.5
-        assert (np.diff(found) == 1).mean() < 0.3
 
 
 def test_ten_trillion_tokens_take_no_longer(store):
@@ -117,7 +106,7 @@ def test_ten_trillion_tokens_take_no_longer(store):
                 file.truncate(2 * tokens)
     corpus = load_corpus(str(store.folder), notify=lambda line: None)
     train, _ = prepare(corpus, ByteTokenizer(), 2048 // 4)
-    assert train.num_windows > 2**34
+    assert train.order.size > 2**34
     ids = np.concatenate([train.draw(64, 0, k) for k in (0, 10**7, 10**9)])
     assert len(set(ids.tolist())) == len(ids)
     assert ids.max() > 2**33

@@ -1,0 +1,201 @@
+"""The samples of a token store: rows of one side, each once an epoch, filled as `--packing` says.
+
+Invariant: which rows global batch k holds is a function of the store, the seed and k alone, and takes the same time
+for a store of any size: nothing is listed or shuffled ahead, and of documents no more than a few blocks are packed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from data.packing import fill, pack
+from data.samples import Batch, spread
+from data.stores.order import Shuffled, ShuffledByBlocks
+from data.stores.store import TokenSide
+
+BLOCK_TOKENS, BLOCK_ROWS = 1 << 20, 64
+"""Documents are packed by blocks of about so many tokens, and of so many rows at least."""
+GROUP = 8
+"""Blocks whose rows are shuffled together."""
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of a row: where they begin in the side, their number, and whether the last has a target."""
+
+    start: int
+    length: int
+    goes_on: bool
+
+    @property
+    def stop(self) -> int:
+        """Behind the last token that it shows, as input or target."""
+        return self.start + self.length + self.goes_on
+
+
+class StoreRows(ABC):
+    """Rows of one side of a store; a sample id is a row's number.
+
+    Attributes:
+        tokens: the side.
+        seq_len: tokens of a row, at the most.
+        order: in which a run sees the rows.
+        has_segments: whether a row holds several documents, which do not see each other.
+    """
+
+    tokens: TokenSide
+    seq_len: int
+    order: Shuffled
+    has_segments: bool = False
+
+    @abstractmethod
+    def spans(self, row: int) -> Sequence[Span]:
+        """What a row holds."""
+
+    @abstractmethod
+    def rows_of(self, start: int, stop: int) -> Iterable[int]:
+        """The rows that show a token from start to stop - 1, as input or target."""
+
+    @abstractmethod
+    def epochs(self, count: int) -> float:
+        """What `count` rows are in epochs."""
+
+    def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
+        return self.order.rows(np.arange(k * batch_size, (k + 1) * batch_size), seed)
+
+    def all_ids(self, most: int | None = None) -> np.ndarray:
+        return spread(self.order.size, most)
+
+    def gather(self, sample_ids: np.ndarray) -> Batch:
+        shape = (len(sample_ids), self.seq_len)
+        inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        segments = np.zeros(shape, np.int32)
+        rows = [self.spans(row) if row >= 0 else () for row in sample_ids.tolist()]
+        read = iter(self.tokens.read_spans([(span.start, span.stop) for spans in rows for span in spans]))
+        for row, spans in enumerate(rows):
+            at = 0
+            for segment, span in enumerate(spans, start=1):
+                tokens, end = next(read), at + span.length
+                inputs[row, at:end] = tokens[: span.length]
+                targets[row, at : at + len(tokens) - 1] = tokens[1:]
+                segments[row, at:end] = segment
+                at = end
+        # The lower bits tell rows of a batch apart, and the arrays of a batch are int32.
+        low = np.where(sample_ids < 0, -1, sample_ids & 0x7FFFFFFF).astype(np.int32)
+        batch = {"inputs": inputs, "targets": targets, "sample_ids": low}
+        return batch | {"segments": segments} if self.has_segments else batch
+
+
+class Windows(StoreRows):
+    """Windows of consecutive tokens, across the ends of documents, an end-of-text id between them.
+
+    Window w holds the targets w·T + 1 to w·T + T, so that each token but the first is a target once; the last window
+    may have fewer.
+    """
+
+    def __init__(self, tokens: TokenSide, seq_len: int, what: str) -> None:
+        """Raises ValueError where there is no whole window; `what` names the tokens in it."""
+        if len(tokens) <= seq_len:
+            rule = f"{what} has {len(tokens)} tokens but seq_len={seq_len} needs at least {seq_len + 1}"
+            raise ValueError(f"{rule}; use a shorter --seq-len, or prepare more documents or a larger --held-out")
+        self.tokens, self.seq_len = tokens, seq_len
+        self.num_targets = len(tokens) - 1
+        self.order = Shuffled(-(-self.num_targets // seq_len))
+
+    def spans(self, row: int) -> Sequence[Span]:
+        start = row * self.seq_len
+        return (Span(start, min(self.seq_len, self.num_targets - start), True),)
+
+    def rows_of(self, start: int, stop: int) -> range:
+        first = max(0, -(-start // self.seq_len) - 1)
+        return range(first, min((stop - 1) // self.seq_len + 1, self.order.size))
+
+    def epochs(self, count: int) -> float:
+        return count * self.seq_len / self.num_targets
+
+
+class PackedBlocks(StoreRows):
+    """Documents packed into rows without a gap, a block of consecutive ones at a time (see `data.packing.fill`).
+
+    Block b holds the tokens b·R·T to (b + 1)·R·T - 1 in R rows of T; only the last block has gaps. So the number of
+    rows follows from that of the tokens, and no document is read before its block is. A document is cut where a block
+    ends, where it is longer than a row, and where it fills a gap. Each token but the first of a document is a target
+    once; its last one, the end-of-text id, has none.
+    """
+
+    has_segments = True
+
+    def __init__(self, tokens: TokenSide, seq_len: int, what: str) -> None:
+        """Raises ValueError where there is no token; `what` names them in it."""
+        _require_documents(tokens, what)
+        self.tokens, self.seq_len = tokens, seq_len
+        self._rows = max(BLOCK_ROWS, BLOCK_TOKENS // seq_len)
+        self.order = ShuffledByBlocks(-(-len(tokens) // seq_len), self._rows, GROUP)
+        self._packed = lru_cache(2 * GROUP)(self._pack)
+
+    def spans(self, row: int) -> Sequence[Span]:
+        block, place = divmod(row, self._rows)
+        starts, lengths, goes_on, firsts = self._packed(block)
+        at = slice(firsts[place], firsts[place + 1])
+        return list(map(Span, starts[at].tolist(), lengths[at].tolist(), goes_on[at].tolist()))
+
+    def rows_of(self, start: int, stop: int) -> Iterable[int]:
+        size = self._rows * self.seq_len
+        for block in range(max(0, start - 1) // size, (stop - 1) // size + 1):
+            starts, lengths, goes_on, firsts = self._packed(block)
+            shown = np.flatnonzero((starts < stop) & (starts + lengths + goes_on > start))
+            yield from (block * self._rows + np.unique(np.searchsorted(firsts, shown, "right") - 1)).tolist()
+
+    def epochs(self, count: int) -> float:
+        return count * self.seq_len / len(self.tokens)
+
+    def _pack(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Start, length and `goes_on` of each span, and the first span of each row, with their number at the end."""
+        first = block * self._rows * self.seq_len
+        stop = min(first + self._rows * self.seq_len, len(self.tokens))
+        bounds = np.unique(np.concatenate([[first], self.tokens.starts_in(first, stop), [stop]]))
+        starts, lengths = bounds[:-1], np.diff(bounds)
+        is_cut = np.zeros(len(starts), bool)  # the last document may go on in the next block
+        is_cut[-1] = stop < len(self.tokens) and not len(self.tokens.starts_in(stop, stop + 1))
+        num_rows = -(-(stop - first) // self.seq_len)
+        index = fill(pack(np.arange(len(starts)), lengths, self.seq_len), self.seq_len, num_rows)
+        ends = index.start + index.length == lengths[index.document]
+        goes_on = ~ends | is_cut[index.document]
+        return starts[index.document] + index.start, index.length, goes_on, index.row_start
+
+
+class SingleDocuments(StoreRows):
+    """A document a row: its first T + 1 tokens, and padding behind them. The rest of a longer one is not learned."""
+
+    def __init__(self, tokens: TokenSide, seq_len: int, what: str) -> None:
+        """Raises ValueError where there is no token; `what` names them in it."""
+        _require_documents(tokens, what)
+        self.tokens, self.seq_len = tokens, seq_len
+        self.order = Shuffled(tokens.num_documents)
+
+    def spans(self, row: int) -> Sequence[Span]:
+        start, stop = self.tokens.span_of(row)
+        length = min(stop - start - 1, self.seq_len)
+        return (Span(start, length, True),) if length > 0 else ()
+
+    def rows_of(self, start: int, stop: int) -> Iterable[int]:
+        for row in range(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1):
+            if any(span.start < stop and span.stop > start for span in self.spans(row)):
+                yield row
+
+    def epochs(self, count: int) -> float:
+        return count / self.order.size
+
+
+PACKINGS: dict[str, type[Windows] | type[PackedBlocks] | type[SingleDocuments]] = {
+    "concat": Windows,
+    "best-fit": PackedBlocks,
+    "none": SingleDocuments,
+}
+
+
+def _require_documents(tokens: TokenSide, what: str) -> None:
+    if not len(tokens):
+        raise ValueError(f"{what} must hold a document and holds none; prepare more documents or a larger --held-out")
