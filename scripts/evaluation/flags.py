@@ -18,12 +18,12 @@ class Flags:
     checkpoint: str
     """The run folder that train.py or convert.py wrote, local or on gs://."""
     dataset: str
-    """tiny_shakespeare, or a path to a text file or a folder of text files."""
+    """tiny_shakespeare, or a path to a text file, a folder of text files, or a store of the run's tokenizer."""
     data_dir: str | None = None
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Score only what train.py holds out of this data set: of a single text its last tenth, of documents the last tenth
-    of them."""
+    of them, of a store what it holds out."""
     window: int | None = None
     """Tokens that the model sees at once; by default as in its training, or 1024 where that is not known."""
     stride: int | None = None

@@ -6,15 +6,17 @@ Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whateve
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from data.corpus import Corpus, is_plain, load_corpus
-from data.pipeline import held_out
+from data.pipeline import held_out, require_same_tokenizer
+from data.stores.mixture import Stores
+from data.stores.store import TokenStore
 from parallax.config import TransformerConfig, config_from_dict
 from parallax.run_folder import load_run, read_settings, trained_length
 from parallax.storage import open_folder
@@ -26,7 +28,21 @@ from scripts.common.placement import place_model
 from scripts.evaluation.flags import Flags
 
 USUAL_WINDOW = 1024
-TEXT_ALONE = "holds no plain text to count the bytes of; give plain text, or read the run's own eval_loss"
+TEXT_ALONE = "holds no plain text to count the bytes of; give plain text, or a store that prepare.py makes of it"
+
+
+class Text(NamedTuple):
+    """What is scored.
+
+    Attributes:
+        documents: the tokens of each.
+        lengths: their numbers of tokens.
+        bytes: what the targets among the tokens stand for, in UTF-8.
+    """
+
+    documents: Iterable[np.ndarray]
+    lengths: Sequence[int]
+    bytes: int
 
 
 def evaluate(flags: Flags) -> dict[str, Any]:
@@ -44,8 +60,11 @@ def evaluate(flags: Flags) -> dict[str, Any]:
         config = dataclasses.replace(config, attention="blocks")  # which gives what that kernel gives
     corpus = load_corpus(flags.dataset, flags.data_dir, notify=tell)
     run = load_run(flags.checkpoint, flags.step, lambda _: strategy.abstract().params, flags.param_dtype)
-    documents, size = _encode(corpus, run.tokenizer, only_held_out=flags.held_out)
-    total = -(-count_windows([len(tokens) for tokens in documents], window, stride) // flags.batch_size)
+    if corpus.stores is None:
+        documents, lengths, size = _of_texts(corpus, run.tokenizer, only_held_out=flags.held_out)
+    else:
+        documents, lengths, size = _of_store(corpus.stores, run.tokenizer, only_held_out=flags.held_out)
+    total = -(-count_windows(lengths, window, stride) // flags.batch_size)
     rows = windows(documents, window, stride)
     nats, tokens = _score(strategy, config, run.params, batches(rows, flags.batch_size, window), total)
     if not size:  # then there is no token either, but perhaps the ends of texts
@@ -79,9 +98,9 @@ def _sizes(flags: Flags, config: TransformerConfig, settings: dict[str, Any]) ->
     return window, stride
 
 
-def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tuple[list[np.ndarray], int]:
-    """The tokens of each document, and the bytes that their targets stand for."""
-    if corpus.records is not None or corpus.stores is not None:
+def _of_texts(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> Text:
+    """Raises ValueError if the corpus holds no text, or a character that the tokenizer does not know."""
+    if corpus.records is not None:
         raise ValueError(f"{corpus.edition} {TEXT_ALONE}")
     documents, size = [], 0
     several = len(corpus.documents) > 1
@@ -92,8 +111,32 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> tup
         if several and tokenizer.eos_id is not None:  # as train.py lays them out
             tokens = np.append(tokens, np.int32(tokenizer.eos_id))
         documents.append(tokens)
-        size += len(text.encode()) - sum(len(tokenizer.token_bytes(int(token))) for token in tokens[:1])
-    return documents, size
+        size += len(text.encode()) - _first_bytes(tokens, tokenizer)
+    return Text(documents, [len(tokens) for tokens in documents], size)
+
+
+def _of_store(stores: Stores, tokenizer: Tokenizer, *, only_held_out: bool) -> Text:
+    """Documents that are read when they are scored. Raises ValueError if they are of another tokenizer."""
+    store, *others = require_same_tokenizer(stores, tokenizer).stores
+    if others:
+        raise ValueError(f"dataset {stores.title} must be one store to be scored; give one after the other")
+    sides = ["held_out"] if only_held_out else ["train", "held_out"]
+    lengths, size = [], sum(store.manifest[side]["bytes"] for side in sides)
+    for tokens in _documents(store, sides):
+        lengths.append(len(tokens))
+        size -= _first_bytes(tokens, tokenizer)
+    return Text(_documents(store, sides), lengths, size)
+
+
+def _documents(store: TokenStore, sides: Sequence[str]) -> Iterator[np.ndarray]:
+    for side in sides:
+        for _, tokens in getattr(store, side).documents():
+            yield tokens
+
+
+def _first_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Bytes of the first token, which nothing is before and so is not scored."""
+    return sum(len(tokenizer.token_bytes(int(token))) for token in tokens[:1])
 
 
 def _score(
@@ -112,7 +155,7 @@ def _score(
     return nats, tokens
 
 
-def windows(documents: Sequence[np.ndarray], window: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def windows(documents: Iterable[np.ndarray], window: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(inputs, targets), each int32 [window]; targets are NO_TARGET where nothing is scored.
 
     A document's first window scores all of its targets, each further one the last `stride`. Windows are filled up

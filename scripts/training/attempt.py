@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from data.pipeline import evaluation_batches, training_batches
+from data.stores.mixture import by_source
 from parallax.model.cost import step_flops
 from parallax.storage import open_folder, reason_of, write_json
 from parallax.tokenizers.registry import save_tokenizer
@@ -29,7 +30,6 @@ from parallelism import sentinel
 from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, status_of
 from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
-from scripts.training.choices import choose_eval_tokens
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
@@ -290,9 +290,8 @@ class Attempt:
         # Whole training batches, so that the rows can be dealt; several at once where they are small.
         size = settings.batch_size * max(1, EVALUATED_TOKENS // (settings.batch_size * settings.seq_len))
         canonical = job.strategy.canonical(state)
-        most = choose_eval_tokens(job.flags, of_store=job.corpus.stores is not None)
-        rows, stores = job.strategy.rows(size), job.corpus.stores
-        parts = {"": job.held_out} if stores is None else stores.by_source(job.held_out)
+        most = job.flags.eval_tokens
+        rows, parts = job.strategy.rows(size), by_source(job.held_out)
         row, nats, tokens = Row(), 0.0, 0
         for name, part in parts.items():
             share = None if most is None else most // len(parts)
@@ -307,8 +306,9 @@ class Attempt:
             loss, count = sum(float(loss) for loss, _ in results), sum(int(count) for _, count in results)
             nats, tokens = nats + loss, tokens + count
             row |= {f"eval_loss/{name}": loss / count} if name else {}
-        for name, facts in self._sources(int(jax.device_get(canonical.step))).items():
-            row |= {f"{fact}/{name}": value for fact, value in facts.items() if len(parts) > 1}
+        sources = self._sources(int(jax.device_get(canonical.step)))
+        for name, facts in sources.items():
+            row |= {f"{fact}/{name}": value for fact, value in facts.items() if len(sources) > 1}
         self._evaluation_due = False
         return {"eval_loss": nats / tokens, **row}
 

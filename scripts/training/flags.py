@@ -55,6 +55,11 @@ class Flags:
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     tokenizer: str | None = None
     """char (the default), byte, or bpe[:VOCABULARY], trained on the data set."""
+    packing: Literal["concat", "best-fit", "none"] | None = None
+    """How documents of a store fill rows. concat, the default: one after the other, in windows across their ends.
+    best-fit: whole where they fit, and apart from each other. none: a document a row, cut off at --seq-len."""
+    held_out: str | None = None
+    """Evaluate on what this store, or mixture, holds out, and on nothing of --dataset."""
     eval_tokens: int | None = None
     """Tokens of an evaluation, at the most; by default all that are held out, and of a store so many as take about 2%
     of the time between two evaluations."""
@@ -111,7 +116,8 @@ def read_flags(args: list[str] | None = None) -> Flags:
 
 def flags_to_dict(flags: Flags) -> dict[str, Any]:
     """Everything that decides a run, as JSON-ready values: what config.json holds."""
-    plain = ("mode", "strategy", "mesh", "rules", "dataset", "tokenizer", "eval_tokens", "config", "init_from")
+    data = ("dataset", "tokenizer", "packing", "held_out", "eval_tokens")
+    plain = ("mode", "strategy", "mesh", "rules", *data, "config", "init_from")
     return {
         "run": {name: getattr(flags, name) for name in plain},
         "train": config_to_dict(flags.train),
@@ -217,6 +223,10 @@ def _settle(flags: Flags) -> Flags:
         raise ValueError(f"step_timeout={flags.step_timeout:g} must not be negative; try --step-timeout 300")
     if flags.mode == "distributed" and flags.strategy == "single":
         raise ValueError("--mode distributed does not go with --strategy single; try --strategy pmap")
+    if flags.mode == "overfit" and flags.held_out is not None:
+        raise ValueError(
+            f"--held-out {flags.held_out} does not go with --mode overfit, which holds nothing out; leave one out"
+        )
     if flags.eval_tokens is not None and flags.eval_tokens < 1:
         raise ValueError(f"--eval-tokens {flags.eval_tokens} must be at least 1; leave it out")
     default = "mesh" if flags.mesh else "pmap" if flags.mode == "distributed" else "single"

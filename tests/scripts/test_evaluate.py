@@ -98,7 +98,7 @@ BAD = """
 --dataset one.txt | dataset one.txt has no token to score; give a longer text
 --dataset one.txt --held-out | dataset one.txt has no token to score
 --dataset ones | dataset ones has no token to score
---dataset a.jsonl | dataset a.jsonl holds no plain text to count the bytes of; give plain text, or read the run's own
+--dataset a.jsonl | dataset a.jsonl holds no plain text to count the bytes of; give plain text, or a store
 --window 257 | --window 257 must not exceed max_seq_len=256; try --window 256
 --stride 25 | --stride 25 must not exceed the window of 24; try
 --window 0 | --window 0 must be at least 1;

@@ -93,12 +93,38 @@ def test_a_mixture_says_what_it_took_of_each_source(call, tmp_path, store):
     assert last["epochs/web"] == pytest.approx(last["tokens/web"] / (len(store.train) - 1), abs=1e-5)
 
 
+def test_packed_documents_and_a_store_that_is_held_out(call, refuses, tmp_path, store):
+    path = write_jsonl(tmp_path / "b.jsonl", texts(30, seed=2))
+    found = find_sources([str(path)])
+    books = Preparation(tmp_path / "books.store", found, Settings(held_out=1.0), "byte").run(ByteTokenizer())
+    flags = [*FLAGS, "--packing", "best-fit", "--held-out", "books.store", "--eval-tokens", "9999999"]
+    flags += ["--seq-len", "96", "--steps", "6"]
+    for name, layout in (("alone", ()), ("both", ("--strategy", "pmap"))):
+        status, _, err = call(train, *flags, *layout, "--output-dir", name)
+        assert status == 0, err
+        assert "held out  store books.store" in err
+    for one, two in zip(losses(tmp_path / "alone"), losses(tmp_path / "both"), strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
+    _, out, _ = call(prepare, "--seen", "both", "--step", "3")
+    pieces = [line.split()[1] for line in out.splitlines()]
+    assert len(pieces) > len(set(pieces)) == 16  # rows with several documents
+    status, _, err = call(evaluate, "--checkpoint", "alone", "--dataset", "books.store", "--held-out", "--json", "a")
+    assert status == 0, err
+    result = json.loads((tmp_path / "a").read_text())
+    assert result["tokens"] == books.manifest["tokens"] - 30
+    assert result["bytes"] == books.manifest["bytes"] - 30
+    refuses(train, ["--resume", "--output-dir", "both", "--packing", "none"], "--packing none differs from best-fit")
+    shutil.copytree(store.folder, tmp_path / "books.store", dirs_exist_ok=True)
+    refuses(train, ["--resume", "--output-dir", "both", "--steps", "7"], "is not the text that both was trained on")
+
+
 def test_refusals(refuses, call, tmp_path):
     refuses(train, [*FLAGS, "--tokenizer", "char"], "--tokenizer char does not go with a store")
     refuses(train, [*FLAGS, "--eval-tokens", "0"], "--eval-tokens 0 must be at least 1")
     refuses(train, [*FLAGS, "--seq-len", "4000"], "held-out side of web.store has", "--held-out")
     assert call(train, *FLAGS, "--steps", "1", "--output-dir", "run")[0] == 0
-    refuses(evaluate, ["--checkpoint", "run", "--dataset", "web.store"], "no plain text", "own eval_loss")
+    mixed = "web.store:0.5,web.store/../web.store:0.5"
+    refuses(evaluate, ["--checkpoint", "run", "--dataset", mixed], "must be one store to be scored")
     path = write_jsonl(tmp_path / "b.jsonl", texts(80, seed=2))
     shutil.rmtree(tmp_path / "web.store")
     status, _, err = call(
