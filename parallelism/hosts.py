@@ -34,6 +34,8 @@ from parallelism.sentinel import enumerated
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
+PATIENCE_HOURS = 24
+"""How long processes wait for one that prepares data."""
 SHUTDOWN_SECONDS = 30
 """How long a process that is done waits for the others."""
 STOPPING = "stopping: this step is saved, then the run ends; a second Ctrl-C ends it at once, without saving\n"
@@ -181,6 +183,15 @@ def fix_cpu_rounding() -> None:
     """
     os.environ["NPROC"] = "16"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX".strip()
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process of the run has come here, however long the others take."""
+    from jax._src import distributed  # there is no public barrier without a collective, which would time out
+
+    client = distributed.global_state.client
+    if client is not None:
+        client.wait_at_barrier(what, timeout_in_ms=PATIENCE_HOURS * 3_600_000)
 
 
 def agree(text: str) -> str:

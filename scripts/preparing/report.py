@@ -3,16 +3,17 @@
 import itertools
 import json
 
-import numpy as np
 from etils import epath
 
 from data.corpus import load_corpus
 from data.preparing.sources import spelled
 from data.stores.provenance import pieces_of_step, steps_of_document
-from data.stores.store import DOCUMENT, open_store
+from data.stores.store import open_store
 from data.stores.store import verify as verify_store
 from parallax.storage import open_folder
 from parallax.tokenizers.registry import load_tokenizer
+from scripts.common.command_line import tell
+from scripts.preparing.automatic import find_unprepared, prepare_into_cache
 
 SHOWN_DOCUMENTS, SHOWN_CHARS, SHOWN_SOURCES = 3, 72, 5
 
@@ -53,14 +54,17 @@ def seen(run: str, step: int | None, document: str | None) -> int:
     settings = read_settings(open_folder(run))
     if "train" not in settings:
         raise ValueError(f"{run} was imported and learned from nothing here; name a run that train.py wrote")
-    train = settings["train"]
+    train, run_flags = settings["train"], settings["run"]
     size, seed = train["batch_size"], train["seed"]
-    corpus = load_corpus(settings["run"]["dataset"], notify=lambda line: None)
+    dataset = run_flags["dataset"]
+    if sources := find_unprepared(dataset, tell):
+        dataset = prepare_into_cache(dataset, sources, run_flags["init_from"] or run_flags["tokenizer"] or "char", tell)
+    corpus = load_corpus(dataset, evaluated=run_flags.get("held_out"), notify=lambda line: None)
     if corpus.stores is None:
         raise ValueError(f"{run} was trained on {corpus.edition}, and only stores know their documents; prepare one")
     if corpus.sha256 != settings["corpus"]["sha256"]:
         raise ValueError(f"{corpus.edition} is not what {run} was trained on; give that one back")
-    training, _ = corpus.stores.samples(train["seq_len"])
+    training = corpus.stores.training(train["seq_len"], run_flags.get("packing") or "concat")
     done = _steps_done(open_folder(run), train["steps"])
     if step is not None:
         if step > done:
@@ -95,11 +99,9 @@ def verify(folder: str) -> int:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
     store, console = open_store(folder), Console(stderr=True)
-    manifest = store.manifest
-    total = manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize + manifest["documents"] * DOCUMENT.itemsize
     columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=store.size)
         verify_store(store, lambda size: bar.advance(task, size))
     print(f"whole      {folder}: {len(store.manifest['shards']):,} shards, sha256 {store.sha256}")
     return 0

@@ -17,15 +17,17 @@ from etils import epath
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
 from data.samples import Samples
+from data.stores.mixture import open_stores
 from parallax.run_folder import read_settings, trained_length
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.loss import make_evaluation
-from parallelism.hosts import agree, require_same
+from parallelism.hosts import agree, require_same, wait_for_all
 from parallelism.planning.hardware import attention_of
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
+from scripts.preparing.automatic import find_unprepared, prepare_into_cache
 from scripts.training.choices import choose_accumulate, choose_attention, choose_eval_tokens, choose_layer_loop
 from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
@@ -33,8 +35,10 @@ from scripts.training.step import bind_state, bind_step
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 """Those that decide what a step computes, or how processes meet in a save."""
-PATHS = {"dataset", "init_from", "rules"}
+PATHS = {"dataset", "held_out", "init_from", "rules"}
 """Flags that name files, of which each machine may have its own."""
+ANY_VOCABULARY = 2**8 * 3**2 * 5 * 7
+"""Stands for one that is not known yet: the axes of a mesh divide it."""
 COLLECTIVE = ("resume", "lower_only", "print_param_hash")
 """Flags that no config holds, and after which processes meet in other places."""
 
@@ -84,30 +88,62 @@ def prepare_job(flags: Flags) -> Job:
 
     Raises ValueError for whatever is wrong with the input.
     """
-    overfit = flags.mode == "overfit"
+    overfit, dataset = flags.mode == "overfit", flags.dataset
+    if not overfit:
+        dataset = _prepared(flags)
     notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
-    corpus = overfit_corpus() if overfit else load_corpus(flags.dataset, flags.data_dir, notify=notes.append)
+    corpus = (
+        overfit_corpus()
+        if overfit
+        else load_corpus(dataset, flags.data_dir, evaluated=flags.held_out, notify=notes.append)
+    )
     folder = choose_folder(flags.output_dir, corpus.name, model_name(flags), resume=flags.resume)
     if flags.resume:
         require_corpus(folder, corpus.sha256, corpus.edition)
-    tokenizer = _tokenizer(flags, folder, corpus)
+    tokenizer = _tokenizer(flags, folder, corpus, flags.tokenizer if dataset == flags.dataset else None)
     flags = _with_sizes(flags, tokenizer, corpus)
     # Settled once, so that all evaluations of a run are of the same tokens, whatever a resumed one changes.
-    flags = dataclasses.replace(flags, eval_tokens=choose_eval_tokens(flags, of_store=corpus.stores is not None))
-    training, held_out = prepare(corpus, tokenizer, flags.train.seq_len, held_out_fraction=0.0 if overfit else 0.1)
-    try:
-        layout, strategy, step, evaluate = build(flags)
-    except ValueError as error:
-        rule, _, remedy = str(error).rpartition("; ")
-        if flags.resume and not all(map(may_change, re.findall(r"--[a-z][\w.-]*", remedy))):
-            raise ValueError(f"{rule}, as the run was started; try another --mesh, or --strategy single") from None
-        raise
+    of_store = (corpus.evaluated or corpus.stores) is not None
+    flags = dataclasses.replace(flags, eval_tokens=choose_eval_tokens(flags, of_store=of_store))
+    fraction = 0.0 if overfit else 0.1
+    training, held_out = prepare(
+        corpus, tokenizer, flags.train.seq_len, held_out_fraction=fraction, packing=flags.packing
+    )
+    layout, strategy, step, evaluate = _build_or_explain(flags)
     length = _trained_length(flags, folder)
     job = Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes, length)
     if jax.process_count() == 1:
         return job
     require_same(facts(job))
     return dataclasses.replace(job, folder=epath.Path(agree(str(folder))))
+
+
+def _prepared(flags: Flags) -> str:
+    """The data set, or its store in the cache; what else can be wrong is found before a store is made, for minutes.
+
+    Raises ValueError.
+    """
+    sources = find_unprepared(flags.dataset, say)
+    if not sources:
+        return flags.dataset
+    choose_folder(flags.output_dir, "", model_name(flags), resume=flags.resume)
+    _build_or_explain(dataclasses.replace(flags, model=dataclasses.replace(flags.model, vocab_size=ANY_VOCABULARY)))
+    if flags.held_out is not None:
+        open_stores(flags.held_out)
+    dataset = prepare_into_cache(flags.dataset, sources, flags.init_from or flags.tokenizer or "char", say)
+    wait_for_all("the data set is prepared")
+    return dataset
+
+
+def _build_or_explain(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
+    """As `build`; where the flags at fault are those of a run that is resumed, the error says what else to change."""
+    try:
+        return build(flags)
+    except ValueError as error:
+        rule, _, remedy = str(error).rpartition("; ")
+        if flags.resume and not all(map(may_change, re.findall(r"--[a-z][\w.-]*", remedy))):
+            raise ValueError(f"{rule}, as the run was started; try another --mesh, or --strategy single") from None
+        raise
 
 
 def facts(job: Job) -> dict[str, tuple[str, str]]:
@@ -148,12 +184,12 @@ def describe_schedule(flags: Flags) -> str:
     return f"the rate {ends}; --schedule-steps {steps}{shorter} lets it fall until the end"
 
 
-def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus) -> Tokenizer:
-    """That of the run, of the run it starts from, or one for the text."""
+def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus, spec: str | None) -> Tokenizer:
+    """That of the run, of the run it starts from, or one for the text, as `spec` says."""
     for run in (folder, flags.init_from and open_folder(flags.init_from)):
         if run and (run / "tokenizer.json").exists():
             return load_tokenizer(run / "tokenizer.json")
-    return tokenizer_for(corpus, flags.tokenizer)
+    return tokenizer_for(corpus, spec)
 
 
 def _trained_length(flags: Flags, folder: epath.Path) -> int:
