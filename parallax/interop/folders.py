@@ -85,6 +85,14 @@ def read_tokenizer(source: Path) -> Tokenizer:
     return _read_tokenizer(source, values, config_from_hf(values))
 
 
+def read_config(source: Path) -> TransformerConfig:
+    """The model of a Hugging Face folder, or of a config.json by itself.
+
+    Raises ValueError if there is no such file, it lacks a size, or the model computes what this one cannot.
+    """
+    return config_from_hf(_read_json(source / "config.json" if source.is_dir() else source))
+
+
 def _check_folder(source: Path) -> None:
     if not source.is_dir():
         raise ValueError(f"{source} must be a Hugging Face folder and is none; download one, and give its path")

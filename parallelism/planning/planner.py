@@ -184,7 +184,9 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
         beside=sum(each.seconds for each in found if not each.in_layer),
         embed_dim=cost.embed_dim,
     )
-    expected = calibration().expected(work, generation.name)
+    computing, memory = work.matmuls + work.kernels, moved / accelerator.device_memory_rate
+    links = max([0.0, *(sum(each.seconds for each in found if axis in each.axes) for axis in wire)])
+    expected = calibration().expected(work, generation.name, least=max(computing, memory, links))
     return Row(
         choice=choice,
         attention=build.attention,
@@ -198,9 +200,9 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
         sent_bytes=sum(each.wire_bytes for each in sent),
         waits=found,
         report=report,
-        compute_seconds=work.matmuls + work.kernels,
-        memory_seconds=moved / accelerator.device_memory_rate,
-        link_seconds=max([0.0, *(sum(each.seconds for each in found if axis in each.axes) for axis in wire)]),
+        compute_seconds=computing,
+        memory_seconds=memory,
+        link_seconds=links,
         expected=expected,
         utilisation=cost.model_flops() / devices / accelerator.device_flops / expected.seconds,
     )

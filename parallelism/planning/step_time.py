@@ -75,8 +75,9 @@ class Calibration:
         exposed = max((1 - hidden) * work.beside, work.beside - computing)
         return computing + work.in_layer + exposed + work.update
 
-    def expected(self, work: Work, generation: str) -> Expected:
-        seconds = self.seconds(work, generation)
+    def expected(self, work: Work, generation: str, least: float = 0.0) -> Expected:
+        """The same with its interval, and no less than a step can take."""
+        seconds = max(least, self.seconds(work, generation))
         error = self.error if generation in self.efficiency else self.error_unseen
         return Expected(seconds, seconds / (1 + error), seconds * (1 + error))
 

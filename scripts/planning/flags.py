@@ -5,12 +5,16 @@ Invariant: where train.py has the same flag, it means the same.
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from parallax.config import PRESETS, OptimizerConfig, TransformerConfig
-from scripts.training.flags import Preset, Switch
+from parallax.interop.folders import read_config
+from parallelism.planning.hardware import machine
+from scripts.planning.maxtext import MaxText, read_maxtext
+from scripts.training.flags import Preset, Switch, flag_value
 
 DESCRIPTION = """Choose a layout for a slice of TPUs, without one. Every legal mesh, rematerialisation and number of
 microbatches is ranked by an analytic model; the best are compiled by the real TPU compiler, which says what fits."""
@@ -22,6 +26,13 @@ class Flags:
     """The slice, by the name one rents it: v3-8, v3-32, v4-64, v5litepod-256, v5p-512, v6e-256 …"""
     config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
+    hf: str | None = None
+    """A Hugging Face folder or its config.json, whose model is planned for instead."""
+    maxtext: str | None = None
+    """A MaxText config, whose model, batch, length and dtype are planned for, beside its own layout. Words of the form
+    key=value behind it count more than the file."""
+    overrides: tyro.conf.Positional[tuple[str, ...]] = ()
+    """key=value for --maxtext."""
     batch_size: int = 256
     """Sequences a step, over all devices."""
     seq_len: int = 128
@@ -45,10 +56,42 @@ class Flags:
     optimizer: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
     model: Annotated[TransformerConfig, tyro.conf.FlagConversionOff] = PRESETS["tiny"]
 
+    @property
+    def name(self) -> str:
+        """Of the model, for a person to read."""
+        path = Path(self.hf or self.maxtext or self.config)
+        return path.parent.resolve().name if path.name == "config.json" else path.name.removesuffix(".yml")
+
     def __post_init__(self):
+        if self.hf and self.maxtext:
+            raise ValueError(f"--hf {self.hf} does not go with --maxtext {self.maxtext}; leave one out")
+        if self.overrides and not self.maxtext:
+            raise ValueError(f"{self.overrides[0]!r} is a word for --maxtext alone; see --help")
         if self.compile < 1:
             raise ValueError(f"compile={self.compile} must be at least 1; try 8")
         if self.tokens is not None and not 0 < self.tokens < math.inf:
             raise ValueError(f"tokens={self.tokens} must be positive; try 1e9")
         if self.price is not None and not 0 <= self.price < math.inf:
             raise ValueError(f"price={self.price} must be 0 or more; try 1.20")
+
+
+def first_flags(args: list[str]) -> tuple[Flags, MaxText | None]:
+    """What the flags change: a preset, or the model of somebody else, with the batch that MaxText gives it.
+
+    Raises ValueError if the file is none, or its model is none that can be planned.
+    """
+    if source := flag_value(args, "--hf"):
+        _refuse_preset(args, "--hf")
+        return Flags(model=read_config(Path(source))), None
+    if source := flag_value(args, "--maxtext"):
+        _refuse_preset(args, "--maxtext")
+        asked = read_maxtext(source, [word for word in args if "=" in word and not word.startswith("-")])
+        devices = machine(flag_value(args, "--topology") or Flags.topology).devices
+        batch_size = round(asked.per_device * devices * asked.accumulate)
+        return Flags(model=asked.model, batch_size=batch_size, seq_len=asked.seq_len, dtype=asked.dtype), asked
+    return Flags(model=PRESETS.get(flag_value(args, "--config"), PRESETS["tiny"])), None
+
+
+def _refuse_preset(args: list[str], flag: str) -> None:
+    if preset := flag_value(args, "--config"):
+        raise ValueError(f"--config {preset} does not go with {flag}, which brings its own model; leave one out")

@@ -36,10 +36,11 @@ from parallelism.planning.planner import (
     name_of,
     rank,
 )
-from parallelism.rules import Rules, load_rules, split_by
+from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
-from scripts.planning.report import environment, plan_table, plan_to_json, run_command
+from scripts.planning.maxtext import MaxText
+from scripts.planning.report import describe, environment, plan_table, plan_to_json, run_command
 from scripts.training.choices import choose_attention
 from scripts.training.step import bind_state, bind_step
 
@@ -50,14 +51,16 @@ MICROBATCHES = (1, 2, 4, 8)
 class Plan:
     """The choices that there are, and what is known of each."""
 
-    def __init__(self, flags: Flags):
+    def __init__(self, flags: Flags, maxtext: MaxText | None = None):
         self._flags = flags
+        self._maxtext = maxtext
         self._slice = machine(flags.topology)
         self._builds: dict[tuple[str, int, str], Build] = {}
         TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)  # checks both
 
     def run(self) -> int:
         console, flags, sliced = Console(stderr=True), self._flags, self._slice
+        own = self._own_layout()
         devices = topology_devices(sliced)
         # Programs for devices that are not here cannot be read back.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -78,7 +81,25 @@ class Plan:
             if name_of(row.choice) not in names:
                 left.setdefault(name_of(row.choice), row)
         shown = rank(compiled, memory) + list(left.values())
-        return self._show(console, shown, len(rows))
+        status = self._show(console, shown, len(rows))
+        if own and self._maxtext:
+            print("\n".join([f"MaxText's own layout: {describe(own, sliced)}", *self._maxtext.notes]))
+        return status
+
+    def _own_layout(self) -> Row | None:
+        """That of the MaxText config, estimated, where one is given. Raises ValueError if it suits not the topology."""
+        if self._maxtext is None:
+            return None
+        flags, sizes = self._flags, self._maxtext.layout(self._slice.devices)
+        sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+        layout = Layout(
+            strategy="mesh",
+            mesh=mesh_text(sizes, self._slice),
+            accumulate=self._maxtext.accumulate,
+            batch_size=flags.batch_size,
+            seq_len=flags.seq_len,
+        )
+        return self._row(Choice(layout, sizes, self._maxtext.remat, flags.dtype))
 
     def _compile(self, rows: list[Row], devices: list[Any]) -> list[Row]:
         """Of one layout the first that fits, after those that did not; all of them with --exhaustive."""
@@ -138,7 +159,7 @@ class Plan:
         flags, sliced = self._flags, self._slice
         fitting = [row for row in rows if row.report and row.fits(sliced.device_memory)]
         Console(width=None if sys.stdout.isatty() else 200).print(plan_table(rows, sliced, flags, ranked))
-        name = f"{flags.topology}-{flags.config}-{flags.batch_size}x{flags.seq_len}.json"
+        name = f"{flags.topology}-{flags.name}-{flags.batch_size}x{flags.seq_len}.json"
         path = Path(flags.output or Path("plans") / name)
         commands = {name_of(row.choice): run_command(row.choice, flags) for row in rows}
         try:

@@ -19,7 +19,7 @@ from scripts.planning.prices import Price, hours, price_of
 
 SHOWN = 20
 """Rows of the table; the JSON has all."""
-NUMBERS = ("HBM", "params", "optimizer", "temporary", "TFLOP", "GB sent", "compute", "memory", "links")
+NUMBERS = ("HBM", "state", "temporary", "TFLOP", "GB sent", "compute", "memory", "links")
 EXPECTED = ("expected", "tokens/s", "MFU")
 LACKING = 4
 """Rows beside these of layouts that do not fit, of which those that lack the least."""
@@ -28,12 +28,12 @@ LACKING = 4
 def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) -> Table:
     """The best rows first. Memory in GiB a device; times of a step in milliseconds."""
     table = Table(
-        title=f"{asked.config}, {asked.batch_size} × {asked.seq_len} tokens a step, on {sliced.name}: "
+        title=f"{asked.name}, {asked.batch_size} × {asked.seq_len} tokens a step, on {sliced.name}: "
         f"{sliced.devices} devices of {sliced.device_memory / GIB:.0f} GiB",
         caption=f"{ranked} choices were ranked. compiled: memory, operations and traffic are the compiler's. "
         "estimate: the analytic model's. HBM: of a step, or of an evaluation or a save (always estimates) where "
         "these need more. Compute, memory and links by their peaks; as if all overlapped, the one with a star binds. "
-        "Expected: by what published runs reached of these peaks, see docs/planning.md. "
+        f"Expected: by what published runs reached of these peaks, ±{_error(rows):.0%}, see docs/planning.md. "
         f"{_limits(sliced)} {_priced(price_of(sliced.generation.name, asked.price))}",
     )
     for name in ("layout", "remat", "micro", "attention", "source", "fits"):
@@ -71,15 +71,31 @@ def _cells(row: Row, sliced: Machine, asked: Flags) -> list[str]:
         row.attention,
         row.source,
         _verdict(row, sliced),
-        *(f"{size / GIB:.2f}" for size in (row.needed_bytes, row.parameter_bytes, row.optimizer_bytes, temporary)),
+        *(f"{size / GIB:.2f}" for size in (row.needed_bytes, row.needed_bytes - temporary, temporary)),
         f"{row.flops / 1e12:.2f}",
         f"{row.sent_bytes / 1e9:.2f}",
         *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
-        f"{row.expected.seconds * 1e3:.1f} ±{row.expected.high / row.expected.seconds - 1:.0%}",
+        f"{row.expected.seconds * 1e3:.1f}",
         f"{asked.batch_size * asked.seq_len / row.expected.seconds:,.0f}",
         f"{row.utilisation:.0%}",
         *(("-" if size is None else f"{size:,.1f}" for size in _bill(row, sliced, asked)) if asked.tokens else ()),
     ]
+
+
+def _error(rows: Sequence[Row]) -> float:
+    """What nine of ten runs keep, of the expected time."""
+    return max((row.expected.high / row.expected.seconds - 1 for row in rows), default=0.0)
+
+
+def describe(row: Row, sliced: Machine) -> str:
+    """A row in one line."""
+    parts = row.choice.layout.accumulate
+    micro = f", {parts} microbatches" if parts > 1 else ""
+    return (
+        f"{name_of(row.choice)}, remat {row.choice.remat}{micro}: {_verdict(row, sliced)}, "
+        f"{row.needed_bytes / GIB:.2f} GiB; expected {row.expected.seconds * 1e3:.1f} ms a step, "
+        f"MFU {row.utilisation:.0%}"
+    )
 
 
 def _bill(row: Row, sliced: Machine, asked: Flags) -> tuple[float | None, float | None]:
@@ -113,7 +129,7 @@ def plan_to_json(rows: Sequence[Row], sliced: Machine, asked: Flags, commands: M
         "topology": sliced.name,
         "devices": sliced.devices,
         "device_memory_bytes": sliced.device_memory,
-        "config": asked.config,
+        "config": asked.name,
         "batch_size": asked.batch_size,
         "seq_len": asked.seq_len,
         "rows": [_row_to_json(row, sliced, asked) | {"command": commands[name_of(row.choice)]} for row in rows],

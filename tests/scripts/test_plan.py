@@ -1,5 +1,6 @@
 """What plan.py refuses, before it compiles anything, and the commands that it prints."""
 
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -13,7 +14,8 @@ from parallelism.planning.planner import Choice
 from parallelism.strategy import Layout
 from scripts import plan
 from scripts.planning import plan as planning
-from scripts.planning.flags import Flags
+from scripts.planning.flags import Flags, first_flags
+from scripts.planning.prices import price_of
 from scripts.planning.report import run_command
 from scripts.training.flags import read_flags
 from tests.scripts.cases import read_cases
@@ -24,6 +26,14 @@ BAD = """
 --config huge | huge | tiny
 --batch-size 0 | batch_size=0 | try 32
 --compile 0 | compile=0 | at least 1
+--tokens 0 | tokens=0 | must be positive | try 1e9
+--tokens many | many | see --help
+--price -1 | price=-1 | try 1.20
+--hf missing | missing must be a JSON file
+--hf missing --config nano | --config nano does not go with --hf | leave one out
+--maxtext missing.yml | missing.yml cannot be read | choose a .yml file
+--maxtext missing.yml --hf missing | missing
+seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --model.num-kv-heads 3 | num_kv_heads=3 | try 2
 --config tiny | libtpu | not installed | pip install -e ".[plan]"
 """
@@ -70,6 +80,44 @@ def test_an_exhaustive_plan_compiles_every_choice(planned):
         assert {remat for name, remat, _ in tried if name == layout} == {"none", "dots", "full"}
     # A device has two rows.
     assert {micro for name, _, micro in tried if name == "data=8"} == {1, 2}
+
+
+def test_a_plan_says_hours_and_money_for_tokens(planned, tmp_path):
+    """v4-16 is 8 chips; of 16 × 128 tokens a step, 2^30 tokens are 2^19 steps."""
+    row = planned("--remat", "none", "--tokens", str(2**30))[0]
+    step = row["expected_step_seconds"]
+    assert step["low"] < step["seconds"] < step["high"]
+    assert step["seconds"] >= row["estimated_step_seconds"]
+    assert row["expected_hours"] == pytest.approx(2**19 * step["seconds"] / 3600)
+    assert row["expected_usd"] == pytest.approx(row["expected_hours"] * 8 * 3.22)
+    assert (price_of("v4", 1.5).usd, price_of("unheard of")) == (1.5, None)
+
+
+def test_the_model_of_a_hugging_face_config_is_planned_and_its_command_says_it(planned, tmp_path):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    values = {"model_type": "qwen3", "vocab_size": 512, "max_position_embeddings": 128, "head_dim": 16, **sizes}
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps({**values, "num_key_value_heads": 2}))
+    read = read_flags(shlex.split(planned("--hf", "theirs", "--remat", "none")[0]["command"])[2:])
+    model = read.model
+    assert (model.embed_dim, model.num_layers, model.num_kv_heads, model.qk_norm) == (64, 2, 2, True)
+    (default, _), (again, _) = first_flags(["--hf", "theirs"]), first_flags(["--hf", "theirs/config.json"])
+    assert default == again
+    assert dataclasses.replace(default, hf="theirs/config.json").name == "theirs"
+
+
+def test_a_maxtext_config_brings_its_batch_and_its_own_layout(planned, tmp_path):
+    (tmp_path / "theirs.yml").write_text(
+        "base_emb_dim: 64\nbase_num_query_heads: 4\nbase_num_kv_heads: 4\nbase_num_decoder_layers: 2\nhead_dim: 16\n"
+        "base_mlp_dim: 128\nvocab_size: 512\nper_device_batch_size: 2.0\nici_fsdp_parallelism: 4\n"
+    )
+    words = ("--maxtext", "theirs.yml", "max_target_length=256", "ici_tensor_parallelism=2")
+    command = planned(*words, "--remat", "none")[0]["command"]
+    assert "--seq-len 256" in command
+    assert "--model.embed-dim 64" in command
+    default, asked = first_flags(["--topology", "v4-16", *words])
+    assert (default.batch_size, default.seq_len) == (16, 256)  # 2 rows of each of 8 devices
+    assert asked.layout(8) == {"fsdp": 4, "tensor": 2}
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])

@@ -134,6 +134,16 @@ def test_an_estimate_names_what_binds():
     assert row(Fixed(wire=1e12), {"fsdp": 8}).link_seconds == 0
 
 
+def test_what_is_expected_is_no_less_than_what_binds_and_gives_the_utilisation():
+    """An efficiency below 1 lengthens matmuls; memory that moves for longer than that is the time itself."""
+    compute, memory = row(Fixed(flops=8e15), {"data": 8}), row(Fixed(temporary=1e14), {"data": 8})
+    assert compute.expected.seconds > 1.1 * compute.seconds
+    assert memory.expected.seconds == memory.seconds
+    assert compute.expected.low < compute.expected.seconds < compute.expected.high
+    # The model asks for half of the operations that the program has.
+    assert compute.utilisation == pytest.approx(compute.seconds / 2 / compute.expected.seconds)
+
+
 def test_an_axis_whose_collectives_a_layer_waits_for_is_known():
     """Along tensor, by the memory of a chip at 225 GB/s, and along fsdp, by a link of which each core has 50 GB/s."""
     traffic = (Traffic("all-reduce", ("tensor",), 1, 225e9), Traffic("all-gather", ("fsdp",), 0, 50e9))

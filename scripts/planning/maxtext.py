@@ -1,0 +1,226 @@
+"""A MaxText config as a model, a batch and a layout: `plan.py --maxtext FILE.yml [key=value …]`.
+
+Invariant: a field that changes what is computed is taken over or refused; one that has no counterpart is named.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from parallax.config import TransformerConfig
+
+Values = dict[str, Any]
+
+DEFAULTS: Values = {
+    "base_emb_dim": 2048, "base_num_query_heads": 16, "base_num_kv_heads": 16, "base_mlp_dim": 7168,
+    "base_num_decoder_layers": 16, "head_dim": 128, "vocab_size": 32_000, "per_device_batch_size": 12.0,
+    "max_target_length": 2048, "rope_max_timescale": 10_000, "normalization_layer_epsilon": 1e-5,
+}  # fmt: skip
+"""Of MaxText's base.yml, for what neither the file nor those that it names give."""
+SIZES = {
+    "embed_dim": "base_emb_dim",
+    "num_layers": "base_num_decoder_layers",
+    "num_heads": "base_num_query_heads",
+    "num_kv_heads": "base_num_kv_heads",
+    "mlp_dim": "base_mlp_dim",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+}
+BLOCKS = ("default", "llama2", "mistral", "qwen2", "qwen3")
+"""Values of decoder_block that are the block of this model: RMSNorm, rotary embeddings, SwiGLU."""
+AXES = {
+    "data": "data", "fsdp": "fsdp", "fsdp_transpose": "fsdp", "sequence": "sequence", "context": "sequence",
+    "tensor": "tensor", "tensor_transpose": "tensor", "tensor_sequence": "tensor",
+}  # fmt: skip
+"""Its parallelisms that are mesh axes here; any other must be 1."""
+REMAT: dict[str, Literal["none", "dots", "full"]] = {
+    "full": "full",
+    "none": "none",
+    "minimal": "dots",
+    "minimal_flash": "dots",
+    "minimal_with_context": "dots",
+}
+OTHER = {
+    "base_config", "model_name", "dtype", "weight_dtype", "quantization", "mlp_activations", "decoder_block",
+    "logits_via_embedding", "use_qk_norm", "attention_bias", "dropout_rate", "gradient_accumulation_steps",
+    "remat_policy", "global_parameter_scale", "num_experts", "attention_type", "sliding_window_size",
+}  # fmt: skip
+"""Fields that are read by themselves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxText:
+    """What a config asks for, in the words of this project."""
+
+    model: TransformerConfig
+    per_device: float
+    """Sequences of a device."""
+    seq_len: int
+    dtype: Literal["bfloat16", "float32"]
+    remat: Literal["none", "dots", "full"]
+    accumulate: int
+    parallelisms: Mapping[str, int]
+    """Mesh axes to devices, those of all slices together; -1 stands for those that are left."""
+    notes: Sequence[str]
+    """What has no counterpart, for a person to read."""
+
+    def layout(self, devices: int) -> dict[str, int]:
+        """Its own layout on so many devices; raises ValueError if it is for another number of them."""
+        sizes = dict(self.parallelisms)
+        given = math.prod(size for size in sizes.values() if size > 0)
+        sizes = {axis: devices // given if size < 0 else size for axis, size in sizes.items()}
+        if math.prod(sizes.values()) != devices:
+            raise ValueError(
+                f"the parallelisms {_shown(self.parallelisms)} of the MaxText config are for "
+                f"{math.prod(sizes.values())} devices and the topology has {devices}; set one of them to -1"
+            )
+        return sizes
+
+
+def read_maxtext(path: str, overrides: Sequence[str] = ()) -> MaxText:
+    """The config of a file, of those that it names beside it, and of key=value words, which count most.
+
+    Raises ValueError if a file is missing or no mapping, a word is no key=value, a size is none, or the model computes
+    what this one cannot.
+    """
+    values = _merged(Path(path), overrides)
+    return MaxText(
+        model=_model(values),
+        per_device=_number(values, "per_device_batch_size"),
+        seq_len=_whole(values, "max_target_length"),
+        dtype=_dtype(values),
+        remat=REMAT.get(str(values.get("remat_policy", "full")), "full"),
+        accumulate=_whole({"gradient_accumulation_steps": 1} | values, "gradient_accumulation_steps"),
+        parallelisms=_parallelisms(values),
+        notes=_notes(values),
+    )
+
+
+def _merged(path: Path, overrides: Sequence[str]) -> Values:
+    own = _load(path)
+    for word in overrides:
+        key, found, text = word.partition("=")
+        if not found or not key.isidentifier():
+            raise ValueError(f"{word!r} behind --maxtext must be a key=value; try max_target_length=2048")
+        own[key] = yaml.safe_load(text)
+    values: Values = {}
+    base = own.get("base_config")
+    if base and (path.parent / str(base)).is_file() and (path.parent / str(base)).resolve() != path.resolve():
+        values = _load(path.parent / str(base))
+    values |= own
+    name = values.get("model_name")
+    if name and name != "default":
+        places = [folder / f"{name}.yml" for folder in (path.parent / "models", path.parent)]
+        found = next((place for place in places if place.is_file() and place.resolve() != path.resolve()), None)
+        if found is None and "base_emb_dim" not in own:
+            raise ValueError(f"model_name={name} names a file that is not beside {path}; give {name}.yml to --maxtext")
+        values = (values | _load(found) if found else values) | {key: own[key] for key in own if key in SIZES.values()}
+    return DEFAULTS | values
+
+
+def _load(path: Path) -> Values:
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--maxtext {path} cannot be read ({error}); choose a .yml file") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--maxtext {path} is no YAML ({' '.join(str(error).split())}); mend it") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--maxtext {path} must hold fields such as base_emb_dim: 4096; choose another file")
+    return values
+
+
+def _model(values: Values) -> TransformerConfig:
+    _refuse(values)
+    window = values.get("sliding_window_size", 0) if values.get("attention_type") == "local_sliding" else 0
+    sizes: dict[str, Any] = {ours: _whole(values, theirs) for ours, theirs in SIZES.items()}
+    return TransformerConfig(
+        **sizes,
+        max_seq_len=max(8192, _whole(values, "max_target_length")),
+        rope_theta=_number(values, "rope_max_timescale"),
+        norm_eps=_number(values, "normalization_layer_epsilon"),
+        dropout_rate=_number({"dropout_rate": 0.0} | values, "dropout_rate"),
+        tie_embeddings=bool(values.get("logits_via_embedding", False)),
+        qk_norm=bool(values.get("use_qk_norm", False)),
+        attention_bias=bool(values.get("attention_bias", False)),
+        sliding_window=_whole({"window": window}, "window"),
+    )
+
+
+def _refuse(values: Values) -> None:
+    """What this model does not compute."""
+    if values.get("decoder_block", "llama2") not in BLOCKS:
+        raise ValueError(
+            f"decoder_block={values['decoder_block']} has no counterpart here; those of {', '.join(BLOCKS)} have"
+        )
+    if list(values.get("mlp_activations", ["silu", "linear"])) != ["silu", "linear"]:
+        raise ValueError(f"mlp_activations={values['mlp_activations']} has no counterpart; try ['silu','linear']")
+    if values.get("quantization"):
+        raise ValueError(f"quantization={values['quantization']} has no counterpart; try quantization=''")
+    if values.get("num_experts", 1) != 1:
+        raise ValueError(f"num_experts={values['num_experts']} has no counterpart yet; try num_experts=1")
+    if values.get("global_parameter_scale", 1) != 1:
+        scale = values["global_parameter_scale"]
+        raise ValueError(f"global_parameter_scale={scale} is not read; give the base_ sizes as they come out")
+
+
+def _parallelisms(values: Values) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for key in (key for key in values if key.startswith(("ici_", "dcn_")) and key.endswith("_parallelism")):
+        name, size = key[4:].removesuffix("_parallelism"), _whole(values, key)
+        if name not in AXES:
+            if size != 1:
+                raise ValueError(f"{key}={size} has no counterpart here; try {key}=1")
+            continue
+        axis = AXES[name]
+        before = sizes.get(axis, 1)
+        sizes[axis] = -1 if -1 in (before, size) else before * size
+    if not any(key.startswith("ici_") for key in values):
+        sizes["fsdp"] = -1  # which is its default
+    return sizes
+
+
+def _notes(values: Values) -> list[str]:
+    notes = []
+    policy = str(values.get("remat_policy", "full"))
+    if policy not in REMAT:
+        notes.append(f"remat_policy={policy} has no counterpart; full comes next to it")
+    if str(values.get("weight_dtype", "float32")) != "float32":
+        notes.append(f"weight_dtype={values['weight_dtype']} has no counterpart; parameters are float32 here")
+    read = {*SIZES.values(), *DEFAULTS, *OTHER}
+    others = [key for key in values if key not in read and not key.endswith("_parallelism")]
+    if others:
+        more = f" and {len(others) - 12} more" if len(others) > 12 else ""
+        notes.append(f"fields that change no plan, or have no counterpart: {', '.join(others[:12])}{more}")
+    return notes
+
+
+def _dtype(values: Values) -> Literal["bfloat16", "float32"]:
+    name = values.get("dtype", "bfloat16")
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype={name} in the MaxText config has no counterpart here; try bfloat16")
+    return name
+
+
+def _whole(values: Values, name: str) -> int:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r} in the MaxText config must be a whole number; mend it")
+    return value
+
+
+def _number(values: Values, name: str) -> float:
+    value = values.get(name)
+    if isinstance(value, str):  # YAML reads 1e-5 as text
+        value = float(value) if value.replace(".", "").replace("e", "").replace("-", "").isdigit() else value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name}={value!r} in the MaxText config must be a number; mend it")
+    return float(value)
+
+
+def _shown(sizes: Mapping[str, int]) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())

@@ -1,0 +1,94 @@
+"""MaxText configs: what is taken over, what is named, what is refused."""
+
+import pytest
+
+from scripts.planning.maxtext import read_maxtext
+
+SIZES = """
+base_emb_dim: 512
+base_num_query_heads: 8
+base_num_kv_heads: 4
+base_num_decoder_layers: 6
+base_mlp_dim: 2048
+head_dim: 64
+vocab_size: 8192
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Writes a file beside the others and gives its path."""
+
+    def config(text, name="mine.yml"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return config
+
+
+def test_sizes_batch_length_parallelisms_and_remat_are_taken_over(config):
+    text = "per_device_batch_size: 4.0\nmax_target_length: 1024\nici_fsdp_parallelism: 16\nici_tensor_parallelism: 4\n"
+    found = read_maxtext(config(f"{SIZES}{text}dcn_data_parallelism: 2\nremat_policy: minimal\nuse_qk_norm: true\n"))
+    model = found.model
+    assert (model.embed_dim, model.num_heads, model.num_kv_heads, model.head_dim) == (512, 8, 4, 64)
+    assert (model.num_layers, model.mlp_dim, model.vocab_size) == (6, 2048, 8192)
+    assert (model.qk_norm, model.tie_embeddings) == (True, False)
+    assert (found.per_device, found.seq_len, found.dtype, found.remat) == (4.0, 1024, "bfloat16", "dots")
+    assert found.layout(128) == {"fsdp": 16, "tensor": 4, "data": 2}
+    assert found.notes == []
+
+
+def test_words_count_more_than_the_file_and_the_file_more_than_those_it_names(config):
+    config(f"{SIZES}rope_max_timescale: 500_000\nper_device_batch_size: 2.0\n", "base.yml")
+    config("base_emb_dim: 1024\nbase_mlp_dim: 4096\nhead_dim: 128\n", "models/llama-x.yml")
+    path = config("base_config: base.yml\nmodel_name: llama-x\nmax_target_length: 256\n")
+    found = read_maxtext(path, ["max_target_length=512", "ici_fsdp_parallelism=8"])
+    assert (found.seq_len, found.per_device, found.model.rope_theta) == (512, 2.0, 500_000)
+    assert (found.model.embed_dim, found.model.head_dim, found.model.num_layers) == (1024, 128, 6)
+    assert read_maxtext(path, ["base_emb_dim=256"]).model.embed_dim == 256
+    assert found.layout(8) == {"fsdp": 8}
+    with pytest.raises(ValueError, match="are for 8 devices and the topology has 16; set one of them to -1"):
+        found.layout(16)
+
+
+def test_what_is_left_goes_to_the_axis_of_minus_one(config):
+    found = read_maxtext(config(f"{SIZES}ici_fsdp_parallelism: -1\nici_context_parallelism: 2\n"))
+    assert found.layout(64) == {"fsdp": 32, "sequence": 2}
+    assert read_maxtext(config(SIZES)).layout(64) == {"fsdp": 64}  # as its base.yml says
+
+
+def test_what_has_no_counterpart_is_named(config):
+    text = "remat_policy: save_dot_except_mlp\nweight_dtype: bfloat16\nsteps: 10\nprofiler: xplane\n"
+    remat, weights, fields = read_maxtext(config(SIZES + text)).notes
+    assert "remat_policy=save_dot_except_mlp" in remat
+    assert "weight_dtype=bfloat16" in weights
+    assert fields.endswith("steps, profiler")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("decoder_block: gemma\n", "decoder_block=gemma has no counterpart here"),
+        ("mlp_activations: [gelu, linear]\n", "mlp_activations=.* has no counterpart; try"),
+        ("quantization: int8\n", "quantization=int8 has no counterpart; try"),
+        ("global_parameter_scale: 8\n", "global_parameter_scale=8 is not read; give"),
+        ("ici_pipeline_parallelism: 4\n", "ici_pipeline_parallelism=4 has no counterpart here; try"),
+        ("base_emb_dim: wide\n", "base_emb_dim='wide' in the MaxText config must be a whole number; mend it"),
+        ("dtype: float16\n", "dtype=float16 in the MaxText config has no counterpart here; try bfloat16"),
+        ("base_num_kv_heads: 3\n", "num_kv_heads=3 must divide num_heads=8; try 2"),
+        ("- a\n- b\n", "is no YAML|must hold fields"),
+        ("a: [1\n", "is no YAML .*; mend it"),
+    ],
+)
+def test_what_changes_the_model_is_refused(config, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_maxtext(config(SIZES + text))
+
+
+def test_a_model_whose_file_is_not_there_is_refused(config):
+    with pytest.raises(ValueError, match=r"model_name=llama3-8b names a file .*; give llama3-8b.yml to --maxtext"):
+        read_maxtext(config("model_name: llama3-8b\n"))
+    with pytest.raises(ValueError, match="must be a key=value; try"):
+        read_maxtext(config(SIZES), ["nonsense"])
