@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 import jax
 
 from scripts.common.command_line import errors_in_one_line, parse
+from scripts.common.layer_words import REGISTRY
 from scripts.planning.flags import DESCRIPTION, Flags, first_flags
 from scripts.planning.plan import Plan
 
@@ -17,7 +18,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # the TPU is only compiled for
     with errors_in_one_line():
         default, maxtext = first_flags(sys.argv[1:])
-        flags = parse(Flags, default=default, description=DESCRIPTION)
+        flags = parse(Flags, default=default, description=DESCRIPTION, registry=REGISTRY)
         return Plan(flags, maxtext).run()
 
 

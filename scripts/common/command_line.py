@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -21,14 +21,21 @@ Flags = TypeVar("Flags")
 
 
 def parse(
-    flags: type[Flags], *, default: Flags | None = None, description: str, args: Sequence[str] | None = None
+    flags: type[Flags],
+    *,
+    default: Flags | None = None,
+    description: str,
+    args: Sequence[str] | None = None,
+    registry: tyro.constructors.ConstructorRegistry | None = None,
 ) -> Flags:
     """The command line as an instance of a dataclass, whose field docstrings are the help.
+
+    A registry says how words are read as what tyro does not know.
 
     Raises ValueError if a flag is unknown, or its value breaks a rule.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    keywords = {} if default is None else {"default": default}
+    keywords: dict[str, Any] = {"registry": registry} | ({} if default is None else {"default": default})
     parser = functools.partial(tyro.cli, flags, args=arguments, description=description, **keywords)
     if {"-h", "--help"} & set(arguments):
         return parser()

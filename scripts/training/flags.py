@@ -16,6 +16,7 @@ from etils import epath
 from parallax.config import PRESETS, OptimizerConfig, TrainConfig, TransformerConfig, config_from_dict, config_to_dict
 from parallax.run_folder import read_settings
 from parallax.storage import open_folder
+from scripts.common import layer_words
 from scripts.common.command_line import parse
 
 DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
@@ -108,7 +109,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
     default = saved or Flags(model=_first_model(args))
     if saved is None and flag_value(args, "--mode") == "overfit":
         default = dataclasses.replace(default, train=TrainConfig(batch_size=8))  # one sentence, a row a device
-    flags = _settle(parse(Flags, default=default, description=DESCRIPTION, args=args))
+    flags = _settle(parse(Flags, default=default, description=DESCRIPTION, args=args, registry=layer_words.REGISTRY))
     if saved is not None:
         _refuse_changes(saved, flags)
     return flags
