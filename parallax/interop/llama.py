@@ -1,4 +1,4 @@
-"""The tensors of Llama, Mistral and Qwen models, by their Hugging Face names.
+"""The tensors of Llama and of what is built like it, by their Hugging Face names.
 
 Invariant: every parameter of a config is one tensor in all, or one a layer, and every such tensor is a parameter.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from parallax.config import TransformerConfig
 from parallax.filling import Bounds
 from parallax.model.transformer import parameters
+from parallax.pattern import stacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,14 @@ class Tensor:
     shape: tuple[int, ...]
     """Of one layer here."""
     parts: tuple[tuple[int, ...], ...]
+    numbers: range = range(0)
+    """The layers that the parameter here is stacked of."""
+    first_row: int = 0
+    """Where it begins in a tensor there that holds others too, one below the other."""
+    all_rows: int = 0
+    """How many rows that tensor has; 0 for those of this parameter alone."""
+    shift: float = 0.0
+    """What is added to a number there to make it the one here."""
 
     @property
     def is_stacked(self) -> bool:
@@ -40,7 +49,8 @@ class Tensor:
 
     @property
     def shape_there(self) -> tuple[int, ...]:
-        return tuple(math.prod(self.shape[dim] for dim in part) for part in self.parts)
+        rows, *others = (math.prod(self.shape[dim] for dim in part) for part in self.parts)
+        return self.all_rows or rows, *others
 
     @property
     def whole(self) -> Bounds:
@@ -60,11 +70,14 @@ class Tensor:
         found = []
         for outer, *inner in self.parts:
             size = math.prod(self.shape[dim] for dim in inner)
-            found.append(slice(bounds[outer].start * size, bounds[outer].stop * size))
+            before = 0 if found else self.first_row
+            found.append(slice(before + bounds[outer].start * size, before + bounds[outer].stop * size))
         return tuple(found)
 
     def bring(self, there: np.ndarray, bounds: Bounds) -> np.ndarray:
-        """What was read at `find(bounds)`, as the block here; a view."""
+        """What was read at `find(bounds)`, as the block here; a view, if nothing is to be added."""
+        if self.shift:
+            there = there.astype(np.float32) + np.float32(self.shift)
         order = [dim for part in self.parts for dim in part]
         outer = {part[0] for part in self.parts}
         sizes = [bounds[dim].stop - bounds[dim].start if dim in outer else self.shape[dim] for dim in order]
@@ -73,6 +86,8 @@ class Tensor:
 
     def send(self, here: np.ndarray) -> np.ndarray:
         """A block here of whole heads, as it is stored there, row after row."""
+        if self.shift:
+            here = here.astype(np.float32) - np.float32(self.shift)
         order = [dim for part in self.parts for dim in part]
         sizes = [math.prod(here.shape[dim] for dim in part) for part in self.parts]
         return np.ascontiguousarray(here.transpose(order)).reshape(sizes)
@@ -84,59 +99,102 @@ MATRIX = ((1,), (0,))
 INTO_HEADS = ((1, 2), (0,))
 OUT_OF_HEADS = ((2,), (0, 1))
 HEADS = ((0, 1),)
+LAYER = "model.layers.{}."
 NAMES = {
     "embedding/table": ("model.embed_tokens.weight", TABLE),
-    "blocks/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", VECTOR),
-    "blocks/attention/query": ("model.layers.{}.self_attn.q_proj.weight", INTO_HEADS),
-    "blocks/attention/query_bias": ("model.layers.{}.self_attn.q_proj.bias", HEADS),
-    "blocks/attention/key": ("model.layers.{}.self_attn.k_proj.weight", INTO_HEADS),
-    "blocks/attention/key_bias": ("model.layers.{}.self_attn.k_proj.bias", HEADS),
-    "blocks/attention/value": ("model.layers.{}.self_attn.v_proj.weight", INTO_HEADS),
-    "blocks/attention/value_bias": ("model.layers.{}.self_attn.v_proj.bias", HEADS),
-    "blocks/attention/out": ("model.layers.{}.self_attn.o_proj.weight", OUT_OF_HEADS),
-    "blocks/attention/out_bias": ("model.layers.{}.self_attn.o_proj.bias", VECTOR),
-    "blocks/attention/query_norm/scale": ("model.layers.{}.self_attn.q_norm.weight", VECTOR),
-    "blocks/attention/key_norm/scale": ("model.layers.{}.self_attn.k_norm.weight", VECTOR),
-    "blocks/mlp_norm/scale": ("model.layers.{}.post_attention_layernorm.weight", VECTOR),
-    "blocks/mlp/gate": ("model.layers.{}.mlp.gate_proj.weight", MATRIX),
-    "blocks/mlp/up": ("model.layers.{}.mlp.up_proj.weight", MATRIX),
-    "blocks/mlp/down": ("model.layers.{}.mlp.down_proj.weight", MATRIX),
+    "attention_norm/scale": (LAYER + "input_layernorm.weight", VECTOR),
+    "attention/query": (LAYER + "self_attn.q_proj.weight", INTO_HEADS),
+    "attention/query_bias": (LAYER + "self_attn.q_proj.bias", HEADS),
+    "attention/key": (LAYER + "self_attn.k_proj.weight", INTO_HEADS),
+    "attention/key_bias": (LAYER + "self_attn.k_proj.bias", HEADS),
+    "attention/value": (LAYER + "self_attn.v_proj.weight", INTO_HEADS),
+    "attention/value_bias": (LAYER + "self_attn.v_proj.bias", HEADS),
+    "attention/out": (LAYER + "self_attn.o_proj.weight", OUT_OF_HEADS),
+    "attention/out_bias": (LAYER + "self_attn.o_proj.bias", VECTOR),
+    "attention/sinks": (LAYER + "self_attn.sinks", VECTOR),
+    "attention/query_norm/scale": (LAYER + "self_attn.q_norm.weight", VECTOR),
+    "attention/key_norm/scale": (LAYER + "self_attn.k_norm.weight", VECTOR),
+    "attention_post_norm/scale": (LAYER + "post_attention_layernorm.weight", VECTOR),
+    "mlp_norm/scale": (LAYER + "post_attention_layernorm.weight", VECTOR),
+    "mlp/gate": (LAYER + "mlp.gate_proj.weight", MATRIX),
+    "mlp/up": (LAYER + "mlp.up_proj.weight", MATRIX),
+    "mlp/down": (LAYER + "mlp.down_proj.weight", MATRIX),
+    "mlp_post_norm/scale": (LAYER + "post_feedforward_layernorm.weight", VECTOR),
     "final_norm/scale": ("model.norm.weight", VECTOR),
     "output/table": ("lm_head.weight", TABLE),
 }
-"""By the path of a parameter, in the order of the files: its tensor, and of which dims of one layer that is made."""
+"""By the path of a parameter, within its block if it has one, in the order of the files: its tensor, and of which dims
+of one layer that is made."""
+BOTH_NORMS = {"mlp_norm/scale": (LAYER + "pre_feedforward_layernorm.weight", VECTOR)}
+"""What is called otherwise where blocks have norms before and after."""
+JOINED = {
+    "self_attn.qkv_proj.weight": ("attention/query", "attention/key", "attention/value"),
+    "mlp.gate_up_proj.weight": ("mlp/gate", "mlp/up"),
+}
+"""Tensors that hold several parameters, one below the other, by what else each would be; so Phi 3 has them."""
 
 
 @functools.lru_cache(maxsize=8)
-def tensors(config: TransformerConfig) -> tuple[Tensor, ...]:
+def tensors(config: TransformerConfig, joined: bool = False) -> tuple[Tensor, ...]:
     """One entry for each parameter of the config. Tables have V rows, without their padding.
 
-    Raises ValueError if the model has a parameter that these architectures lack.
+    Args:
+      joined: whether the files have `JOINED` tensors.
+
+    Raises:
+      ValueError: the model has a parameter that these architectures lack.
     """
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator="/"): parameter
         for path, parameter in jax.tree_util.tree_leaves_with_path(parameters(config))
     }
-    if unknown := sorted(leaves.keys() - NAMES.keys()):
-        raise ValueError(f"{unknown[0]} has no tensor in a Llama, Mistral or Qwen; train without it to export")
-    found = []
-    for path, (name, parts) in NAMES.items():
-        if path in leaves:
-            sizes = dict(zip(leaves[path].names, leaves[path].shape, strict=True))
+    found, names = [], NAMES | (BOTH_NORMS if config.norms == "both" else {})
+    for name, (there, parts) in names.items():
+        own = [("", range(0))] if "{}" not in there else [("/".join(s.path) + "/", s.numbers) for s in stacks(config)]
+        for prefix, numbers in own:
+            if (leaf := leaves.pop(prefix + name, None)) is None:
+                continue
+            sizes = dict(zip(leaf.names, leaf.shape, strict=True))
             sizes.pop("layers", None)
             if "vocab" in sizes:
                 sizes["vocab"] = config.vocab_size
-            found.append(Tensor(tuple(path.split("/")), name, tuple(sizes.values()), parts))
-    return tuple(found)
+            shape = tuple(sizes.values())
+            # Over all heads at once its weights are stored as one vector.
+            parts = HEADS if len(shape) == 2 and parts == VECTOR else parts
+            # Gemma multiplies by 1 + w.
+            shift = 1.0 if name.endswith("norm/scale") and config.norms == "both" else 0.0
+            found.append(Tensor((*prefix.split("/")[:-1], *name.split("/")), there, shape, parts, numbers, shift=shift))
+    if leaves:
+        raise ValueError(
+            f"{min(leaves)} has no tensor in the architectures of transformers; train without it to export"
+        )
+    return tuple(_join(found) if joined else found)
 
 
-def named(config: TransformerConfig) -> Mapping[str, tuple[Tensor, int | None]]:
-    """Every tensor of the files by its full name, with its layer, in the order of a forward pass."""
-    first, *rest = tensors(config)
+def _join(entries: list[Tensor]) -> list[Tensor]:
+    """The same with those of `JOINED` in one tensor."""
+    joined = list(entries)
+    for there, names in JOINED.items():
+        for numbers in {entry.numbers for entry in entries}:
+            first, parts = 0, [e for e in entries if e.numbers == numbers and "/".join(e.path).endswith(names)]
+            rows = [entry.shape_there[0] for entry in parts]
+            for entry, own in zip(parts, rows, strict=True):
+                place = {"name": LAYER + there, "first_row": first, "all_rows": sum(rows)}
+                joined[entries.index(entry)] = dataclasses.replace(entry, **place)
+                first += own
+    return joined
+
+
+def named(config: TransformerConfig, joined: bool = False) -> Mapping[str, tuple[Tensor, int | None]]:
+    """Every tensor of the files by its full name, with its layer, in the order of a forward pass.
+
+    A tensor that holds several parameters comes with one of them.
+    """
+    first, *rest = tensors(config, joined)
     layered = {
         entry.name.format(layer): (entry, layer)
         for layer in range(config.num_layers)
         for entry in rest
-        if entry.is_stacked
+        if entry.is_stacked and layer in entry.numbers
     }
     return {first.name: (first, None)} | layered | {e.name: (e, None) for e in rest if not e.is_stacked}

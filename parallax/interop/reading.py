@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from parallax.config import TransformerConfig
 from parallax.filling import Bounds, fill
-from parallax.interop.llama import Tensor, named, tensors
+from parallax.interop.llama import JOINED, Tensor, named, tensors
 from parallax.model.transformer import Params
 
 SINGLE = "model.safetensors"
@@ -133,14 +133,14 @@ def read_params(
       abstract: the tree of `init_params` as jax.ShapeDtypeStruct, with shardings; by default all on the first device.
       piece: how many elements to hold at a time.
       as_stored: whether parameters have the dtypes of the files and not those of `abstract`; a stack of layers whose
-        tensors differ has the first that holds them all exactly.
+        tensors differ has the first that holds them all exactly, and what is stored without its 1 is float32.
 
     Raises:
       ValueError: a tensor is missing, left over, or of another shape or dtype.
     """
     check_tensors(files, config, piece)
     params: Params = {}
-    for entry in tensors(config):
+    for entry in tensors(config, _joined(files)):
         entry = dataclasses.replace(entry, name=_name_in(files, config, entry.name))
         leaf: Any = abstract
         *parents, last = entry.path
@@ -149,19 +149,20 @@ def read_params(
             target, leaf = target.setdefault(key, {}), leaf[key]
         leaf = leaf[last]
         if as_stored:
-            leaf = jax.ShapeDtypeStruct(leaf.shape, _dtype_of(files, config, entry), sharding=leaf.sharding)
+            leaf = jax.ShapeDtypeStruct(leaf.shape, _dtype_of(files, entry), sharding=leaf.sharding)
         target[last] = fill(leaf, partial(_blocks, files, entry, piece))
     return params
 
 
-def _dtype_of(files: TensorFiles, config: TransformerConfig, entry: Tensor) -> Any:
-    names = [entry.name.format(layer) for layer in range(config.num_layers if entry.is_stacked else 1)]
-    return jnp.result_type(*(DTYPES[files.dtype(name)] for name in names))
+def _dtype_of(files: TensorFiles, entry: Tensor) -> Any:
+    names = [entry.name.format(layer) for layer in entry.numbers] if entry.is_stacked else [entry.name]
+    kinds = (DTYPES[files.dtype(name)] for name in names)
+    return jnp.result_type(*kinds, *([jnp.float32] if entry.shift else []))
 
 
 def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PIECE) -> None:
     """Raises ValueError unless the files hold the tensors of the config and no others."""
-    wanted = {_name_in(files, config, name): entry for name, (entry, _) in named(config).items()}
+    wanted = {_name_in(files, config, name): entry for name, (entry, _) in named(config, _joined(files)).items()}
     if missing := [name for name in wanted if name not in files.names]:
         raise ValueError(_missing(files, missing, len(wanted)))
     for name in sorted(files.names - wanted.keys()):
@@ -182,6 +183,10 @@ def check_tensors(files: TensorFiles, config: TransformerConfig, piece: int = PI
                 f"tensor {name} has dtype {files.dtype(name)}, which is not one of {', '.join(DTYPES)}; "
                 "take the model in one of these"
             )
+
+
+def _joined(files: TensorFiles) -> bool:
+    return any(name.endswith(tuple(JOINED)) for name in files.names)
 
 
 def _name_in(files: TensorFiles, config: TransformerConfig, name: str) -> str:
@@ -230,7 +235,8 @@ def _blocks(files: TensorFiles, entry: Tensor, piece: int, shard: Bounds) -> Ite
         if any(s.start >= s.stop for s in own):
             continue
         for bounds in entry.cut(own, piece):
-            there = files.read(entry.name.format(layer), entry.find(bounds))
+            name = entry.name.format(entry.numbers[layer]) if entry.is_stacked else entry.name
+            there = files.read(name, entry.find(bounds))
             block = entry.bring(there, bounds)
             at = [s.start - whole.start for s, whole in zip(bounds, own, strict=True)]
             if entry.is_stacked:

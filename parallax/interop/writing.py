@@ -95,7 +95,7 @@ def _rows(params: Params, entry: Tensor, layer: int | None, piece: int) -> Itera
     for bounds in entry.cut(entry.whole, piece):
         start = [s.start for s in bounds]
         sizes = [s.stop - s.start for s in bounds]
-        if entry.is_stacked:
-            start, sizes = [layer, *start], [1, *sizes]
+        if layer is not None:
+            start, sizes = [entry.numbers.index(layer), *start], [1, *sizes]
         block = np.asarray(_cut(leaf, tuple(np.int32(at) for at in start), tuple(sizes)))
         yield entry.send(block[0] if entry.is_stacked else block)

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from parallax.config import PRESETS, RopeScaling, TransformerConfig
-from parallax.interop.hf_config import config_from_hf, config_to_hf, rope_from_hf
+from parallax.config import PRESETS, LayerSpec, RopeScaling, TransformerConfig
+from parallax.interop.hf_config import config_from_hf, config_to_hf
+from parallax.interop.hf_rope import rope_from_hf
 from parallax.layers.rotary import magnitude
 from tests.configs import random_config
 from tests.parallax.interop.folders import SMALL
@@ -21,7 +22,9 @@ LLAMA_3_2_1B = {  # as it is published
                      "original_max_position_embeddings": 8192, "rope_type": "llama3"},
     "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
 }  # fmt: skip
+GEMMA_3 = {**SMALL, "model_type": "gemma3_text"}
 QWEN = {**SMALL, "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+FULL, LOCAL = LayerSpec(), LayerSpec(sliding_window=9)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"type": "linear", "factor": 2.0}
 EXPORTED = ("dropout_rate", "attention", "remat", "dtype", "logit_softcap")
@@ -53,6 +56,12 @@ def test_what_llama_2_leaves_out_has_its_defaults():
         ({"model_type": "mistral", "sliding_window": 7}, {"sliding_window": 7}),
         ({**QWEN, "max_window_layers": 0}, {"sliding_window": 9}),
         ({**QWEN, "max_window_layers": 3}, {"sliding_window": 0}),
+        ({**QWEN, "max_window_layers": 1}, {"sliding_window": 0, "pattern": (FULL, LOCAL, LOCAL)}),
+        ({"model_type": "phi3"}, {"sliding_window": 0, "norm_eps": 1e-5}),
+        ({"model_type": "olmo2"}, {"norms": "after", "qk_norm": True, "qk_norm_over": "heads", "norm_eps": 1e-5}),
+        ({"model_type": "gemma2", "sliding_window": 9}, {"pattern": (LOCAL, FULL), "attention_softcap": 50.0}),
+        ({**GEMMA_3, "sliding_window_pattern": 2}, {"qk_norm": True, "rope_theta": 1e6, "logit_softcap": 0.0}),
+        ({**GEMMA_3, "query_pre_attn_scalar": 8}, {"attention_scale": 0.0, "embedding_scale": 48**0.5}),
         ({**QWEN, "use_sliding_window": False, "max_window_layers": 0}, {"sliding_window": 0}),
         ({**QWEN, "max_window_layers": 9, "layer_types": ["sliding_attention"] * 3}, {"sliding_window": 9}),
     ],
@@ -118,7 +127,10 @@ def _as_written(scaling: RopeScaling) -> RopeScaling:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type='gemma' in config.json is not one of llama, mistral, qwen2, qwen3;"),
+        (
+            {"model_type": "gemma"},
+            "model_type='gemma' in config.json is not one of llama, mistral, qwen2, qwen3, phi3, olmo2, ",
+        ),
         ({"model_type": None}, "model_type=None in config.json is not one of"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' in config.json must be silu"),
         ({"mlp_bias": True}, "mlp_bias=true in config.json is not supported;"),
@@ -132,7 +144,15 @@ def _as_written(scaling: RopeScaling) -> RopeScaling:
         ({**QWEN, "sliding_window": "9"}, "sliding_window='9' in config.json must be a whole number;"),
         ({"head_dim": None, "hidden_size": 50}, "hidden_size=50 in config.json must be divisible by"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=8"),
-        ({**QWEN, "max_window_layers": 1}, "sliding_window=9 in config.json holds for 2 of 3 layers"),
+        ({**QWEN, "layer_types": ["sliding_attention"]}, "layer_types in config.json must say sliding_attention or"),
+        (
+            {**QWEN, "layer_types": ["chunked_attention"] * 3},
+            "layer_types in config.json must say sliding_attention or",
+        ),
+        ({"model_type": "phi3", "rope_scaling": LINEAR}, "rope_type='linear' of a phi3 in config.json is read as"),
+        ({**GEMMA_3, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 of a gemma3_text"),
+        ({**GEMMA_3, "use_bidirectional_attention": True}, "use_bidirectional_attention=true in config.json is not"),
+        ({**GEMMA_3, "hidden_activation": "silu"}, "hidden_activation='silu' in config.json must be gelu_pytorch_tanh"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(changes, message):
