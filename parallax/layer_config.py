@@ -45,6 +45,8 @@ class RopeScaling:
     """yarn: a wave that turns more often than this over the first length is left alone."""
     beta_slow: float = 1.0
     """yarn: one that turns less often than this is divided by the whole factor."""
+    whole_ends: bool = True
+    """yarn: whether the ramp between them begins and ends at whole numbers of pairs."""
     attention_factor: float = 0.0
     """yarn: by what queries and keys are multiplied; 0 stands for the paper's 0.1 ln(factor) + 1."""
 

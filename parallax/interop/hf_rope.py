@@ -99,14 +99,11 @@ def rope_to_hf(theta: float, scaling: RopeScaling) -> Values:
     if scaling.kind == "yarn":
         rope |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         rope["attention_factor"] = magnitude(scaling)
+        rope |= {} if scaling.whole_ends else {"truncate": False}
     return {"rope_theta": theta, "rope_scaling": rope}
 
 
-def _yarn_fields(rope: Values) -> dict[str, float]:
-    if not rope.get("truncate", True):
-        raise ValueError(
-            "truncate=false of yarn in config.json is not supported; convert a model whose ramp has whole ends"
-        )
+def _yarn_fields(rope: Values) -> Values:
     factor = number(rope, "factor")
     above, below = (number(rope, name, 0.0) for name in ("mscale", "mscale_all_dim"))
     attention = 0.0  # the paper's
@@ -120,4 +117,5 @@ def _yarn_fields(rope: Values) -> dict[str, float]:
         "beta_fast": number(rope, "beta_fast", 32.0),
         "beta_slow": number(rope, "beta_slow", 1.0),
         "attention_factor": number(rope, "attention_factor", attention),
+        "whole_ends": bool(rope.get("truncate", True)),
     }

@@ -34,15 +34,17 @@ def _yarn(omega: np.ndarray, head_dim: int, theta: float, scaling: RopeScaling) 
     """Between the pairs that turn β_fast and β_slow times over the first length, ω is blended with ω / factor.
 
     Peng et al. 2023, arXiv:2309.00071, section 3.2. As in the authors' code, the ramp is linear in the number of the
-    pair, not in its turns, and begins and ends at whole numbers.
+    pair, not in its turns, and begins and ends at whole numbers unless the scaling says otherwise, as gpt-oss does.
     """
 
     def pair_of(turns: float) -> float:
         at_one_radian = scaling.original_max_seq_len / (2 * math.pi * turns)
         return head_dim * math.log(at_one_radian) / (2 * math.log(theta))
 
-    first = max(math.floor(pair_of(scaling.beta_fast)), 0)
-    last = min(math.ceil(pair_of(scaling.beta_slow)), head_dim - 1)
+    first, last = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.whole_ends:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
     width = max(last - first, 1e-3)  # a step where both are one pair
     stretched = np.clip((np.arange(head_dim // 2) - first) / width, 0, 1)
     return stretched * omega / scaling.factor + (1 - stretched) * omega

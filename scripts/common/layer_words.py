@@ -19,14 +19,15 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 
 @REGISTRY.primitive_rule
 def _rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    if info.type is not LayerSpec:
+    """For all layers at once: of a word that stands for one of them tyro would not say what is wrong."""
+    if info.type != tuple[LayerSpec, ...]:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FIELD=VALUE,…|same",
-        instance_from_str=lambda words: read_layer(words[0]),
-        is_instance=lambda value: isinstance(value, LayerSpec),
-        str_from_instance=lambda layer: [write_layer(layer)],
+        nargs="*",
+        metavar="[FIELD=VALUE,…|same] …",
+        instance_from_str=lambda words: tuple(map(read_layer, words)),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(each, LayerSpec) for each in value),
+        str_from_instance=lambda layers: list(map(write_layer, layers)),
     )
 
 

@@ -7,7 +7,9 @@ import numpy as np
 
 from tests.parallax.interop.tokenizers import byte_level
 
-FAMILIES = ("llama", "smollm", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "smollm", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3")
+CLASSES = {"smollm": ("Llama", "Llama"), "gemma3_text": ("Gemma3Text", "Gemma3")}
+"""How those of the config and of the model begin, where that is not the family's name with a capital."""
 
 
 def random_values(family, seed):
@@ -34,9 +36,41 @@ def random_values(family, seed):
         values |= {"head_dim": head_dim, "sliding_window": [None, 5, 40][rng.integers(3)]}
     if family in ("qwen2", "qwen3") and rng.integers(2):
         values |= {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}
+        if rng.integers(2):
+            values |= {"layer_types": random_layers(rng, values["num_hidden_layers"])}
+    if family == "olmo2":
+        values |= {"attention_bias": bool(rng.integers(2)), "num_key_value_heads": [groups, None][rng.integers(2)]}
+    if family == "phi3":
+        values |= {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 2e4},
+            "sliding_window": [None, 9][seed % 2],
+        }
+    if family in ("gemma2", "gemma3_text"):
+        values |= {
+            "num_hidden_layers": int(rng.integers(2, 8)),
+            "head_dim": head_dim,
+            "query_pre_attn_scalar": [head_dim, 24][rng.integers(2)],
+            "sliding_window": int(rng.integers(3, 30)),
+            "attention_bias": bool(rng.integers(2)),
+            "final_logit_softcapping": [None, 5.0][rng.integers(2)],
+            "layer_types": random_layers(rng, 7) if seed == 1 else None,
+        }
+        values["layer_types"] = values["layer_types"] and values["layer_types"][: values["num_hidden_layers"]]
+    if family == "gemma2":
+        values |= {"attn_logit_softcapping": [None, 2.0][rng.integers(2)]}
+    if family == "gemma3_text":
+        values["rope_parameters"] = {
+            "full_attention": random_rope(rng),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+        values |= {} if values["layer_types"] else {"sliding_window_pattern": int(rng.integers(2, 4))}
     if family == "smollm":
         values |= {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}
     return values
+
+
+def random_layers(rng, depth):
+    return [str(kind) for kind in rng.choice(["sliding_attention", "full_attention"], depth)]
 
 
 def random_rope(rng):
@@ -51,7 +85,8 @@ def random_rope(rng):
             {"rope_type": "yarn", **longer},
             {"rope_type": "yarn", **longer, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
             {"rope_type": "yarn", **longer, "mscale": 1.0, "mscale_all_dim": 0.5},
-        ][rng.integers(6)],
+            {"rope_type": "yarn", **longer, "truncate": False},
+        ][rng.integers(7)],
     }
 
 
@@ -60,16 +95,17 @@ def make_model(family, values, seed, dtype="float32"):
     import torch
     import transformers
 
-    name = {"smollm": "Llama", "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-    config = getattr(transformers, f"{name}Config")(
-        **values, bos_token_id=None, eos_token_id=None, attn_implementation="eager"
+    of_config, of_model = CLASSES.get(family, (family.capitalize(),) * 2)
+    config = getattr(transformers, f"{of_config}Config")(
+        **values, bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager"
     )
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = getattr(transformers, f"{of_model}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
-            fresh = 1 + 0.3 * noise if "norm" in name else 0.1 * noise
+            one = 0 if family.startswith("gemma") else 1  # which Gemma adds by itself
+            fresh = one + 0.3 * noise if "norm" in name else 0.1 * noise
             weight.copy_(fresh.to(getattr(torch, dtype)))
     return model
 

@@ -215,6 +215,10 @@ def test_the_plainest_architecture_is_chosen(changes, kind):
         ),
         ({"rope_scaling": YARN}, (1e4, RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=32))),
         (
+            {"rope_scaling": {**YARN, "truncate": False}},
+            (1e4, RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=32, whole_ends=False)),
+        ),
+        (
             {"max_position_embeddings": 128, "rope_scaling": {"type": "yarn", "factor": 4.0}},
             (1e4, RopeScaling(kind="yarn", factor=4.0, original_max_seq_len=128)),
         ),
@@ -266,7 +270,6 @@ def test_the_factor_of_attention_follows_from_what_is_given():
             {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
             "full_attention in the rope of config.json is for some layers alone",
         ),
-        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate=false of yarn"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 in config.json must be 1"),
         ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor=0.5 must be at least 1"),
     ],

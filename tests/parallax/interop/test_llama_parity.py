@@ -19,6 +19,7 @@ from tests.scripts.untrained import one_layer, write_untrained
 
 pytestmark = pytest.mark.external
 LENGTH, NEW = 100, 64
+REWRITTEN = ("gemma2", "gemma3_text")
 CASES = [(family, seed) for family in FAMILIES for seed in range(3)]
 
 
@@ -43,11 +44,16 @@ def test_logits_continuations_and_the_way_back(family, seed, tmp_path):
     export_model(str(tmp_path / "run"), tmp_path / "back", max_file_bytes=10**9 if seed else 40_000)
     back = load(tmp_path / "back")
     states = theirs.state_dict(), back.state_dict()
+    if family == "phi3":  # as llama or mistral, which compute the same from tensors that are not joined
+        np.testing.assert_allclose(logits_of(back, ids), expected, rtol=0, atol=1e-5)
+        return
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
-        np.testing.assert_array_equal(states[1][name].numpy(), tensor.numpy(), err_msg=name)
+        # What is w there is 1 + w here, and loses what float32 has not beside 1.
+        within = 1e-7 if "norm" in name and family.startswith("gemma") else 0
+        np.testing.assert_allclose(states[1][name].numpy(), tensor.numpy(), rtol=0, atol=within, err_msg=name)
     # As llama, a mistral without a window computes the same in another class.
-    np.testing.assert_array_equal(logits_of(back, ids), expected)
+    np.testing.assert_allclose(logits_of(back, ids), expected, rtol=0, atol=1e-4 if family in REWRITTEN else 0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

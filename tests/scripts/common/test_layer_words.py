@@ -1,0 +1,56 @@
+"""Layers of a pattern as words: what they are read as, and that what is written reads as the same."""
+
+import pytest
+
+from parallax.config import PRESETS, LayerSpec, RopeScaling
+from scripts.common.layer_words import read_layer, write_layer
+from scripts.training.flags import flags_from_dict, flags_to_dict, read_flags
+
+LOCAL = LayerSpec(sliding_window=64, rope_theta=1e4)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        LayerSpec(),
+        LOCAL,
+        LayerSpec(norms="both", qk_norm=True, attention_sinks=False, feed_forward="dense"),
+        LayerSpec(rope_scaling=RopeScaling()),
+        LayerSpec(rope_scaling=RopeScaling(kind="llama3", factor=8.0, original_max_seq_len=64), attention_softcap=30.0),
+    ],
+    ids=write_layer,
+)
+def test_what_is_written_reads_as_the_same(layer):
+    assert read_layer(write_layer(layer)) == layer
+
+
+def test_a_command_line_gives_a_pattern_which_a_run_folder_keeps():
+    words = ["sliding_window=64,rope_theta=10000", "same"]
+    flags = read_flags(["--model.pattern", *words, "--model.first-layers", "same", "--steps", "3"])
+    assert flags.model.pattern == (LOCAL, LayerSpec())
+    assert flags.model.first_layers == (LayerSpec(),)
+    assert flags_from_dict(flags_to_dict(flags)).model == flags.model
+
+
+def test_a_preset_brings_a_pattern_that_may_be_replaced():
+    preset = PRESETS["gemma3-4b"]
+    assert read_flags(["--config", "gemma3-4b", "--steps", "3"]).model == preset
+    assert read_flags(
+        ["--config", "gemma3-4b", "--model.pattern", "sliding_window=64,rope_theta=1e4"]
+    ).model.pattern == (LOCAL,)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("window=3", "'window' of layer 'window=3' is not one of sliding_window, .*; try"),
+        ("sliding_window=wide", "sliding_window=wide of a layer must be a number; try 1024"),
+        ("qk_norm=1", "qk_norm=1 of a layer must be true or false; try true"),
+        ("sliding_window=-1", "sliding_window=-1 must not be negative"),
+        ("rope_scaling.kind=dynamic", "kind='dynamic' is not one of"),
+    ],
+)
+def test_a_word_that_is_wrong_is_refused_on_the_command_line(word, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        read_flags(["--model.pattern", word])
+    assert "\n" not in str(refused.value)
