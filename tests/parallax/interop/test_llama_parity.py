@@ -50,7 +50,7 @@ def test_logits_continuations_and_the_way_back(family, seed, tmp_path):
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         # What is w there is 1 + w here, and loses what float32 has not beside 1.
-        within = 1e-7 if "norm" in name and family.startswith("gemma") else 0
+        within = 3e-7 if "norm" in name and family.startswith("gemma") else 0
         np.testing.assert_allclose(states[1][name].numpy(), tensor.numpy(), rtol=0, atol=within, err_msg=name)
     # As llama, a mistral without a window computes the same in another class.
     np.testing.assert_allclose(logits_of(back, ids), expected, rtol=0, atol=1e-4 if family in REWRITTEN else 0)

@@ -1,0 +1,37 @@
+"""Layers that differ, with every variant of attention and norms, have one curve on every layout."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from parallax.config import LayerSpec
+
+VARIED = {
+    "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "norms": "both", "activation": "gelu_tanh",
+    "embedding_scale": 4.0, "attention_softcap": 2.0, "attention_sinks": True, "attention_bias": True,
+    "qk_norm": True, "qk_norm_over": "heads", "attention_scale": 0.4,
+    "pattern": (LayerSpec(sliding_window=3, rope_theta=500.0), LayerSpec()),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def losses(make_tiny):
+    tiny = make_tiny("adamw", **VARIED)
+
+    @functools.cache
+    def run(name, mesh=""):
+        strategy, losses = tiny.strategy(name, mesh), []
+        take, state = strategy.compile(tiny.step(strategy)), strategy.init()
+        for number in range(4):
+            state, metrics = take(state, strategy.put_batch(tiny.batch(number)))
+            losses.append(metrics["loss"].item())  # simulated devices may lock up when steps are queued
+        return losses
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "mesh"), [("pmap", ""), ("mesh", "fsdp=2,sequence=2,tensor=2")])
+def test_every_layout_has_the_same_curve(losses, name, mesh):
+    assert np.ptp(losses("single")) > 0.02, "there must be something to agree on"
+    np.testing.assert_allclose(losses(name, mesh), losses("single"), rtol=1e-5)  # order of float32 sums
