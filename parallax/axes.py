@@ -41,6 +41,8 @@ class Parameter:
     decays: bool
     """Whether weight decay applies."""
     role: Role
+    learned: bool = True
+    """Whether it follows its gradient; one that does not has no moments in the optimizer."""
 
     @property
     def size(self) -> int:
@@ -140,6 +142,7 @@ def param(
     inputs: Sequence[str],
     decays: bool,
     role: Role,
+    learned: bool = True,
 ) -> nnx.Param:
     """A float32 parameter `init(key, shape)` that carries what `Parameter` says of it as metadata.
 
@@ -154,7 +157,7 @@ def param(
         raise ValueError(f"inputs={tuple(inputs)} must be dims of one matrix; choose from {', '.join(map(str, dims))}")
     if role not in get_args(Role):
         raise ValueError(f"role={role!r} is not one of {', '.join(get_args(Role))}")
-    label = {"inputs": tuple(inputs), "decays": decays, "role": role}
+    label = {"inputs": tuple(inputs), "decays": decays, "role": role, "learned": learned}
     return nnx.Param(init(key, shape, jnp.float32), out_sharding=tuple(names), eager_sharding=False, **label)
 
 
@@ -177,6 +180,8 @@ def names_of(variable: Any) -> tuple[str | None, ...]:
 def describe(variable: nnx.Variable) -> Parameter:
     """What `param` was given, of a parameter that may be stacked or abstract by now; raises ValueError for others."""
     known = variable.get_metadata()
-    if missing := [label for label in ("out_sharding", "inputs", "decays", "role") if label not in known]:
+    labels = ("out_sharding", "inputs", "decays", "role")
+    if missing := [label for label in labels if label not in known]:
         raise ValueError(f"a parameter of shape {variable.shape} lacks {', '.join(missing)}; make it with axes.param")
-    return Parameter(variable.shape, names_of(variable), known["inputs"], known["decays"], known["role"])
+    values = (known[label] for label in labels[1:])
+    return Parameter(variable.shape, names_of(variable), *values, learned=known.get("learned", True))

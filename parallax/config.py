@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import chex
 
-from parallax.layer_config import LayerSpec, RopeScaling, require, require_choices
+from parallax.layer_config import ExpertsConfig, LayerSpec, RopeScaling, require, require_choices
 
 
 @chex.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class TransformerConfig:
     """K: width of a head; even, since rotary embeddings rotate pairs."""
     mlp_dim: int = 344
     """F: hidden width of the feed-forward."""
+    experts: ExpertsConfig = ExpertsConfig()
     max_seq_len: int = 8192
     """Longest sequence the model accepts, in tokens."""
     dropout_rate: float = 0.0
@@ -73,7 +74,7 @@ class TransformerConfig:
     """Squash logits to ±this by a tanh; 0 leaves them."""
     feed_forward: Literal["auto", "dense", "experts"] = "auto"
     """What follows attention in a layer: one network for all tokens, or experts among which a router chooses for each.
-    auto is dense."""
+    auto is experts where there are any, and dense else."""
     pattern: tuple[LayerSpec, ...] = ()
     """In what layers differ, one after another: the first of them stands for a layer, the next for the layer behind it,
     and behind the last it begins again. Without any, all layers are alike."""
@@ -134,6 +135,10 @@ class TransformerConfig:
         )
         for spec in (*self.first_layers, *self.pattern):
             self._of(spec)  # which checks it
+        require(
+            self.feed_forward != "experts" or self.experts.num_experts > 0,
+            f"feed_forward=experts needs experts, and experts.num_experts={self.experts.num_experts}; try 8",
+        )
 
     @property
     def table_rows(self) -> int:
@@ -156,16 +161,25 @@ class TransformerConfig:
     def _of(self, spec: LayerSpec) -> "TransformerConfig":
         alone: dict[str, Any] = {"pattern": (), "first_layers": ()} | spec.given()
         if self.feed_forward == "auto":
-            alone.setdefault("feed_forward", "dense")
+            alone.setdefault("feed_forward", "experts" if self.experts.num_experts else "dense")
         return dataclasses.replace(self, **alone)
 
-    def num_params(self) -> int:
-        """Count of the parameters, from the sizes alone; equals the count of the initialised tree."""
+    @property
+    def expert_dim(self) -> int:
+        """Hidden width of one expert."""
+        return self.experts.mlp_dim or self.mlp_dim
+
+    def num_params(self, *, active: bool = False) -> int:
+        """Count of the parameters, from the sizes alone; equals the count of the initialised tree.
+
+        Args:
+          active: whether of the experts only as many are counted as a token goes to.
+        """
         tables = 1 if self.tie_embeddings else 2
         outside = tables * self.table_rows * self.embed_dim + self.embed_dim
-        return sum(layer._layer_params() for layer in self.layers) + outside
+        return sum(layer._layer_params(active) for layer in self.layers) + outside
 
-    def _layer_params(self) -> int:
+    def _layer_params(self, active: bool) -> int:
         """Of a layer of this config."""
         heads = self.num_heads + 2 * self.num_kv_heads
         attention = self.embed_dim * self.head_dim * (heads + self.num_heads)
@@ -174,8 +188,15 @@ class TransformerConfig:
         normed_heads = 2 if self.qk_norm_over == "head" else self.num_heads + self.num_kv_heads
         attention += normed_heads * self.head_dim if self.qk_norm else 0
         attention += self.num_heads if self.attention_sinks else 0
+        fed = 3 * self.embed_dim * self.mlp_dim
+        if self.feed_forward == "experts":
+            experts, biases = self.experts, self.experts.bias
+            one = 3 * self.embed_dim * self.expert_dim + biases * (2 * self.expert_dim + self.embed_dim)
+            router = experts.num_experts * (self.embed_dim + biases + (experts.balance_bias_rate > 0))
+            fed = (experts.experts_per_token if active else experts.num_experts) * one + router
+            fed += 3 * self.embed_dim * experts.shared_mlp_dim
         norms = 4 if self.norms == "both" else 2
-        return attention + 3 * self.embed_dim * self.mlp_dim + norms * self.embed_dim
+        return attention + fed + norms * self.embed_dim
 
 
 @functools.lru_cache(maxsize=256)
@@ -306,6 +327,18 @@ GEMMA3_4B_CONFIG = TransformerConfig(
     qk_norm=True, activation="gelu_tanh", embedding_scale=2560**0.5,
     pattern=5 * (LayerSpec(sliding_window=1024, rope_theta=10_000.0, rope_scaling=RopeScaling()),) + (LayerSpec(),),
 )  # fmt: skip
+NANO_MOE_CONFIG = TransformerConfig(
+    mlp_dim=176, experts=ExpertsConfig(num_experts=8, balance_loss=0.01, router_z_loss=1e-3)
+)
+MIXTRAL_8X7B_CONFIG = TransformerConfig(
+    vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
+    rope_theta=1e6, tie_embeddings=False, experts=ExpertsConfig(num_experts=8, balance_loss=0.01),
+)  # fmt: skip
+QWEN3_30B_A3B_CONFIG = TransformerConfig(
+    vocab_size=151_936, embed_dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, mlp_dim=6144,
+    rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tie_embeddings=False,
+    experts=ExpertsConfig(num_experts=128, experts_per_token=8, mlp_dim=768, balance_loss=0.001),
+)  # fmt: skip
 PRESETS = {
     "tiny": TINY_CONFIG,
     "nano": NANO_CONFIG,
@@ -314,6 +347,9 @@ PRESETS = {
     "llama-1b": LLAMA_1B_CONFIG,
     "llama-8b": LLAMA_8B_CONFIG,
     "gemma3-4b": GEMMA3_4B_CONFIG,
+    "nano-moe": NANO_MOE_CONFIG,
+    "mixtral-8x7b": MIXTRAL_8X7B_CONFIG,
+    "qwen3-30b-a3b": QWEN3_30B_A3B_CONFIG,
 }
 
 
@@ -332,7 +368,8 @@ def _plain(value: Any) -> Any:
 def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
     """The model config that `config_to_dict` wrote. Raises ValueError if a field is unknown or a rule is broken."""
     _refuse_unknown(values, TransformerConfig, "model config")
-    values = values | {"rope_scaling": _nested(values, "rope_scaling", RopeScaling)}
+    for name, kind in {"rope_scaling": RopeScaling, "experts": ExpertsConfig}.items():
+        values = values | {name: _nested(values, name, kind)}
     for name in ("pattern", "first_layers"):
         values[name] = tuple(_layer_from_dict(each) for each in values.get(name) or ())
     return TransformerConfig(**values)

@@ -69,6 +69,54 @@ class RopeScaling:
 
 
 @chex.dataclass(frozen=True)
+class ExpertsConfig:
+    """A mixture of experts in place of a feed-forward: each token goes to the few that its router chooses.
+
+    A token is never dropped, however uneven the load. Losses are weighted here and added up over layers.
+    """
+
+    num_experts: int = 0
+    """E: how many there are to choose from; 0 leaves every feed-forward dense."""
+    experts_per_token: int = 2
+    """k: how many a token goes to."""
+    mlp_dim: int = 0
+    """F: hidden width of one expert; 0 takes the model's mlp_dim."""
+    shared_mlp_dim: int = 0
+    """Hidden width of a feed-forward that all tokens go through beside their experts; 0 is none."""
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    """Of the router's logits: over all experts, or of each alone (DeepSeek-V3, arXiv:2412.19437, eq. 15)."""
+    renormalize: bool = True
+    """Whether the scores of the chosen experts are divided by their sum, to be the weights of what they give."""
+    scaling: float = 1.0
+    """By what these weights are multiplied."""
+    bias: bool = False
+    """Whether the router and the projections of each expert add a bias."""
+    clamp: float = 0.0
+    """The limit of gpt-oss's clamped activation, (up + 1) gate sigmoid(1.702 gate); 0 stands for SwiGLU."""
+    balance_loss: float = 0.0
+    """Weight of the loss that evens out the load within each row (DeepSeek-V3, eq. 17); 0.01 is usual alone."""
+    router_z_loss: float = 0.0
+    """Weight of log²Z of the router's logits (ST-MoE, arXiv:2202.08906, eq. 5); 0.001 is usual."""
+    balance_bias_rate: float = 0.0
+    """How much a step raises the bias of each expert that got too few tokens, and lowers that of the others; the bias
+    is added to scores for the choice alone (Wang et al. 2024, arXiv:2408.15664). 0 is none, 0.001 is usual."""
+
+    def __post_init__(self):
+        require_choices(self, "experts.")
+        count, active = self.num_experts, self.experts_per_token
+        require(count >= 0, f"experts.num_experts={count} must not be negative; 0 is off")
+        require(active >= 1, f"experts.experts_per_token={active} must be at least 1; try 2")
+        require(
+            not count or active <= count,
+            f"experts.experts_per_token={active} must not exceed num_experts={count}; try {count}",
+        )
+        for name in ("mlp_dim", "shared_mlp_dim", "clamp", "balance_loss", "router_z_loss", "balance_bias_rate"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"experts.{name}={value} must be finite and not negative; 0 is off")
+        require(0 < self.scaling < math.inf, f"experts.scaling={self.scaling} must be positive; try 1")
+
+
+@chex.dataclass(frozen=True)
 class LayerSpec:
     """In what a layer differs from what its TransformerConfig says of all; a field that is None does not.
 

@@ -43,8 +43,8 @@ class GatedFeedForward(nnx.Module):
     """y = (a(x W_gate) ⊙ x W_up) W_down (Shazeer 2020, arXiv:2002.05202, eq. 6): SwiGLU where a is silu, GeGLU where it
     is the gelu, by its tanh."""
 
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        D, F = config.embed_dim, config.mlp_dim
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs, mlp_dim: int | None = None):
+        D, F = config.embed_dim, mlp_dim or config.mlp_dim
         self.activation = config.activation
         inward = jax.nn.initializers.normal(D**-0.5)
         outward = jax.nn.initializers.normal((2 * config.num_layers * F) ** -0.5)  # residual sum over 2N branches
@@ -53,8 +53,8 @@ class GatedFeedForward(nnx.Module):
         self.up = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
         self.down = matrix(outward, rngs.params(), (F, D), ("mlp", "embed"), inputs=("mlp",))
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, T, D] to [B, T, D], with nothing to report of it."""
+    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, T, D] to [B, T, D], with nothing to report of any token."""
         dtype = x_BTD.dtype
         gate_BTF = _project(x_BTD, read(self.gate, dtype))
         up_BTF = _project(x_BTD, read(self.up, dtype))

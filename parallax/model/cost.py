@@ -30,7 +30,7 @@ def forward_flops(config: TransformerConfig, seq_len: int) -> float:
         # The first `window` queries see 1 … window keys, the others see window.
         return window - window * (window - 1) / (2 * seq_len)
 
-    return config.num_layers * (2 * _weights(config) + _attention(config, _mean(config, seen))) + _head(config)
+    return config.num_layers * (2 * _used(config) + _attention(config, _mean(config, seen))) + _head(config)
 
 
 def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> float:
@@ -43,6 +43,14 @@ def _weights(config: TransformerConfig) -> int:
     """Of the matrices of one block, on average."""
     leaves = jax.tree.leaves(parameters(config))
     return sum(each.size for each in leaves if each.role == "hidden") // config.num_layers
+
+
+@functools.lru_cache(maxsize=64)
+def _used(config: TransformerConfig) -> float:
+    """Of those, and of the router, the weights that a token is multiplied with: its own experts', not all."""
+    share = config.experts.experts_per_token / max(1, config.experts.num_experts)
+    matrices = [each for each in jax.tree.leaves(parameters(config)) if each.inputs and "vocab" not in each.names]
+    return sum(each.size * (share if "experts" in each.names else 1) for each in matrices) / config.num_layers
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,9 +116,10 @@ class StepCost:
         kernel = config.attention in KERNELS
         # Masked scores are computed all the same, but for those of blocks that are skipped.
         attention = 0.0 if kernel else _attention(config, self._computed_keys())
-        block = 2 * _weights(config) + attention
-        # A block's last matmul is not needed again.
-        whole = block - 2 * config.embed_dim * config.mlp_dim
+        block = 2 * _used(config) + attention
+        # A block's last matmul is not needed again, but the experts' is, for the gradient of their weights.
+        dense = sum(layer.feed_forward == "dense" for layer in config.layers) / config.num_layers
+        whole = block - dense * 2 * config.embed_dim * config.mlp_dim
         again = {"none": 0.0, "dots": attention, "full": whole}[config.remat]
         if self._in_chunks(sizes.get("sequence", 1)):
             again += 1.5 * attention  # a chunk's scores twice more, its weighted values once

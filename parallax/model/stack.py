@@ -19,6 +19,7 @@ from parallax.layers.attention import Attention
 from parallax.layers.cache import KVCache, LayerCache
 from parallax.layers.dropout import dropout, split
 from parallax.layers.feedforward import GatedFeedForward
+from parallax.layers.moe import Experts
 from parallax.layers.normalization import RMSNorm
 from parallax.pattern import Stack, loops, stacks
 
@@ -26,11 +27,9 @@ Aux = dict[str, jax.Array]
 """What a block reports beside its result: float32 arrays by name, or nothing."""
 
 
-def feed_forward(config: TransformerConfig, *, rngs: nnx.Rngs) -> GatedFeedForward:
-    """The feed-forward of a layer, which takes [B, T, D] to [B, T, D] and what it reports."""
-    if config.feed_forward == "experts":
-        raise ValueError("feed_forward=experts needs experts; try dense")
-    return GatedFeedForward(config, rngs=rngs)
+def feed_forward(config: TransformerConfig, *, rngs: nnx.Rngs) -> GatedFeedForward | Experts:
+    """The feed-forward of a layer, which takes [B, T, D] to [B, T, D] and what it reports of the counted tokens."""
+    return (Experts if config.feed_forward == "experts" else GatedFeedForward)(config, rngs=rngs)
 
 
 class TransformerBlock(nnx.Module):
@@ -58,13 +57,14 @@ class TransformerBlock(nnx.Module):
         cache: LayerCache | None = None,
         dropout_keys_B: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
+        counted_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, Aux]:
         """[B, T, D] to [B, T, D], the cache with these tokens in it, and what the feed-forward reports."""
         keys = (None, None, None) if dropout_keys_B is None else split(dropout_keys_B, 3).T
         normed_BTD = _normed(self.attention_norm, x_BTD)
         attended_BTD, cache = self.attention(normed_BTD, positions_BT, segments_BT, cache, keys[0], lengths_B)
         x_BTD = x_BTD + dropout(_normed(self.attention_post_norm, attended_BTD), self.dropout_rate, keys[1])
-        fed_BTD, aux = self.mlp(_normed(self.mlp_norm, x_BTD))
+        fed_BTD, aux = self.mlp(_normed(self.mlp_norm, x_BTD), counted_BT)
         x_BTD = x_BTD + dropout(_normed(self.mlp_post_norm, fed_BTD), self.dropout_rate, keys[2])
         return constrain(x_BTD, "batch", "length", "act_embed"), cache, aux
 
@@ -131,6 +131,7 @@ class LayerStack:
         segments_BT: jax.Array | None = None,
         dropout_keys_NB: jax.Array | None = None,
         lengths_B: jax.Array | None = None,
+        counted_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, Aux]:
         """[B, T, D] through all blocks, and the cache, laid out as they are, with these tokens in it.
 
@@ -140,7 +141,7 @@ class LayerStack:
 
         def apply(config: TransformerConfig, weights: nnx.State, x_BTD: jax.Array, view: Any, keys_B: jax.Array | None):
             return nnx.merge(self._graphs[config], weights)(
-                *(x_BTD, positions_BT, segments_BT, view, keys_B, lengths_B)
+                *(x_BTD, positions_BT, segments_BT, view, keys_B, lengths_B, counted_BT)
             )
 
         if self.listed:

@@ -81,11 +81,12 @@ class TransformerLM(nnx.Module):
         dropout_key: jax.Array | None = None,
         lengths: jax.Array | None = None,
         table_WD: jax.Array | None = None,
+        counted_BT: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None, Aux]:
         """`__call__` up to the final norm: [B, T, D], so that a loss can take the logits a chunk at a time.
 
-        With it comes what layers report, as `LayerStack.fold` gives it. `table_WD` is the input embedding where it was
-        read already.
+        With it comes what layers report of the tokens in `counted_BT`, by default all, as `LayerStack.fold` gives it.
+        `table_WD` is the input embedding where it was read already.
         """
         self._check_shapes(tokens_BT, positions, segments, cache)
         known_BT = (tokens_BT >= 0) & (tokens_BT < self.config.vocab_size)
@@ -98,7 +99,7 @@ class TransformerLM(nnx.Module):
         x_BTD = self.embedding.embed(tokens_BT, table_WD)
         x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])
         stack, layer_keys = LayerStack(self.config, self.blocks), None if keys is None else keys[:-1]
-        x_BTD, cache, aux = stack.fold(x_BTD, cache, positions, segments, layer_keys, lengths)
+        x_BTD, cache, aux = stack.fold(x_BTD, cache, positions, segments, layer_keys, lengths, counted_BT)
         return self.final_norm(x_BTD), cache, aux
 
     def _layer_keys(self, key: jax.Array, num_rows: int) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from parallax.config import TrainConfig, TransformerConfig
 from parallax.layers.attention import KERNELS
+from parallax.model.stack import Aux
 from parallax.model.transformer import TransformerLM
 
 NO_TARGET = -1
@@ -138,7 +139,10 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
     def loss_fn(params, batch, key):
         model = TransformerLM.from_params(config, params)
         table_WD = model.head.whole() if config.tie_embeddings else None
-        x_BTD, _, _ = model.hidden(batch["inputs"], segments=batch.get("segments"), dropout_key=key, table_WD=table_WD)
+        is_target_BT = batch["targets"] != NO_TARGET
+        x_BTD, _, aux = model.hidden(
+            batch["inputs"], segments=batch.get("segments"), dropout_key=key, table_WD=table_WD, counted_BT=is_target_BT
+        )
         if table_WD is None:
             # Gathered after the blocks, and its gradient scattered before theirs: never two whole tables at once.
             shards = (x_BTD, model.head.table[...])
@@ -155,11 +159,25 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
             label_smoothing=train.label_smoothing,
             z_loss=train.z_loss,
         )
-        return sums, jnp.sum(batch["targets"] != NO_TARGET)
+        return _with_experts(sums, aux), jnp.sum(is_target_BT)
 
     # A shard_map that checks what differs between devices can hold no kernel: JAX cannot see into it.
     loss_fn.has_kernels = config.attention in KERNELS  # pyright: ignore[reportFunctionMemberAccess]
     return loss_fn
+
+
+def _with_experts(sums: Sums, aux: Aux) -> Sums:
+    """The losses of routers added to the objective, and what else routers report of the target tokens.
+
+    `balance_loss` and `router_z_loss` are summed over layers, `router_entropy` is averaged; `expert_load`
+    [layers with experts, E] counts in int32, and so exactly however many devices add it up.
+    """
+    if "expert_load" not in aux:
+        return sums
+    losses = {name: jnp.sum(aux[name]) for name in ("balance_loss", "router_z_loss")}
+    found = losses | {"router_entropy": jnp.mean(aux["router_entropy"])}
+    found = jax.lax.stop_gradient(found) | {"expert_load": aux["expert_load"].astype(jnp.int32)}
+    return sums | found | {"loss": sums["loss"] + sum(losses.values())}
 
 
 def make_evaluation(config: TransformerConfig) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:

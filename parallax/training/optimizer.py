@@ -51,11 +51,18 @@ def make_optimizer(config: OptimizerConfig, labels: Params) -> optax.GradientTra
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum orthogonalised by Newton-Schulz
     iterations for hidden matrices, scaled to the size of an Adam update (Moonlight, arXiv:2502.16982, eq. 4), so
     that the same rate serves both; for all else Adam, in its Nesterov form (Dozat 2016).
-    Under both what its label says decays: matrices and tables, not norms and biases.
+    Under both what its label says decays: matrices and tables, not norms and biases. What is not learned keeps no
+    moments and does not change.
 
     Args:
       labels: the tree of what is trained with an `axes.Parameter` for each array, as `parameters` gives it.
     """
+    learned = jax.tree.map(lambda parameter: parameter.learned, labels)
+    optimizer = _of_learned(config, labels)
+    return optimizer if all(jax.tree.leaves(learned)) else optax.masked(optimizer, learned)
+
+
+def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decays = jax.tree.map(lambda parameter: parameter.decays, labels)
     if config.optimizer == "adamw":

@@ -31,22 +31,31 @@ def train_step(
     learning_rate: Schedule,
     gradients: Gradients,
     seed: int,
+    balance: Callable[[Any, jax.Array], Any] | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One optimizer step on a batch of [B, T] arrays.
 
     A loss or gradient that is not finite changes neither parameters nor optimizer, and is counted in `bad_steps`.
 
+    Args:
+      balance: (params, load) to params whose routers even out the load that experts had in this batch.
+
     Returns:
       The next state and scalar metrics: losses in nats a target token, `grad_norm` of the averaged gradient before
-      clipping, `param_norm` after the update, `learning_rate`, `tokens` (targets in the global batch), `bad_steps`.
+      clipping, `param_norm` after the update, `learning_rate`, `tokens` (targets in the global batch), `bad_steps`. Of
+      experts also `balance_loss` and `router_z_loss`, `router_entropy` in nats, and `fullest_expert`: the largest share
+      of a layer's tokens that one of its experts got.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), DROPOUT)
     sums, tokens, grads = gradients(loss_fn)(state.params, batch, key)
-    losses = {name: value / jnp.maximum(tokens, 1) for name, value in sums.items()}
+    load_NE = sums.get("expert_load")
+    losses = {name: value / jnp.maximum(tokens, 1) for name, value in sums.items() if name != "expert_load"}
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda param, update: param + rate * update, state.params, updates)
+    if balance is not None and load_NE is not None:
+        params = balance(params, load_NE)
 
     finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
     params, opt_state = jax.tree.map(
@@ -60,4 +69,6 @@ def train_step(
         "tokens": tokens,
         "bad_steps": bad_steps,
     }
+    if load_NE is not None:
+        metrics["fullest_expert"] = jnp.max(load_NE / jnp.maximum(jnp.sum(load_NE, axis=1, keepdims=True), 1))
     return TrainState(step=state.step + 1, params=params, opt_state=opt_state, bad_steps=bad_steps), metrics

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from parallax.model.transformer import parameters
+from parallax.training.balance import make_balance
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
 from parallax.training.state import TrainState, make_init, state_axes
@@ -34,4 +35,5 @@ def bind_step(model: TransformerConfig, train: TrainConfig, learning: OptimizerC
         learning_rate=make_learning_rate(learning, train.steps),
         gradients=gradients,
         seed=train.seed,
+        balance=make_balance(model),
     )

@@ -11,6 +11,8 @@ from parallax import config as configs
 from parallax.config import (
     PRESETS,
     TINY_CONFIG,
+    ExpertsConfig,
+    LayerSpec,
     OptimizerConfig,
     RopeScaling,
     TrainConfig,
@@ -87,6 +89,9 @@ SIZES = {  # name in parallax.config: millions of parameters, as published or as
     "LLAMA_1B_CONFIG": 1235.8,
     "LLAMA_8B_CONFIG": 8030.3,
     "GEMMA3_4B_CONFIG": 3880.1,
+    "NANO_MOE_CONFIG": 2.44,
+    "MIXTRAL_8X7B_CONFIG": 46_702.8,
+    "QWEN3_30B_A3B_CONFIG": 30_532.1,
 }
 
 
@@ -142,17 +147,52 @@ def test_preset_has_the_stated_size(name):
     assert millions == pytest.approx(SIZES[name], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "millions"), [("nano", 0.80), ("nano-moe", 0.82), ("mixtral-8x7b", 12_879.9), ("qwen3-30b-a3b", 3353.0)]
+)
+def test_a_token_meets_its_own_experts_alone(name, millions):
+    assert PRESETS[name].num_params(active=True) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
 def test_every_preset_has_a_lower_case_name():
     assert set(PRESETS) == {name.removesuffix("_CONFIG").replace("_", "-").lower() for name in SIZES}
     for name in SIZES:
         assert PRESETS[name.removesuffix("_CONFIG").replace("_", "-").lower()] is getattr(configs, name)
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), *map(random_config, range(6))], ids=described)
+EXPERTS = [
+    TransformerConfig(experts=ExpertsConfig(num_experts=3, mlp_dim=5, shared_mlp_dim=7, balance_bias_rate=0.1)),
+    TransformerConfig(
+        experts=ExpertsConfig(num_experts=4, bias=True, clamp=7.0), first_layers=(LayerSpec(feed_forward="dense"),)
+    ),
+]
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), *EXPERTS, *map(random_config, range(6))], ids=described)
 def test_num_params_counts_the_tree(config):
     tree = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     assert jax.tree.map(lambda leaf: leaf.shape, tree) == jax.tree.map(lambda x: x.shape, parameters(config))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == config.num_params()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": 4, "experts_per_token": 5}, r"experts_per_token=5 must not exceed num_experts=4; try 4"),
+        ({"num_experts": -1}, "num_experts=-1 must not be negative; 0 is off"),
+        ({"scores": "tanh"}, "experts.scores='tanh' is not one of softmax, sigmoid"),
+        ({"scaling": 0.0}, "experts.scaling=0.0 must be positive; try 1"),
+        ({"balance_loss": -0.1}, "experts.balance_loss=-0.1 must be finite and not negative; 0 is off"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ExpertsConfig(**values)
+
+
+def test_layers_of_experts_need_some():
+    with pytest.raises(ValueError, match=r"feed_forward=experts needs experts, and experts\.num_experts=0; try 8"):
+        TransformerConfig(feed_forward="experts")
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 8, 9, 65, 257, 32000])

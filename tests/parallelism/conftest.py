@@ -13,6 +13,7 @@ import pytest
 
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
 from parallax.model.transformer import init_params, parameters
+from parallax.training.balance import make_balance
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import TrainState, state_axes
@@ -58,6 +59,7 @@ class Tiny:
             learning_rate=lambda step: self._rate,
             gradients=strategy.gradients,
             seed=0,
+            balance=make_balance(self.config),
         )
 
     def batch(self, seed, rows=16, length=6):

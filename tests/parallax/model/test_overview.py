@@ -24,5 +24,5 @@ def test_every_parameter_has_a_row_and_the_total_is_stated(config):
         assert row["Shape"] == str(leaf.shape)
         assert row["Dtype"] == "float32"
         assert row["Size"].replace(",", "") == str(leaf.size)
-        assert all(name in row["Sharding"] for name in names)
+        assert all(str(name) in row["Sharding"] for name in names)
     assert f"Total: {config.num_params():,}" in lines[-1]

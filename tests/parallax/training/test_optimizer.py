@@ -28,7 +28,7 @@ MUON = {  # summed and resulting dims, after that of the layers
     "query": ((1,), (2, 3)), "key": ((1,), (2, 3)), "value": ((1,), (2, 3)), "out": ((1, 2), (3,)),
     "gate": ((1,), (2,)), "up": ((1,), (2,)), "down": ((1,), (2,)),
 }  # fmt: skip
-NOT_DECAYED = {"scale", "query_bias", "key_bias", "value_bias", "out_bias"}
+NOT_DECAYED = {"scale", "balance_bias", "query_bias", "key_bias", "value_bias", "out_bias"}
 
 
 def matrix(*shape):
@@ -81,11 +81,14 @@ def updates_of(config, gradients, params, tree="model"):
 def test_every_parameter_has_the_labels_that_its_updates_follow_from(config):
     leaves = jax.tree_util.tree_leaves_with_path(parameters(config))
     for path, known in leaves:
-        hidden = known.role == "hidden"
+        hidden, behind = known.role == "hidden", "experts" in known.names  # then another dim comes first
+        dims = MUON.get(name_of(path))
+        expected = tuple(tuple(dim + behind for dim in part) for part in dims) if dims else None
         assert known.decays == (name_of(path) not in NOT_DECAYED), path
-        assert ((known.input_dims, known.output_dims) if hidden else None) == MUON.get(name_of(path)), path
-    outputs = [path[0].key for path, known in leaves if known.role == "output"]
-    assert outputs == ([] if config.tie_embeddings else ["output"])
+        assert ((known.input_dims, known.output_dims) if hidden else None) == expected, path
+    outputs = [name_of(path) for path, known in leaves if known.role == "output"]
+    routers = ["router"] if config.experts.num_experts else []
+    assert outputs == routers + ([] if config.tie_embeddings else ["table"])
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

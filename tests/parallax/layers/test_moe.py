@@ -1,0 +1,144 @@
+"""The mixture of experts: its definition, its gradients, and that no token is dropped."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from parallax.config import ExpertsConfig, TransformerConfig
+from parallax.layers.moe import Experts, activate, route
+
+B, T, D, E, K, F = 2, 5, 6, 4, 2, 3
+PLAIN = ExpertsConfig(num_experts=E, experts_per_token=K, mlp_dim=F, balance_loss=0.3, router_z_loss=0.2)
+KINDS = {
+    "softmax": PLAIN,
+    "sigmoid, scaled": dataclasses.replace(PLAIN, scores="sigmoid", scaling=2.5, balance_bias_rate=0.01),
+    "not renormalised": dataclasses.replace(PLAIN, renormalize=False),
+    "shared": dataclasses.replace(PLAIN, shared_mlp_dim=4),
+    "biases, clamped": dataclasses.replace(PLAIN, bias=True, clamp=1.0),
+}
+
+
+def example(experts, seed=0, dtype=np.float64):
+    """Structure, weights and input [B, T, D]."""
+    rng = np.random.default_rng(seed)
+    config = TransformerConfig(embed_dim=D, num_layers=2, experts=experts)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0))))
+    weights = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.7, leaf.shape), dtype), state)
+    return graph, weights, jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+
+
+def expected(experts, weights, x):
+    """Token by token, in numpy."""
+    w = {name: np.asarray(value) for name, value in nnx.to_pure_dict(weights).items() if name != "shared"}
+    y = np.zeros_like(x)
+    for at in np.ndindex(x.shape[:2]):
+        logits = x[at] @ w["router"] + w.get("router_bias", 0)
+        scores = 1 / (1 + np.exp(-logits)) if experts.scores == "sigmoid" else np.exp(logits) / np.exp(logits).sum()
+        chosen = np.argsort(-(scores + w.get("balance_bias", 0)))[:K]
+        gates = scores[chosen] / (scores[chosen].sum() if experts.renormalize else 1) * experts.scaling
+        for expert, gate in zip(chosen, gates, strict=True):
+            biases = [w[f"{name}_bias"][expert] if experts.bias else 0 for name in ("gate", "up", "down")]
+            hidden = activate(
+                jnp.asarray(x[at] @ w["gate"][expert] + biases[0]), x[at] @ w["up"][expert] + biases[1], experts.clamp
+            )
+            y[at] += gate * (np.asarray(hidden) @ w["down"][expert] + biases[2])
+    return y
+
+
+@pytest.mark.parametrize("experts", KINDS.values(), ids=KINDS)
+def test_value_is_that_of_the_definition(x64, experts):
+    graph, weights, x = example(experts)
+    module = nnx.merge(graph, weights)
+    y, _ = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x))(weights, x)
+    of_experts = expected(experts, weights, np.asarray(x))
+    np.testing.assert_allclose(y, of_experts + (module.shared(x)[0] if experts.shared_mlp_dim else 0), rtol=1e-10)
+
+
+@pytest.mark.parametrize("experts", KINDS.values(), ids=KINDS)
+def test_gradients_match_finite_differences(x64, experts):
+    """Of the result through scores and gates, and of both losses; no choice changes within a step of 1e-5."""
+    graph, weights, x = example(experts, seed=1)
+
+    def apply(weights, x):
+        y, aux = nnx.merge(graph, weights)(x)
+        return y, aux["balance_loss"], aux["router_z_loss"]
+
+    if experts.balance_bias_rate:
+        of_bias = jax.grad(lambda weights: sum(map(jnp.sum, apply(weights, x))))(weights)["balance_bias"][...]
+        np.testing.assert_array_equal(of_bias, 0)
+    check_grads(jax.jit(apply), (weights, x), order=1, modes=["rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("experts", KINDS.values(), ids=KINDS)
+def test_no_token_is_dropped_where_all_choose_the_same(x64, experts):
+    graph, weights, x = example(dataclasses.replace(experts, balance_bias_rate=0.0))
+    weights["router"][...] = weights["router"][...] * 0
+    chosen = jnp.zeros((E,)).at[jnp.array([3, 1])].set(jnp.array([9.0, 5.0]))
+    if experts.bias:
+        weights["router_bias"][...] = chosen
+    else:
+        x = x.at[:, :, 0].set(1.0)
+        weights["router"][...] = weights["router"][...].at[0].set(chosen)
+    y, aux = nnx.merge(graph, weights)(x)
+    module = nnx.merge(graph, weights)
+    of_experts = expected(experts, weights, np.asarray(x))
+    np.testing.assert_allclose(y, of_experts + (module.shared(x)[0] if experts.shared_mlp_dim else 0), rtol=1e-10)
+    np.testing.assert_array_equal(aux["expert_load"], [0, B * T, 0, B * T])
+
+
+def test_losses_are_those_of_the_papers(x64):
+    rng = np.random.default_rng(4)
+    logits = rng.normal(size=(B, T, E))
+    counted = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    ids, _, aux = route(jnp.asarray(logits), PLAIN, counted_BT=jnp.asarray(counted))
+    balance = z = entropy = 0.0
+    for row in range(B):
+        length = counted[row].sum()
+        scores = np.exp(logits[row, :length]) / np.exp(logits[row, :length]).sum(1, keepdims=True)
+        f = np.array([E / (K * length) * (np.asarray(ids)[row, :length] == e).sum() for e in range(E)])
+        balance += PLAIN.balance_loss * length * (f * scores.mean(0)).sum()
+        z += PLAIN.router_z_loss * (np.log(np.exp(logits[row, :length]).sum(1)) ** 2).sum()
+        entropy -= (scores * np.log(scores)).sum()
+    np.testing.assert_allclose(aux["balance_loss"], balance, rtol=1e-12)
+    np.testing.assert_allclose(aux["router_z_loss"], z, rtol=1e-12)
+    np.testing.assert_allclose(aux["router_entropy"], entropy, rtol=1e-12)
+    assert aux["expert_load"].sum() == K * counted.sum()
+
+
+def test_sums_over_rows_add_up(x64):
+    logits = jnp.asarray(np.random.default_rng(5).normal(size=(4, T, E)))
+    whole = route(logits, PLAIN)[2]
+    parts = [route(logits[start : start + 2], PLAIN)[2] for start in (0, 2)]
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[0][name] + parts[1][name], value, rtol=1e-12)
+
+
+def test_the_bias_decides_who_is_chosen_and_not_their_weight():
+    logits = jnp.array([[[3.0, 2.0, 1.0, 0.0]]])
+    experts = dataclasses.replace(PLAIN, scores="sigmoid", renormalize=False)
+    ids, gates, _ = route(logits, experts, jnp.array([0.0, 0.0, 0.0, 9.0]))
+    np.testing.assert_array_equal(ids[0, 0], [3, 0])
+    np.testing.assert_allclose(gates[0, 0], jax.nn.sigmoid(jnp.array([0.0, 3.0])), rtol=1e-6)
+
+
+def test_an_even_load_has_the_least_balance_loss():
+    even = jnp.tile(5 * jnp.eye(E), (1, 4, 1))
+    skewed = jnp.tile(5 * jnp.eye(E)[:1], (1, 4 * E, 1))[:, : 4 * E]
+    one = dataclasses.replace(PLAIN, experts_per_token=1, balance_loss=1.0)
+    tokens = even.shape[1]
+    assert float(route(even, one)[2]["balance_loss"]) / tokens == pytest.approx(1.0)
+    assert float(route(skewed, one)[2]["balance_loss"]) / tokens > 3
+
+
+def test_bfloat16_stays_and_the_router_is_float32():
+    graph, weights, x = example(PLAIN, dtype=np.float32)
+    y, aux = nnx.merge(graph, weights)(x.astype(jnp.bfloat16))
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype.name for leaf in aux.values()} == {"float32"}
+    near, _ = nnx.merge(graph, weights)(x.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_allclose(y.astype(jnp.float32), near, atol=0.15)  # three matmuls at 2⁻⁸ each

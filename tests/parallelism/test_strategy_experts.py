@@ -1,0 +1,107 @@
+"""Experts on one curve: what routers choose, report and learn does not depend on the layout."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from parallax.config import ExpertsConfig
+from parallax.training.state import params_sha256
+
+ROOT = Path(__file__).parents[2]
+EXPERTS = ExpertsConfig(
+    num_experts=4, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
+)
+LAYOUTS = {
+    "accumulate": ("single", "", 4, {}),
+    "remat": ("single", "", 1, {"remat": "full"}),
+    "unroll": ("single", "", 1, {"layer_loop": "unroll"}),
+    "pmap": ("pmap", "", 1, {}),
+    "fsdp": ("mesh", "data=2,fsdp=4", 2, {}),
+    "tensor": ("mesh", "fsdp=4,tensor=2", 1, {}),
+    "sequence": ("mesh", "data=4,sequence=2", 1, {}),
+}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def trained(make_tiny):
+    """Metrics of a few steps with clipping, and the parameters after them."""
+
+    @functools.cache
+    def run(layout):
+        name, mesh, accumulate, changes = LAYOUTS.get(layout, ("single", "", 1, {}))
+        tiny = make_tiny(num_layers=2, num_kv_heads=2, experts=EXPERTS, **changes)
+        strategy = tiny.strategy(name, mesh, accumulate)
+        take, state, rows = strategy.compile(tiny.step(strategy)), strategy.init(), []
+        for number in range(STEPS):
+            state, metrics = take(state, strategy.put_batch(tiny.batch(number)))
+            rows.append({name: float(value) for name, value in metrics.items()})
+        return rows, jax.device_get(strategy.canonical(state).params)
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_and_reports_are_the_same_on_every_layout(trained, layout):
+    rows, params = trained(layout)
+    expected, biases = trained("single")
+    for row, other in zip(rows, expected, strict=True):
+        assert {"balance_loss", "router_z_loss", "router_entropy", "fullest_expert"} < row.keys()
+        for name in ("balance_loss", "router_z_loss", "router_entropy", "fullest_expert"):
+            # The first step within 1e-6; AdamW then amplifies rounding.
+            assert row[name] == pytest.approx(other[name], rel=1e-6 if row is rows[0] else 1e-4), name
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-6 if row is rows[0] else 1e-5)
+    found, expected = (each["blocks"]["mlp"]["balance_bias"] for each in (params, biases))
+    assert np.abs(found).max() > 0
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+
+
+def test_what_is_not_learned_has_no_moments(make_tiny):
+    for optimizer in ("adamw", "muon"):
+        tiny = make_tiny(optimizer, num_layers=2, num_kv_heads=2, experts=EXPERTS)
+        state = jax.eval_shape(tiny.init_state)
+        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.opt_state)]
+        assert any("router" in path for path in paths)
+        assert not any("balance_bias" in path for path in paths)
+
+
+def test_a_bad_step_leaves_the_bias(make_tiny):
+    tiny = make_tiny(num_layers=2, num_kv_heads=2, experts=EXPERTS)
+    strategy, batch = tiny.strategy("single"), tiny.batch(0)
+    state = strategy.init()
+    before = params_sha256(state.params)
+    batch["targets"][0, 0] = 99  # no id: its loss is NaN
+    state, metrics = strategy.compile(tiny.step(strategy))(state, strategy.put_batch(batch))
+    assert metrics["bad_steps"] == 1
+    assert params_sha256(state.params) == before
+
+
+SCRIPT = """
+import json
+from parallelism.hosts import fix_cpu_rounding
+fix_cpu_rounding()
+from parallax.training.state import params_sha256
+from tests.parallelism.test_strategy_experts import EXPERTS
+from tests.parallelism.test_reduction_exact import LAYOUTS, train
+from tests.parallelism.conftest import Tiny
+tiny = Tiny(experts=EXPERTS)
+for layout in LAYOUTS[::2]:
+    losses, params = train(tiny, *layout, batch_size=16)
+    print(json.dumps([losses, params_sha256(params)]))
+"""
+
+
+def test_exact_reduction_has_the_same_bits_on_every_layout():
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 2
+    assert found[0] == found[1]
