@@ -22,8 +22,11 @@ from parallelism.planning.hardware import Accelerator, Machine
 from parallelism.planning.hlo_collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.planning.hlo_flops import read_flops
 
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 """To be raised when a report comes to say something else of the same program, so that no older one is found."""
+
+NOT_COUNTED = "not counted"
+"""The level of what communicates in a way that is not known: its bytes are in no number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +180,8 @@ def temporary_size(memory: Any) -> int:
 def _traffic(hlo_text: str, accelerator: Machine, mesh_shape: Mapping[str, int]) -> tuple[Traffic, ...]:
     sums: dict[tuple[str, tuple[str, ...], str], tuple[int, float]] = {}
     for each in read_collectives(hlo_text):
-        key = each.kind, crossed_axes(each, mesh_shape), accelerator.level(each.groups)
+        level = accelerator.level(each.groups) if each.groups else NOT_COUNTED
+        key = each.kind, crossed_axes(each, mesh_shape), level
         count, sent = sums.get(key, (0, 0.0))
         sums[key] = count + each.count, sent + each.count * wire_bytes(each)
     return tuple(Traffic(kind, axes, *sums[kind, axes, level], level) for kind, axes, level in sorted(sums))

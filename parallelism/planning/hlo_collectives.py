@@ -1,7 +1,7 @@
 """The collectives that one execution of a compiled program performs, read from its optimized HLO text.
 
-Invariant: a collective is counted exactly as often as it runs (`hlo.py`), and none is passed over: what is
-not known is refused.
+Invariant: a collective is counted exactly as often as it runs (`hlo.py`), and none is passed over: what is not known
+is found by its name, as not counted.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from parallelism.planning.hlo import SAME_VALUE, Op, Program, numbers
 RAGGED = "ragged-all-to-all"
 """Sends a part of its buffer that only a run knows; all of it is counted."""
 _PASSES = {"all-gather": 1, "all-reduce": 2, "all-to-all": 1, RAGGED: 1, "collective-permute": 1, "reduce-scatter": 1}
+_BETWEEN_TWO = ("collective-permute", "send")
+"""From one device to another: a send says its pairs as a permute does, and its bytes are received once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +25,16 @@ class Collective:
     """One instruction, with all that it does in one execution of the program."""
 
     kind: str
-    """all-gather, all-reduce, all-to-all, ragged-all-to-all, collective-permute or reduce-scatter, asynchronous or
-    not."""
+    """all-gather, all-reduce, all-to-all, ragged-all-to-all, collective-permute, reduce-scatter or send, asynchronous
+    or not; or the name of what communicates in a way that is not counted."""
     count: int
     """How often it runs: the product of the trip counts of the loops around it."""
     bytes: int
     """What a device holds on the larger side each time, all arrays together, layout aside: the result of an
     all-gather, the operand of a reduce-scatter, either side of the others."""
     groups: tuple[tuple[int, ...], ...]
-    """Devices that exchange data, by position in `mesh.devices.flat`; of a permute, its (source, target) pairs."""
+    """Devices that exchange data, by position in `mesh.devices.flat`; of a permute, its (source, target) pairs; none of
+    what is not counted."""
     name: str
     """JAX's path to the operation that asked for it, or "" where the compiler kept none."""
 
@@ -39,8 +42,8 @@ class Collective:
 def read_collectives(hlo_text: str) -> list[Collective]:
     """The collectives in `compiled.as_text()`, one for each instruction that runs.
 
-    Raises ValueError if there is no entry computation, a loop with collectives has no fixed length, or a collective or
-    its groups are written in a way that is not known here.
+    Raises ValueError if there is no entry computation, a loop with collectives has no fixed length, or the groups of a
+    collective are written in a way that is not known here.
     """
     program = Program(hlo_text)
     started: dict[str, bool] = {}
@@ -56,9 +59,12 @@ def read_collectives(hlo_text: str) -> list[Collective]:
                 if not starts:
                     return None
             return _collective(program, op, kind, computation, path)
+        if kind == "send" and "source_target_pairs=" in op.attributes:
+            return _collective(program, op, kind, computation, path)
         named = re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes)
-        if named and not op.opcode.endswith(("-update", "-done")):
-            raise ValueError(f"{kind} is not counted; known collectives are {', '.join(_PASSES)}")
+        if named and not op.opcode.startswith("recv") and not op.opcode.endswith(("-update", "-done")):
+            target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
+            return Collective(target[1] if target else kind, 1, 0, (), path)
         return None
 
     found = program.find_all(find, wire_bytes)
@@ -69,10 +75,13 @@ def read_collectives(hlo_text: str) -> list[Collective]:
 
 
 def wire_bytes(collective: Collective) -> float:
-    """Bytes that a device sends each time, by the algorithms that send the least; groups of one send nothing."""
-    size = max(map(len, collective.groups))
-    kept = 0 if collective.kind == "collective-permute" else collective.bytes / size
-    return _PASSES[collective.kind] * (collective.bytes - kept)
+    """Bytes that a device sends each time, by the algorithms that send the least; groups of one send nothing.
+
+    0 of what is not counted.
+    """
+    size = max(map(len, collective.groups), default=1)
+    kept = 0 if collective.kind in _BETWEEN_TWO else collective.bytes / size
+    return _PASSES.get(collective.kind, 1) * (collective.bytes - kept)
 
 
 def crossed_axes(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
@@ -85,7 +94,9 @@ def _collective(program: Program, op: Op, kind: str, computation: str, path: str
     # The bits and the dims of each array: 16 and 4,8 of bf16[4,8]{1,0}; pred names no bits and takes 8.
     arrays = re.findall(r"[a-z]+(\d*)\w*\[([^\]]*)\]", op.shape)
     operands = len(op.arguments())
-    if op.opcode.endswith("-start") and len(arrays) > operands:
+    if kind == "send":
+        arrays = arrays[:1]  # what it sends, a context, a token
+    elif op.opcode.endswith("-start") and len(arrays) > operands:
         arrays = arrays[operands : 2 * operands]  # operands, results, what the device keeps to itself
     size = sum(-(-math.prod(numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays)
     groups = _groups(op.attributes, program.devices)
@@ -107,7 +118,7 @@ def _is_sliced(ops: Mapping[str, Op], op: Op) -> bool:
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
     """From each of XLA's notations: lists, iota, mesh axes. No list means one group of all devices."""
-    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", attributes):
+    if found := re.search(r'(?:replica_groups|source_target_pairs)="?\{((?:\{[\d,]*\},?)*)\}', attributes):
         listed = re.findall(r"\{([\d,]*)\}", found[1])
         return tuple(tuple(numbers(group)) for group in listed) or (tuple(range(devices)),)
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):

@@ -144,9 +144,9 @@ def waits(sent: Sequence[Any], paths: Mapping[str, tuple[Reach, ...]]) -> list[W
     """
     found = []
     for each in sent:
-        axes = getattr(each, "axes", None) or (each.axis,)
+        axes = axes_of(each)
         parts = [path for name, path in paths.items() if name.partition(".")[0] in axes]
-        if all(axis in paths for axis in axes):
+        if all(axis in paths for axis in axes):  # of none too: groups of one device, or what is not counted
             legs = [(each.wire_bytes, tuple(reach for axis in axes for reach in paths[axis]))]
         elif parts:
             legs = _by_part(each.wire_bytes, parts)
@@ -155,6 +155,11 @@ def waits(sent: Sequence[Any], paths: Mapping[str, tuple[Reach, ...]]) -> list[W
         seconds = sum(collective_seconds(each.kind, sent, path, each.count) for sent, path in legs)
         found.append(Wait(tuple({axis.partition(".")[0]: None for axis in axes}), seconds))
     return found
+
+
+def axes_of(sent: Any) -> tuple[str, ...]:
+    """Along which mesh axes it goes: one by the analytic model, any number by the compiler."""
+    return sent.axes if hasattr(sent, "axes") else (sent.axis,)
 
 
 def _by_part(wire_bytes: float, parts: Sequence[tuple[Reach, ...]]) -> list[tuple[float, tuple[Reach, ...]]]:

@@ -16,7 +16,7 @@ import jax
 from parallelism.mesh_shape import along_torus, show_mesh
 from parallelism.planning.compiler import Report, compile_step
 from parallelism.planning.hardware import Machine
-from parallelism.planning.network import Reach, Wait, place, waits
+from parallelism.planning.network import Reach, Wait, axes_of, place, waits
 from parallelism.planning.step_time import Expected, Work, calibration
 from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
 from parallelism.strategies import get_strategy
@@ -241,7 +241,7 @@ def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
     """Bytes along each mesh axis, parts of one taken together; of a collective over several at once, all of them."""
     sums: dict[str, float] = {}
     for each in sent:
-        for axis in {axis.partition(".")[0]: None for axis in getattr(each, "axes", None) or (each.axis,)}:
+        for axis in {axis.partition(".")[0]: None for axis in axes_of(each)}:
             sums[axis] = sums.get(axis, 0.0) + each.wire_bytes
     return sums
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from parallax.config import PRESETS, OptimizerConfig
+from parallelism.planning.compiler import NOT_COUNTED
 from parallelism.planning.gpus import GIB, USED, Gpus
 from parallelism.planning.hardware import Machine
 from parallelism.planning.planner import Choice, Row, name_of
@@ -34,7 +35,7 @@ def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) 
         "estimate: the analytic model's. HBM: of a step, or of an evaluation or a save (always estimates) where "
         "these need more. Compute, memory and links by their peaks; as if all overlapped, the one with a star binds. "
         f"Expected: by what published runs reached of these peaks, ±{_error(rows):.0%}, see docs/planning.md. "
-        f"{_limits(sliced)} {_priced(price_of(sliced.generation.name, asked.price))}",
+        f"{_uncounted(rows)}{_limits(sliced)} {_priced(price_of(sliced.generation.name, asked.price))}",
     )
     for name in ("layout", "remat", "micro", "attention", "source", "fits"):
         table.add_column(name, no_wrap=True)
@@ -44,6 +45,12 @@ def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) 
     for row in [*rows[:SHOWN], *lacking[:LACKING]]:
         table.add_row(*_cells(row, sliced, asked))
     return table
+
+
+def _uncounted(rows: Sequence[Row]) -> str:
+    """What programs send that is in no number, by name."""
+    found = {each.kind for row in rows if row.report for each in row.report.traffic if each.level == NOT_COUNTED}
+    return f"Not counted: {', '.join(sorted(found))}. " if found else ""
 
 
 def _limits(sliced: Machine) -> str:

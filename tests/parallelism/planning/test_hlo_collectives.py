@@ -279,14 +279,31 @@ def test_a_chain_of_collectives_that_nothing_known_starts_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("line", "match"),
+    ("line", "kind"),
     [
-        ("%r = s8[4] collective-broadcast(%p), replica_groups={}", "collective-broadcast is not counted; known"),
-        ('%r = (s8[4]) send(%p), x={_xla_megascale_transfer_type="ALL_REDUCE"}', "send is not counted; known"),
-        ("%r = s8[4] all-reduce(%p), replica_groups=new", "in no known notation: replica_groups=new"),
+        ("%r = s8[4] collective-broadcast(%p), replica_groups={}", "collective-broadcast"),
+        ('%r = (s8[4]) send(%p), x={_xla_megascale_transfer_type="ALL_REDUCE"}', "send"),
+        ('%r = s8[4] custom-call(%p), custom_call_target="their_gather", replica_groups={{0,1}}', "their_gather"),
     ],
 )
-def test_what_is_not_known_is_refused(line, match):
+def test_what_is_not_counted_is_named(line, kind):
+    (found,) = read_collectives(program(line))
+    assert (found.kind, found.count, found.groups, wire_bytes(found)) == (kind, 1, (), 0)
+
+
+def test_a_send_counts_what_it_sends_once():
+    """Its result is a tuple of what is sent, a context and a token; the receiver's is the same again."""
+    pairs = 'frontend_attributes={_xla_send_recv_source_target_pairs="{{0,1},{1,0}}"}'
+    send = f"%r = (bf16[4,8]{{1,0}}, u32[], token[]) send(%p, %t), channel_id=1, {pairs}"
+    (found,) = read_collectives(program(send))
+    assert (found.kind, found.bytes, found.groups, wire_bytes(found)) == ("send", 64, ((0, 1), (1, 0)), 64)
+    assert read_collectives(program(send.replace(" send(", " recv("))) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "match"), [("%r = s8[4] all-reduce(%p), replica_groups=new", "in no known notation: replica_groups=new")]
+)
+def test_groups_in_a_notation_that_is_not_known_are_refused(line, match):
     with pytest.raises(ValueError, match=match):
         read_collectives(program(line))
     with pytest.raises(ValueError, match=r"ENTRY computation; pass compiled\.as_text"):
