@@ -12,9 +12,10 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from parallax.config import TransformerConfig
+from parallax.config import LayerSpec, TransformerConfig
 from parallax.model.cost import StepCost, step_flops
 from parallelism.planning.fitting import Run
+from parallelism.planning.hardware import GENERATIONS
 from parallelism.planning.network import place, waits
 from parallelism.planning.step_time import Work
 from scripts.planning.published_machines import Machine, machine_of
@@ -122,8 +123,9 @@ def lay_out(row: Mapping[str, str]) -> Published:
 def _config(row: Mapping[str, str]) -> TransformerConfig:
     """The model, whose feed-forward has three matrices.
 
-    One of two matrices, as GPT's, has the operations and the parameters of ours with two thirds of its width: the
-    source's count of parameters says which it is.
+    One of two matrices, as GPT's, has the operations and the parameters of ours with two thirds of its width. Which it
+    is, and whether the output table is the input table, the source's count of parameters says. `windows` are those of a
+    pattern of layers, 0 for none.
     """
     names = {"num_layers": "layers", "embed_dim": "emb", "mlp_dim": "mlp", "num_heads": "q_heads"}
     names |= {"num_kv_heads": "kv_heads", "head_dim": "head_dim", "vocab_size": "vocab"}
@@ -131,10 +133,16 @@ def _config(row: Mapping[str, str]) -> TransformerConfig:
         sizes: dict[str, Any] = {ours: int(row[theirs]) for ours, theirs in names.items()}
     except ValueError:
         raise ValueError("the sizes of the model are not those of one stack of like layers, or not stated") from None
-    config = TransformerConfig(**sizes, tie_embeddings=False, attention="splash", dtype="bfloat16", max_seq_len=2**20)
-    plain = dataclasses.replace(config, mlp_dim=2 * config.mlp_dim // 3)
+    windows = [int(window) for window in row.get("windows", "").split()]
+    pattern = tuple(LayerSpec(sliding_window=window) for window in windows)
+    attention = "splash" if row["chip"] in GENERATIONS else "cudnn"
+    config = TransformerConfig(
+        **sizes, pattern=pattern, attention=attention, tie_embeddings=False, dtype="bfloat16", max_seq_len=2**20
+    )
+    like = [config, dataclasses.replace(config, mlp_dim=2 * config.mlp_dim // 3)]
+    like += [dataclasses.replace(each, tie_embeddings=True) for each in like]
     stated = float(row["params_B"]) * 1e9
-    found = min((config, plain), key=lambda each: abs(math.log(each.num_params() / stated)))
+    found = min(like, key=lambda each: abs(math.log(each.num_params() / stated)))
     if abs(found.num_params() / stated - 1) > 0.05:
         raise ValueError(
             f"has {row['params_B']} billion parameters, and its sizes give {config.num_params() / 1e9:.2f}"
@@ -174,7 +182,8 @@ def stated_flops(row: Mapping[str, str], config: TransformerConfig) -> float:
     """Operations a token by the source's own rule: 6 a weight of each matmul, and attention in full, or half of it."""
     heads = config.num_heads * config.head_dim
     table = config.vocab_size * config.embed_dim
-    weights = config.num_params() - config.table_rows * config.embed_dim * 2 + table
+    tables = (1 if config.tie_embeddings else 2) * config.table_rows * config.embed_dim
+    weights = config.num_params() - tables + table
     half = "causal half" in row["flop_convention"]
     return 6 * weights + (6 if half else 12) * config.num_layers * heads * int(row["seq"])
 
