@@ -16,8 +16,9 @@ import numpy as np
 
 from parallax.axes import Names, Placement, bound, constrain
 from parallax.config import TransformerConfig
-from parallax.inference.request import Request, bucket
-from parallax.inference.slots import Slots, prefill, step
+from parallax.inference.prefixes import Prefixes
+from parallax.inference.request import Matcher, Request, bucket
+from parallax.inference.slots import PART, Slots, go_on, only, prefill, step
 from parallax.layers.cache import KVCache
 from parallax.model.transformer import Params, TransformerLM
 
@@ -51,6 +52,7 @@ class _Running:
 
     ticket: int
     request: Request
+    matcher: Matcher | None = None
     generated: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -62,16 +64,18 @@ class _Running:
         """The token of a report."""
         token, logprob, top = read_report(words_R)
         self.generated.append(token)
-        stops, finish = self.request.stops, None
+        stops, finish = self.request.stops, self.matcher.take(token) if self.matcher else None
         if token == self.request.eos_id or any(self.generated[-len(stop) :] == list(stop) for stop in stops):
             finish = "stop"
         elif len(self.generated) == self.request.max_tokens:
-            finish = "length"
+            finish = finish or "length"
         return Token(self.ticket, token, logprob, top, False, finish)
 
 
-def fill(model: TransformerLM, arrays: tuple, score_prompt: jax.Array) -> tuple[Slots, jax.Array, jax.Array]:
-    """Reads the one prompt of `Request.prompt_arrays` and draws the token that follows it.
+def fill(
+    model: TransformerLM, arrays: tuple, score_prompt: jax.Array, allowed_1W: jax.Array | None
+) -> tuple[Slots, jax.Array, jax.Array]:
+    """Reads the one prompt of `Request.prompt_arrays` and draws the token that follows it, an allowed one.
 
     Returns:
       slots of one row; the drawn token's report [1, R]; with `score_prompt` the reports [P, R] of what follows each
@@ -80,22 +84,38 @@ def fill(model: TransformerLM, arrays: tuple, score_prompt: jax.Array) -> tuple[
     slots, x_1PD = prefill(model, *arrays)
     prompt_PR = report_prompt(model, x_1PD[0], arrays[0][0], score_prompt)
     last_11D = jax.lax.dynamic_slice_in_dim(x_1PD, slots.lengths[0] - 1, 1, axis=1)
+    return *_draw_first(model, slots, last_11D, allowed_1W), constrain(prompt_PR, None, None)
+
+
+def fill_on(
+    model: TransformerLM, cache: KVCache, start: jax.Array, arrays: tuple, allowed_1W: jax.Array | None
+) -> tuple[Slots, jax.Array]:
+    """`fill` where a cache holds the first `start` tokens of the prompt, as `go_on` takes it; no token is scored."""
+    return _draw_first(model, *go_on(model, cache, start, *arrays), allowed_1W)
+
+
+def _draw_first(
+    model: TransformerLM, slots: Slots, last_11D: jax.Array, allowed_1W: jax.Array | None
+) -> tuple[Slots, jax.Array]:
     logits_1V = logits_of(model, last_11D)[:, 0]
-    slots = slots.draw(logits_1V, jnp.ones(1, bool))
-    return slots, constrain(report(logits_1V, slots.last), None, None), constrain(prompt_PR, None, None)
+    slots = slots.draw(only(allowed_1W, logits_1V), jnp.ones(1, bool))
+    return slots, constrain(report(logits_1V, slots.last), None, None)
 
 
-def decode(model: TransformerLM, slots: Slots, busy_B: jax.Array, *, steps: int) -> tuple[Slots, jax.Array]:
+def decode(
+    model: TransformerLM, slots: Slots, busy_B: jax.Array, allowed_BW: jax.Array | None, *, steps: int
+) -> tuple[Slots, jax.Array]:
     """`steps` tokens more for each busy slot: the slots, and the reports of these tokens [steps, B, R].
 
-    Where a row ends, the host knows, and looks at no more of it.
+    With `allowed` there is one step, since each token decides what the next may be. Where a row ends, the host knows,
+    and looks at no more of it.
     """
 
     def one(slots: Slots, _) -> tuple[Slots, jax.Array]:
-        slots, logits_BV = step(model, slots, busy_B & (slots.lengths < slots.cache.capacity))
+        slots, logits_BV = step(model, slots, busy_B & (slots.lengths < slots.cache.capacity), allowed_BW)
         return slots, report(logits_BV, slots.last)
 
-    slots, reports_KBR = jax.lax.scan(one, slots, None, length=steps)
+    slots, reports_KBR = jax.lax.scan(one, slots, None, length=steps if allowed_BW is None else 1)
     return slots.constrained(), constrain(reports_KBR, None, None, None)
 
 
@@ -110,6 +130,9 @@ class Batcher:
       params: fastest as `prepare` leaves them; may be sharded over a mesh, and then `placement` says how the rest is.
       slots: how many completions run at once; all of them are computed, used or not.
       capacity: the most tokens a slot can hold, prompt included; at most max_seq_len of them are used.
+      prefix_tokens: for how many tokens caches of earlier prompts may have room, beside the slots. What a prompt shares
+        with the beginning of one of them, if it is half of it at least, is not read again.
+      grammars: whether requests may have a grammar. While one is under way, steps take one token a slot.
       tokens_per_step: how many tokens a slot takes in one `step`; more cost fewer calls, and a newcomer waits longer.
       placement: what `axes.bound` takes, to place slots and heads over devices. The mesh axes that split a batch must
         divide `slots`; no axis may split `length`.
@@ -123,6 +146,8 @@ class Batcher:
         slots: int = 16,
         capacity: int = 1024,
         tokens_per_step: int = 4,
+        prefix_tokens: int = 0,
+        grammars: bool = False,
         placement: Placement | None = None,
     ):
         for name, value in {"slots": slots, "capacity": capacity, "tokens_per_step": tokens_per_step}.items():
@@ -134,6 +159,10 @@ class Batcher:
         while self._rooms[-1] < self.capacity:
             self._rooms.append(bucket(self._rooms[-1] + 1, self.capacity))
         self._running: list[_Running | None] = [None] * slots
+        self._words = -(-config.vocab_size // 32) if grammars else 0
+        self._prefixes = Prefixes(prefix_tokens) if prefix_tokens else None
+        self.reused = 0
+        """Tokens of prompts that were not read again, since the first."""
         row = None if placement is None else _OneRow(placement)
 
         # Fresh closures, since JAX knows nothing of what is bound.
@@ -141,19 +170,23 @@ class Batcher:
             with bound(placement):
                 return Slots.create(TransformerLM.from_params(config, params), slots, self._rooms[0])
 
-        def fill_row(params, arrays, score_prompt):
+        def fill_row(params, *args):
             with bound(row):
-                return fill(TransformerLM.from_params(config, params), arrays, score_prompt)
+                return fill(TransformerLM.from_params(config, params), *args)
+
+        def fill_row_on(params, *args):
+            with bound(row):
+                return fill_on(TransformerLM.from_params(config, params), *args)
 
         def insert(slots, slot, filled):
             with bound(placement):
                 return slots.insert(slot, filled)
 
-        def take_step(params, slots, busy):
+        def take_step(params, slots, busy, allowed=None):
             with bound(placement):
-                return decode(TransformerLM.from_params(config, params), slots, busy, steps=tokens_per_step)
+                return decode(TransformerLM.from_params(config, params), slots, busy, allowed, steps=tokens_per_step)
 
-        self._create, self._fill = jax.jit(create_slots), jax.jit(fill_row)
+        self._create, self._fill, self._fill_on = jax.jit(create_slots), jax.jit(fill_row), jax.jit(fill_row_on)
         self._insert, self._resize = jax.jit(insert, donate_argnums=0), jax.jit(KVCache.resize, static_argnums=1)
         self._step = jax.jit(take_step, donate_argnums=1)
         self._slots: Slots = self._create(params)
@@ -173,6 +206,8 @@ class Batcher:
         request.check(self.config, self.capacity)
         if len(request.prompts) > 1:
             raise ValueError(f"{len(request.prompts)} prompts must be 1 a completion; admit one after another")
+        if request.grammar and not self._words:
+            raise ValueError("a request with a grammar needs a Batcher for them; make it with grammars=True")
 
     def admit(self, ticket: int, request: Request) -> list[Token]:
         """Prefills a free slot: the tokens of the prompt if asked for, then the first that is drawn.
@@ -189,22 +224,40 @@ class Batcher:
             raise ValueError(f"all {len(self._running)} slots are busy; admit once `free` is above 0")
         if ticket in self.under_way:
             raise ValueError(f"ticket={ticket} is under way; give each completion its own")
-        row, drawn, prompt_scores = self._prefill(request)
-        tokens = list(_prompt_tokens(ticket, request, prompt_scores)) if request.prompt_logprobs else []
+        matcher = request.grammar() if request.grammar else None
+        row, drawn, prompt_scores = self._prefill(request, matcher)
+        if self._prefixes:
+            self._prefixes.keep(request.prompts[0], row.cache)
+        tokens = [] if prompt_scores is None else list(_prompt_tokens(ticket, request, prompt_scores))
         if request.max_tokens:
-            slot, running = self._running.index(None), _Running(ticket, request)
+            slot, running = self._running.index(None), _Running(ticket, request, matcher)
             self._running[slot] = running
             self._make_room(self._longest + self.tokens_per_step)
             self._put(slot, row)
             tokens.append(self._take(slot, running, np.asarray(drawn)[0]))
         return tokens
 
-    def _prefill(self, request: Request) -> tuple[Slots, jax.Array, jax.Array]:
-        return self._fill(self.params, request.prompt_arrays(self.capacity), np.bool_(request.prompt_logprobs))
+    def _prefill(self, request: Request, matcher: Matcher | None = None) -> tuple[Slots, jax.Array, jax.Array | None]:
+        allowed = self._allowed([matcher]) if self._words else None
+        arrays, (prompt,) = request.prompt_arrays(self.capacity), request.prompts
+        room, shared, cache = arrays[0].shape[1], 0, None
+        if self._prefixes and not request.prompt_logprobs:
+            shared, cache = self._prefixes.find(prompt)
+        parts = math.ceil((len(prompt) - shared) / PART)
+        fits = shared + parts * PART <= room
+        if cache is None or 2 * shared < len(prompt) or not fits or not cache.keeps_all(room):
+            row, drawn, scores = self._fill(self.params, arrays, np.bool_(request.prompt_logprobs), allowed)
+            return row, drawn, scores if request.prompt_logprobs else None
+        self.reused += shared
+        return *self._fill_on(self.params, self._resized(cache, room), np.int32(shared), arrays, allowed), None
+
+    def _allowed(self, matchers: Sequence[Matcher | None]) -> np.ndarray:
+        """Of each row [B, W]; all tokens where it has no matcher."""
+        free = np.full(self._words, -1, np.int32)
+        return np.stack([matcher.allowed() if matcher else free for matcher in matchers])
 
     def _put(self, slot: int, row: Slots) -> None:
-        for room in self._between(row, self._slots.cache.capacity):
-            row = dataclasses.replace(row, cache=self._resize(row.cache, room))
+        row = dataclasses.replace(row, cache=self._resized(row.cache, self._slots.cache.capacity))
         self._slots = self._insert(self._slots, np.int32(slot), row)
 
     @property
@@ -213,12 +266,18 @@ class Batcher:
 
     def _make_room(self, tokens: int) -> None:
         """A cache for rows of so many tokens, which may be a smaller one."""
-        for room in self._between(self._slots, bucket(tokens, self.capacity)):
+        for room in self._between(self._slots.cache, bucket(tokens, self.capacity)):
             self._slots = dataclasses.replace(self._slots, cache=self._resize(self._slots.cache, room))
 
-    def _between(self, slots: Slots, room: int) -> list[int]:
+    def _resized(self, cache: KVCache, room: int) -> KVCache:
+        """A cache of one row with another room."""
+        for size in self._between(cache, room):
+            cache = self._resize(cache, size)
+        return cache
+
+    def _between(self, cache: KVCache, room: int) -> list[int]:
         """The sizes that lead to a room, from neighbour to neighbour, since each pair of sizes is a program."""
-        now, then = self._rooms.index(slots.cache.capacity), self._rooms.index(room)
+        now, then = self._rooms.index(cache.capacity), self._rooms.index(room)
         return self._rooms[now + 1 : then + 1] or self._rooms[then:now][::-1]
 
     def _take(self, slot: int, running: _Running, words_R: np.ndarray) -> Token:
@@ -234,7 +293,9 @@ class Batcher:
         if not busy.any():
             return []
         self._make_room(self._longest + self.tokens_per_step)
-        self._slots, reports = self._step(self.params, self._slots, busy)
+        matchers = [running and running.matcher for running in self._running]
+        allowed = (self._allowed(matchers),) if any(matchers) else ()
+        self._slots, reports = self._step(self.params, self._slots, busy, *allowed)
         return [
             self._take(slot, running, words)
             for words_BR in np.asarray(reports)
@@ -253,15 +314,21 @@ class Batcher:
         for room in self._rooms:
             self._make_room(room)
             for length in {self._rooms[0], room}:
-                row, *_ = self._prefill(Request.one(np.zeros(length, np.int32), max_tokens=0))
+                request = Request.one(np.zeros(length, np.int32), max_tokens=0)
+                row, *_ = self._prefill(request)
                 self._put(0, row)
+                if self._prefixes:
+                    arrays, back = request.prompt_arrays(self.capacity), self._resized(row.cache, self._rooms[0])
+                    allowed = self._allowed([None]) if self._words else None
+                    self._fill_on(self.params, self._resized(back, length), np.int32(0), arrays, allowed)
             self._step_idle()
         self._make_room(self._rooms[0])
 
     def _step_idle(self) -> None:
         idle = np.zeros(len(self._running), bool)
-        self._slots, reports = self._step(self.params, self._slots, idle)
-        reports.block_until_ready()
+        for allowed in ((), (self._allowed([None] * len(idle)),)) if self._words else ((),):
+            self._slots, reports = self._step(self.params, self._slots, idle, *allowed)
+            reports.block_until_ready()
 
     def rebuild(self) -> None:
         """Empty slots in place of those that a failed call may have taken along; completions under way are gone.
@@ -269,6 +336,8 @@ class Batcher:
         Raises what a step raises where the device does not compute.
         """
         self._running = [None] * len(self._running)
+        if self._prefixes:
+            self._prefixes.clear()
         for x in jax.tree.leaves(self._slots):  # whoever still refers to them, such as a traceback
             x.delete()
         self._slots = self._create(self.params)

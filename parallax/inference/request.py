@@ -7,8 +7,8 @@ seldom needs a compilation.
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,18 @@ SMALLEST_BUCKET = 32
 def bucket(length: int, most: int) -> int:
     """Room for so many tokens, of few sizes, so that few are compiled for; no more than `most`."""
     return min(max(SMALLEST_BUCKET, round_up(length)), most)
+
+
+class Matcher(Protocol):
+    """Says of one text, while it is generated, which tokens may come next."""
+
+    def allowed(self) -> np.ndarray:
+        """int32 [⌈V / 32⌉]: bit v % 32 of word v // 32 is 1 where token v may be drawn; one at least is."""
+        ...
+
+    def take(self, token_id: int) -> str | None:
+        """Adds the token that was drawn. Why the text ends with it, as `Token.finish` has it, or None."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,8 @@ class Request:
     """The token that ends a row."""
     prompt_logprobs: bool = False
     """Whether the tokens of the prompt are reported too, which a Batcher does."""
+    grammar: Callable[[], Matcher] | None = None
+    """Makes what says which tokens a text may consist of, which a Batcher asks."""
 
     @classmethod
     def one(cls, prompt: np.ndarray, *, max_tokens: int, seed: int = 0, **others: Any) -> "Request":

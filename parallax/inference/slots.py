@@ -17,6 +17,9 @@ from parallax.inference.sampling import SamplingSettings, sample
 from parallax.layers.cache import KVCache
 from parallax.model.transformer import TransformerLM
 
+PART = 64
+"""Tokens of a prompt that are read at a time where its beginning is in a cache."""
+
 
 @chex.dataclass(frozen=True)
 class Slots:
@@ -88,29 +91,83 @@ def prefill(
     Padding needs no mask: its keys are in the slots of their positions, later than any query of the prompt, and the
     next tokens overwrite them before anything sees them. `ahead` is how many tokens of a row may be taken back.
     """
-    (B, P), V = tokens_BP.shape, model.config.vocab_size
+    B, P = tokens_BP.shape
     positions_BP = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32)[None], (B, P))
     x_BPD, cache, _ = model.hidden(tokens_BP, positions_BP, cache=model.empty_cache(B, P, ahead), lengths=lengths_B)
-    # Padding marks a token beyond the vocabulary, which is dropped.
-    ids_BP = jnp.where(positions_BP < lengths_B[:, None], tokens_BP, V)
-    slots = Slots(
-        cache=cast(KVCache, cache),
-        last=jnp.take_along_axis(tokens_BP, lengths_B[:, None] - 1, axis=1)[:, 0],
-        lengths=lengths_B,
-        seen=jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop"),
-        seeds=seeds_B,
-        settings=settings,
-    )
+    slots = _filled(cast(KVCache, cache), tokens_BP, lengths_B, seeds_B, settings, model.config.vocab_size)
     return slots, x_BPD
 
 
-def step(model: TransformerLM, slots: Slots, active_B: jax.Array) -> tuple[Slots, jax.Array]:
-    """One token more for each active row, and the logits [B, V] from which it was drawn.
+def go_on(
+    model: TransformerLM,
+    cache: KVCache,
+    start: jax.Array,
+    tokens_1P: jax.Array,
+    lengths_1: jax.Array,
+    seeds_1: jax.Array,
+    settings: SamplingSettings,
+) -> tuple[Slots, jax.Array]:
+    """`prefill` of a prompt of which a cache with room for P holds the first `start` tokens; and its last's [1, 1, D].
+
+    The others are read PART at a time, to the end of the last part: P must reach it, and no layer's window may be
+    shorter than P, since of a ring the padding behind the prompt would take slots.
+    """
+    part = min(PART, tokens_1P.shape[1])
+    nothing = jax.eval_shape(lambda: model.hidden(tokens_1P[:, :1], jnp.zeros((1, 1), jnp.int32), cache=cache)[0])
+
+    def read(number: jax.Array, state: tuple[KVCache, jax.Array]) -> tuple[KVCache, jax.Array]:
+        cache, last_11D = state
+        at = start + number * part
+        tokens_1T = jax.lax.dynamic_slice_in_dim(tokens_1P, at, part, axis=1)
+        x_1TD, cache, _ = model.hidden(tokens_1T, at + jnp.arange(part, dtype=jnp.int32)[None], cache=cache)
+        last = lengths_1[0] - 1 - at
+        found_11D = jax.lax.dynamic_slice_in_dim(x_1TD, jnp.clip(last, 0, part - 1), 1, axis=1)
+        return cast(KVCache, cache), jnp.where(last < part, found_11D, last_11D)
+
+    parts = (lengths_1[0] - start + part - 1) // part
+    cache, last_11D = jax.lax.fori_loop(0, parts, read, (cache, jnp.zeros(nothing.shape, nothing.dtype)))
+    return _filled(cache, tokens_1P, lengths_1, seeds_1, settings, model.config.vocab_size), last_11D
+
+
+def _filled(
+    cache: KVCache,
+    tokens_BP: jax.Array,
+    lengths_B: jax.Array,
+    seeds_B: jax.Array,
+    settings: SamplingSettings,
+    vocab_size: int,
+) -> Slots:
+    """Slots that hold prompts and nothing more."""
+    B, P = tokens_BP.shape
+    # Padding marks a token beyond the vocabulary, which is dropped.
+    ids_BP = jnp.where(jnp.arange(P)[None] < lengths_B[:, None], tokens_BP, vocab_size)
+    return Slots(
+        cache=cache,
+        last=jnp.take_along_axis(tokens_BP, lengths_B[:, None] - 1, axis=1)[:, 0],
+        lengths=lengths_B,
+        seen=jnp.zeros((B, vocab_size), bool).at[jnp.arange(B)[:, None], ids_BP].set(True, mode="drop"),
+        seeds=seeds_B,
+        settings=settings,
+    )
+
+
+def step(
+    model: TransformerLM, slots: Slots, active_B: jax.Array, allowed_BW: jax.Array | None = None
+) -> tuple[Slots, jax.Array]:
+    """One token more for each active row, and the model's logits [B, V]; only `allowed` ones, by `only`, are drawn.
 
     A last token that was fed before, by the prefill or in a finished row, writes the same keys and values; what a
     finished row writes beyond the cache is dropped.
     """
     logits_B1V, cache = model(slots.last[:, None], slots.lengths[:, None] - 1, cache=slots.cache)
     logits_BV = constrain(logits_B1V[:, 0], "batch", None)
-    slots = dataclasses.replace(slots, cache=cache).draw(logits_BV, active_B)
+    slots = dataclasses.replace(slots, cache=cache).draw(only(allowed_BW, logits_BV), active_B)
     return slots.constrained(), logits_BV
+
+
+def only(allowed_BW: jax.Array | None, logits_BV: jax.Array) -> jax.Array:
+    """Logits in which what is not allowed, by the bits of `Matcher.allowed`, has no probability."""
+    if allowed_BW is None:
+        return logits_BV
+    bits_BV = (allowed_BW[:, :, None] >> jnp.arange(32)[None, None]).reshape(len(allowed_BW), -1) & 1
+    return jnp.where(bits_BV[:, : logits_BV.shape[1]] == 1, logits_BV, -jnp.inf)

@@ -103,6 +103,10 @@ class KVCache:
 
         return dataclasses.replace(self, keys=resized(self.keys), values=resized(self.values), capacity=capacity)
 
+    def keeps_all(self, capacity: int) -> bool:
+        """Whether every layer has a slot of its own for each of so many tokens: none is a ring."""
+        return not any(0 < limit < capacity for limit in self.limits)
+
     def with_row(self, row: jax.Array, other: "KVCache") -> "KVCache":
         """The same with a row from a cache of one row, which has as much room."""
 
