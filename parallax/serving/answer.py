@@ -101,13 +101,16 @@ class AnswerText:
 
 
 class Answer:
-    """The answer to one request."""
+    """The answer to one request, as completions are answered."""
+
+    PREFIX, WHOLE, PART = "cmpl", "text_completion", "text_completion"
+    """What an id begins with, and what the whole answer and a piece of it are called."""
 
     def __init__(self, ask: Ask, job: Job, tokenizer: Tokenizer, model: str, counts: Counts):
         self._ask, self._job, self._tokenizer, self._counts = ask, job, tokenizer, counts
         self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
+            "id": f"{self.PREFIX}-{secrets.token_hex(12)}",
+            "object": self.WHOLE,
             "created": int(time.time()),
             "model": model,
         }
@@ -115,6 +118,7 @@ class Answer:
             AnswerText(tokenizer, prompt, ask.stops, echo=ask.echo) for prompt in ask.prompts for _ in range(ask.n)
         ]
         self._unfinished = len(self._texts)
+        self._introduced: set[int] = set()  # the choices of which a piece was sent
 
     async def whole(self) -> dict[str, Any]:
         """Everything at once; raises Refusal where the server ends."""
@@ -132,16 +136,17 @@ class Answer:
 
     async def events(self) -> AsyncIterator[str]:
         """Server-sent events, one a piece; where the server ends, the last one holds the error."""
+        head = self._head | {"object": self.PART}
         usage = {"usage": None} if self._ask.include_usage else {}
         try:
             async for number, piece in self._pieces():
                 if piece.text or piece.finish or (piece.marks and self._ask.logprobs is not None):
-                    yield _event({**self._head, "choices": [self._choice(number, piece)], **usage})
+                    yield _event({**head, "choices": [self._part(number, piece)], **usage})
         except Refusal as refusal:
             yield _event(refusal.body())
             return
         if self._ask.include_usage:
-            yield _event({**self._head, "choices": [], "usage": self._usage()})
+            yield _event({**head, "choices": [], "usage": self._usage()})
         yield "data: [DONE]\n\n"
 
     def close(self) -> None:
@@ -170,6 +175,10 @@ class Answer:
         if self._ask.logprobs is not None:
             logprobs = logprobs_json(piece.marks, self._tokenizer, self._ask.logprobs)
         return {"index": number, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def _part(self, number: int, piece: Piece) -> dict[str, Any]:
+        """A choice in a piece of a stream."""
+        return self._choice(number, piece)
 
     def _usage(self) -> dict[str, int]:
         prompt = sum(map(len, self._ask.prompts))
@@ -200,7 +209,7 @@ def logprobs_json(marks: Sequence[Mark], tokenizer: Tokenizer, count: int) -> di
     tops = [_top(mark.token, tokenizer, count) for mark in marks]
     return {
         "tokens": [spell(mark.token.token_id, tokenizer) for mark in marks],
-        "token_logprobs": [_finite(mark.token.logprob) for mark in marks],
+        "token_logprobs": [finite(mark.token.logprob) for mark in marks],
         "top_logprobs": [top and {name: logprob for name, (_, logprob) in top.items()} for top in tops],
         "text_offset": [mark.offset for mark in marks],
         "token_ids": [mark.token.token_id for mark in marks],
@@ -214,9 +223,9 @@ def _top(token: Token, tokenizer: Tokenizer, count: int) -> dict[str, tuple[int,
         return None
     top: dict[str, tuple[int, float | None]] = {}
     for token_id, logprob in [*token.top[:count], (token.token_id, token.logprob)]:
-        top.setdefault(spell(token_id, tokenizer), (token_id, _finite(logprob)))
+        top.setdefault(spell(token_id, tokenizer), (token_id, finite(logprob)))
     return top
 
 
-def _finite(logprob: float | None) -> float | None:
+def finite(logprob: float | None) -> float | None:
     return logprob if logprob is None or math.isfinite(logprob) else LEAST_LOGPROB

@@ -24,10 +24,13 @@ from starlette.types import Receive, Scope, Send
 from parallax.run_folder import Run
 from parallax.serving.access import Guard, Limits
 from parallax.serving.answer import Answer
+from parallax.serving.chat_answer import ChatAnswer
+from parallax.serving.chat_request import ChatForm
 from parallax.serving.engine import Counts, Engine
 from parallax.serving.errors import CLIENT_GONE, Refusal, json_response, say_refusal
 from parallax.serving.openapi import describe_server
-from parallax.serving.request import Form
+from parallax.serving.request import Ask, CompletionForm
+from parallax.tokenizers.chat import Chat
 
 FOLDER = Path(__file__).resolve().parent / "page"
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -40,10 +43,13 @@ MAX_POINTS = 400
 """Of each curve: more cannot be distinguished on a screen."""
 
 
+NO_CHAT = "this model has no chat template and takes no messages; serve it with --chat-template FILE, or plain"
+
+
 def application(
     run: Run, engine: Engine, slots: int, capacity: int, limits: Limits, names: frozenset[str] | None, key: str
 ) -> Guard:
-    """The whole server of one model.
+    """The whole server of one model, and of its chats where it has a template for them.
 
     Args:
       slots, capacity: how many answers are computed at once, and the tokens that each may hold.
@@ -51,13 +57,23 @@ def application(
     """
     model = run.folder.name or Path.cwd().name  # --checkpoint . has no name
     counts, limits = Counts(engine, slots), limits.within(capacity)
-    form = Form(model, run.tokenizer, limits)
+    form = CompletionForm(model, run.tokenizer, limits)
+    chat = ChatForm(model, Chat(run.chat_template, run.tokenizer), limits, capacity) if run.chat_template else None
     card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "parallax"}
 
     async def complete(request: Request) -> Response:
-        ask = form.read(await _read_body(request, limits))
+        return await reply(request, Answer, form.read(await _read_body(request, limits)))
+
+    async def talk(request: Request) -> Response:
+        body = await _read_body(request, limits)
+        if chat is None:
+            raise Refusal(404, NO_CHAT, code="no_chat_template")
+        # In a thread: a template may take its time.
+        return await reply(request, ChatAnswer, await asyncio.to_thread(chat.read, body))
+
+    async def reply(request: Request, kind: type[Answer], ask: Ask) -> Response:
         job = engine.submit(ask.completions(run.tokenizer.end_ids))
-        answer = Answer(ask, job, run.tokenizer, model, counts)
+        answer = kind(ask, job, run.tokenizer, model, counts)
         return EventStream(answer) if ask.stream else await _unless_gone(request, answer)
 
     async def one_model(request: Request) -> Response:
@@ -84,12 +100,13 @@ def application(
     app = Starlette(
         routes=[
             Route("/v1/completions", complete, methods=["POST"]),
+            Route("/v1/chat/completions", talk, methods=["POST"]),
             _fixed("/v1/models", {"object": "list", "data": [card]}),
             Route("/v1/models/{model:path}", one_model, methods=["GET"]),
             Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             _fixed("/run", _describe_run(run, model, limits, capacity)),
-            _fixed("/openapi.json", describe_server(model, form.schema, with_key=bool(key))),
+            _fixed("/openapi.json", describe_server(model, form.schema, chat and chat.schema, with_key=bool(key))),
             *assets,
         ],
         exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), say_refusal),
@@ -179,6 +196,7 @@ def _describe_run(run: Run, model: str, limits: Limits, capacity: int) -> dict[s
         "capacity": capacity,
         "max_prompt_tokens": limits.max_prompt_tokens,
         "max_tokens": limits.max_tokens,
+        "chat": run.chat_template is not None,
         "loss": _curve(rows, "loss"),
         "eval_loss": _curve(rows, "eval_loss"),
         "config": _finite(run.settings),

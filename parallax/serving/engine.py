@@ -62,6 +62,11 @@ class Engine:
         return len(self._jobs)
 
     @property
+    def reused(self) -> int:
+        """Tokens of prompts that were not read again."""
+        return self._batcher.reused
+
+    @property
     def waiting(self) -> int:
         return len(self._waiting)
 
@@ -253,6 +258,7 @@ class Counts:
             ("slots", "Slots that there are.", lambda: slots),
             ("slots_busy", "Slots in use.", lambda: engine.busy),
             ("answers_waiting", "Completions that wait for a slot.", lambda: engine.waiting),
+            ("prompt_tokens_reused", "Tokens of prompts that were in memory already.", lambda: engine.reused),
             ("answers_open", "Completions that wait or are under way.", lambda: engine.under_way),
         ):
             Gauge(f"parallax_{name}", words, registry=registry).set_function(value)

@@ -1,6 +1,6 @@
 """The server's own description, /openapi.json.
 
-Invariant: the schema of a completion's body is the one that requests are checked against.
+Invariant: the schemas of bodies are those that requests are checked against.
 """
 
 from typing import Any
@@ -21,23 +21,16 @@ ERRORS_OF_COMPLETIONS = {
 }
 TEXT, INTEGER = {"type": "string"}, {"type": "integer"}
 TEXT_OR_NULL = {"type": ["string", "null"]}
+FINISH = {"enum": ["stop", "length", None]}
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "top_token_ids")
 
 
-def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str, Any]:
-    """OpenAPI 3.1."""
-    event = _object(data=TEXT | {"description": "A Completion, an Error, or [DONE]."})
-    answer = {"application/json": _named("Completion"), "text/event-stream": {"schema": event}}
-    complete = {
-        "summary": "Continues a prompt.",
-        "operationId": "complete",
-        "requestBody": {"required": True, "content": {"application/json": {"schema": request}}},
-        "responses": _responses(
-            "The answer; with stream, server-sent events that hold the same object in pieces.",
-            answer,
-            ERRORS_OF_COMPLETIONS,
-        ),
-    }
+def describe_server(model: str, completion: Schema, chat: Schema | None, *, with_key: bool) -> dict[str, Any]:
+    """OpenAPI 3.1.
+
+    Args:
+      completion, chat: the schemas of the bodies; no chat where the model has no template.
+    """
     name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
     json = {"application/json": {}}
     one, all_models = ({"application/json": _named(schema)} for schema in ("Model", "Models"))
@@ -45,7 +38,7 @@ def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str,
         "openapi": "3.1.0",
         "info": {"title": "Parallax", "version": "1"},
         "paths": {
-            "/v1/completions": {"post": complete},
+            "/v1/completions": _post("Continues a prompt.", "complete", completion, "Completion", "Completion"),
             "/v1/models": _get("The model that is served.", all_models),
             "/v1/models/{model}": _get("The model, if it is the one served.", one, UNKNOWN_MODEL)
             | {"parameters": [name]},
@@ -57,6 +50,9 @@ def describe_server(model: str, request: Schema, *, with_key: bool) -> dict[str,
         },
         "components": {"schemas": _answer_schemas()},
     }
+    if chat:
+        words = "Answers a conversation."
+        described["paths"]["/v1/chat/completions"] = _post(words, "chat", chat, "ChatCompletion", "ChatCompletionChunk")
     degraded = {"description": "A step failed and the slots are being made again.", "content": json}
     described["paths"]["/healthz"]["get"]["responses"]["503"] = degraded
     if with_key:
@@ -77,6 +73,14 @@ def _answer_schemas() -> dict[str, Schema]:
         choices={"type": "array", "items": {"$ref": "#/components/schemas/Choice"}},
     )
     completion["properties"]["usage"] = usage | {"type": ["object", "null"]}  # a piece of a stream has none
+
+    def chat(kind: str, part: Schema) -> Schema:
+        choice = _object(index=INTEGER, **part, logprobs={"type": ["object", "null"]}, finish_reason=FINISH)
+        properties = {"object": {"const": kind}, "choices": {"type": "array", "items": choice}}
+        return completion | {"properties": completion["properties"] | properties}
+
+    message = _object(role={"const": "assistant"}, content=TEXT, refusal={"type": "null"})
+    delta = {"type": "object", "properties": {"role": {"const": "assistant"}, "content": TEXT}}
     error = _object(message=TEXT, type=TEXT, param=TEXT_OR_NULL, code=TEXT_OR_NULL)
     return {
         "Error": _object(error=error),
@@ -84,9 +88,11 @@ def _answer_schemas() -> dict[str, Schema]:
             index=INTEGER,
             text=TEXT,
             logprobs={"type": ["object", "null"], "properties": {name: {"type": "array"} for name in LISTS}},
-            finish_reason={"enum": ["stop", "length", None]},
+            finish_reason=FINISH,
         ),
         "Completion": completion,
+        "ChatCompletion": chat("chat.completion", {"message": message}),
+        "ChatCompletionChunk": chat("chat.completion.chunk", {"delta": delta}),
         "Model": _object(id=TEXT, object={"const": "model"}, created=INTEGER, owned_by=TEXT),
         "Models": _object(
             object={"const": "list"}, data={"type": "array", "items": {"$ref": "#/components/schemas/Model"}}
@@ -101,6 +107,21 @@ def _object(**properties: Schema) -> Schema:
 
 def _named(schema: str) -> dict[str, Any]:
     return {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+
+
+def _post(summary: str, operation: str, request: Schema, whole: str, part: str) -> dict[str, Any]:
+    """What takes a request for generation."""
+    event = _object(data=TEXT | {"description": f"A {part}, an Error, or [DONE]."})
+    answer = {"application/json": _named(whole), "text/event-stream": {"schema": event}}
+    words = "The answer; with stream, server-sent events that hold the same in pieces."
+    return {
+        "post": {
+            "summary": summary,
+            "operationId": operation,
+            "requestBody": {"required": True, "content": {"application/json": {"schema": request}}},
+            "responses": _responses(words, answer, ERRORS_OF_COMPLETIONS),
+        }
+    }
 
 
 def _get(summary: str, content: dict[str, Any], errors: dict[str, str] | None = None) -> dict[str, Any]:

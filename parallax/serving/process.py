@@ -5,6 +5,7 @@ engine cannot be mended. It never stays without an engine.
 """
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import uvicorn
 
@@ -21,6 +22,7 @@ from parallax.run_folder import load_run
 from parallax.serving.access import Guard, Limits, address_of, is_loopback, start_listening
 from parallax.serving.app import application
 from parallax.serving.engine import Engine
+from parallax.tokenizers.chat_template import choose_template
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE = 3
@@ -65,9 +67,11 @@ def serve(
     slots: int = 16,
     capacity: int = 1024,
     context: Literal["crop", "extend"] = "crop",
+    prefix_tokens: int = 0,
     limits: Limits = Limits(),
     host: str = "127.0.0.1",
     key: str = "",
+    chat_template: str = "",
     notify: Callable[[str], None] = lambda line: None,
 ) -> int:
     """Serves a run until a signal; the exit status.
@@ -77,7 +81,9 @@ def serve(
       step, param_dtype: as `load_run` takes them.
       slots: how many answers are computed at once, each of at most `capacity` tokens with its prompt.
       context: crop for no more of them than the model reads as it learned to, extend for up to max_seq_len.
+      prefix_tokens: as `Batcher` takes it.
       key: what clients must send; empty for none.
+      chat_template: as `choose_template` takes it.
       notify: takes a line for the person who watches.
 
     Raises:
@@ -87,9 +93,17 @@ def serve(
         for number in SIGNALS:  # while it starts: nothing is under way yet
             signal.signal(number, lambda *_: os._exit(0))
         run = load_run(checkpoint, step, param_dtype=param_dtype).prepared()
+        template = choose_template(chat_template, run.chat_template, run.tokenizer)
+        run = dataclasses.replace(run, chat_template=template)
         asked, most = capacity, run.config.max_seq_len
         capacity = min(asked, run.context_length if context == "crop" else most)
-        engine = Engine(lambda: Batcher(run.config, run.params, slots=slots, capacity=capacity), limits.queue)
+        sizes: dict[str, Any] = {
+            "slots": slots,
+            "capacity": capacity,
+            "prefix_tokens": prefix_tokens,
+            "grammars": template is not None,
+        }
+        engine = Engine(lambda: Batcher(run.config, run.params, **sizes), limits.queue)
         size, kind = f"{run.config.num_params():,} parameters", f"{run.tokenizer.name} tokens"
         notify(f"model     {run.folder}, step {run.step}: {size}, {kind}")
         why = ", as many as it was trained at" if capacity < min(asked, most) else ""

@@ -1,4 +1,4 @@
-"""The body of a completion request: its JSON Schema, and the way from bytes to what the engine is asked.
+"""The body of a request, and of one for a completion: its JSON Schema, and the way from bytes to what is asked.
 
 Invariant: /openapi.json shows the schema that is enforced, and an `Ask` is complete and within the limits. Two rules no
 schema can state: prompt and answer fit a slot together, and the tokenizer can spell the prompt.
@@ -9,7 +9,7 @@ import json
 import math
 import reprlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from jsonschema_rs import Draft202012Validator, ValidationError
 from jsonschema_rs import ValidationErrorKind as Kind
 
 from parallax.inference.batching import TOP
-from parallax.inference.request import Request
+from parallax.inference.request import Matcher, Request
 from parallax.inference.sampling import SETTINGS
 from parallax.serving.access import Limits
 from parallax.serving.errors import Refusal
@@ -32,7 +32,7 @@ MASK = "value"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ask:
-    """A completion request, read."""
+    """A request, read."""
 
     prompts: list[np.ndarray]
     max_tokens: int
@@ -40,10 +40,11 @@ class Ask:
     stream: bool
     include_usage: bool
     logprobs: int | None
-    echo: bool
     stops: list[str]
     seed: int
     sampling: dict[str, float]
+    echo: bool = False
+    grammar: Callable[[], Matcher] | None = None
 
     def completions(self, end_ids: Sequence[int]) -> list[Request]:
         """One an answer: the n of the first prompt, then those of the next. Answer i of any prompt has seed + i.
@@ -58,6 +59,7 @@ class Ask:
                 seed=(self.seed + number) % 2**32,
                 eos_id=eos_id,
                 stops=[np.array([token], np.int32) for token in others],
+                grammar=self.grammar,
                 prompt_logprobs=self.max_tokens == 0 or (self.echo and self.logprobs is not None),
                 **self.sampling,  # type: ignore[arg-type]
             )
@@ -67,44 +69,25 @@ class Ask:
 
 
 class Form:
-    """What a completion request to one model may hold; `schema` is that of the body of POST /v1/completions."""
+    """What the body of a request to one model may hold; `schema` is that of the body."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, limits: Limits):
-        self.schema = _schema(model, tokenizer, limits)
-        self._model, self._tokenizer, self._limits = model, tokenizer, limits
-        properties = self.schema["properties"]
-        self._outline = Draft202012Validator(self.schema | {"properties": {name: {} for name in properties}})
+    def __init__(self, model: str, schema: Schema):
+        self.schema, self._model = schema, model
+        properties = schema["properties"]
+        self._outline = Draft202012Validator(schema | {"properties": {name: {} for name in properties}})
         self._fields = {
             name: [Draft202012Validator(one, mask=MASK) for one in rules.get("anyOf", [rules])]
             for name, rules in properties.items()
         }
 
-    def read(self, body: bytes) -> Ask:
-        """What a body asks for. Raises Refusal, with status 404 for another model and 400 for all else."""
+    def _read_fields(self, body: bytes) -> dict[str, Any]:
+        """Every field of the schema, as given or by default. Raises Refusal, of status 404 for another model."""
         data = _parse(body)
         self._check(data)
-        fields = {
+        return {
             name: rules.get("default") if data.get(name) is None else data[name]
             for name, rules in self.schema["properties"].items()
         }
-        stop, seed = fields["stop"] or [], fields["seed"]
-        ask = Ask(
-            prompts=self._read_prompts(fields["prompt"]),
-            max_tokens=int(fields["max_tokens"]),
-            n=int(fields["n"]),
-            stream=fields["stream"],
-            include_usage=(fields["stream_options"] or {}).get("include_usage", False),
-            logprobs=None if fields["logprobs"] is None else int(fields["logprobs"]),
-            echo=fields["echo"],
-            stops=[stop] if isinstance(stop, str) else stop,
-            seed=secrets.randbits(32) if seed is None else int(seed),
-            sampling={name: setting.kind(fields[name]) for name, setting in SETTINGS.items()},
-        )
-        if (answers := len(ask.prompts) * ask.n) > self._limits.max_answers:
-            rule = f"must not exceed {self._limits.max_answers} answers and make {answers}"
-            message = f"{len(ask.prompts)} prompts times n={ask.n} {rule}; send several requests"
-            raise Refusal(400, message, param="n")
-        return ask
 
     def _check(self, data: Any) -> None:
         """Raises Refusal for the first rule of the schema that `data` breaks."""
@@ -148,6 +131,30 @@ class Form:
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
         return Refusal(400, f"{name.removeprefix('.')}{given} {rule}; {remedy}", param=str(path[0]))
 
+
+class CompletionForm(Form):
+    """The body of POST /v1/completions."""
+
+    def __init__(self, model: str, tokenizer: Tokenizer, limits: Limits):
+        super().__init__(model, _schema(model, tokenizer, limits))
+        self._tokenizer, self._limits = tokenizer, limits
+
+    def read(self, body: bytes) -> Ask:
+        """What a body asks for. Raises Refusal, with status 404 for another model and 400 for all else."""
+        fields = self._read_fields(body)
+        ask = Ask(
+            prompts=self._read_prompts(fields["prompt"]),
+            max_tokens=int(fields["max_tokens"]),
+            logprobs=None if fields["logprobs"] is None else int(fields["logprobs"]),
+            echo=fields["echo"],
+            **common_of(fields),
+        )
+        if (answers := len(ask.prompts) * ask.n) > self._limits.max_answers:
+            rule = f"must not exceed {self._limits.max_answers} answers and make {answers}"
+            message = f"{len(ask.prompts)} prompts times n={ask.n} {rule}; send several requests"
+            raise Refusal(400, message, param="n")
+        return ask
+
     def _read_prompts(self, prompt: Any) -> list[np.ndarray]:
         """Token ids from any of the four forms of a prompt."""
         alone = isinstance(prompt, str) or not isinstance(prompt[0], str | list)
@@ -164,49 +171,79 @@ class Form:
         return prompts
 
 
+def common_of(fields: dict[str, Any]) -> dict[str, Any]:
+    """What `common_schema` names, as `Ask` has it."""
+    stop, seed = fields["stop"] or [], fields["seed"]
+    return {
+        "n": int(fields["n"]),
+        "stream": fields["stream"],
+        "include_usage": (fields["stream_options"] or {}).get("include_usage", False),
+        "stops": [stop] if isinstance(stop, str) else stop,
+        "seed": secrets.randbits(32) if seed is None else int(seed),
+        "sampling": {name: setting.kind(fields[name]) for name, setting in SETTINGS.items()},
+    }
+
+
 def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
     text: Schema = {"type": "string", "minLength": 0 if len(tokenizer.encode("")) else 1}
-    if isinstance(tokenizer, CharTokenizer):
-        text |= {"pattern": _only(tokenizer.alphabet), "maxLength": limits.max_prompt_tokens}
+    text |= spellable(tokenizer, limits)
     token = {"type": "integer", "minimum": 0, "maximum": tokenizer.vocab_size - 1}
     tokens = {"type": "array", "items": token, "minItems": 1, "maxItems": limits.max_prompt_tokens}
     several = {"type": "array", "minItems": 1, "maxItems": limits.max_answers}
-    stop = {"type": "string", "minLength": 1, "maxLength": 256}
     properties = {
-        "model": {"type": "string", "enum": [model], "examples": [model]},
         "prompt": {
             "title": "a text, a list of texts, a list of token ids, or a list of such lists",
             "examples": ["ROMEO:"],
             "anyOf": [text, tokens, {**several, "items": text}, {**several, "items": tokens}],
         },
-        "max_tokens": _optional("integer", 16, minimum=0, maximum=limits.max_tokens),
-        **{name: _optional(TYPES[each.kind], each.off, **each.bounds) for name, each in SETTINGS.items()},
-        "n": _optional("integer", 1, minimum=1, maximum=limits.max_answers),
-        "stream": _optional("boolean", False),
-        "stream_options": _optional("object", None)
+        "max_tokens": optional("integer", 16, minimum=0, maximum=limits.max_tokens),
+        "logprobs": optional("integer", None, minimum=0, maximum=TOP),
+        "echo": optional("boolean", False),
+        # What follows is taken only where it asks for nothing.
+        "best_of": {"enum": [None, 1]},
+        "suffix": {"enum": [None, ""]},
+    }
+    return body_schema("prompt", common_schema(model, limits) | properties)
+
+
+def common_schema(model: str, limits: Limits) -> dict[str, Schema]:
+    """The fields that requests of every kind have."""
+    stop = {"type": "string", "minLength": 1, "maxLength": 256}
+    return {
+        "model": {"type": "string", "enum": [model], "examples": [model]},
+        **{name: optional(TYPES[each.kind], each.off, **each.bounds) for name, each in SETTINGS.items()},
+        "n": optional("integer", 1, minimum=1, maximum=limits.max_answers),
+        "stream": optional("boolean", False),
+        "stream_options": optional("object", None)
         | {"properties": {"include_usage": {"type": "boolean"}}, "additionalProperties": False},
-        "logprobs": _optional("integer", None, minimum=0, maximum=TOP),
-        "echo": _optional("boolean", False),
         "stop": {
             "title": "a text, or a list of at most 4 texts",
             "anyOf": [{"type": "null"}, stop, {"type": "array", "items": stop, "maxItems": 4}],
         },
-        "seed": _optional("integer", None, minimum=0, maximum=2**32 - 1)
+        "seed": optional("integer", None, minimum=0, maximum=2**32 - 1)
         | {"description": "Answer i of a prompt is the only answer of seed + i; without a seed one is drawn."},
-        "user": _optional("string", None),
+        "user": optional("string", None),
         # What follows is taken only where it asks for nothing.
-        "best_of": {"enum": [None, 1]},
-        "suffix": {"enum": [None, ""]},
         "presence_penalty": {"enum": [None, 0]},
         "frequency_penalty": {"enum": [None, 0]},
-        "logit_bias": _optional("object", None, maxProperties=0),
+        "logit_bias": optional("object", None, maxProperties=0),
     }
-    return {"type": "object", "required": ["model", "prompt"], "properties": properties, "additionalProperties": False}
 
 
-def _optional(kind: str, default: Any, **rules: Any) -> Schema:
+def body_schema(needed: str, properties: dict[str, Schema]) -> Schema:
+    return {"type": "object", "required": ["model", needed], "properties": properties, "additionalProperties": False}
+
+
+def optional(kind: str, default: Any, **rules: Any) -> Schema:
     """A field that may be left out or null, and is `default` then."""
     return {"type": [kind, "null"], "default": default, **rules}
+
+
+def spellable(tokenizer: Tokenizer, limits: Limits) -> Schema:
+    """What a schema can say of texts that a tokenizer can spell."""
+    if not isinstance(tokenizer, CharTokenizer):
+        return {}
+    return {"pattern": _only(tokenizer.alphabet), "maxLength": limits.max_prompt_tokens}
 
 
 def _only(alphabet: str) -> str:
