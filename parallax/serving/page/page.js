@@ -1,5 +1,6 @@
-// The page: a prompt, its continuation as it streams, and the run behind it.
+// The page: a prompt, its continuation as it streams, and the run behind it; or a chat, where the model has a template.
 
+import { ChatView } from "./chat.js";
 import { drawLoss } from "./loss.js";
 import { complete, describeRun, setKey } from "./server.js";
 import { buildSettings, limitTokens, readSettings } from "./settings.js";
@@ -9,6 +10,7 @@ const ALTERNATIVES = 10;
 const $ = (id) => document.getElementById(id);
 
 const view = new TokenView($("text"), $("choices"), branch);
+const talk = new ChatView();
 const history = []; // the tokens before each branch
 let run = null;
 let stream = null; // the AbortController of the answer under way
@@ -32,6 +34,12 @@ $("back").addEventListener("click", () => {
   stop();
   view.reset(history.pop());
   showState();
+});
+$("modes").addEventListener("change", (event) => {
+  stop();
+  talk.stop();
+  $("chat").hidden = event.target.value !== "chat";
+  $("continue").hidden = event.target.value === "chat";
 });
 $("unlock").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -172,6 +180,8 @@ async function introduce() {
   const size = `${(run.parameters / 1e6).toFixed(2)} M parameters`;
   $("model").textContent = `${run.model} · step ${run.step} · ${size} · ${run.tokenizer} tokens`;
   if (!$("prompt").value && run.config.run?.dataset === "tiny_shakespeare") $("prompt").value = "ROMEO:\n";
+  $("modes").hidden = !run.chat;
+  if (run.chat) talk.open(run);
   limitTokens(Math.min(run.max_tokens, run.capacity - 1));
   drawLoss(run, $("loss"), $("loss-words"));
   $("config").replaceChildren(...entries(run.config).flatMap(([name, value]) => [cell("dt", name), cell("dd", value)]));

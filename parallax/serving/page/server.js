@@ -20,8 +20,17 @@ export async function describeRun() {
 }
 
 /** The chunks of a streamed completion, one choice each. Throws an Error with the server's words. */
-export async function* complete(request, signal) {
-  const response = await fetch("v1/completions", {
+export function complete(request, signal) {
+  return stream("v1/completions", request, signal);
+}
+
+/** Those of an answer in a chat, alike. */
+export function chat(request, signal) {
+  return stream("v1/chat/completions", request, signal);
+}
+
+async function* stream(path, request, signal) {
+  const response = await fetch(path, {
     method: "POST",
     headers: headers(),
     body: JSON.stringify({ ...request, stream: true }),
