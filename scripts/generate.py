@@ -20,14 +20,20 @@ def main() -> int:
         # Late, since these load JAX: help and bad flags answer at once.
         from parallax.run_folder import load_run
         from scripts.common.jax_process import keep_compiled_programs
-        from scripts.generation.prompt_loop import converse
+        from scripts.generation.prompt_loop import Talk, chat_of, converse
         from scripts.generation.writer import Writer
 
         keep_compiled_programs()
         run = load_run(flags.checkpoint, flags.step, param_dtype=flags.param_dtype).prepared()
         draft = load_run(flags.draft, param_dtype=flags.param_dtype).prepared() if flags.draft else None
         writer = Writer(run, draft, flags.draft_tokens, flags.context)
-        if flags.interactive:
+        if flags.chat:
+            talk = Talk(writer, chat_of(run, flags.chat_template), flags)
+            if flags.prompt:
+                talk.say(flags, flags.prompt)
+            else:
+                converse(writer, flags, talk)
+        elif flags.interactive:
             converse(writer, flags)
         elif flags.num_samples == 1:
             writer.stream(flags)

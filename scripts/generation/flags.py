@@ -50,6 +50,13 @@ class Flags:
     own."""
     interactive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Read prompts from standard input, one a line."""
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Talk with the model in the form of its chat template: each line of standard input is a message, or --prompt the
+    only one."""
+    system: str = ""
+    """The system prompt of a chat."""
+    chat_template: str = ""
+    """The file of the chat template, or plain: a line a message, as `User: Hello`. By default the model's own."""
 
 
 def check(flags: Flags) -> None:
@@ -58,6 +65,11 @@ def check(flags: Flags) -> None:
         raise ValueError(f"--num-samples {flags.num_samples} must be at least 1; try 1")
     if not 1 <= flags.draft_tokens <= 64:
         raise ValueError(f"--draft-tokens {flags.draft_tokens} must be in [1, 64]; try 4")
+    if flags.chat and (flags.num_samples > 1 or flags.interactive):
+        given = "--interactive" if flags.interactive else f"--num-samples {flags.num_samples}"
+        raise ValueError(f"{given} cannot go with --chat, which gives one answer to each message; leave it out")
+    if not flags.chat and (flags.system or flags.chat_template):
+        raise ValueError(f"--{'system' if flags.system else 'chat-template'} is of a chat; add --chat")
     if flags.interactive and flags.num_samples > 1:
         raise ValueError(f"--num-samples {flags.num_samples} must be 1 with --interactive; leave it out")
     if flags.interactive and flags.prompt:

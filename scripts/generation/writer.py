@@ -3,11 +3,14 @@
 Invariant: what is shown is the same whether it is streamed or written at once.
 """
 
+import dataclasses
 import re
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from parallax.inference.context import Context, ContextGenerator
 from parallax.inference.generate import Generator
@@ -44,9 +47,14 @@ class Writer:
             }[context]
         )
 
-    def stream(self, flags: Flags) -> None:
-        """One sample, as it is drawn. Raises ValueError as `request_of` and `Generator.stream`, before any output."""
+    def stream(self, flags: Flags, chat: np.ndarray | None = None) -> str:
+        """One sample, as it is drawn, which follows the prompt of the flags, or that of a chat [T], which is not shown.
+
+        Raises ValueError as `request_of` and `Generator.stream`, before any output.
+        """
         request, began, drawn = request_of(flags, self._run.tokenizer), time.perf_counter(), []
+        if chat is not None:
+            request = dataclasses.replace(request, prompts=[chat])
         pairs = self._generator.stream(self._params, request)
         self._introduce(request)
 
@@ -55,16 +63,19 @@ class Writer:
                 drawn.append(token)
                 yield token
 
+        pieces = []
         try:
-            show(flags.prompt)
+            show(flags.prompt if chat is None else "")
             for piece in decode(tokens(), self._run.tokenizer, stops_of(flags)):
                 show(piece)
+                pieces.append(piece)
         finally:
-            if flags.interactive:
+            if flags.interactive or flags.chat:
                 show("\n")
             elif sys.stdout.isatty():
                 tell("")
             self._tell_speed(len(drawn), began)
+        return "".join(pieces)
 
     def write_samples(self, flags: Flags) -> None:
         """All samples, drawn in one batch. A new line stands between two.
