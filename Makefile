@@ -53,7 +53,7 @@ test-plan: ## test plan.py with libtpu, the compiler for TPUs; none is needed
 test-browser: ## test the server's page in headless Chromium (needs chromium and chromium-driver)
 	@command -v chromedriver >/dev/null || { echo "error: the page was not tested: chromedriver is not here; on Debian: apt-get install chromium chromium-driver" >&2; exit 2; }
 	@$(DEV) true
-	@$(BROWSER) python -m pytest -m external tests/parallax/serving/test_app_page.py
+	@$(BROWSER) python -m pytest -m external tests/parallax/serving/test_app_page.py tests/parallax/serving/test_app_page_chat.py
 
 # torch is in no lock: what of it fits depends on the machine.
 test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" in .venv-3.11)

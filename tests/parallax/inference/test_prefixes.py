@@ -108,3 +108,13 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
     assert kept.find(prompt(91, 9)) == (0, None) or kept.find(texts[0])[1] is None
     kept.clear()
     assert kept.find(texts[0]) == (0, None)
+
+
+def test_a_window_shorter_than_the_prompt_is_read_again():
+    """Its cache is a ring, in which the padding of a part would take the slots of what the next token sees."""
+    config = CONFIG.replace(sliding_window=40)
+    made = Batcher(config, draw_params(config), slots=1, capacity=128, prefix_tokens=512)
+    for seed in range(2):
+        asked = Request.one(prompt(100), max_tokens=6, seed=seed)
+        assert run(made, [asked]) == [by_generator(config, draw_params(config), asked)]
+    assert made.reused == 0
