@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from parallax.inference.batching import TOP
+from parallax.inference.reports import TOP
 from parallax.inference.request import Matcher
 from parallax.serving.access import Limits
 from parallax.serving.errors import Refusal

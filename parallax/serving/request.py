@@ -16,7 +16,7 @@ import numpy as np
 from jsonschema_rs import Draft202012Validator, ValidationError
 from jsonschema_rs import ValidationErrorKind as Kind
 
-from parallax.inference.batching import TOP
+from parallax.inference.reports import TOP
 from parallax.inference.request import Matcher, Request
 from parallax.inference.sampling import SETTINGS
 from parallax.serving.access import Limits

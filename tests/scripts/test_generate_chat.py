@@ -1,8 +1,13 @@
 """generate.py --chat: each message is answered with all turns before it in sight."""
 
+import dataclasses
+
 import pytest
 
 import parallax
+from parallax.inference.generate import Generator
+from parallax.text import decode, make_request
+from parallax.tokenizers.chat import Chat
 from parallax.tokenizers.chat_template import plain_template
 from parallax.tokenizers.plain import ByteTokenizer
 from scripts import generate
@@ -25,8 +30,10 @@ def model(folder):
 
 def answer(model, *turns):
     messages = [{"role": role, "content": content} for role, content in turns]
-    prompt = plain_template(model.tokenizer).render(messages, add_generation_prompt=True)
-    return model.generate(prompt, max_tokens=6, temperature=0, stop="\nUser:")
+    prompt = Chat(plain_template(model.tokenizer), model.tokenizer).prompt(messages)
+    request = make_request(model.tokenizer, ["a"], max_tokens=6, temperature=0)
+    (row,) = Generator(model.config).generate(model.params, dataclasses.replace(request, prompts=[prompt]))
+    return "".join(decode(row.tolist(), model.tokenizer, "\nUser:"))
 
 
 def test_one_message(folder, model, call):

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.inference.batching import TOP, Batcher
+from parallax.inference.batching import Batcher
+from parallax.inference.reports import TOP
 from parallax.model.stack import prepare
 from tests.parallax.inference.models import (
     CONFIG,
