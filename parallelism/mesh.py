@@ -10,14 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
 from parallelism.gathers import OnShards, ShardPlacement
 from parallelism.hosts import StopRequest
-from parallelism.mesh_shape import choose_mesh, parse_mesh, show_mesh
+from parallelism.mesh_shape import choose_mesh, count_slices, lay_out, parse_mesh, show_mesh
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
 from parallelism.rules import (
     Rules,
@@ -25,6 +24,7 @@ from parallelism.rules import (
     check_experts,
     check_rules,
     check_used,
+    crosses_slices,
     in_parts,
     load_rules,
     partition_spec,
@@ -34,31 +34,43 @@ from parallelism.strategy import Layout, State, make_state
 
 
 class MeshPlacement:
-    """Binds the model's logical axes to one mesh and one rule set."""
+    """Binds the model's logical axes to one mesh and one rule set.
 
-    def __init__(self, mesh: Mesh, rules: Rules):
-        self.mesh = mesh
+    Args:
+      mapped: axes of the mesh over which a `shard_map` is under way: the rules hold for what is left.
+    """
+
+    def __init__(self, mesh: Mesh, rules: Rules, mapped: Sequence[str] = ()):
         self.rules = in_parts(check_rules(rules), mesh.axis_names)
+        self._mesh, self._mapped = mesh, mapped
+        self._sizes = {axis: size for axis, size in mesh.shape.items() if axis not in mapped}
+
+    def spec(self, names: axes.Names, shape: Sequence[int]) -> PartitionSpec:
+        return partition_spec(names, shape, self.rules, self._sizes)
 
     def sharding(self, names: axes.Names, shape: Sequence[int]) -> NamedSharding:
-        return NamedSharding(self.mesh, partition_spec(names, shape, self.rules, self.mesh.shape))
+        return NamedSharding(self._mesh, self.spec(names, shape))
 
     def constrain(self, x: jax.Array, names: axes.Names) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, self.sharding(names, x.shape))
+        # Inside shard_map the mesh is that of the context, which knows what is mapped.
+        where = self.spec if self._mapped else self.sharding
+        return jax.lax.with_sharding_constraint(x, where(names, x.shape))
 
     def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
         return x  # the compiler gathers where it must
 
     def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
         # What fn returns is known only inside shard_map; a size that any mesh divides asks for the rule alone.
-        out_spec = self.sharding(out_names, [self.mesh.size] * len(out_names)).spec
+        out_spec = self.spec(out_names, [self._mesh.size] * len(out_names))
         named = {name for names in (*in_names, out_names) for name in names if name}
-        split = {name: tuple(split_by(name, self.rules, self.mesh.shape)) for name in named}
-        over = tuple(axis for axis in self.mesh.axis_names if any(axis in each for each in split.values()))
+        split = {name: tuple(split_by(name, self.rules, self._sizes)) for name in named}
+        over = tuple(axis for axis in self._sizes if any(axis in each for each in split.values()))
+        where = {"mesh": None if self._mapped else self._mesh, "axis_names": set(self._sizes)}
+        checked = checked and not self._mapped  # JAX loses track of what it keeps of a shard_map within another
 
         def call(*arrays):
             in_specs = tuple(
-                PartitionSpec() if x is None else self.sharding(names, x.shape).spec
+                PartitionSpec() if x is None else self.spec(names, x.shape)
                 for names, x in zip(in_names, arrays, strict=True)
             )
 
@@ -68,7 +80,7 @@ class MeshPlacement:
                 with axes.bound(OnShards(split)):
                     return fn(*shards)
 
-            run = jax.shard_map(on_shards, mesh=self.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=checked)
+            run = jax.shard_map(on_shards, in_specs=in_specs, out_specs=out_spec, check_vma=checked, **where)
             return run(*arrays)
 
         return call
@@ -87,16 +99,14 @@ class MeshStrategy:
         if layout.mesh == "auto":
             sizes, self._why = choose_mesh(devices, rules, shapes, state_axes, layout)
         else:
-            sizes = parse_mesh(layout.mesh, len(devices), devices[0].platform)
+            sizes = parse_mesh(layout.mesh, len(devices), devices[0].platform, count_slices(devices))
         check_used(in_parts(rules, list(sizes)), sizes)
         check_experts(sizes, state_axes)
         # An axis of one device splits nothing; without it there is no collective over a group of one.
         sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
-        # Unlike jax.make_mesh, which takes whole dims of the network alone, on most TPUs.
-        laid = create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-        self._mesh = Mesh(laid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        self._mesh = Mesh(lay_out(devices, sizes), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
         self.devices = list(self._mesh.devices.flat)
-        self._placement = MeshPlacement(self._mesh, rules)
+        self._placement, self._rules = MeshPlacement(self._mesh, rules), rules
         rules = self._placement.rules
         self._shardings = jax.tree.map(
             lambda leaf, names: self._placement.sharding(names, leaf.shape), shapes, state_axes
@@ -111,7 +121,13 @@ class MeshStrategy:
             check_dealing(layout.batch_size, parts, layout.accumulate, what)
             # Then a device needs nothing of the others but parameters, a layer at a time.
             rows_alone = set(over) == set(sizes) and not split_by("layers", rules, sizes)
-            self.gradients = self._by_shards(over, layout) if rows_alone else reduction.mean(layout.accumulate)
+            slices = tuple(axis for axis in over if crosses_slices(axis))
+            if rows_alone:
+                self.gradients = self._by_shards(over, layout)
+            elif slices and not self._splits_parameters(slices):
+                self.gradients = self._by_slices(slices, layout)
+            else:
+                self.gradients = reduction.mean(layout.accumulate)
         self.length_parts = pieces = math.prod(split_by("length", rules, sizes).values())
         if layout.seq_len % pieces:
             raise ValueError(
@@ -168,6 +184,36 @@ class MeshStrategy:
             whole = PartitionSpec()
             given, found = (specs, self._rows_spec, whole), (whole, whole, specs)
             return jax.shard_map(on_device, mesh=self._mesh, in_specs=given, out_specs=found, check_vma=checked)
+
+        return gradients
+
+    def _splits_parameters(self, mesh_axes: Sequence[str]) -> bool:
+        specs = [_flat(sharding.spec) for sharding in jax.tree.leaves(self._shardings.params)]
+        return any(axis in spec for spec in specs for axis in mesh_axes)
+
+    def _by_slices(self, slices: tuple[str, ...], layout: Layout) -> Callable[[Callable], Callable]:
+        """Each slice takes the gradient of its own rows, as if it were alone; what it sends to others is shards."""
+        placement = MeshPlacement(self._mesh, self._rules, mapped=slices)
+        within = {axis: size for axis, size in self._mesh.shape.items() if axis not in slices}
+        shapes = jax.eval_shape(self._init_state).params
+        specs = jax.tree.map(lambda sharding: sharding.spec, self._shardings.params)
+        shards = jax.tree.map(lambda leaf, spec: _spread(spec, leaf.shape, within), shapes, specs)
+        of_rows = reduction.slices(slices, shards, specs, layout.accumulate)
+
+        def gradients(loss_fn: Callable) -> Callable:
+            def on_slice(params, batch, key):
+                with axes.bound(placement):
+                    return of_rows(loss_fn)(params, batch, key)
+
+            whole, rows = PartitionSpec(), PartitionSpec(slices)
+            return jax.shard_map(
+                on_slice,
+                mesh=self._mesh,
+                in_specs=(whole, rows, whole),
+                out_specs=whole,
+                axis_names=set(slices),
+                check_vma=False,  # as within, see MeshPlacement.local
+            )
 
         return gradients
 
@@ -233,6 +279,17 @@ class MeshStrategy:
 def _flat(spec: PartitionSpec) -> list[str]:
     """The mesh axes that a spec names."""
     return [axis for part in spec for axis in (part if isinstance(part, tuple) else (part,)) if axis]
+
+
+def _spread(spec: PartitionSpec, shape: Sequence[int], sizes: Mapping[str, int]) -> PartitionSpec:
+    """The spec with the axes that it leaves out on one dim more, where a dim can be cut so."""
+    unused = tuple(axis for axis in sizes if axis not in _flat(spec))
+    parts = [*spec, *(None,) * (len(shape) - len(spec))]
+    for dim, (part, size) in enumerate(zip(parts, shape, strict=True)):
+        axes_of_dim = (*_flat(PartitionSpec(part)), *unused)
+        if size % math.prod(sizes[axis] for axis in axes_of_dim) == 0:
+            return PartitionSpec(*parts[:dim], axes_of_dim or None, *parts[dim + 1 :])
+    return spec
 
 
 def _is_checkable(loss_fn: Callable) -> bool:

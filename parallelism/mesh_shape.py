@@ -9,36 +9,61 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh
 
 from parallelism.rows import canonical_shards
-from parallelism.rules import MESH_AXES, Rules, check_experts, check_used, partition_spec, parts_of, split_by
+from parallelism.rules import (
+    ACROSS,
+    MESH_AXES,
+    Rules,
+    check_experts,
+    check_used,
+    crosses_slices,
+    in_parts,
+    partition_spec,
+    parts_of,
+    split_by,
+)
 from parallelism.strategy import Layout, State
 
+CROSSING = ("data", "fsdp")
+"""Axes that may cross slices: once a step, or once a layer. What others exchange a layer waits for."""
 STATE_SHARE = 0.5
 """Share of a device's memory for parameters and optimizer before they are sharded: the rest is activations."""
 
 
-def parse_mesh(text: str, devices: int, platform: str = "") -> dict[str, int]:
+def parse_mesh(text: str, devices: int, platform: str = "", slices: int = 1) -> dict[str, int]:
     """Axis sizes from text like "data=2,fsdp=4"; "" means every device along data, "all" whatever is left.
 
     "fsdp=4x8" is an axis of 32 devices laid along two dims of the network, and becomes the two axes fsdp.0 and fsdp.1.
+    "data=2@dcn,fsdp=256" is two slices of 256 devices each, and becomes data.dcn, the outermost, and fsdp; an axis may
+    have a part within slices beside the one across them, as in "data=2@dcn,data=4,fsdp=64".
     Raises ValueError if an axis is unknown or repeated, a size is not a positive number, or the product is not
     `devices`; on the platform cpu, whose devices are as many as one asks for, the remedy is to ask for them.
     """
     sizes: dict[str, tuple[int, ...]] = {}
     wild = None
-    for part in (text or "data=all").split(","):
-        axis, _, size = part.strip().partition("=")
-        if axis not in MESH_AXES:
-            raise ValueError(f"mesh={text!r} has unknown axis {axis!r}; known are {', '.join(MESH_AXES)}")
+    for part in (text or (f"data={slices}@dcn,data=all" if slices > 1 else "data=all")).split(","):
+        name, _, size = part.strip().partition("=")
+        size, at, network = size.partition("@")
+        if name not in MESH_AXES:
+            raise ValueError(f"mesh={text!r} has unknown axis {name!r}; known are {', '.join(MESH_AXES)}")
+        axis = name + ACROSS if at else name
+        if at and (network != "dcn" or name not in CROSSING):
+            raise ValueError(
+                f"mesh={text!r} has {part.strip()}, and only {' and '.join(CROSSING)} can cross slices, as in "
+                "data=2@dcn; write so, or leave @ out"
+            )
         if axis in sizes:
-            raise ValueError(f"mesh={text!r} gives {axis} twice; give each axis once")
+            raise ValueError(f"mesh={text!r} gives {name}{at}{network} twice; give each axis once")
         if size == "all" and wild is None:
             wild, size = axis, "1"
         factors = size.split("x")
-        if not all(factor.isdecimal() and int(factor) >= 1 for factor in factors):
-            remedy = f"{axis}={1 if '=all' in text else 'all'}"
-            raise ValueError(f"mesh={text!r} needs a positive number for {axis}, not {size!r}; try {remedy}")
+        if not all(factor.isdecimal() and int(factor) >= 1 for factor in factors) or (at and len(factors) > 1):
+            remedy = f"{name}={1 if '=all' in text else 'all'}{at}{network}"
+            raise ValueError(
+                f"mesh={text!r} needs a positive number for {name}{at}{network}, not {size!r}; try {remedy}"
+            )
         sizes[axis] = tuple(map(int, factors))
     product = math.prod(math.prod(factors) for factors in sizes.values())
     if wild:
@@ -52,7 +77,7 @@ def parse_mesh(text: str, devices: int, platform: str = "") -> dict[str, int]:
             f"mesh={text!r} needs {product} devices but {devices} {'is' if devices == 1 else 'are'} visible; "
             f"try {remedy}--mesh data={devices}"
         )
-    shape: dict[str, int] = {}
+    shape = {axis: factors[0] for axis, factors in sizes.items() if crosses_slices(axis)}
     for axis in MESH_AXES:
         factors = sizes.get(axis, (1,))
         shape |= dict(zip(parts_of(axis, len(factors)), factors, strict=True))
@@ -60,12 +85,50 @@ def parse_mesh(text: str, devices: int, platform: str = "") -> dict[str, int]:
 
 
 def show_mesh(shape: Mapping[str, int]) -> str:
-    """The text that `parse_mesh` reads, without axes of one device: "data=2,fsdp=4x8"."""
-    parts: dict[str, list[str]] = {}
+    """The text that `parse_mesh` reads, without axes of one device: "data=2@dcn,fsdp=4x8"."""
+    parts: dict[tuple[str, str], list[str]] = {}
     for axis, size in shape.items():
         if size > 1:
-            parts.setdefault(axis.partition(".")[0], []).append(str(size))
-    return ",".join(f"{axis}={'x'.join(sizes)}" for axis, sizes in parts.items())
+            network = "@dcn" if crosses_slices(axis) else ""
+            parts.setdefault((axis.partition(".")[0], network), []).append(str(size))
+    return ",".join(f"{axis}={'x'.join(sizes)}{network}" for (axis, network), sizes in parts.items())
+
+
+def count_slices(devices: Sequence[Any]) -> int:
+    """How many slices of TPUs these devices form: within one they have a network of their own, between them not."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
+def lay_out(devices: Sequence[Any], sizes: Mapping[str, int]) -> np.ndarray:
+    """The devices as an array of these axes, neighbours along its last dims being neighbours in the network.
+
+    Axes that cross slices come first. Slices are those of TPUs, hosts of GPUs as far as JAX tells them apart, and
+    otherwise equal groups of processes, or of the simulated devices of one process.
+
+    Raises ValueError if the axes that cross slices are not as many devices as there are slices.
+    """
+    across = {axis: size for axis, size in sizes.items() if crosses_slices(axis)}
+    within = tuple(size for axis, size in sizes.items() if axis not in across) or (1,)
+    groups = _slices(devices, math.prod(across.values()))
+    # Unlike jax.make_mesh, which takes whole dims of the network alone, on most TPUs.
+    laid = [create_device_mesh(within, group, allow_split_physical_axes=True) for group in groups]
+    return np.stack(laid).reshape(tuple(sizes.values()))
+
+
+def _slices(devices: Sequence[Any], count: int) -> list[list[Any]]:
+    """The devices in `count` equal groups, none of which cuts a slice, a host or a process."""
+    what, units = "slices", [getattr(device, "slice_index", 0) for device in devices]
+    if len(set(units)) == 1 and devices[0].platform != "tpu":
+        what, units = "processes", [device.process_index for device in devices]
+    found = len(set(units))
+    # A TPU's slice can be neither cut nor joined to another; the simulated devices of one process can be cut.
+    equal = found == count if devices[0].platform == "tpu" else (len(devices) if found == 1 else found) % count == 0
+    if not equal:
+        remedy = f"data={found}@dcn beside the axes within" if found > 1 else "a mesh without @dcn"
+        raise ValueError(f"mesh axes at @dcn hold {count} devices, and there are {found} {what}; try {remedy}")
+    ordered = [device for _, device in sorted(zip(units, devices, strict=True), key=lambda pair: pair[0])]
+    size = len(devices) // count
+    return [ordered[start : start + size] for start in range(0, len(devices), size)]
 
 
 def choose_mesh(
@@ -75,25 +138,29 @@ def choose_mesh(
 
     As many devices as the batch allows share its rows, since that costs one reduction a step: along data, or along fsdp
     where the whole state would fill too much of a device. Devices that are left share the model (tensor), or else the
-    sequence, in the largest numbers that divide them. On a TPU fsdp follows the network, see `along_torus`. All
-    processes call it and come to one choice. Raises ValueError if no shape uses every device.
+    sequence, in the largest numbers that divide them. On a TPU fsdp follows the network, see `along_torus`, and data
+    crosses its slices, once a step. All processes call it and come to one choice. Raises ValueError if no shape uses
+    every device.
     """
-    count = len(devices)
+    slices = count_slices(devices)
+    count = len(devices) // slices
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     memory = _memory(devices)
     sharded = memory is not None and state_bytes > STATE_SHARE * memory
     row_axis = "fsdp" if sharded else "data"
     size = f"state of {state_bytes / 2**20:,.0f} MiB"
     reason = f"{size} is too much for one device" if sharded else f"{size} fits on every device"
+    across = {"data" + ACROSS: slices} if slices > 1 else {}
+    dims = network_dims(_slices(devices, slices)[0])
     for rows in _divisors(count):
         for tensor in _divisors(count // rows):
             shape = {row_axis: rows, "tensor": tensor, "sequence": count // rows // tensor}
-            sizes = {axis: shape.get(axis, 1) for axis in MESH_AXES}
+            sizes = across | {axis: shape.get(axis, 1) for axis in MESH_AXES}
             if is_legal(sizes, rules, shapes, state_axes, layout):
-                return along_torus(sizes, network_dims(devices)), _explain(sizes, reason, layout.batch_size)
-    unit = math.lcm(count * layout.accumulate, 16 if layout.reduction == "exact" else 1)
+                return along_torus(sizes, dims), _explain(sizes, reason, layout.batch_size)
+    unit = math.lcm(len(devices) * layout.accumulate, 16 if layout.reduction == "exact" else 1)
     raise ValueError(
-        f"mesh=auto finds no shape for {count} devices and batch_size={layout.batch_size}; "
+        f"mesh=auto finds no shape for {len(devices)} devices and batch_size={layout.batch_size}; "
         f"try --batch-size {unit * max(1, round(layout.batch_size / unit))}"
     )
 
@@ -111,9 +178,10 @@ def along_torus(sizes: Mapping[str, int], dims: Sequence[int]) -> dict[str, int]
     compiler gathers as it likes, and fsdp stays whole.
 
     Args:
-      dims: devices along each dim of the network, outermost first; the devices of a chip are the innermost.
+      dims: devices of a slice along each dim of its network, outermost first; those of a chip are the innermost.
     """
-    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    across = {axis: size for axis, size in sizes.items() if crosses_slices(axis)}
+    shape = across | {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     inner, left, parts = shape["expert"], shape["fsdp"], []
     for dim in reversed(dims):
         taken = math.gcd(inner, dim)
@@ -124,7 +192,7 @@ def along_torus(sizes: Mapping[str, int], dims: Sequence[int]) -> dict[str, int]
     if len(parts) < 2 or left > 1 or shape["tensor"] * shape["sequence"] > 1:
         return shape
     split = dict(zip(parts_of("fsdp", len(parts)), reversed(parts), strict=True))
-    return {"data": shape["data"], **split, "expert": shape["expert"], "sequence": 1, "tensor": 1}
+    return across | {"data": shape["data"], **split, "expert": shape["expert"], "sequence": 1, "tensor": 1}
 
 
 def network_dims(devices: Sequence[Any]) -> tuple[int, ...]:
@@ -160,6 +228,7 @@ def _divisors(number: int) -> list[int]:
 
 def is_legal(sizes: Mapping[str, int], rules: Rules, shapes: State, state_axes: State, layout: Layout) -> bool:
     """Whether these sizes of mesh axes suit the rules, the batch, the length and every array of the state."""
+    rules = in_parts(rules, list(sizes))
     parts = math.prod(split_by("batch", rules, sizes).values())
     if layout.reduction == "exact":
         if canonical_shards(layout.batch_size) % parts or parts != math.prod(sizes.values()):

@@ -6,6 +6,7 @@ too. Accumulation and exact reduction live here and nowhere else.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from parallelism.rows import canonical_shards
+from parallelism.rules import crosses_slices
 
 
 def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
@@ -97,10 +99,55 @@ def scatter(axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1) 
         over = structure.flatten_up_to(unreduced)
         for group in filter(None, dict.fromkeys(over)):  # in one order in every process
             places = [place for place, each in enumerate(over) if each == group]
-            for place, leaf in zip(places, jax.lax.psum([leaves[i] for i in places], group), strict=True):
+            for place, leaf in zip(places, _add_up([leaves[i] for i in places], group), strict=True):
                 leaves[place] = leaf
         sums, tokens = jax.lax.psum((sums, tokens), axis_names)
         return sums, tokens, _divide(structure.unflatten(leaves), tokens)
+
+    return lambda loss_fn: functools.partial(gradients, loss_fn)
+
+
+def _add_up(leaves: list[jax.Array], over: tuple[str, ...]) -> list[jax.Array]:
+    """Sums over mapped axes; see `_add_up_by_levels` where they are of both kinds."""
+    within, across = _levels(over)
+    if within and across:
+        return [_add_up_by_levels(leaf, within, across) for leaf in leaves]
+    return jax.lax.psum(leaves, over)
+
+
+def _add_up_by_levels(x: jax.Array, within: tuple[str, ...], across: tuple[str, ...]) -> jax.Array:
+    """The sum over slices and the devices within: scattered within, so that a device sends its shard alone across."""
+    devices = math.prod(jax.lax.axis_size(axis) for axis in within)
+    dim = next((dim for dim, size in enumerate(x.shape) if size % devices == 0), None)
+    shard = jnp.pad(x.reshape(-1), (0, -x.size % devices)) if dim is None else x
+    for axis in within:
+        shard = jax.lax.psum_scatter(shard, axis, scatter_dimension=dim or 0, tiled=True)
+    shard = jax.lax.psum(shard, across)
+    for axis in reversed(within):
+        shard = jax.lax.all_gather(shard, axis, axis=dim or 0, tiled=True, to="invarying")
+    return shard[: x.size].reshape(x.shape) if dim is None else shard
+
+
+def _levels(axis_names: str | tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes within slices, and those across them."""
+    names = (axis_names,) if isinstance(axis_names, str) else axis_names
+    return tuple(a for a in names if not crosses_slices(a)), tuple(a for a in names if crosses_slices(a))
+
+
+def slices(axis_names: tuple[str, ...], shards: Any, specs: Any, microbatches: int) -> Callable:
+    """The gradient function inside a `shard_map` over slices, in each of which the compiler sees all devices.
+
+    Args:
+      axis_names: the mapped axes, those that cross slices.
+      shards: a tree like the parameters, of how a gradient is cut within its slice to cross.
+      specs: the same, of how the parameters are.
+    """
+    place = functools.partial(jax.tree.map, jax.lax.with_sharding_constraint)
+
+    def gradients(loss_fn, params, batch, key):
+        sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key, jax.lax.axis_index(axis_names))
+        sums, tokens, grads = jax.lax.psum((sums, tokens, place(grads, shards)), axis_names)
+        return sums, tokens, _divide(place(grads, specs), tokens)
 
     return lambda loss_fn: functools.partial(gradients, loss_fn)
 
@@ -133,8 +180,7 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
             return one(params, rows, key, first + number)
 
         results = jax.lax.map(of_shard, (jnp.arange(shards), parts))
-        if axis_names:
-            results = jax.lax.all_gather(results, axis_names, tiled=True, to="invarying")
+        results = _gather(results, axis_names)
         sums, tokens, grads = results
         total = jnp.sum(tokens)
         share = 1 / _at_least_one(total).astype(jnp.float32)
@@ -151,6 +197,16 @@ def exact(axis_names: str | tuple[str, ...] = (), devices: int = 1) -> Callable[
         return jax.lax.optimization_barrier((sums, total, grads))
 
     return lambda loss_fn: functools.partial(gradients, loss_fn)
+
+
+def _gather(results: Any, axis_names: str | tuple[str, ...]) -> Any:
+    """[shards of a device, ...] to [all shards, ...] in the order of the batch, in which slices come first."""
+    within, across = _levels(axis_names)
+    if across:  # before there are any of the neighbours, so that a device sends its own alone
+        results = jax.lax.all_gather(results, across, to="invarying")
+    if within:
+        results = jax.lax.all_gather(results, within, axis=1 if across else 0, tiled=True, to="invarying")
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results) if across else results
 
 
 def _divide(grads: Any, tokens: jax.Array) -> Any:

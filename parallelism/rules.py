@@ -92,18 +92,33 @@ def check_rules(rules: Rules) -> Rules:
     return rules
 
 
+ACROSS = ".dcn"
+"""Behind the name of an axis, that of its part which crosses slices of TPUs, or hosts of GPUs, over the data-center
+network; written data=2@dcn."""
+
+
+def crosses_slices(axis: str) -> bool:
+    """Whether devices that differ along this mesh axis are in different slices."""
+    return axis.endswith(ACROSS)
+
+
 def parts_of(axis: str, count: int) -> tuple[str, ...]:
     """What a mesh axis is called where it is laid along `count` dims of the network: fsdp, or fsdp.0, fsdp.1."""
     return (axis,) if count == 1 else tuple(f"{axis}.{part}" for part in range(count))
 
 
 def in_parts(rules: Rules, mesh_axes: Sequence[str]) -> Rules:
-    """Rules that name the axes of a mesh, some of which are parts, outermost first."""
+    """Rules that name the axes of a mesh, some of which are parts, outermost first.
 
-    def named(axis: str) -> tuple[str, ...]:
-        return tuple(name for name in mesh_axes if name.partition(".")[0] == axis)
+    Parts that cross slices come first where they split rows, so that a slice has neighbouring rows, and last elsewhere:
+    gathered from the last axis to the first, and scattered from the first to the last, arrays cross slices in shards.
+    """
 
-    return {name: tuple(part for axis in axes for part in named(axis)) for name, axes in rules.items()}
+    def named(rule: str, axes: Sequence[str]) -> tuple[str, ...]:
+        parts = [part for axis in axes for part in mesh_axes if part.partition(".")[0] == axis]
+        return tuple(sorted(parts, key=crosses_slices, reverse=rule == "batch"))
+
+    return {rule: named(rule, axes) for rule, axes in rules.items()}
 
 
 def check_used(rules: Rules, mesh_shape: Mapping[str, int]) -> None:

@@ -45,8 +45,8 @@ class Flags:
     strategy: Literal["single", "pmap", "mesh"] | None = None
     """Where the step runs; by default single, and pmap in mode distributed."""
     mesh: str = ""
-    """Sizes of the axes data, fsdp, sequence and tensor, such as data=2,tensor=4; "all" stands for what is left. auto
-    chooses a shape and says why."""
+    """Sizes of the axes data, fsdp, sequence and tensor, such as data=2,tensor=4; "all" stands for what is left, and
+    data=2@dcn for two slices, or hosts, with a slow network between. auto chooses a shape and says why."""
     rules: str = "default"
     """What a mesh axis splits: a rule set (default, replicated) or a JSON file of rules."""
     dataset: str = "tiny_shakespeare"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LAYOUTS = [("single", "", 1), ("pmap", "", 2), ("mesh", "data=2,fsdp=4", 1)]
+LAYOUTS = [("single", "", 1), ("pmap", "", 2), ("mesh", "data=2,fsdp=4", 1), ("mesh", "data=2@dcn,fsdp=4", 1)]
 STEPS = 3
 
 
@@ -50,7 +50,7 @@ def test_every_layout_has_the_same_bits():
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    for batch_size, layouts in ((16, 3), (8, 2)):
+    for batch_size, layouts in ((16, 4), (8, 2)):
         same = [(tuple(losses), digest) for rows, losses, digest in found if rows == batch_size]
         assert len(same) == layouts
         assert len(set(same)) == 1

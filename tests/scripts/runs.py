@@ -54,7 +54,7 @@ def pmap(devices: int, processes: int = 1, *flags: str) -> Layout:
 def mesh(shape: str, processes: int = 1, *flags: str) -> Layout:
     devices = 1
     for part in shape.split(","):
-        devices *= int(part.partition("=")[2])
+        devices *= int(part.partition("=")[2].partition("@")[0])
     return Layout(("--strategy", "mesh", "--mesh", shape, *flags), processes, devices // processes)
 
 
