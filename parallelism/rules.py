@@ -102,6 +102,11 @@ def crosses_slices(axis: str) -> bool:
     return axis.endswith(ACROSS)
 
 
+def whole_axis(axis: str) -> str:
+    """What an axis is part of within slices, or across them: fsdp of fsdp.0, but data.dcn of itself."""
+    return axis if crosses_slices(axis) else axis.partition(".")[0]
+
+
 def parts_of(axis: str, count: int) -> tuple[str, ...]:
     """What a mesh axis is called where it is laid along `count` dims of the network: fsdp, or fsdp.0, fsdp.1."""
     return (axis,) if count == 1 else tuple(f"{axis}.{part}" for part in range(count))

@@ -89,7 +89,7 @@ class StepCost:
 
     The byte counts of activations were fitted to what libtpu reports: a term says which arrays it stands for, its
     factor how many of them are there at once. `sizes` maps mesh axes (data, fsdp, sequence, tensor) to devices; axes
-    that are missing have one.
+    that are missing have one. What of an axis crosses slices is an axis of its own, data.dcn or fsdp.dcn.
     """
 
     config: TransformerConfig
@@ -112,7 +112,7 @@ class StepCost:
 
     def product_flops(self, sizes: Mapping[str, int]) -> float:
         """Operations of all matmuls outside kernels in one step, over all devices, recomputation included."""
-        config = self.config
+        config, sizes = self.config, whole_axes(sizes)
         kernel = config.attention in KERNELS
         # Masked scores are computed all the same, but for those of blocks that are skipped.
         attention = 0.0 if kernel else _attention(config, self._computed_keys())
@@ -162,7 +162,8 @@ class StepCost:
         hidden units with their gate, each fused into one pass; backward twice as much. Of the logits four passes in
         float32.
         """
-        config, e, tensor = self.config, self.item, sizes.get("tensor", 1)
+        config, e, sizes = self.config, self.item, whole_axes(sizes)
+        tensor = sizes.get("tensor", 1)
         rows = sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("sequence", 1)
         heads = (config.num_heads + config.num_kv_heads) * config.head_dim / tensor
         a_block = 10 * config.embed_dim + 2 * heads + 3 * config.mlp_dim / tensor
@@ -177,7 +178,7 @@ class StepCost:
           parameter_bytes: of a device's float32 parameters in the layout of its memory; its gradients take as much.
           on_chip: bytes of its memory on the chip, which take as much of what is no gradient.
         """
-        config, e = self.config, self.item
+        config, e, sizes = self.config, self.item, whole_axes(sizes)
         tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
         rows = sizes.get("data", 1) * fsdp
         tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
@@ -203,7 +204,7 @@ class StepCost:
         Args:
           parameter_bytes: of a device's float32 parameters in the layout of its memory.
         """
-        config, e = self.config, self.item
+        config, e, sizes = self.config, self.item, whole_axes(sizes)
         tensor, fsdp, sequence = (sizes.get(axis, 1) for axis in ("tensor", "fsdp", "sequence"))
         tokens = self.batch_size * self.seq_len / (sizes.get("data", 1) * fsdp * sequence)
         bare = dataclasses.replace(self, config=dataclasses.replace(config, remat="full"))
@@ -276,23 +277,39 @@ class StepCost:
         """What a device sends in a step, by the algorithms that send the least, to and from shards of the rules."""
         config, e = self.config, self.item
         data, fsdp, sequence, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "sequence", "tensor"))
+        slices, fsdp_slices = sizes.get("data.dcn", 1), sizes.get("fsdp.dcn", 1)
         blocks = config.num_layers * _weights(config) / tensor
         tables = sum(_tables(config)) / tensor
-        tokens = self.batch_size * self.seq_len / (data * fsdp * sequence)
+        tokens = self.batch_size * self.seq_len / (data * fsdp * sequence * slices * fsdp_slices)
         vectors = tokens * config.embed_dim * e
         keys = 2 * tokens * sequence * config.num_kv_heads * config.head_dim * e / tensor
         again, layers, parts = config.remat == "full", config.num_layers, self.microbatches
         matrices = 7 * layers  # of each block its own, gathered and reduced by themselves
+        gathered, scattered = parts * e * (2 * blocks + tables), parts * e * (blocks + tables)
+        gradients = 2 * 4 * (blocks + tables) / fsdp_slices
         found = {
-            ("all-reduce", "data"): (data, 2 * 4 * (blocks + tables) / fsdp, matrices),
-            ("all-gather", "fsdp"): (fsdp, parts * e * (2 * blocks + tables), 2 * parts * matrices),
-            ("reduce-scatter", "fsdp"): (fsdp, parts * e * (blocks + tables), parts * matrices),
+            ("all-reduce", "data"): (data, gradients / fsdp, matrices),
+            ("all-gather", "fsdp"): (fsdp, gathered, 2 * parts * matrices),
+            ("reduce-scatter", "fsdp"): (fsdp, scattered, parts * matrices),
             ("all-reduce", "tensor"): (tensor, 2 * vectors * (layers * (4 + again) + 2), parts * layers * (4 + again)),
             ("all-gather", "sequence"): (sequence, layers * keys * (1 + again), 2 * parts * layers * (1 + again)),
             ("all-reduce", "sequence"): (sequence, layers * 2 * keys + 2 * 4 * (blocks + tables), matrices),
+            # Between slices a device sends its shard alone.
+            ("all-reduce", "data.dcn"): (slices, gradients / (data * fsdp * sequence), matrices),
+            ("all-gather", "fsdp.dcn"): (fsdp_slices, gathered / fsdp, 2 * parts * matrices),
+            ("reduce-scatter", "fsdp.dcn"): (fsdp_slices, scattered / fsdp, parts * matrices),
         }
         return [
             Sent(kind, axis, amount * (size - 1) / size, count)
             for (kind, axis), (size, amount, count) in found.items()
             if size > 1
         ]
+
+
+def whole_axes(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Sizes of mesh axes, with their parts across slices."""
+    found: dict[str, int] = {}
+    for axis, size in sizes.items():
+        name = axis.removesuffix(".dcn")
+        found[name] = found.get(name, 1) * size
+    return found

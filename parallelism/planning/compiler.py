@@ -109,7 +109,9 @@ def _tpus(accelerator: Accelerator) -> list[Any]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    options = {"chip_config_name": "megacore"} if accelerator.generation.name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if accelerator.generation.name == "v4" else {}
+    if accelerator.slices > 1:
+        options["num_slices"] = accelerator.slices
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=accelerator.topology, **options)
     except jax.errors.JaxRuntimeError as error:
@@ -132,6 +134,7 @@ def compile_step(
     compiler = importlib.metadata.version("jax-cuda13-pjrt" if is_gpu else "libtpu")
     versions = (REPORT_VERSION, compiler, jax.__version__)
     target = f"{accelerator.topology} {target_config(accelerator.generation)}" if is_gpu else accelerator.topology
+    target += f" × {accelerator.slices}" if accelerator.slices > 1 else ""
     identity = f"{versions}\n{target}\n{tuple(mesh_shape.items())}\n{lowered.as_text()}"
     file = cache / f"{hashlib.sha256(identity.encode()).hexdigest()}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # none, or damaged

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from parallelism.planning.gpus import GIB, Gpus, cards, gpus
+from parallelism.planning.gpus import GIB, NETWORK_HOP, Gpus, cards, gpus
 from parallelism.planning.network import Dim
 
 HOP = 1e-6
@@ -44,11 +44,11 @@ class Generation:
     """Chips of a side that closes to a ring: in two dims the side of a whole pod, in three that of a cube, of which
     optical switches join any number. Other sides are lines."""
     largest: int
-    """Chips of its largest slice with a power of two of them."""
+    """Chips of its largest slice."""
     devices_per_chip: int = 1
-    """A v2 or v3 chip shows as two JAX devices, which share its memory and its links."""
+    """A chip of v2, v3 or tpu7x shows as two JAX devices, which share its memory and its links."""
     cores_per_name: int = 2
-    """How many of the number in an accelerator's name make a chip: cores up to v5p, chips for v5e and v6e."""
+    """How many of the number in an accelerator's name make a chip: cores, but chips for v5e and v6e."""
     splash: bool = True
     """Whether the compiler takes the splash attention kernel in bfloat16."""
     on_chip: int = 0
@@ -66,16 +66,16 @@ GENERATIONS = {
         Generation("v4", ("TPU v4",), 275e12, 32 * GIB, 1200e9, 45e9, 6.25e9, 3, 4, 4096, on_chip=ON_CHIP),
         Generation("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 810e9, 45e9, 3.125e9, 2, 16, 256,
                    cores_per_name=1, on_chip=ON_CHIP),
-        Generation("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 90e9, 6.25e9, 3, 4, 4096),
+        Generation("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 90e9, 6.25e9, 3, 4, 6144),
         Generation("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 90e9, 12.5e9, 2, 16, 256,
                    cores_per_name=1, on_chip=ON_CHIP),
+        Generation("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7380e9, 100e9, 12.5e9, 3, 4, 9216, devices_per_chip=2),
     )
 }
 # fmt: on
-ALIASES = {"v5litepod": "v5e"}
+ALIASES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 OTHER_PEAKS = {
     "TPU v4 lite": 137e12,
-    "TPU7x": 2307e12 / 2,  # a chip shows as two devices
     **dict.fromkeys(("A100-SXM4-40GB", "A100-PCIE-40GB", "A100 80GB PCIe"), 312e12),
     **dict.fromkeys(("GH200 120GB", "GH200 144G HBM3e", "GH200 480GB"), 989e12),
     **dict.fromkeys(("H100 NVL", "H200 NVL"), 835e12),
@@ -89,25 +89,27 @@ by data sheets for GPUs, whose names are CUDA's without "NVIDIA ". A part of one
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """A slice as one rents it."""
+    """A slice as one rents it, or several, which only the data-center network connects."""
 
     name: str
     generation: Generation
     shape: tuple[int, ...]
-    """Chips along each dim of the torus."""
+    """Chips along each dim of a slice's torus."""
+    slices: int = 1
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        """Of all slices."""
+        return self.slices * math.prod(self.shape)
 
     @property
     def devices(self) -> int:
-        """JAX devices."""
+        """JAX devices of all slices."""
         return self.chips * self.generation.devices_per_chip
 
     @property
     def network(self) -> tuple[int, ...]:
-        """Devices along each dim of the network, those of a chip last."""
+        """Devices along each dim of a slice's network, those of a chip last."""
         return (*self.shape, self.generation.devices_per_chip)
 
     tiled = True
@@ -119,15 +121,22 @@ class Accelerator:
         return "splash" if self.generation.splash else "xla"
 
     def level(self, groups: Sequence[Sequence[int]]) -> str:
-        """What joins the devices of a group: the links between chips."""
-        return "links"
+        """What joins the devices of a group, by their positions: links between chips, or the network between slices."""
+        crossing = any(len({place // self._of_a_slice for place in group}) > 1 for group in groups)
+        return "network" if crossing else "links"
+
+    @property
+    def _of_a_slice(self) -> int:
+        return self.devices // self.slices
 
     @property
     def dims(self) -> tuple[Dim, ...]:
-        """The network, outermost dim first; rates are a device's."""
+        """The network, outermost dim first, that between slices before all; rates are a device's."""
         generation, devices = self.generation, self.generation.devices_per_chip
         cubes = all(side % generation.ring == 0 for side in self.shape)
         found = []
+        if self.slices > 1:
+            found.append(Dim("network", self.slices, generation.network_rate / devices, "switch", NETWORK_HOP))
         for side in self.shape:
             closed = cubes if generation.torus_dims == 3 else side == generation.ring
             rate = generation.link_rate / devices
@@ -139,7 +148,7 @@ class Accelerator:
 
     @property
     def topology(self) -> str:
-        """The name by which its compiler knows it, such as v3:4x4."""
+        """The name by which its compiler knows a slice, such as v3:4x4."""
         return f"{self.generation.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -169,35 +178,49 @@ def machine(name: str) -> Machine:
 
 
 def accelerator(name: str) -> Accelerator:
-    """The slice of that name, such as v3-8, v4-64, v5litepod-256, v5p-1024 or v6e-256.
+    """The slice of that name, such as v3-8, v4-64, v5litepod-256, v5p-6144 or v6e-256; or several, as 2xv5p-128.
 
     Raises ValueError if there is no such generation, or no slice of that size.
     """
-    match = re.fullmatch(r"(v\w+)-(\d+)", name)
-    generation = GENERATIONS.get(ALIASES.get(match[1], match[1])) if match else None
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z]\w+)-(\d+)", name)
+    generation = GENERATIONS.get(ALIASES.get(match[2], match[2])) if match else None
     if match is None or generation is None:
         known = ", ".join((*GENERATIONS, *ALIASES, *cards()))
         raise ValueError(f"topology={name!r} must be one of {known} with a size behind it; try v3-8")
     unit = generation.cores_per_name
-    slices = {chips * unit: chips for chips in _slices(generation)}
-    size = int(match[2])
-    if size not in slices:
+    slices = {math.prod(shape) * unit: shape for shape in _slices(generation)}
+    size, count = int(match[3]), int(match[1] or 1)
+    if size not in slices or count < 1:
         near = min(slices, key=lambda known: abs(known - size))
-        raise ValueError(f"topology={name!r} is no slice that can be rented; try {match[1]}-{near}")
-    return Accelerator(name, generation, _torus(slices[size], generation.torus_dims))
+        several = f"{count}x" if count > 1 else ""
+        raise ValueError(f"topology={name!r} is no slice that can be rented; try {several}{match[2]}-{near}")
+    return Accelerator(name, generation, slices[size], count)
 
 
-def _slices(generation: Generation) -> list[int]:
-    """The chips of each slice: powers of two, of which the smallest pods lack one."""
-    least, missing = (4, 8 if generation.torus_dims == 2 else 0) if generation.cores_per_name == 2 else (1, 2)
-    return [2**power for power in range(13) if least <= 2**power <= generation.largest and 2**power != missing]
+def _slices(generation: Generation) -> list[tuple[int, ...]]:
+    """The chips along each dim of each slice that can be rented.
+
+    In two dims powers of two, of which the smallest pods lack one. In three, parts of a cube of 4 × 4 × 4 chips, and
+    then any number of such cubes (Google Cloud's pages of v4, v5p and tpu7x), as near to one cube as it goes.
+    """
+    if generation.torus_dims == 3:
+        cubes = range(1, generation.largest // 64 + 1)
+        return [(2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), *(tuple(4 * side for side in _cuboid(n)) for n in cubes)]
+    least, missing = (4, 8) if generation.cores_per_name == 2 else (1, 2)
+    powers = [power for power in range(13) if least <= 2**power <= generation.largest and 2**power != missing]
+    return [(2 ** (power // 2), 2 ** (power - power // 2)) for power in powers]
 
 
-def _torus(chips: int, dims: int) -> tuple[int, ...]:
-    """A power of two as near to a square or a cube as it goes, smaller sides first, which is how slices are cut."""
-    power = int(math.log2(chips))
-    sides = sorted(2 ** (power // dims + (place < power % dims)) for place in range(dims))
-    return (2, 2, 1) if chips == 4 and dims == 3 else tuple(sides)
+def _cuboid(volume: int) -> tuple[int, int, int]:
+    """Whole sides of that volume, smaller ones first, of which the largest is as small as can be."""
+    sides = (
+        (a, b, volume // a // b)
+        for a in range(1, volume + 1)
+        if volume % a == 0
+        for b in range(a, volume // a + 1)
+        if volume // a % b == 0 and b <= volume // a // b
+    )
+    return min(sides, key=lambda found: found[::-1])
 
 
 def generation_of(device_kind: str) -> Generation | None:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from parallelism.rules import whole_axis
+
 SERIAL = {"sequence", "tensor", "expert"}
 """Mesh axes whose collectives a layer waits for. Those along other axes, which gather the next layer's parameters and
 reduce gradients, can run beside matmuls."""
@@ -145,7 +147,7 @@ def waits(sent: Sequence[Any], paths: Mapping[str, tuple[Reach, ...]]) -> list[W
     found = []
     for each in sent:
         axes = axes_of(each)
-        parts = [path for name, path in paths.items() if name.partition(".")[0] in axes]
+        parts = [path for name, path in paths.items() if whole_axis(name) in axes]
         if all(axis in paths for axis in axes):  # of none too: groups of one device, or what is not counted
             legs = [(each.wire_bytes, tuple(reach for axis in axes for reach in paths[axis]))]
         elif parts:
@@ -153,7 +155,7 @@ def waits(sent: Sequence[Any], paths: Mapping[str, tuple[Reach, ...]]) -> list[W
         else:
             raise ValueError(f"{each.kind} runs along {', '.join(axes)}, and the mesh has {', '.join(paths)}")
         seconds = sum(collective_seconds(each.kind, sent, path, each.count) for sent, path in legs)
-        found.append(Wait(tuple({axis.partition(".")[0]: None for axis in axes}), seconds))
+        found.append(Wait(tuple({whole_axis(axis): None for axis in axes}), seconds))
     return found
 
 

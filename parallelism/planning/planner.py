@@ -13,12 +13,12 @@ from typing import Any, Protocol
 
 import jax
 
-from parallelism.mesh_shape import along_torus, show_mesh
+from parallelism.mesh_shape import CROSSING, along_torus, show_mesh
 from parallelism.planning.compiler import Report, compile_step
 from parallelism.planning.hardware import Machine
 from parallelism.planning.network import Reach, Wait, axes_of, place, waits
 from parallelism.planning.step_time import Expected, Work, calibration
-from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
+from parallelism.rules import ACROSS, MESH_AXES, Rules, crosses_slices, in_parts, load_rules, split_by, whole_axis
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
 
@@ -144,20 +144,32 @@ class Row:
         return {"compute": self.compute_seconds, "memory": self.memory_seconds, "links": self.link_seconds}
 
 
-def legal_meshes(devices: int, fits: Callable[[Mapping[str, int]], bool]) -> Iterator[dict[str, int]]:
-    """Every shape of powers of two over all devices that `fits` takes."""
-    powers = int(math.log2(devices))
-    for split in itertools.product(range(powers + 1), repeat=len(MESH_AXES)):
-        sizes: dict[str, int] = dict(zip(MESH_AXES, (2**power for power in split), strict=True))
-        if sum(split) == powers and fits(sizes):
+def legal_meshes(devices: int, fits: Callable[[Mapping[str, int]], bool], slices: int = 1) -> Iterator[dict[str, int]]:
+    """Every shape over all devices that `fits` takes; slices are crossed by one axis alone."""
+    across = [{axis + ACROSS: slices} for axis in CROSSING] if slices > 1 else [{}]
+    for outer, within in itertools.product(across, _factors(devices // slices, len(MESH_AXES))):
+        sizes = outer | dict(zip(MESH_AXES, within, strict=True))
+        if fits(sizes):
             yield sizes
+
+
+def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
+    """Every way to write a number as a product of so many, small ones first."""
+    if count == 1:
+        yield (number,)
+        return
+    for factor in range(1, number + 1):
+        if number % factor == 0:
+            for rest in _factors(number // factor, count - 1):
+                yield (factor, *rest)
 
 
 def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report | None = None) -> Row:
     """A row, from the analytic model and, where there is one, the compiler's report."""
     cost, generation = build.cost, accelerator.generation
     devices = math.prod(choice.sizes.values())
-    state, rules = jax.eval_shape(build.init_state), load_rules(choice.layout.rules)
+    state = jax.eval_shape(build.init_state)
+    rules = in_parts(load_rules(choice.layout.rules), list(choice.sizes))
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
     stored = tiled_size if accelerator.tiled else math.prod
@@ -238,18 +250,23 @@ def _shard(leaf: Any, names: Any, rules: Rules, sizes: Mapping[str, int]) -> tup
 
 
 def _by_axis(sent: Sequence[Any]) -> dict[str, float]:
-    """Bytes along each mesh axis, parts of one taken together; of a collective over several at once, all of them."""
+    """Bytes along each mesh axis, parts within slices as one; those of a collective over several count along each."""
     sums: dict[str, float] = {}
     for each in sent:
-        for axis in {axis.partition(".")[0]: None for axis in axes_of(each)}:
+        for axis in {whole_axis(axis): None for axis in axes_of(each)}:
             sums[axis] = sums.get(axis, 0.0) + each.wire_bytes
     return sums
 
 
 def _paths(choice: Choice, accelerator: Machine) -> dict[str, tuple[Reach, ...]]:
     """Along which dims of the network each mesh axis runs, fsdp by its parts; the axis of pmap is called batch."""
-    paths = place(along_torus(choice.sizes, accelerator.network), accelerator.dims)
-    return paths | {"batch": paths["data"]} if choice.layout.strategy == "pmap" else paths
+    shape, dims = along_torus(choice.sizes, accelerator.network), accelerator.dims
+    across = {axis: size for axis, size in shape.items() if crosses_slices(axis)}
+    levels = len(across) and 1
+    paths = place(across, dims[:levels])
+    paths |= place({axis: size for axis, size in shape.items() if axis not in across}, dims[levels:])
+    everything = tuple(reach for path in paths.values() for reach in path)
+    return paths | {"batch": everything} if choice.layout.strategy == "pmap" else paths
 
 
 def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:

@@ -23,7 +23,8 @@ microbatches is ranked by an analytic model; the best are compiled by the real T
 @dataclasses.dataclass(frozen=True)
 class Flags:
     topology: str = "v3-8"
-    """The slice, by the name one rents it: v3-8, v3-32, v4-64, v5litepod-256, v5p-512, v6e-256 …"""
+    """The slice, by the name one rents it: v3-8, v4-64, v5litepod-256, v5p-512, v6e-256, tpu7x-128 …; several of them
+    as 2xv5litepod-256."""
     config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
     hf: str | None = None

@@ -21,7 +21,7 @@ from parallax.config import TrainConfig
 from parallax.layers.attention import BY_BLOCKS
 from parallax.model.cost import StepCost
 from parallax.storage import cache_folder
-from parallelism.mesh_shape import is_legal
+from parallelism.mesh_shape import is_legal, parse_mesh
 from parallelism.planning.compiler import topology_devices
 from parallelism.planning.hardware import machine
 from parallelism.planning.planner import (
@@ -45,7 +45,6 @@ from scripts.training.choices import choose_attention
 from scripts.training.step import bind_state, bind_step
 
 REMATS = ("none", "dots", "full")
-MICROBATCHES = (1, 2, 4, 8)
 
 
 class Plan:
@@ -117,7 +116,7 @@ class Plan:
         flags, devices = self._flags, self._slice.devices
         rules = load_rules(flags.rules)
         found = []
-        for microbatches in MICROBATCHES:
+        for microbatches in (2**power for power in range(flags.batch_size.bit_length())):
             build = self._build_of("none", microbatches, "xla")
             shapes = jax.eval_shape(build.init_state)
             layout = Layout(
@@ -130,12 +129,14 @@ class Plan:
             fits = functools.partial(is_legal, rules=rules, shapes=shapes, state_axes=build.axes, layout=layout)
             laid = [
                 (dataclasses.replace(layout, mesh=mesh_text(sizes, self._slice)), sizes)
-                for sizes in legal_meshes(devices, fits)
+                for sizes in legal_meshes(devices, fits, self._slice.slices)
                 if flags.model.attention not in BY_BLOCKS or length_parts(sizes, rules) == 1
             ]
             if flags.batch_size % (devices * microbatches) == 0:
                 pmap = dataclasses.replace(layout, strategy="pmap", rules="default")
-                laid.insert(0, (pmap, {"data": devices}))
+                laid.insert(0, (pmap, parse_mesh("", devices, slices=self._slice.slices)))
+            if not laid:  # more microbatches have fewer rows
+                break
             remats = REMATS if flags.remat == "any" else (flags.remat,)
             found += [Choice(each, sizes, remat, flags.dtype) for each, sizes in laid for remat in remats]
         return found
@@ -189,11 +190,15 @@ def plan_cache() -> Path:
     return cache_folder() / "plans"
 
 
+_bind_state = functools.cache(bind_state)
+"""Of one model: how a step computes changes nothing of its state."""
+
+
 def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> Build:
     """The step of train.py, with everything bound but a strategy's gradient function."""
     config = dataclasses.replace(flags.model, remat=remat, dtype=flags.dtype, attention=attention)
     train = TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)
-    init_state, axes = bind_state(config, train, flags.optimizer)
+    init_state, axes = _bind_state(flags.model, train, flags.optimizer)
     make_step = functools.partial(bind_step, config, train, flags.optimizer)
     cost = StepCost(config=config, batch_size=flags.batch_size, seq_len=flags.seq_len, microbatches=microbatches)
     tokens = jax.ShapeDtypeStruct((flags.batch_size, flags.seq_len), np.int32)

@@ -56,13 +56,9 @@ def machine_of(row: Mapping[str, str]) -> Machine:
 
 
 def _tpu(generation: Generation, chips: int, slices: int) -> Machine:
-    one = Accelerator("", generation, _sides(chips, generation))
-    dims = one.dims
-    if slices > 1:
-        rate = generation.network_rate / generation.devices_per_chip
-        dims = (Dim("network", slices, rate, "switch", 1e-5), *dims)
+    one = Accelerator("", generation, _sides(chips, generation), slices)
     host = HOST_RATE / (1 if generation.name in ("v6e", "tpu7x") else 2) / generation.devices_per_chip
-    return Machine(generation.name, one.device_flops, one.device_memory, one.device_memory_rate, host, dims)
+    return Machine(generation.name, one.device_flops, one.device_memory, one.device_memory_rate, host, one.dims)
 
 
 def _sides(chips: int, generation: Generation) -> tuple[int, ...]:

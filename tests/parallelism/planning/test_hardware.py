@@ -49,13 +49,16 @@ def test_unknown_and_simulated_devices_have_none(kind):
         *(("v2-8", "v2:2x2", 8), ("v3-8", "v3:2x2", 8), ("v3-32", "v3:4x4", 32), ("v3-64", "v3:4x8", 64)),
         *(("v4-8", "v4:2x2x1", 4), ("v4-64", "v4:2x4x4", 32), ("v5p-128", "v5p:4x4x4", 64)),
         *(("v5p-512", "v5p:4x8x8", 256), ("v5p-1024", "v5p:8x8x8", 512)),
+        *(("v4-384", "v4:4x4x12", 192), ("v5p-2304", "v5p:8x12x12", 1152), ("v5p-6144", "v5p:12x16x16", 3072)),
+        *(("v5p-12288", "v5p:16x16x24", 6144), ("tpu7x-128", "tpu7x:4x4x4", 128), ("v7x-8", "tpu7x:2x2x1", 8)),
+        *(("2xv5litepod-256", "v5e:16x16", 512), ("4xv5p-128", "v5p:4x4x4", 256)),
         *(("v5litepod-256", "v5e:16x16", 256), ("v5e-8", "v5e:2x4", 8), ("v6e-256", "v6e:16x16", 256)),
     ],
 )
 def test_a_name_counts_cores_up_to_v5p_and_chips_of_the_lite_ones(name, topology, devices):
     found = accelerator(name)
     assert (found.topology, found.devices) == (topology, devices)
-    assert math.prod(found.shape) == found.chips
+    assert math.prod(found.shape) * found.slices == found.chips
     assert found.device_memory * found.devices == found.generation.memory_bytes * found.chips
 
 
@@ -66,6 +69,9 @@ def test_a_name_counts_cores_up_to_v5p_and_chips_of_the_lite_ones(name, topology
         ("v3", r"topology='v3' must be one of v2, .*; try v3-8"),
         ("v3-16", r"topology='v3-16' is no slice that can be rented; try v3-8"),
         ("v3-9", r"topology='v3-9' is no slice that can be rented; try v3-8"),
+        ("v5p-12416", r"topology='v5p-12416' is no slice that can be rented; try v5p-12288"),
+        ("2xv5p-100", r"topology='2xv5p-100' is no slice that can be rented; try 2xv5p-128"),
+        ("0xv5p-128", r"topology='0xv5p-128' is no slice that can be rented; try v5p-128"),
         ("v5litepod-512", r"topology='v5litepod-512' is no slice that can be rented; try v5litepod-256"),
     ],
 )

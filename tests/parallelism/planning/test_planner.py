@@ -89,6 +89,21 @@ def test_every_split_of_the_devices_is_tried_once():
     ]
 
 
+def test_every_device_of_a_slice_is_planned_for_whatever_their_number():
+    shapes = list(legal_meshes(192, lambda sizes: True))
+    assert {math.prod(sizes.values()) for sizes in shapes} == {192}
+    assert len({tuple(sizes.values()) for sizes in shapes}) == len(shapes)
+    assert {"data": 1, "fsdp": 12, "expert": 1, "sequence": 1, "tensor": 16} in shapes
+
+
+def test_slices_are_crossed_along_data_or_fsdp():
+    shapes = list(legal_meshes(8, lambda sizes: sizes["tensor"] == 4, slices=2))
+    assert [mesh_text(sizes, accelerator("2xv4-8")) for sizes in shapes] == [
+        "data=2@dcn,tensor=4",
+        "fsdp=2@dcn,tensor=4",
+    ]
+
+
 @pytest.mark.parametrize(
     ("slice_", "sizes", "text"),
     [
@@ -100,6 +115,7 @@ def test_every_split_of_the_devices_is_tried_once():
         (V3, {"data": 4, "tensor": 2}, "data=4,tensor=2"),
         (V3, {"data": 2, "fsdp": 4}, "data=2,fsdp=2x2"),
         (accelerator("v5p-128"), {"fsdp": 64}, "fsdp=4x4x4"),
+        (accelerator("2xv5p-128"), {"data.dcn": 2, "fsdp": 64}, "data=2@dcn,fsdp=4x4x4"),
         (accelerator("v5e-1"), {"data": 1}, "data=1"),
     ],
 )
