@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,11 @@ RUNTIMES = {
     "v5litepod": "v2-alpha-tpuv5-lite",
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
+    "tpu7x": "v2-alpha-tpu7-ubuntu2404",
 }
 """From the generation in an accelerator's name to the software that its hosts start with."""
-RENTED_AS = {"v5e": "v5litepod"}
-"""What gcloud calls a generation that everybody else, plan.py too, calls otherwise."""
+RENTED_AS = {"v5e": "v5litepod", "v7x": "tpu7x"}
+"""What gcloud calls a generation that others, plan.py too, call otherwise."""
 PASSING = (
     *("no more capacity", "nsufficient", "tockout", '"code": 8', '"code": 10', '"code": 13'),
     *("UNAVAILABLE", "onnection", "timed out", "nable to find the server"),
@@ -41,11 +43,15 @@ DESCRIBE_SECONDS = 120
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One TPU as it is asked for: a node of one or more hosts, perhaps through a queued resource of the same name."""
+    """One TPU as it is asked for: a node of one or more hosts, perhaps through a queued resource of the same name.
+
+    Several slices are nodes NAME-0, NAME-1 … of one queued resource: all are given, and all taken, at once.
+    """
 
     name: str
     zone: str
     accelerator: str = "v3-8"
+    slices: int = 1
     runtime: str | None = None
     """By default the one of RUNTIMES."""
     spot: bool = False
@@ -74,6 +80,10 @@ class Tpu:
                 f"{', '.join([*RUNTIMES, *RENTED_AS])}; try v3-8"
             )
         object.__setattr__(self, "accelerator", f"{generation}-{size}")
+        if not 1 <= self.slices <= 256:
+            raise ValueError(f"--slices {self.slices} must be from 1 to 256; try --slices 2")
+        if self.slices > 1:  # only there can they be asked for together
+            object.__setattr__(self, "queued", True)
         self._check_tier()
 
     def _check_tier(self) -> None:
@@ -94,11 +104,20 @@ class Tpu:
         """Whether only gcloud's alpha commands know how to ask for it."""
         return self.flex_start_hours is not None or self.reservation not in (None, "any")
 
+    def nodes(self) -> list["Tpu"]:
+        """The node of each slice."""
+        if self.slices == 1:
+            return [self]
+        return [dataclasses.replace(self, name=f"{self.name}-{i}", slices=1) for i in range(self.slices)]
+
     def create(self) -> list[str]:
         runtime = self.runtime or RUNTIMES[self.accelerator.partition("-")[0]]
         if self.queued:
             track = ["alpha"] if self._is_alpha() else []
-            argv = self._argv("queued-resources", "create", f"--node-id={self.name}", track=track)
+            nodes = [f"--node-id={self.name}"]
+            if self.slices > 1:
+                nodes = [f"--node-count={self.slices}", f"--node-prefix={self.name}"]
+            argv = self._argv("queued-resources", "create", *nodes, track=track)
             argv.append(f"--runtime-version={runtime}")
         else:
             argv = self._argv("tpu-vm", "create", f"--version={runtime}")
@@ -148,9 +167,13 @@ def list_objects(pattern: str) -> list[str]:
     return ["gcloud", "storage", "ls", pattern]
 
 
+INCOMPLETE = "INCOMPLETE"
+"""Our word for the state of slices some of which are not there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A TPU as Google Cloud describes it."""
+    """A TPU as Google Cloud describes it, or all of its slices as one."""
 
     state: str
     accelerator: str
@@ -164,7 +187,7 @@ class Node:
     @property
     def lost(self) -> bool:
         """Whether it will never be ready again, and must be deleted before another has its name."""
-        return self.state in ("PREEMPTED", "TERMINATED")
+        return self.state in ("PREEMPTED", "TERMINATED", INCOMPLETE)
 
     @property
     def returning(self) -> bool:
@@ -175,8 +198,8 @@ class Node:
 class GcloudError(RuntimeError):
     """gcloud did not do what it was asked; its message, in one line."""
 
-    def __init__(self, argv: Sequence[str], status: int, words: str, out: str = ""):
-        self.status, self.words, self.out = status, words, out
+    def __init__(self, argv: Sequence[str], status: int, words: str):
+        self.status, self.words, self.out = status, words, ""
         said = words.rpartition("ERROR:")[2] or f"exit status {status}"
         super().__init__(f"{' '.join(argv[:6])} failed: {' '.join(said.split())[:400]}")
 
@@ -205,10 +228,51 @@ def run(argv: Sequence[str], *, stdin: bytes | None = None, seconds: float | Non
       GcloudError: its exit status is not 0, or it did not end within so many seconds.
       ValueError: there is no gcloud.
     """
+    return run_all([argv], stdin=stdin, seconds=seconds)
+
+
+def run_all(argvs: Sequence[Sequence[str]], *, stdin: bytes | None = None, seconds: float | None = None) -> str:
+    """As `run`, several at the same time; what all printed.
+
+    Raises:
+      GcloudError: that of the first that failed, once all have ended, with what all printed.
+      ValueError: there is no gcloud.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+    until = None if seconds is None else time.monotonic() + seconds
+    outs: list[str] = []
+    errors: list[GcloudError] = []
     try:
-        process = subprocess.Popen(  # noqa: S603 - gcloud with an argv and no shell
+        started += (_start(argv, stdin is not None) for argv in argvs)
+        for argv, process in zip(argvs, started, strict=True):
+            try:
+                out, err = process.communicate(stdin, None if until is None else max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired as late:
+                _kill(process)
+                outs.append(_text(late.output or b""))
+                errors.append(GcloudError(argv, SSH_FAILED, f"ERROR: timed out, no answer within {seconds:g} s"))
+                continue
+            outs.append(_text(out))
+            if process.returncode:
+                errors.append(GcloudError(argv, process.returncode, _text(err)))
+    finally:
+        for process in started:
+            if process.poll() is None:
+                _kill(process)
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+    if errors:
+        errors[0].out = "".join(outs)
+        raise errors[0]
+    return "".join(outs)
+
+
+def _start(argv: Sequence[str], reads: bool) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(  # noqa: S603 - gcloud with an argv and no shell
             argv,
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdin=subprocess.PIPE if reads else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -217,26 +281,21 @@ def run(argv: Sequence[str], *, stdin: bytes | None = None, seconds: float | Non
         raise ValueError(
             f"{argv[0]} is not on PATH; install the Google Cloud CLI, https://cloud.google.com/sdk/docs/install"
         ) from None
-    try:
-        out, err = process.communicate(stdin, timeout=seconds)
-    except subprocess.TimeoutExpired as late:
-        _kill(process)
-        words = f"ERROR: timed out, no answer within {seconds:g} s"
-        raise GcloudError(argv, SSH_FAILED, words, _text(late.output or b"")) from None
-    except BaseException:
-        _kill(process)
-        raise
-    finally:
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            if pipe is not None:
-                pipe.close()
-    if process.returncode:
-        raise GcloudError(argv, process.returncode, _text(err), _text(out))
-    return _text(out)
 
 
 def find_node(tpu: Tpu) -> Node | None:
-    """The node as it is now; None if there is none. Raises GcloudError."""
+    """The node as it is now, or those of all slices as one; None if there is none. Raises GcloudError."""
+    found = [_find_one(node) for node in tpu.nodes()]
+    there = [node for node in found if node is not None]
+    if not there:
+        return None
+    # As well as the worst of them: lost, of no use now, coming back, ready.
+    worst = min(there, key=lambda node: (not node.lost, node.ready or node.returning, node.ready))
+    state = worst.state if len(there) == len(found) else INCOMPLETE
+    return dataclasses.replace(worst, state=state, hosts=sum(node.hosts for node in there))
+
+
+def _find_one(tpu: Tpu) -> Node | None:
     facts = _describe(tpu.describe())
     if facts is None:
         return None

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # What launch.py has done on each host of a TPU, from the commit that it shipped there:
 #   host.sh prepare              Python and the pinned packages, once for a commit
-#   host.sh start LOGS FLAG...   train.py with these flags, as systemd's unit `parallax`; its output goes to LOGS
+#   host.sh start LOGS FIRST FLAG...
+#                                train.py with these flags, as systemd's unit `parallax`; its output goes to LOGS. The
+#                                first host of this slice is number FIRST among the hosts of all slices
 #   host.sh report               one line "parallax WORKER running|exited|stopped|lost [STATUS]", then output
 #   host.sh stop                 lets train.py save and stop, and waits for it
 # Invariant: one train.py at most runs on a host, and how it ended is written down whether or not anyone is connected.
@@ -31,8 +33,8 @@ prepare() {
 }
 
 start() {
-  local logs=$1 worker
-  shift
+  local logs=$1 first=$2 worker
+  shift 2
   stop
   free_tpu
   worker=$(curl --fail --silent --show-error --header 'Metadata-Flavor: Google' \
@@ -40,7 +42,7 @@ start() {
   rm -rf "$state"
   mkdir -p "$state"
   : >"$state/log"
-  printf '%s' "$worker" >"$state/worker"
+  printf '%s' "$((first + worker))" >"$state/worker"
   printf '%s' "$logs" >"$state/logs"
   printf '%s\0' "$@" >"$state/flags" # systemd would expand a $ in arguments
   sudo systemd-run --quiet --collect --unit="$unit" --uid="$(id -u)" --setenv=HOME="$HOME" --setenv=PATH="$PATH" \

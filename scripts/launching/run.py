@@ -23,7 +23,7 @@ from scripts.launching.gcloud import DESCRIBE_SECONDS, GcloudError, copy, find_n
 from scripts.launching.gcloud import run as run_gcloud
 from scripts.launching.local import OWN_FLAGS, flag_name, split
 from scripts.launching.supervisor import FIRST_PAUSE, keep_running, signal_name
-from scripts.launching.tpu import ChangeFlags, Switch, say, show
+from scripts.launching.tpu import ChangeFlags, Switch, deletion, say, show
 from scripts.launching.watch import HostCommands, Training
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -216,10 +216,16 @@ def _plan(
     tpu = flags.tpu()
     archive = shlex.join(["git", "-C", str(checkout), "archive", "--format=tar.gz", commands.commit])
     yield f"{archive} | {shlex.join(copy('-', commands.archive))}"
-    hosts = [commands.prepare(), commands.start(logs, train_flags), commands.report()]
-    creation = [tpu.describe(), *([tpu.describe_queued()] if tpu.queued else []), tpu.create(), tpu.describe()]
-    deletion = [tpu.describe_queued(), tpu.delete_queued(), tpu.describe(), tpu.delete()]
-    for argv in [*creation, *map(tpu.ssh, hosts), *(deletion if flags.autodelete else []), tpu.describe()]:
+    nodes = tpu.nodes()
+    describe = [node.describe() for node in nodes]
+    creation = [*describe, *([tpu.describe_queued()] if tpu.queued else []), tpu.create(), *describe]
+    # How many hosts a slice has, and so the number of its first, is known once it is there; here each has one.
+    calls = [
+        *(node.ssh(commands.prepare()) for node in nodes),
+        *(node.ssh(commands.start(logs, number, train_flags)) for number, node in enumerate(nodes)),
+        *(node.ssh(commands.report()) for node in nodes),
+    ]
+    for argv in [*creation, *calls, *(deletion(tpu) if flags.autodelete else []), *describe]:
         yield shlex.join(argv)
 
 

@@ -15,7 +15,18 @@ import tyro
 
 from parallelism.exit_status import FAILED
 from scripts.common.command_line import parse
-from scripts.launching.gcloud import ANSWER_SECONDS, GcloudError, Tpu, copy, find_node, find_queued, list_objects, run
+from scripts.launching.gcloud import (
+    ANSWER_SECONDS,
+    GcloudError,
+    Node,
+    Tpu,
+    copy,
+    find_node,
+    find_queued,
+    list_objects,
+    run,
+    run_all,
+)
 from scripts.launching.tpu_lifecycle import Keeper
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -28,7 +39,10 @@ class TpuFlags:
     zone: str = "us-central1-a"
     """Where it is."""
     accelerator: str = "v3-8"
-    """GENERATION-SIZE; the size counts cores for v2, v3, v4 and v5p, chips for v5e (also v5litepod) and v6e."""
+    """GENERATION-SIZE; the size counts cores, but chips for v5e (also v5litepod) and v6e."""
+    slices: int = 1
+    """How many of these, connected by the data-center network, which one axis of --mesh crosses, as in
+    data=2@dcn,fsdp=256. They are asked for together, through a queued resource."""
     runtime: str | None = None
     """Software of its hosts; by default the one for its generation."""
     spot: Switch = False
@@ -77,10 +91,15 @@ class TpuFlags:
             raise ValueError("--bucket is missing; give the bucket for runs and logs, as in --bucket my-bucket")
         return self.bucket
 
+    def described(self, node: Node) -> str:
+        several = f"{self.slices} × " if self.slices > 1 else ""
+        return f"{several}{node.accelerator}, {node.hosts} host(s)"
+
     def down_command(self) -> str:
         """What deletes the TPU."""
-        project = [] if self.project is None else ["--project", self.project]
-        return shlex.join(["python", "scripts/launch.py", "down", "--name", self.name, "--zone", self.zone, *project])
+        rest = [] if self.project is None else ["--project", self.project]
+        rest += [] if self.slices == 1 else ["--slices", str(self.slices)]
+        return shlex.join(["python", "scripts/launch.py", "down", "--name", self.name, "--zone", self.zone, *rest])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +120,10 @@ def up(args: Sequence[str]) -> int:
     """Creates the TPU and returns once it is ready. Raises ValueError if a flag is wrong."""
     flags = parse(ChangeFlags, description="Create a TPU, and wait until it is READY.", args=args)
     if flags.dry_run:
-        return show([flags.tpu().create(), flags.tpu().describe()])
+        return show([flags.tpu().create(), *(node.describe() for node in flags.tpu().nodes())])
     with gcloud_errors(flags):
         node = flags.keeper().ensure()
-    say(f"{flags.name} is READY: {node.accelerator}, {node.hosts} host(s)")
+    say(f"{flags.name} is READY: {flags.described(node)}")
     say(f"it bills until it is deleted: {flags.down_command()}")
     return 0
 
@@ -119,11 +138,11 @@ def status(args: Sequence[str]) -> int:
         if node is None:
             print(f"there is no TPU {flags.name} in {flags.zone}, and none of that name bills")
             return 0
-        print(f"{flags.name} is {node.state}: {node.accelerator}, {node.hosts} host(s) {node.health}".rstrip())
+        print(f"{flags.name} is {node.state}: {flags.described(node)} {node.health}".rstrip())
         if node.ready:
             line = "[ ! -e parallax/current ] || bash parallax/current/scripts/launching/host.sh report"
             try:
-                print(run(flags.tpu().ssh(line), seconds=ANSWER_SECONDS), end="")
+                print(run_all([node.ssh(line) for node in flags.tpu().nodes()], seconds=ANSWER_SECONDS), end="")
             except GcloudError as error:
                 print(f"its hosts did not all answer: {error}")
     print(f"it bills until it is deleted: {flags.down_command()}")
@@ -155,12 +174,18 @@ def down(args: Sequence[str]) -> int:
     flags = parse(ChangeFlags, description="Delete the TPU and its queued resource, if they exist.", args=args)
     tpu = flags.tpu()
     if flags.dry_run:
-        return show([tpu.describe_queued(), tpu.delete_queued(), tpu.describe(), tpu.delete()])
+        return show(deletion(tpu))
     with gcloud_errors(flags):
         deleted = flags.keeper().delete()
     say(f"deleted: {', '.join(deleted)}" if deleted else f"there was no TPU {flags.name} to delete")
     say(f"{flags.name} does not bill any more")
     return 0
+
+
+def deletion(tpu: Tpu) -> list[list[str]]:
+    """The commands of a deletion of all that there may be."""
+    nodes = [argv for node in tpu.nodes() for argv in (node.describe(), node.delete())]
+    return [tpu.describe_queued(), tpu.delete_queued(), *nodes]
 
 
 @contextlib.contextmanager

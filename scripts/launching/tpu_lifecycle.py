@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from scripts.launching.gcloud import GcloudError, Node, Tpu, find_node, find_queued, run
+from scripts.launching.gcloud import INCOMPLETE, GcloudError, Node, Tpu, find_node, find_queued, run
 
 Found = TypeVar("Found")
 
@@ -44,6 +44,8 @@ class Keeper:
             node = self._ask(find_node)
             if node is not None:
                 self._require_same(node)
+                if node.state == INCOMPLETE and self._ask(find_queued) not in ("ACTIVE", None):
+                    node = None  # the queued resource is at work on it
             if node is not None and node.ready:
                 return node
             if node is not None and node.lost:
@@ -57,24 +59,22 @@ class Keeper:
             time.sleep(self.poll)
 
     def delete(self) -> list[str]:
-        """Deletes the node and the queued resource, each whatever becomes of the other; what there was to delete.
+        """Deletes the nodes and the queued resource, each whatever becomes of the others; what there was to delete.
 
         Raises GcloudError if one of them may still be there.
         """
-        parts = {
-            f"queued resource {self.tpu.name}": (find_queued, self.tpu.delete_queued()),
-            f"TPU {self.tpu.name}": (find_node, self.tpu.delete()),
-        }
+        parts = {f"queued resource {self.tpu.name}": (find_queued, self.tpu, self.tpu.delete_queued())}
+        parts |= {f"TPU {node.name}": (find_node, node, node.delete()) for node in self.tpu.nodes()}
         deleted: dict[str, None] = {}
         tries_left, pauses = DELETIONS, self._pauses()
         while True:
             trouble, tries_left = None, tries_left - 1
-            for what, (find, argv) in parts.items():
+            for what, (find, tpu, argv) in parts.items():
                 try:
-                    if find(self.tpu) is not None:
+                    if find(tpu) is not None:
                         run(argv)
                         deleted[what] = None
-                        if find(self.tpu) is not None:
+                        if find(tpu) is not None:
                             trouble = GcloudError(argv, 0, "ERROR: it is still there afterwards")
                 except GcloudError as error:
                     trouble = error

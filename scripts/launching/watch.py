@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
-from scripts.launching.gcloud import ANSWER_SECONDS, GcloudError, Node, find_node, run
+from scripts.launching.gcloud import ANSWER_SECONDS, GcloudError, Node, find_node, run_all
 from scripts.launching.supervisor import Death, describe_status, first_to_fail, last_step
 from scripts.launching.tpu_lifecycle import Keeper
 
@@ -48,8 +48,9 @@ class HostCommands:
         current = f"ln -sfn {self.commit} parallax/current"
         return f"set -euo pipefail; mkdir -p {folder}; {unpack}; {current}; {self._host('prepare')}"
 
-    def start(self, logs: str, flags: Sequence[str]) -> str:
-        return self._host("start", logs, *flags)
+    def start(self, logs: str, first: int, flags: Sequence[str]) -> str:
+        """On the hosts of a slice, the first of which is that number among the hosts of all."""
+        return self._host("start", logs, str(first), *flags)
 
     def report(self) -> str:
         return self._host("report")
@@ -127,11 +128,12 @@ class Training:
         node, self._step = self._keeper.ensure(), None
         logs = f"{self._logs}/attempt-{number}"
         try:
-            self._call(self._commands.prepare(), "preparing", PREPARE_SECONDS)
+            self._call(self._on_each(self._commands.prepare()), "preparing", PREPARE_SECONDS)
             self.started = True
             resume = ["--resume"] if number > 1 and "--resume" not in self._train_flags else []
-            start = self._commands.start(logs, [*self._train_flags, *resume])
-            self._call(start, "starting train.py on", START_SECONDS)
+            hosts, flags = node.hosts // self._keeper.tpu.slices, [*self._train_flags, *resume]
+            starts = [self._commands.start(logs, i * hosts, flags) for i in range(self._keeper.tpu.slices)]
+            self._call(starts, "starting train.py on", START_SECONDS)
             self._say(f"train.py runs on {node.hosts} host(s); its output: {logs}")
         except GcloudError as error:
             self._spoilt = error.unreachable
@@ -146,18 +148,26 @@ class Training:
     def stop(self) -> int:
         """Lets train.py save and stop on every host: 0 if it did, else OUTSIDE_FAILURE."""
         try:
-            reports, _ = read_reports(run(self._keeper.tpu.ssh(self._commands.stop()), seconds=STOP_SECONDS))
+            reports, _ = read_reports(self._ssh(self._on_each(self._commands.stop()), STOP_SECONDS))
         except GcloudError as error:
             self._say(str(error))
             return OUTSIDE_FAILURE
         saved = bool(reports) and all(report.code == 0 for report in reports.values())
         return 0 if saved and all(report.state != "lost" for report in reports.values()) else OUTSIDE_FAILURE
 
-    def _call(self, command: str, what: str, seconds: float) -> None:
+    def _on_each(self, command: str) -> list[str]:
+        return [command] * self._keeper.tpu.slices
+
+    def _ssh(self, commands: Sequence[str], seconds: float) -> str:
+        """A line of bash for each slice, on all of its hosts; all at the same time. What all printed."""
+        nodes = self._keeper.tpu.nodes()
+        return run_all([node.ssh(line) for node, line in zip(nodes, commands, strict=True)], seconds=seconds)
+
+    def _call(self, commands: Sequence[str], what: str, seconds: float) -> None:
         self._say(f"{what} all hosts of {self._keeper.tpu.name}")
         for tries_left in reversed(range(CONNECTIONS)):
             try:
-                run(self._keeper.tpu.ssh(command), seconds=seconds)
+                self._ssh(commands, seconds)
                 self._reached = True
                 return
             except GcloudError as error:
@@ -198,7 +208,7 @@ class Training:
         """What the hosts say, and what is wrong if some say nothing."""
         trouble = ""
         try:
-            text = run(self._keeper.tpu.ssh(self._commands.report()), seconds=ANSWER_SECONDS)
+            text = self._ssh(self._on_each(self._commands.report()), ANSWER_SECONDS)
         except GcloudError as error:
             text, trouble = error.out, str(error)
         reports, lines = read_reports(text)

@@ -26,8 +26,8 @@ starts = world / f"starts-{home.name}.jsonl"
 with starts.open("a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ["JAX_PLATFORMS"]]) + "\\n")
 attempt = len(starts.read_text().splitlines())
-plays = json.loads((world / "scenario.json").read_text())["plays"]
-play = plays[attempt - 1]
+scenario = json.loads((world / "scenario.json").read_text())
+play = scenario["plays"][attempt - 1]
 play = play if isinstance(play, str) else play[int(home.name)]
 print("attempt", attempt, "of worker", home.name)
 print("plays", play, flush=True)
@@ -35,7 +35,8 @@ def save(number, frame):
     print("saved", flush=True)
     sys.exit(0)
 signal.signal(signal.SIGTERM, save)
-node = world / "node.json"
+node = world / f"node-{int(home.name) // scenario.get('hosts', 1)}.json"
+node = node if node.exists() else world / "node.json"
 if play.startswith("exit"):
     sys.exit(int(play.split()[1]))
 elif play == "kill":
@@ -116,7 +117,8 @@ class Cloud:
 
     def bills(self):
         """What exists and would be paid for."""
-        return [name for name in ("node.json", "queued.json") if (self.world / name).exists()]
+        names = ("node.json", "node-0.json", "node-1.json", "queued.json")
+        return [name for name in names if (self.world / name).exists()]
 
     def objects(self):
         bucket = self.world / "bucket"

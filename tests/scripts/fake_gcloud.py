@@ -1,11 +1,12 @@
 """A fake of the gcloud program, put on PATH in its place. It is not Google Cloud: it plays what a test writes down.
 
 Its world is the folder $FAKE_GCLOUD: scenario.json (below), gcloud.jsonl (every command line it was given), node.json
-and queued.json (what exists there, and so would bill), bucket/ (objects) and hosts/I/ (the home of worker I, where a
-command given to `ssh` is really run by bash, with the programs of fake_host.py before those of this machine).
+and queued.json (what exists there, and so would bill; node-0.json and so on for the slices of a queued resource),
+bucket/ (objects) and hosts/I/ (the home of worker I, counted over all slices, where a command given to `ssh` is really
+run by bash, with the programs of fake_host.py before those of this machine).
 
 Keys of scenario.json, all of them optional:
-  hosts            how many
+  hosts            how many, of each slice
   accelerator      what a node says it is
   create           outcomes of creations in turn: ok, capacity, leftover (capacity, and a node remains), denied, slow
   queue            states of a queued resource in turn, as it is described
@@ -54,7 +55,7 @@ def create(name, flags):
     if (WORLD / "node.json").exists():
         fail("create", "ALREADY_EXISTS: the node exists")
     if outcome in ("ok", "leftover", "slow"):
-        write_node(flags, "READY" if outcome == "ok" else "CREATING")
+        write_nodes(flags, "READY" if outcome == "ok" else "CREATING")
     if outcome == "slow":
         time.sleep(600)
     if outcome in ("capacity", "leftover"):
@@ -63,33 +64,42 @@ def create(name, flags):
         fail("create", "PERMISSION_DENIED: Permission 'tpu.nodes.create' denied")
 
 
-def write_node(flags, state):
+def write_nodes(flags, state):
     world = scenario()
+    hosts, slices = world.get("hosts", 1), int(flags.get("node-count", 0))
     facts = {
         "state": state,
         "health": "HEALTHY",
         "acceleratorType": world.get("accelerator", flags["accelerator-type"]),
-        "networkEndpoints": [{"ipAddress": f"10.0.0.{i}"} for i in range(world.get("hosts", 1))],
+        "networkEndpoints": [{"ipAddress": f"10.0.0.{i}"} for i in range(hosts)],
     }
-    end_hosts()
-    (WORLD / "node.json").write_text(json.dumps(facts))
-    for i in range(world.get("hosts", 1)):
+    end_hosts(range(max(1, slices) * hosts))
+    for number in range(slices) or [None]:
+        (WORLD / ("node.json" if number is None else f"node-{number}.json")).write_text(json.dumps(facts))
+    for i in range(max(1, slices) * hosts):
         (WORLD / "hosts" / str(i)).mkdir(parents=True)
 
 
+def file_of(name):
+    """Where a node is, and which of several slices it is."""
+    number = name.rpartition("-")[2]
+    return (WORLD / f"node-{number}.json", int(number)) if number.isdecimal() else (WORLD / "node.json", 0)
+
+
 def describe(name, flags):
-    facts = node()
+    facts = node(name)
     print(json.dumps(facts))
     if "looks_left" in facts:
         left = facts.pop("looks_left") - 1
         facts |= {"looks_left": left} if left else {"state": "READY"}
-        (WORLD / "node.json").write_text(json.dumps(facts))
+        file_of(name)[0].write_text(json.dumps(facts))
 
 
 def delete(name, flags):
-    node()
-    end_hosts()
-    (WORLD / "node.json").unlink()
+    hosts = len(node(name)["networkEndpoints"])
+    file, number = file_of(name)
+    end_hosts(range(number * hosts, (number + 1) * hosts))
+    file.unlink()
 
 
 def create_queued(name, flags):
@@ -103,24 +113,27 @@ def describe_queued(name, flags):
     states = scenario().get("queue", ["ACTIVE"])
     state = states[min(count("queue"), len(states) - 1)]
     if state == "ACTIVE" and not asked.get("granted"):
-        write_node(asked, "READY")
+        write_nodes(asked, "READY")
         (WORLD / "queued.json").write_text(json.dumps({**asked, "granted": True}))
     print(json.dumps({"state": {"state": state}}))
 
 
 def delete_queued(name, flags):
-    queued()
-    if "force" in flags and (WORLD / "node.json").exists():
-        delete(name, flags)
+    asked = json.loads(queued())
+    slices = range(int(asked.get("node-count", 0)))
+    for each in [f"{name}-{number}" for number in slices] or [name]:
+        if "force" in flags and file_of(each)[0].exists():
+            delete(each, flags)
     (WORLD / "queued.json").unlink()
 
 
 def ssh(name, flags):
-    facts = node()
+    facts = node(name)
     if facts["state"] != "READY":
         fail("ssh", f'This TPU has terminal state "{facts["state"]}", so it cannot be used anymore.')
-    workers = range(len(facts["networkEndpoints"])) if flags["worker"] == "all" else [int(flags["worker"])]
-    statuses = [run_on(worker, flags["command"], facts) for worker in workers]
+    hosts = len(facts["networkEndpoints"])
+    workers = range(hosts) if flags["worker"] == "all" else [int(flags["worker"])]
+    statuses = [run_on(file_of(name)[1] * hosts + worker, flags["command"], facts) for worker in workers]
     raise SystemExit(next((status for status in statuses if status), 0))
 
 
@@ -138,12 +151,13 @@ def run_on(worker, command, facts):
     ).returncode
 
 
-def end_hosts():
+def end_hosts(workers):
     """The machines are switched off, and their disks are gone."""
-    for pid in (WORLD / "hosts").glob("*/unit.pid"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int(pid.read_text()), signal.SIGKILL)
-    shutil.rmtree(WORLD / "hosts", ignore_errors=True)
+    for worker in workers:
+        home = WORLD / "hosts" / str(worker)
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            os.killpg(int((home / "unit.pid").read_text()), signal.SIGKILL)
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def storage_cp(source, destination, *flags):
@@ -167,10 +181,10 @@ def place(address):
     return WORLD / "bucket" / address.removeprefix("gs://") if address.startswith("gs://") else Path(address)
 
 
-def node():
-    if not (WORLD / "node.json").exists():
+def node(name):
+    if not file_of(name)[0].exists():
         fail("describe", "NOT_FOUND: Resource 'projects/p/locations/z/nodes/n' was not found")
-    return json.loads((WORLD / "node.json").read_text())
+    return json.loads(file_of(name)[0].read_text())
 
 
 def queued():

@@ -69,7 +69,9 @@ def is_alive(pid):
 
 
 def curl(args):
-    print(HOME.name, end="")
+    """The worker's number in its slice."""
+    hosts = json.loads((Path(os.environ["FAKE_GCLOUD"]) / "scenario.json").read_text()).get("hosts", 1)
+    print(int(HOME.name) % hosts, end="")
 
 
 def lsof(args):

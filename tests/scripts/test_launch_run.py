@@ -75,6 +75,23 @@ def test_a_lost_tpu_is_deleted_made_again_and_the_run_goes_on(loss, queued, clou
         assert "delete" in verbs[:second]
 
 
+def test_slices_start_and_end_as_one(cloud, finish):
+    """Two of two hosts each, of which one host of the second dies, and then that slice is taken away."""
+    plays = [["wait", "wait", "wait", "kill"], ["wait", "wait", "vanish", "wait"], "exit 0"]
+    status, err = finish("--slices", "2", "--accelerator", "v5litepod-16", "--spot", hosts=2, plays=plays)
+    assert status == 0, err
+    assert "worker 3 was killed by SIGKILL; ending the other 3" in err
+    assert "TPU parallax-dev-tpu is INCOMPLETE: it was preempted, or deleted" in err
+    first, *others = [[*STEPS, *OUTPUT], *[[*STEPS, *OUTPUT, "--resume"]] * 2]
+    assert [cloud.starts(worker) for worker in range(4)] == [[first, *others]] * 4
+    created = [call for call in cloud.calls() if "create" in call]
+    assert len(created) == 2
+    assert all({"--node-count=2", "--node-prefix=parallax-dev-tpu", "--spot"} <= set(call) for call in created)
+    assert not any("--node-id" in word for call in created for word in call)
+    logs = {path.rpartition("/")[2] for path in cloud.objects() if "/attempt-3/" in path}
+    assert logs == {f"process-{worker}.log" for worker in range(4)}
+
+
 def test_a_tpu_under_repair_is_waited_for_and_not_given_away(cloud, finish):
     status, err = finish("--spot", hosts=2, plays=[["wait", "repair"], "exit 0"])
     assert status == 0, err
@@ -130,12 +147,12 @@ def test_a_worker_that_crashes_in_one_step_again_and_again_ends_the_run(cloud, f
 def test_no_call_of_a_host_waits_for_ever(finish, launch, monkeypatch):
     limits = []
 
-    def noted(argv, *, seconds=None):
+    def noted(argvs, *, seconds=None):
         limits.append(seconds)
-        return gcloud.run(argv, seconds=seconds)
+        return gcloud.run_all(argvs, seconds=seconds)
 
     for module in (watch, tpu):
-        monkeypatch.setattr(module, "run", noted)
+        monkeypatch.setattr(module, "run_all", noted)
     assert finish()[0] == 0
     launch("up", *FAST)
     launch("status")
@@ -267,7 +284,7 @@ def test_a_run_that_goes_on_unwatched_is_ended_by_the_next(cloud, launch):
     gcloud.run(gcloud.copy("-", commands.archive), stdin=archive)
     tpu = gcloud.Tpu("parallax-dev-tpu", "us-central1-a")
     gcloud.run(tpu.ssh(commands.prepare()))
-    gcloud.run(tpu.ssh(commands.start("gs://bkt/runs/other.logs", ["--steps", "1"])))
+    gcloud.run(tpu.ssh(commands.start("gs://bkt/runs/other.logs", 0, ["--steps", "1"])))
     wait_until((home / "training").exists)
     pid = int((home / "unit.pid").read_text())
     assert launch(*RUN, "--", "--steps", "1")[0] == 0

@@ -41,6 +41,21 @@ def test_up_waits_in_the_queue_and_down_deletes_both(cloud, launch):
     assert cloud.bills() == []
 
 
+def test_slices_are_asked_for_looked_at_and_deleted_together(cloud, launch):
+    cloud.play(queue=QUEUE, hosts=2)
+    slices = ["--slices", "2", "--accelerator", "v5litepod-16"]
+    status, _, err = launch("up", *slices, *FAST)
+    assert status == 0
+    assert "parallax-dev-tpu is READY: 2 × v5litepod-16, 4 host(s)" in err
+    assert cloud.bills() == ["node-0.json", "node-1.json", "queued.json"]
+    assert launch("status", *slices)[1][1] == "parallax-dev-tpu is READY: 2 × v5litepod-16, 4 host(s) HEALTHY"
+    (cloud.world / "node-1.json").unlink()
+    assert launch("status", *slices)[1][1] == "parallax-dev-tpu is INCOMPLETE: 2 × v5litepod-16, 2 host(s) HEALTHY"
+    down = err[-1].partition("launch.py ")[2]
+    assert launch(*shlex.split(down), *FAST)[2][0] == "deleted: queued resource parallax-dev-tpu"
+    assert cloud.bills() == []
+
+
 def test_a_queued_resource_that_comes_to_nothing_is_deleted_before_the_next(cloud, launch):
     cloud.play(queue=["WAITING_FOR_RESOURCES", "FAILED", "FAILED", "FAILED", "ACTIVE"])
     status, _, err = launch("up", "--queued", *FAST)
@@ -77,7 +92,10 @@ def test_logs_are_those_of_the_newest_attempt(cloud, launch):
     assert "has no log of worker 7 yet" in err[0]
 
 
-@pytest.mark.parametrize("kind", [[], ["--queued", "--spot", "--external-ips", "--project", "p"]])
+@pytest.mark.parametrize(
+    "kind",
+    [[], ["--slices", "2", "--accelerator", "v5litepod-8"], ["--queued", "--spot", "--external-ips", "--project", "p"]],
+)
 def test_a_dry_run_shows_what_runs_and_runs_nothing(kind, cloud, launch):
     kind = [*kind, "--network", "my net", "--service-account", "a@b"]
     run = ["run", "--bucket", "bkt", "--autodelete", *kind]
@@ -108,6 +126,7 @@ up --name My_TPU | --name My_TPU | try parallax-dev-tpu
 down --zone mars | --zone mars | try us-central1-a
 up --accelerator h100 | --accelerator h100 | try v3-8
 up --accelerator v3-many | --accelerator v3-many | try v3-8
+up --slices 0 | --slices 0 | try --slices 2
 up --reservation mine | --reservation mine | add --queued
 up --flex-start-hours 6 | --flex-start-hours 6 | add --queued
 up --retry-seconds -1 | --retry-seconds -1 | try --retry-seconds 30

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallelism.planning.hardware import ALIASES, GENERATIONS, accelerator
-from scripts.launching.gcloud import RUNTIMES, GcloudError, Tpu, copy, find_node, find_queued, run
+from scripts.launching.gcloud import RENTED_AS, RUNTIMES, GcloudError, Tpu, copy, find_node, find_queued, run
 
 HOME = {"name": "t1", "zone": "us-central1-a"}
 PROGRAM = """#!{python}
@@ -82,7 +82,7 @@ def test_a_queued_resource_names_its_node():
 def test_what_can_be_planned_can_be_launched_by_gclouds_name_for_it():
     for name in {*RUNTIMES, *ALIASES.values()}:
         asked = flags(Tpu(**HOME, accelerator=f"{name}-8").create())["--accelerator-type"]
-        assert asked == f"{name}-8".replace("v5e", "v5litepod")
+        assert asked == f"{RENTED_AS.get(name, name)}-8"
         assert GENERATIONS[ALIASES.get(name, name)] is accelerator(asked).generation
 
 
