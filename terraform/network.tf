@@ -60,7 +60,7 @@ resource "google_compute_firewall" "peers" {
 
   allow {
     protocol = "tcp"
-    ports    = local.peer_ports
+    ports    = var.slices > 1 ? [] : local.peer_ports # libtpu's ports between slices are listed nowhere: all of TCP
   }
 }
 

@@ -1,7 +1,8 @@
 locals {
-  topology = replace(var.accelerator, "v5litepod", "v5e") # as scripts/plan.py calls it
+  several  = var.slices > 1
+  topology = "${local.several ? "${var.slices}x" : ""}${replace(var.accelerator, "v5litepod", "v5e")}" # as scripts/plan.py calls it
 
-  where = "--project ${var.project_id} --zone ${var.zone} --name ${var.tpu_name}"
+  where = "--project ${var.project_id} --zone ${var.zone} --name ${var.tpu_name}${local.several ? " --slices ${var.slices}" : ""}"
   what = join(" ", compact([ # everything that it takes to make this TPU, the first time or after a preemption
     "${local.where} --accelerator ${var.accelerator}",
     var.runtime == null ? "" : "--runtime ${var.runtime}",
@@ -45,7 +46,7 @@ output "next_commands" {
     "# train on every host, and go on after a preemption",
     "python scripts/launch.py run ${local.what} --bucket ${google_storage_bucket.runs.name} -- --strategy mesh --config small",
     "# look at a host; there is no other way in than Identity-Aware Proxy",
-    "gcloud alpha compute tpus tpu-vm ssh ${var.tpu_name} --project=${var.project_id} --zone=${var.zone} --worker=0 --tunnel-through-iap",
+    "gcloud alpha compute tpus tpu-vm ssh ${var.tpu_name}${local.several ? "-0" : ""} --project=${var.project_id} --zone=${var.zone} --worker=0 --tunnel-through-iap",
     "# stop the bill",
     "python scripts/launch.py down ${local.where}",
   ]))

@@ -9,6 +9,7 @@ locals {
     v5litepod = { default = "v2-alpha-tpuv5-lite", fits = "^v2-alpha-tpuv5-lite" }
     v5p       = { default = "v2-alpha-tpuv5", fits = "^v2-alpha-tpuv5(-[^l].*)?$" }
     v6e       = { default = "v2-alpha-tpuv6e", fits = "^v2-alpha-tpuv6e" }
+    tpu7x     = { default = "v2-alpha-tpu7-ubuntu2404", fits = "^v2-alpha-tpu7" }
   }
 }
 

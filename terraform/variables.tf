@@ -41,14 +41,14 @@ variable "tpu_name" {
 }
 
 variable "accelerator" {
-  description = "Generation and size, as Google writes them: v3-8, v4-32, v5litepod-16, v5p-64, v6e-8. The number counts cores up to v4 and for v5p, chips for v5litepod and v6e."
+  description = "Generation and size, as Google writes them: v3-8, v4-32, v5litepod-16, v5p-64, v6e-8, tpu7x-8. The number counts cores, but chips for v5litepod and v6e."
   type        = string
   default     = "v3-8"
   nullable    = false
 
   validation {
-    condition     = can(regex("^(v[234]|v5p|v5litepod|v6e)-[1-9][0-9]*$", var.accelerator))
-    error_message = "accelerator=${var.accelerator} must be v2, v3, v4, v5litepod (which is v5e), v5p or v6e, a hyphen and a size; try v3-8."
+    condition     = can(regex("^(v[234]|v5p|v5litepod|v6e|tpu7x)-[1-9][0-9]*$", var.accelerator))
+    error_message = "accelerator=${var.accelerator} must be v2, v3, v4, v5litepod (which is v5e), v5p, v6e or tpu7x, a hyphen and a size; try v3-8."
   }
 
   validation {
@@ -57,8 +57,25 @@ variable "accelerator" {
   }
 
   validation {
-    condition     = try(tonumber(regex("^(?:v[234]|v5p)-([0-9]+)$", var.accelerator)[0]) % 8 == 0, true)
+    condition     = try(tonumber(regex("^(?:v[234]|v5p|tpu7x)-([0-9]+)$", var.accelerator)[0]) % 8 == 0, true)
     error_message = "accelerator=${var.accelerator} must have a multiple of 8 cores; try v3-8."
+  }
+}
+
+variable "slices" {
+  description = "How many of the accelerator one run uses, joined by the data-center network. Several are asked for together by scripts/launch.py, through a queued resource with --node-count, which Terraform's provider cannot ask for."
+  type        = number
+  default     = 1
+  nullable    = false
+
+  validation {
+    condition     = var.slices >= 1 && var.slices <= 256 && floor(var.slices) == var.slices
+    error_message = "slices=${var.slices} must be a whole number from 1 to 256; try 2."
+  }
+
+  validation {
+    condition     = var.slices == 1 || !var.create_tpu
+    error_message = "slices=${var.slices} cannot be made by Terraform, whose provider knows one slice only; add -var=create_tpu=false, and scripts/launch.py asks for all of them."
   }
 }
 

@@ -141,3 +141,28 @@ run "the_last_lines_say_what_to_type_and_what_it_costs" {
     error_message = "The bill must be named, with the page of prices."
   }
 }
+
+run "several_slices_are_asked_for_by_launch" {
+  command = apply
+
+  variables {
+    accelerator = "v5litepod-256"
+    slices      = 2
+    create_tpu  = false
+  }
+
+  assert {
+    condition     = length(google_tpu_v2_vm.this) == 0
+    error_message = "Terraform cannot make several slices as one."
+  }
+
+  assert {
+    condition     = strcontains(output.next_commands, "plan.py --topology 2xv5e-256 ") && strcontains(output.next_commands, "launch.py up --project some-project --zone us-central1-a --name parallax-dev-tpu --slices 2 --accelerator v5litepod-256 ") && endswith(output.next_commands, " --slices 2") && strcontains(output.next_commands, "ssh parallax-dev-tpu-0 ")
+    error_message = "Every command must know how many slices there are."
+  }
+
+  assert {
+    condition     = [for allow in google_compute_firewall.peers.allow : "${allow.protocol}:${join(",", coalesce(allow.ports, []))}"] == ["tcp:"]
+    error_message = "Slices reach each other over any TCP port of the subnet."
+  }
+}

@@ -98,3 +98,22 @@ run "a_runtime_of_v5litepod_for_v5p" {
     runtime     = "v2-alpha-tpuv5-lite"
   }
 }
+
+run "half_a_slice" {
+  command         = plan
+  expect_failures = [var.slices]
+
+  variables {
+    slices     = 1.5
+    create_tpu = false
+  }
+}
+
+run "several_slices_made_by_terraform" {
+  command         = plan
+  expect_failures = [var.slices]
+
+  variables {
+    slices = 2
+  }
+}
