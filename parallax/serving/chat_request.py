@@ -69,7 +69,7 @@ class ChatForm(Form):
         tools = None if fields["tool_choice"] == "none" else fields["tools"] or None
         more = fields["chat_template_kwargs"] or {}
         try:
-            prompt = self._chat.prompt([_plain(message) for message in fields["messages"]], tools, **more)
+            prompt = self._chat.prompt([_plain(message) for message in fields["messages"]], tools, more)
         except ValueError as error:
             raise Refusal(400, f"messages: {error}", param="messages") from None
         limit = min(self._limits.max_prompt_tokens, self._capacity - 1)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from parallax.tokenizers.base import Tokenizer
-from parallax.tokenizers.chat_template import ChatTemplate, Message, random_mark
+from parallax.tokenizers.chat_template import NOTHING, ChatTemplate, Message, random_mark
 from parallax.tokenizers.hugging_face import END_OF_TEXT, HuggingFaceTokenizer
 from parallax.tokenizers.native import encode_with_places
 
@@ -49,7 +49,10 @@ class Chat:
         self._pieces = _encoder(tokenizer, self._special)
 
     def prompt(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = NOTHING,
     ) -> np.ndarray:
         """The ids that an assistant's answer follows, int32 [T].
 
@@ -64,7 +67,7 @@ class Chat:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         learned: Learned = "assistant",
-        **variables: Any,
+        variables: Mapping[str, Any] = NOTHING,
     ) -> Encoded:
         """A whole conversation, and which of its tokens are to be learned.
 
@@ -127,7 +130,7 @@ class Chat:
             if not isinstance(role, str) or not re.fullmatch(r"[A-Za-z][\w-]{0,63}", role):
                 raise ValueError(f"role={role!r} of a message must be a name; try user")
         marked, tools, variables = self._marked((conversations, tools, dict(variables)))
-        return self.template.render_all(marked, tools, add, (self._begin, self._end), **variables)
+        return self.template.render_all(marked, tools, add, (self._begin, self._end), variables)
 
     def _marked(self, value: Any) -> Any:
         if isinstance(value, str):

@@ -32,6 +32,7 @@ PLAIN = """\
 """For a model that was taught no other form: a line a message, such as `User: Hello`."""
 PLAIN_STOPS = ("\nUser:",)
 """Where a model that never ends a text goes on to write the other side too."""
+NOTHING: Mapping[str, Any] = {}
 
 Message = Mapping[str, Any]
 """{"role": …, "content": …} and whatever else the template reads; a value of None is as if it were not there."""
@@ -73,13 +74,14 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] = NOTHING,
     ) -> str:
         """The text of a conversation, with the beginning of the assistant's answer if it is to be generated.
 
-        Raises ValueError if the template refuses the conversation or takes too much to render it.
+        `variables` are what else the template may read, by name. Raises ValueError if the template refuses the
+        conversation or takes too much to render it.
         """
-        (text,) = self.render_all([messages], tools, [add_generation_prompt], ("", ""), **variables)
+        (text,) = self.render_all([messages], tools, [add_generation_prompt], ("", ""), variables)
         return text
 
     def render_all(
@@ -88,7 +90,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: Sequence[bool],
         marks: tuple[str, str],
-        **variables: Any,
+        variables: Mapping[str, Any] = NOTHING,
     ) -> list[str]:
         """`render` of several, with marks before and after each {% generation %} block."""
         source = self.with_tools if tools and self.with_tools else self.source

@@ -87,7 +87,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     for variables in request["variables"]:
         pieces = []
         try:
-            for piece in template.generate(**variables):
+            for piece in template.generate(variables):
                 pieces.append(piece)
                 left -= len(piece)
                 if left < 0:

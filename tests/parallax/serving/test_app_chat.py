@@ -172,7 +172,8 @@ def test_malformed_requests_are_refused(served):
         error = response.json()["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert "; " in error["message"]
-    assert ask(served).choices
+    own = {"chat_template_kwargs": {"messages": 1, "tools": 2, "add_generation_prompt": 3}}
+    assert ask(served, extra_body=own).choices == ask(served).choices
 
 
 def test_a_model_without_a_template_takes_no_messages(server):

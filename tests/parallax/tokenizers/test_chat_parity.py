@@ -55,12 +55,12 @@ def test_conversations_have_the_same_ids(name, tmp_path):
             expected = theirs.apply_chat_template(
                 messages, add_generation_prompt=True, sanitize_control_tokens=which == "attack", **asked
             )
-            assert chat.prompt(messages, tools, **variables).tolist() == expected
+            assert chat.prompt(messages, tools, variables).tolist() == expected
             compared += 1
             if which == "attack":
                 continue
             whole = theirs.apply_chat_template(messages, **asked)
-            assert chat.encode(messages, tools, learned="all", **variables).ids.tolist() == whole
+            assert chat.encode(messages, tools, learned="all", variables=variables).ids.tolist() == whole
     assert compared >= 3
 
 

@@ -55,7 +55,9 @@ def test_a_template_that_was_stopped_is_started_again():
 def test_variables():
     source = "{{ bos_token }}{{ tools | tojson }}{{ thinking }}{{ add_generation_prompt }}{{ messages[0] }}"
     template = ChatTemplate(source, {"bos_token": "<s>"})
-    text = template.render([{"role": "user", "content": "a", "name": None}], TOOLS, thinking=3)
+    text = template.render(
+        [{"role": "user", "content": "a", "name": None}], TOOLS, variables={"thinking": 3, "messages": 1, "self": 2}
+    )
     assert text == f"<s>{json.dumps(TOOLS, ensure_ascii=False)}3False{{'role': 'user', 'content': 'a'}}"
 
 
