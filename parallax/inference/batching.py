@@ -126,8 +126,8 @@ class Batcher:
       params: fastest as `prepare` leaves them; may be sharded over a mesh, and then `placement` says how the rest is.
       slots: how many completions run at once; all of them are computed, used or not.
       capacity: the most tokens a slot can hold, prompt included; at most max_seq_len of them are used.
-      prefix_tokens: for how many tokens caches of earlier prompts may have room, beside the slots. What a prompt shares
-        with the beginning of one of them, if it is half of it at least, is not read again.
+      prefix_tokens: for how many tokens caches of earlier texts may have room, beside the slots. What a prompt shares
+        with the beginning of one of them, if it is half of the prompt at least, is not read again.
       grammars: whether requests may have a grammar. While one is under way, steps take one token a slot.
       tokens_per_step: how many tokens a slot takes in one `step`; more cost fewer calls, and a newcomer waits longer.
       placement: what `axes.bound` takes, to place slots and heads over devices. The mesh axes that split a batch must
@@ -184,7 +184,7 @@ class Batcher:
 
         self._create, self._fill, self._fill_on = jax.jit(create_slots), jax.jit(fill_row), jax.jit(fill_row_on)
         self._insert, self._resize = jax.jit(insert, donate_argnums=0), jax.jit(KVCache.resize, static_argnums=1)
-        self._step = jax.jit(take_step, donate_argnums=1)
+        self._step, self._row = jax.jit(take_step, donate_argnums=1), jax.jit(KVCache.row)
         self._slots: Slots = self._create(params)
 
     @property
@@ -281,7 +281,15 @@ class Batcher:
         token = running.take(words_R)
         if token.finish:
             self._running[slot] = None
+            self._keep(slot, running)
         return token
+
+    def _keep(self, slot: int, running: _Running) -> None:
+        """Keeps what a slot holds of a completion that ended, for a prompt that goes on from it."""
+        held = [*running.request.prompts[0].tolist(), *running.generated[:-1]]  # the last was not fed
+        if self._prefixes and len(running.generated) > 1 and self._slots.cache.keeps_all(self.capacity):
+            row = self._resized(self._row(self._slots.cache, np.int32(slot)), bucket(len(held), self.capacity))
+            self._prefixes.keep(np.array(held, np.int32), row)
 
     def step(self) -> list[Token]:
         """Some tokens more for every busy slot, each completion's in order; nothing where none is busy."""
@@ -314,7 +322,8 @@ class Batcher:
                 row, *_ = self._prefill(request)
                 self._put(0, row)
                 if self._prefixes:
-                    arrays, back = request.prompt_arrays(self.capacity), self._resized(row.cache, self._rooms[0])
+                    row = self._row(self._slots.cache, np.int32(0))
+                    arrays, back = request.prompt_arrays(self.capacity), self._resized(row, self._rooms[0])
                     allowed = self._allowed([None]) if self._words else None
                     self._fill_on(self.params, self._resized(back, length), np.int32(0), arrays, allowed)
             self._step_idle()

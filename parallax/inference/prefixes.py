@@ -1,4 +1,4 @@
-"""Caches of earlier prompts, of which a new one may share the beginning: a system prompt, the turns before.
+"""Caches of earlier texts, prompts and their answers, whose beginning a new prompt may share: the turns before.
 
 Invariant: an entry is never changed, and all of them together have room for no more than `most` tokens.
 """
@@ -9,7 +9,7 @@ from parallax.layers.cache import KVCache
 
 
 class Prefixes:
-    """The prompts that were read or shared last, with their caches of one row."""
+    """The texts that were read or shared last, with their caches of one row."""
 
     def __init__(self, most: int):
         self._most = most
@@ -34,9 +34,9 @@ class Prefixes:
         self._entries[best] = self._entries.pop(best)
         return found, self._entries[best]
 
-    def keep(self, prompt: np.ndarray, cache: KVCache) -> None:
-        """Takes a prompt with its cache in place of those that it goes on from; the oldest beyond the room go."""
-        key = np.asarray(prompt, np.int32).tobytes()
+    def keep(self, text: np.ndarray, cache: KVCache) -> None:
+        """Takes a text with its cache in place of those that it goes on from; the oldest beyond the room go."""
+        key = np.asarray(text, np.int32).tobytes()
         self._entries = {other: kept for other, kept in self._entries.items() if not key.startswith(other)}
         self._entries[key] = cache
         while sum(kept.capacity for kept in self._entries.values()) > self._most:

@@ -107,6 +107,10 @@ class KVCache:
         """Whether every layer has a slot of its own for each of so many tokens: none is a ring."""
         return not any(0 < limit < capacity for limit in self.limits)
 
+    def row(self, row: jax.Array) -> "KVCache":
+        """A cache of one row with what one of these holds."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, x.ndim - 4), self)
+
     def with_row(self, row: jax.Array, other: "KVCache") -> "KVCache":
         """The same with a row from a cache of one row, which has as much room."""
 

@@ -40,8 +40,8 @@ class Flags:
     context: Literal["crop", "extend"] = "crop"
     """crop: a slot holds no more tokens than the model was trained at; extend: up to max_seq_len, where text decays."""
     prefix_tokens: int = 4096
-    """For how many tokens earlier prompts stay in memory beside the slots: what a new prompt shares with the beginning
-    of one, such as a system prompt, is not read again; 0 keeps none."""
+    """For how many tokens earlier texts stay in memory beside the slots: what a new prompt shares with the beginning of
+    one, such as a system prompt, is not read again; 0 keeps none."""
     chat_template: str = ""
     """The file of the chat template, or plain: a line a message, as `User: Hello`. By default the model's own, if it
     has one."""
