@@ -69,7 +69,7 @@ class _Running:
 
 
 def fill(
-    model: TransformerLM, arrays: tuple, score_prompt: jax.Array, allowed_1W: jax.Array | None
+    model: TransformerLM, arrays: tuple, score_prompt: jax.Array, allowed_1W: jax.Array | None = None
 ) -> tuple[Slots, jax.Array, jax.Array]:
     """Reads the one prompt of `Request.prompt_arrays` and draws the token that follows it, an allowed one.
 
@@ -99,7 +99,7 @@ def _draw_first(
 
 
 def decode(
-    model: TransformerLM, slots: Slots, busy_B: jax.Array, allowed_BW: jax.Array | None, *, steps: int
+    model: TransformerLM, slots: Slots, busy_B: jax.Array, allowed_BW: jax.Array | None = None, *, steps: int
 ) -> tuple[Slots, jax.Array]:
     """`steps` tokens more for each busy slot: the slots, and the reports of these tokens [steps, B, R].
 
