@@ -52,7 +52,24 @@ def _rows_by_rows(x_nD: jax.Array, g_nF: jax.Array, sizes_E: jax.Array) -> jax.A
         wide = jnp.promote_types(x_nD.dtype, jnp.float32)
         return jax.lax.ragged_dot_general(x_nD, g_nF, sizes_E, dims, preferred_element_type=wide)
 
-    return jax.lax.platform_dependent(x_nD, g_nF, sizes_E, cpu=_rows_by_rows_in_blocks, default=ragged)
+    choices = {"cpu": _rows_by_rows_in_blocks, "default": ragged}
+    if x_nD.dtype in (jnp.bfloat16, jnp.float32):
+        choices["tpu"] = _rows_by_rows_in_kernel
+    return jax.lax.platform_dependent(x_nD, g_nF, sizes_E, **choices)
+
+
+def _rows_by_rows_in_kernel(x_nD: jax.Array, g_nF: jax.Array, sizes_E: jax.Array, interpret: bool = False) -> jax.Array:
+    """By Megablox: of the ragged dots libtpu 0.0.42 makes this one E dense matmuls of all rows.
+
+    The kernel needs whole tiles of the rows that it sums over; tiles that reach beyond D and F lose nothing.
+    """
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # late: Pallas takes its time to import
+
+    tile = next((rows for rows in (512, 256) if x_nD.shape[0] % rows == 0), 128)
+    x_nD, g_nF = (jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) for x in (x_nD, g_nF))
+    tiling = (tile, *(min(512, -(-x.shape[1] // 128) * 128) for x in (x_nD, g_nF)))
+    with jax.numpy_rank_promotion("allow"):
+        return tgmm(x_nD.T, g_nF, sizes_E, jnp.float32, tiling, interpret=interpret)
 
 
 def _rows_by_weights_in_blocks(x_nD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:

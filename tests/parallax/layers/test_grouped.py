@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from parallax.layers import grouped
 from parallax.layers.grouped import BLOCK, block_rows, grouped_matmul
 
 D, F = 5, 7
@@ -53,6 +54,20 @@ def test_groups_of_many_blocks(sizes):
     for number, end in enumerate(ends):
         rows = slice(end - sizes[number], end)
         np.testing.assert_allclose(of_w[number], np.asarray(x)[rows].T @ np.asarray(value)[rows], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n"), [(LOADS["skewed"], 16), (LOADS["no row in a group"], 16), ((90, 0, 300, 7), 400)]
+)
+def test_the_kernel_of_a_tpu_adds_up_each_groups_rows(sizes, n):
+    """Interpreted, with rows, D and F that fill no tile."""
+    x, _, sizes = example(sizes, n, np.float32)
+    g = jnp.cos(jnp.arange(n * F, dtype=jnp.float32)).reshape(n, F)
+    found = grouped._rows_by_rows_in_kernel(x, g, sizes, interpret=True)
+    ends = np.cumsum(sizes)
+    groups = [slice(end - size, end) for end, size in zip(ends, np.asarray(sizes), strict=True)]
+    wanted = [np.asarray(x, np.float64)[group].T @ np.asarray(g, np.float64)[group] for group in groups]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_gradient_of_weights_is_summed_in_float32():
