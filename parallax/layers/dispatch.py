@@ -32,7 +32,7 @@ def on_devices_of_experts(
 
     Call it inside `axes.local`, with a `compute` that holds the weights of this device's experts. Where devices hold
     different tokens, these travel (GShard, arXiv:2006.16668, section 3.2); where they hold the same, each adds what its
-    experts give. Devices that split hidden units add up what theirs give.
+    experts give.
 
     Args:
       ids_nk: int32, the k different experts of each token, of all `num_experts`.
@@ -41,14 +41,11 @@ def on_devices_of_experts(
     """
     group, tokens = axes.group("experts"), {*axes.group("batch"), *axes.group("length")}
     if group and not tokens.issuperset(group):
-        y_nD = _on_same_tokens(compute, x_nD, ids_nk, gates_nk, num_experts, group)
-    else:
-        devices = jax.lax.axis_size(group) if group else 1
-        rows = x_nD.shape[0] * devices * min(ids_nk.shape[1], num_experts // devices)
-        run = functools.partial(_exchanged, compute, num_experts, group) if group else compute
-        y_nD = _in_rounds(run, math.ceil(rows * max(width, x_nD.shape[1]) / LARGEST), x_nD, ids_nk, gates_nk)
-    hidden = axes.group("act_mlp")
-    return jax.lax.psum(y_nD, hidden) if hidden else y_nD
+        return _on_same_tokens(compute, x_nD, ids_nk, gates_nk, num_experts, group)
+    devices = jax.lax.axis_size(group) if group else 1
+    rows = x_nD.shape[0] * devices * min(ids_nk.shape[1], num_experts // devices)
+    run = functools.partial(_exchanged, compute, num_experts, group) if group else compute
+    return _in_rounds(run, math.ceil(rows * max(width, x_nD.shape[1]) / LARGEST), x_nD, ids_nk, gates_nk)
 
 
 def even_share(num_experts: int, experts_per_token: int, devices: int) -> float:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from parallax.axes import constrain, local, param, read
 from parallax.config import ExpertsConfig, TransformerConfig
+from parallax.layers.dispatch import on_devices_of_experts
 from parallax.layers.feedforward import GatedFeedForward
 from parallax.layers.grouped import grouped_matmul
 
@@ -73,17 +74,23 @@ class Experts(nnx.Module):
         return y_BTD, aux
 
     def _mix(self, x_BTD: jax.Array, ids_BTk: jax.Array, gates_BTk: jax.Array) -> jax.Array:
-        """Σ_e g_e expert_e(x) without the last bias; each device sorts its own tokens."""
+        """Σ_e g_e expert_e(x) without the last bias; each device sorts the tokens that its experts get."""
         rows, into, out = ("batch", "length", None), ("experts", None, "act_mlp"), ("experts", "act_mlp", None)
         weights = [read(each, x_BTD.dtype) for each in (self.gate, self.up, self.down)]
         biases = [read(each, x_BTD.dtype) for each in (self.gate_bias, self.up_bias)] if self.experts.bias else []
+        sizes = {"num_experts": self.experts.num_experts, "width": self.gate.shape[-1]}
 
         def on_device(*arrays: jax.Array) -> jax.Array:
-            tokens = [x.reshape(-1, x.shape[2]) for x in arrays[:3]]
-            return mixture(*tokens, *arrays[3:], clamp=self.experts.clamp).reshape(*arrays[0].shape[:2], 1, -1)
+            def compute(x_nD: jax.Array, ids_nk: jax.Array, gates_nk: jax.Array) -> jax.Array:
+                return mixture(x_nD, ids_nk, gates_nk, *arrays[3:], clamp=self.experts.clamp)
+
+            x_nD, ids_nk, gates_nk = (x.reshape(-1, x.shape[2]) for x in arrays[:3])
+            y_nD = on_devices_of_experts(compute, x_nD, ids_nk, gates_nk, **sizes)
+            return y_nD.reshape(*arrays[0].shape[:2], 1, -1)
 
         names = (rows, rows, rows, into, into, out, *[("experts", "act_mlp") for _ in biases])
-        run = local(on_device, names, (*rows[:2], "act_mlp", None))
+        # JAX cannot see into the kernel that adds up the gradients of experts on a TPU.
+        run = local(on_device, names, (*rows[:2], "act_mlp", None), checked=False)
         # One partial sum from each device that shares the hidden units.
         return jnp.sum(run(x_BTD, ids_BTk, gates_BTk, *weights, *biases), axis=2)
 
@@ -104,7 +111,9 @@ def route(
     E, k, dtype = experts.num_experts, experts.experts_per_token, logits_BTE.dtype
     scores_BTE = (jax.nn.softmax if experts.scores == "softmax" else jax.nn.sigmoid)(logits_BTE)
     ranked_BTE = scores_BTE if balance_E is None else scores_BTE + balance_E[None, None]
-    ids_BTk = jax.lax.top_k(jax.lax.stop_gradient(ranked_BTE), k)[1]
+    rows = ("batch", "length", None)
+    # Each device ranks its own tokens: else the compiler would gather the scores of all.
+    ids_BTk = local(lambda ranked: jax.lax.top_k(ranked, k)[1], [rows], rows)(jax.lax.stop_gradient(ranked_BTE))
     hits_BTkE = _one_hot(ids_BTk, experts, jnp.ones(ids_BTk.shape, dtype))
     gates_BTk = jnp.sum(hits_BTkE * scores_BTE[:, :, None], axis=-1)
     if experts.renormalize:

@@ -162,7 +162,8 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
         return _with_experts(sums, aux), jnp.sum(is_target_BT)
 
     # A shard_map that checks what differs between devices can hold no kernel: JAX cannot see into it.
-    loss_fn.has_kernels = config.attention in KERNELS  # pyright: ignore[reportFunctionMemberAccess]
+    kernels = config.attention in KERNELS or any(layer.feed_forward == "experts" for layer in config.layers)
+    loss_fn.has_kernels = kernels  # pyright: ignore[reportFunctionMemberAccess]
     return loss_fn
 
 

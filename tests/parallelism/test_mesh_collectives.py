@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
+from parallax.config import ExpertsConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from parallax.model.transformer import parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
@@ -30,9 +30,9 @@ TABLE = FLOAT * V * D
 
 
 @functools.cache
-def compiled_text(mesh, reduction="mean"):
+def compiled_text(mesh, reduction="mean", experts=0):
     sizes = {"embed_dim": D, "num_heads": H, "num_kv_heads": H, "head_dim": K, "mlp_dim": F}
-    config = TransformerConfig(vocab_size=V, num_layers=N, **sizes)
+    config = TransformerConfig(vocab_size=V, num_layers=N, experts=ExpertsConfig(num_experts=experts), **sizes)
     optimizer = make_optimizer(OptimizerConfig(), parameters(config))
     init = make_init(config, optimizer, seed=0)
     name = "mesh" if "=" in mesh else mesh
@@ -51,11 +51,11 @@ def compiled_text(mesh, reduction="mean"):
 
 
 @functools.cache
-def collectives_of(mesh, reduction="mean"):
+def collectives_of(mesh, reduction="mean", experts=0):
     """{(kind, axes, times): bytes of all that is said so often} of a step, without what is small."""
     shape = {part.partition("=")[0]: int(part.partition("=")[2]) for part in mesh.split(",") if "=" in part}
     said, small = {}, 0
-    for collective in read_collectives(compiled_text(mesh, reduction)):
+    for collective in read_collectives(compiled_text(mesh, reduction, experts)):
         if collective.bytes < SMALL:
             small += collective.bytes * collective.count
             continue
@@ -152,3 +152,26 @@ def test_exact_reduction_gathers_every_shards_gradient(mesh):
     every = N * LAYER + TABLE + FLOAT * D
     gathered = 16 * every + (every if "fsdp" in mesh else 0)
     assert said["all-gather", axes, 1] == pytest.approx(gathered, abs=SMALL)
+
+
+def test_tokens_travel_to_experts_which_stay():
+    """In each layer a buffer for the tokens of all devices each way, again for their gradients, and two numbers a
+    token, the expert and its weight, with a gradient. What all have is reduced once, as with data; no expert is."""
+    said = collectives_of("expert=8", experts=8)
+    axes = ("expert",)
+    assert set(said) == {("all-to-all", axes, N), ("all-reduce", axes, 1)}
+    tokens = 8 * B * T // 8
+    assert said["all-to-all", axes, N] == FLOAT * tokens * (4 * D + 3)
+    shared = N * FLOAT * (4 * D * H * K + 8 * D + 2 * D) + TABLE + FLOAT * D
+    assert shared <= said["all-reduce", axes, 1] <= shared + SMALL
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=2,expert=4", "expert=4,tensor=2"])
+def test_tokens_cross_the_experts_axis_alone_and_parameters_never(mesh):
+    said = collectives_of(mesh, experts=8)
+    assert {axes for kind, axes, _ in said if kind == "all-to-all"} == {("expert",)}
+    assert {axes for kind, axes, _ in said if kind in ("all-gather", "reduce-scatter")} <= {("fsdp",)}
+    assert {kind for kind, _, _ in said} <= {"all-to-all", "all-gather", "reduce-scatter", "all-reduce"}
+    if "tensor" in mesh:  # what tensor says of a dense block, but that experts have one gradient of their input
+        vectors = FLOAT * B * T * D // 4
+        assert said["all-reduce", ("tensor",), N] <= (1 + 1) * vectors + (3 + 2) * vectors

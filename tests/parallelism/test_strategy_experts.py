@@ -26,6 +26,8 @@ LAYOUTS = {
     "fsdp": ("mesh", "data=2,fsdp=4", 2, {}),
     "tensor": ("mesh", "fsdp=4,tensor=2", 1, {}),
     "sequence": ("mesh", "data=4,sequence=2", 1, {}),
+    "expert": ("mesh", "data=2,expert=4", 2, {"remat": "full"}),
+    "expert and others": ("mesh", "expert=2,sequence=2,tensor=2", 1, {}),
 }
 STEPS = 4
 
@@ -92,7 +94,7 @@ from tests.parallelism.test_strategy_experts import EXPERTS
 from tests.parallelism.test_reduction_exact import LAYOUTS, train
 from tests.parallelism.conftest import Tiny
 tiny = Tiny(experts=EXPERTS)
-for layout in LAYOUTS[::2]:
+for layout in (*LAYOUTS[::2], ("mesh", "fsdp=2,expert=4", 1)):
     losses, params = train(tiny, *layout, batch_size=16)
     print(json.dumps([losses, params_sha256(params)]))
 """
@@ -103,5 +105,5 @@ def test_exact_reduction_has_the_same_bits_on_every_layout():
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 2
-    assert found[0] == found[1]
+    assert len(found) == 3
+    assert found[0] == found[1] == found[2]

@@ -51,10 +51,11 @@ def layer(x_BTD, gates_BTk, into_EDF, out_EFD, ids_BTk):
         x_nD, ids_nk, gates_nk = (x.reshape(-1, x.shape[-1]) for x in (x_BTD, ids_BTk, gates_BTk))
         compute = experts_of(into_EDF, out_EFD)
         y_nD = dispatch.on_devices_of_experts(compute, x_nD, ids_nk, gates_nk, num_experts=E, width=F)
-        return y_nD.reshape(x_BTD.shape)
+        return y_nD.reshape(*x_BTD.shape[:2], 1, -1)
 
     names = (ROW, ROW, ("experts", None, "act_mlp"), ("experts", "act_mlp", None), ROW)
-    return axes.local(on_device, names, ROW)(x_BTD, gates_BTk, into_EDF, out_EFD, ids_BTk)
+    run = axes.local(on_device, names, ("batch", "length", "act_mlp", None))
+    return jnp.sum(run(x_BTD, gates_BTk, into_EDF, out_EFD, ids_BTk), axis=2)
 
 
 def value_and_gradients(arrays, bound=None):
