@@ -6,6 +6,7 @@ utilisation wants it; everything on `StepCost` counts what this implementation e
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -13,6 +14,8 @@ import jax
 from parallax.config import TransformerConfig
 from parallax.layers.attend_blocks import LARGEST, blocks
 from parallax.layers.attention import CHUNK, KERNELS
+from parallax.layers.dispatch import LARGEST as ROUND
+from parallax.layers.dispatch import ROUNDS, even_share
 from parallax.model.transformer import parameters
 
 
@@ -46,6 +49,13 @@ def _weights(config: TransformerConfig) -> int:
 
 
 @functools.lru_cache(maxsize=64)
+def _of_experts(config: TransformerConfig) -> int:
+    """Of those, the weights of experts."""
+    leaves = jax.tree.leaves(parameters(config))
+    return sum(each.size for each in leaves if each.role == "hidden" and "experts" in each.names) // config.num_layers
+
+
+@functools.lru_cache(maxsize=64)
 def _used(config: TransformerConfig) -> float:
     """Of those, and of the router, the weights that a token is multiplied with: its own experts', not all."""
     share = config.experts.experts_per_token / max(1, config.experts.num_experts)
@@ -73,6 +83,11 @@ def _head(config: TransformerConfig) -> int:
     return 2 * _tables(config)[-1]
 
 
+def _rows(sizes: Mapping[str, int]) -> int:
+    """How many devices have rows of their own."""
+    return math.prod(sizes.get(axis, 1) for axis in ("data", "fsdp", "expert"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Sent:
     """Bytes that a device sends in a step, by one kind of collective along one mesh axis."""
@@ -88,8 +103,8 @@ class StepCost:
     """One training step of a config, as this implementation runs it on a device of a mesh.
 
     The byte counts of activations were fitted to what libtpu reports: a term says which arrays it stands for, its
-    factor how many of them are there at once. `sizes` maps mesh axes (data, fsdp, sequence, tensor) to devices; axes
-    that are missing have one. What of an axis crosses slices is an axis of its own, data.dcn or fsdp.dcn.
+    factor how many of them are there at once. `sizes` maps mesh axes (data, fsdp, expert, sequence, tensor) to devices;
+    axes that are missing have one. What of an axis crosses slices is an axis of its own, data.dcn or fsdp.dcn.
     """
 
     config: TransformerConfig
@@ -180,7 +195,7 @@ class StepCost:
         """
         config, e, sizes = self.config, self.item, whole_axes(sizes)
         tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
-        rows = sizes.get("data", 1) * fsdp
+        rows = _rows(sizes)
         tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
         saved, working = self._block_bytes(tensor, sizes.get("sequence", 1))
         gradients = parameter_bytes * (1 + (self.microbatches > 1))
@@ -188,10 +203,10 @@ class StepCost:
             weights, gathered, sums = parameter_bytes * (e < 4) / 2, 0.0, parameter_bytes * (rows > 1)
         else:
             # Two blocks, the next is gathered while one is computed, and the gradients of one.
-            weights, gathered, sums = self._cast_bytes(sizes), 3 * e * _weights(config) / tensor, 0.0
+            weights, gathered, sums = self._cast_bytes(sizes), 3 * e * self._whole_block(sizes), 0.0
         table, logits = self._head_bytes(tokens, sizes)
         # The logits are gone before the blocks are computed again; the gradient of the table is not.
-        fullest = max(tokens * working + gathered + table, 2 * table + logits)
+        fullest = max(tokens * working + self._expert_bytes(tokens, sizes) + gathered + table, 2 * table + logits)
         of_blocks = tokens * config.num_layers * saved + weights + fullest
         # When the blocks are done the sum of gradients over rows comes beside its parts.
         return gradients + max(0.0, max(of_blocks, sums) - on_chip)
@@ -206,12 +221,36 @@ class StepCost:
         """
         config, e, sizes = self.config, self.item, whole_axes(sizes)
         tensor, fsdp, sequence = (sizes.get(axis, 1) for axis in ("tensor", "fsdp", "sequence"))
-        tokens = self.batch_size * self.seq_len / (sizes.get("data", 1) * fsdp * sequence)
+        tokens = self.batch_size * self.seq_len / (_rows(sizes) * sequence)
         bare = dataclasses.replace(self, config=dataclasses.replace(config, remat="full"))
         _, working = bare._block_bytes(tensor, sequence)
-        weights = parameter_bytes * (e < 4) / 2 if fsdp == 1 else 2 * e * _weights(config) / tensor
+        weights = parameter_bytes * (e < 4) / 2 if fsdp == 1 else 2 * e * self._whole_block(sizes)
         table, logits = self._head_bytes(tokens, sizes)
-        return weights + table + tokens * e * config.embed_dim + max(tokens * working, logits)
+        working = tokens * working + self._expert_bytes(tokens, sizes) / 2
+        return weights + table + tokens * e * config.embed_dim + max(working, logits)
+
+    def _whole_block(self, sizes: Mapping[str, int]) -> float:
+        """Weights of a block that a device has while it computes it: all but those of other devices' experts."""
+        experts = _of_experts(self.config)
+        return (_weights(self.config) - experts + experts / sizes.get("expert", 1)) / sizes.get("tensor", 1)
+
+    def _expert_bytes(self, tokens: float, sizes: Mapping[str, int]) -> float:
+        """At work in one round of the tokens of a group: rows as many as may arrive, and what experts make of them.
+
+        Twelve arrays of each width, as libtpu has for qwen3-30b-a3b on 64 chips of v5p, gradients among them.
+        """
+        experts, devices = self.config.experts, sizes.get("expert", 1)
+        if not experts.num_experts:
+            return 0.0
+        width = (experts.mlp_dim or self.config.mlp_dim) / sizes.get("tensor", 1)
+        rows = tokens * devices * min(experts.experts_per_token, experts.num_experts // devices)
+        rounds = min(max(ROUNDS), max(1, rows * max(width, self.config.embed_dim) / ROUND))
+        return 12 * self.item * rows / rounds * (self.config.embed_dim + width)
+
+    def even_share(self, sizes: Mapping[str, int]) -> float:
+        """How full the buffers are in which tokens travel to experts, where all experts are used alike."""
+        experts, devices = self.config.experts, sizes.get("expert", 1)
+        return even_share(experts.num_experts, experts.experts_per_token, devices) if devices > 1 else 1.0
 
     def _cast_bytes(self, sizes: Mapping[str, int]) -> float:
         """A device's shard of all blocks in the compute dtype, its heads in tiles of 4 × 128.
@@ -278,12 +317,15 @@ class StepCost:
         config, e = self.config, self.item
         data, fsdp, sequence, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "sequence", "tensor"))
         slices, fsdp_slices = sizes.get("data.dcn", 1), sizes.get("fsdp.dcn", 1)
-        blocks = config.num_layers * _weights(config) / tensor
+        expert, blocks = sizes.get("expert", 1), config.num_layers * self._whole_block(sizes)
         tables = sum(_tables(config)) / tensor
-        tokens = self.batch_size * self.seq_len / (data * fsdp * sequence * slices * fsdp_slices)
+        shared = config.num_layers * (_weights(config) - _of_experts(config)) / tensor + tables
+        tokens = self.batch_size * self.seq_len / (_rows(sizes) * sequence * slices * fsdp_slices)
         vectors = tokens * config.embed_dim * e
         keys = 2 * tokens * sequence * config.num_kv_heads * config.head_dim * e / tensor
         again, layers, parts = config.remat == "full", config.num_layers, self.microbatches
+        # There and back, gradients back and there, and there again where it is recomputed.
+        travels = layers * (4 + again) if config.experts.num_experts else 0
         matrices = 7 * layers  # of each block its own, gathered and reduced by themselves
         gathered, scattered = parts * e * (2 * blocks + tables), parts * e * (blocks + tables)
         gradients = 2 * 4 * (blocks + tables) / fsdp_slices
@@ -291,6 +333,8 @@ class StepCost:
             ("all-reduce", "data"): (data, gradients / fsdp, matrices),
             ("all-gather", "fsdp"): (fsdp, gathered, 2 * parts * matrices),
             ("reduce-scatter", "fsdp"): (fsdp, scattered, parts * matrices),
+            ("all-reduce", "expert"): (expert, 2 * 4 * shared / fsdp / fsdp_slices, matrices),
+            ("ragged-all-to-all", "expert"): (expert, travels * expert * vectors, parts * travels),
             ("all-reduce", "tensor"): (tensor, 2 * vectors * (layers * (4 + again) + 2), parts * layers * (4 + again)),
             ("all-gather", "sequence"): (sequence, layers * keys * (1 + again), 2 * parts * layers * (1 + again)),
             ("all-reduce", "sequence"): (sequence, layers * 2 * keys + 2 * 4 * (blocks + tables), matrices),

@@ -16,6 +16,7 @@ import jax
 from parallelism.mesh_shape import CROSSING, along_torus, show_mesh
 from parallelism.planning.compiler import Report, compile_step
 from parallelism.planning.hardware import Machine
+from parallelism.planning.hlo_collectives import RAGGED
 from parallelism.planning.network import Reach, Wait, axes_of, place, waits
 from parallelism.planning.step_time import Expected, Work, calibration
 from parallelism.rules import ACROSS, MESH_AXES, Rules, crosses_slices, in_parts, load_rules, split_by, whole_axis
@@ -46,6 +47,8 @@ class Cost(Protocol):
     def evaluation_bytes(self, sizes: Mapping[str, int], parameter_bytes: float) -> float: ...
 
     def sent(self, sizes: Mapping[str, int]) -> Sequence[Any]: ...
+
+    def even_share(self, sizes: Mapping[str, int]) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +95,11 @@ class Row:
     flops: float
     """By the compiler where there is a report, kernels added by the analytic model."""
     wire_bytes: Mapping[str, float]
-    """Along each mesh axis; a collective over several axes counts along each of them."""
+    """Along each mesh axis at even load; a collective over several axes counts along each of them."""
     sent_bytes: float
-    """In all."""
+    """In all, as if the buffers in which tokens travel to experts were full: they have room for all to go one way."""
+    held_bytes: float
+    """In all, with what these buffers hold at even load, where all experts are used alike."""
     waits: Sequence[Wait]
     """How long each kind of collective takes, by the rates of the links."""
     report: Report | None
@@ -181,6 +186,8 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
     if report is not None and report.fits:
         flops, sent = report.flops, report.traffic
         temporary = report.temporary_bytes
+    allocated, share = sum(each.wire_bytes for each in sent), cost.even_share(choice.sizes)
+    sent = [_filled(each, share) if each.kind == RAGGED else each for each in sent]
     kernels = cost.kernel_flops() / devices
     wire = _by_axis(sent)
     found = waits(sent, _paths(choice, accelerator))
@@ -209,7 +216,8 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
         save_bytes=laid_out + copied_bytes(state, build.axes, rules, choice.sizes),
         flops=flops + kernels,
         wire_bytes=wire,
-        sent_bytes=sum(each.wire_bytes for each in sent),
+        sent_bytes=allocated,
+        held_bytes=sum(each.wire_bytes for each in sent),
         waits=found,
         report=report,
         compute_seconds=computing,
@@ -247,6 +255,10 @@ def _shard(leaf: Any, names: Any, rules: Rules, sizes: Mapping[str, int]) -> tup
     """The shape of a device's shard of an array with these logical axes, and how many different ones there are."""
     parts = [math.prod(split_by(name or "", rules, sizes).values()) for name in names]
     return [dim // part for dim, part in zip(leaf.shape, parts, strict=True)], math.prod(parts)
+
+
+def _filled(sent: Any, share: float) -> Any:
+    return dataclasses.replace(sent, wire_bytes=sent.wire_bytes * share)
 
 
 def _by_axis(sent: Sequence[Any]) -> dict[str, float]:

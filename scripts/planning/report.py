@@ -33,7 +33,9 @@ def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) 
         f"{sliced.devices} devices of {sliced.device_memory / GIB:.0f} GiB",
         caption=f"{ranked} choices were ranked. compiled: memory, operations and traffic are the compiler's. "
         "estimate: the analytic model's. HBM: of a step, or of an evaluation or a save (always estimates) where "
-        "these need more. Compute, memory and links by their peaks; as if all overlapped, the one with a star binds. "
+        "these need more. GB sent: as if buffers of tokens on their way to experts were full; in parentheses, and in "
+        "times, as full as where all experts are used alike. Compute, memory and links by their peaks; as if all "
+        "overlapped, the one with a star binds. "
         f"Expected: by what published runs reached of these peaks, ±{_error(rows):.0%}, see docs/planning.md. "
         f"{_uncounted(rows)}{_limits(sliced)} {_priced(price_of(sliced.generation.name, asked.price))}",
     )
@@ -80,7 +82,7 @@ def _cells(row: Row, sliced: Machine, asked: Flags) -> list[str]:
         _verdict(row, sliced),
         *(f"{size / GIB:.2f}" for size in (row.needed_bytes, row.needed_bytes - temporary, temporary)),
         f"{row.flops / 1e12:.2f}",
-        f"{row.sent_bytes / 1e9:.2f}",
+        f"{row.sent_bytes / 1e9:.2f}" + (f" ({row.held_bytes / 1e9:.2f})" if row.held_bytes < row.sent_bytes else ""),
         *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
         f"{row.expected.seconds * 1e3:.1f}",
         f"{asked.batch_size * asked.seq_len / row.expected.seconds:,.0f}",
@@ -163,6 +165,7 @@ def _row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
         "optimizer_bytes": row.optimizer_bytes,
         "flops": row.flops,
         "sent_bytes": row.sent_bytes,
+        "sent_bytes_at_even_load": row.held_bytes,
         "sent_bytes_along": dict(row.wire_bytes),
         "collectives": [dataclasses.asdict(each) for each in row.report.traffic] if row.report else [],
         "compute_seconds": row.compute_seconds,

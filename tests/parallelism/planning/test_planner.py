@@ -59,6 +59,9 @@ class Fixed:
     def evaluation_bytes(self, sizes, parameter_bytes):
         return self.evaluation
 
+    def even_share(self, sizes):
+        return 0.5
+
     def sent(self, sizes):
         return [Traffic("all-reduce", ("data",), 1, self.wire)] if sizes.get("data", 1) > 1 else []
 
@@ -179,6 +182,13 @@ def test_a_report_replaces_the_estimate():
     assert (found.peak_bytes, found.flops, found.wire_bytes) == (300, 10, {"fsdp": 7.0})
     assert (found.sent_bytes, found.source) == (7.0, "compiled")
     assert found.estimated_bytes > 1e9
+
+
+def test_buffers_of_tokens_are_counted_full_and_as_they_are_at_even_load():
+    traffic = (Traffic("ragged-all-to-all", ("expert",), 3, 8.0), Traffic("all-gather", ("fsdp",), 3, 7.0))
+    found = row(Fixed(), {"fsdp": 2, "expert": 4}, Report(flops=1, traffic=traffic))
+    assert (found.sent_bytes, found.held_bytes) == (15.0, 11.0)
+    assert found.wire_bytes == {"expert": 4.0, "fsdp": 7.0}
 
 
 def test_an_estimate_leaves_out_what_a_chip_keeps_on_itself():
