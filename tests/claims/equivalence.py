@@ -2,16 +2,17 @@
 
     python tests/claims/equivalence.py --output docs/evidence/equivalence.md
 
-The first table compares the loss of every step with that of a single device, the second the sha256 of the parameters
-under exact reduction. All runs are real: train.py with simulated CPU devices, and launch.py for several processes on
-loopback. Finished runs in --work-dir are not run again, so it can be stopped and started. Exit status 1: a bound is
-broken.
+For each model, the first table compares the loss of every step with that of a single device, the second the sha256 of
+the parameters under exact reduction. `--only nano-moe` runs that model alone, and leaves the rest of the page as it is.
+All runs are real: train.py with simulated CPU devices, and launch.py for several processes on loopback. Finished runs
+in --work-dir are not run again, so it can be stopped and started. Exit status 1: a bound is broken.
 """
 
 import argparse
 import dataclasses
 import os
 import platform
+import re
 import sys
 import tempfile
 from importlib.metadata import version
@@ -26,7 +27,7 @@ from tests.scripts.runs import Layout, Training, mesh, pmap, reached, rows, sing
 
 STEPS, ROWS, LENGTH = 100, 16, 32
 FLAGS = [
-    *("--dataset", "text.txt", "--config", "nano", "--steps", str(STEPS)),
+    *("--dataset", "text.txt", "--steps", str(STEPS)),
     *("--batch-size", str(ROWS), "--seq-len", str(LENGTH), "--learning-rate", "3e-4", "--warmup-steps", "20"),
     *("--log-interval", "1", "--resume", "--print-param-hash"),
 ]
@@ -57,19 +58,65 @@ EXACT = [
 JOURNEY = [(single(), 33), (pmap(8), 67), (mesh("data=2,fsdp=2", 2), STEPS)]
 """A run that is killed twice, and goes on each time on another layout."""
 
+EXPERTS_MEAN = [
+    *(mesh(f"{axis}={size}") for axis in ("data", "fsdp", "tensor", "sequence", "expert") for size in (2, 4)),
+    *(mesh("data=2,expert=4"), mesh("fsdp=2,expert=4"), mesh("data=2,fsdp=2,expert=2"), mesh("expert=4,tensor=2")),
+    *(mesh("expert=2,sequence=2,tensor=2"), mesh("fsdp=2,expert=2,tensor=2")),
+    *(mesh("data=2,expert=2", 2), mesh("fsdp=2,expert=2", 4)),
+]
+EXPERTS_EXACT = [
+    *(single(), pmap(4), mesh("expert=2"), mesh("expert=4"), mesh("expert=8"), mesh("data=2,expert=4")),
+    *(mesh("fsdp=2,expert=4"), mesh("data=2,fsdp=2,expert=2", 1, *ACCUMULATED), mesh("data=2,expert=4", 4)),
+]
+EXPERTS_JOURNEY = [(mesh("expert=4"), 33), (single(), 67), (mesh("fsdp=2,expert=2", 2), STEPS)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A preset, and the layouts that it is trained on."""
+
+    config: str
+    about: str
+    mean: list[Layout]
+    exact: list[Layout]
+    journey: list[tuple[Layout, int]]
+    """A run that is killed at these steps, and goes on on the next layout."""
+    dtypes: tuple[str, ...] = ("float32",)
+
+
+MODELS = [
+    Model(
+        config="nano",
+        about="`(8 heads)` is NANO with 8 heads of 16, since 8 devices cannot share 4 heads, compared with a single "
+        "device of that shape.",
+        mean=MEAN,
+        exact=EXACT,
+        journey=JOURNEY,
+        dtypes=("float32", "bfloat16"),
+    ),
+    Model(
+        config="nano-moe",
+        about="Along `expert` tokens travel to the devices that hold their experts, and back.",
+        mean=EXPERTS_MEAN,
+        exact=EXPERTS_EXACT,
+        journey=EXPERTS_JOURNEY,
+    ),
+]
+
 
 @dataclasses.dataclass(frozen=True)
 class Workshop:
-    """Where runs are made and kept."""
+    """Where runs of a model are made and kept."""
 
     folder: Path
+    config: str
 
     def run(self, layout: Layout, *flags: str) -> tuple[list[float], str]:
         """The loss of every step, and the last line that was printed."""
-        name = " ".join([str(layout), *flags]).replace(" ", "_").replace("/", "_")
+        name = " ".join([self.config, str(layout), *flags]).replace(" ", "_").replace("/", "_")
         done = self.folder / f"{name}.out"
         if not (done.exists() and "params sha256" in done.read_text()):
-            last_line = Training(self.folder, name, layout, [*FLAGS, *flags]).finish()
+            last_line = self._begin(name, layout, *flags).finish()
         else:
             last_line = done.read_text().splitlines()[-1].removeprefix("[0] ")
         losses = [row["loss"] for row in rows(self.folder / name) if "loss" in row]
@@ -77,11 +124,14 @@ class Workshop:
             raise RuntimeError(f"{name} has {len(losses)} losses instead of {STEPS}")
         return losses, last_line.removeprefix("params sha256 ")
 
-    def travel(self, *flags: str) -> str:
-        """The sha256 after a JOURNEY."""
-        name, last_line = "journey", ""
-        for layout, stop in JOURNEY:
-            training = Training(self.folder, name, layout, [*FLAGS, *flags, "--checkpoint-interval", "10"])
+    def _begin(self, name: str, layout: Layout, *flags: str) -> Training:
+        return Training(self.folder, name, layout, ["--config", self.config, *FLAGS, *flags])
+
+    def travel(self, journey: list[tuple[Layout, int]], *flags: str) -> str:
+        """The sha256 after a journey."""
+        name, last_line = f"{self.config}_journey", ""
+        for layout, stop in journey:
+            training = self._begin(name, layout, *flags, "--checkpoint-interval", "10")
             if stop < STEPS:
                 if training.wait_for(reached(self.folder / name, stop)):
                     training.kill()
@@ -90,7 +140,7 @@ class Workshop:
         return last_line.removeprefix("params sha256 ")
 
 
-def compare_losses(workshop: Workshop) -> tuple[list[str], bool]:
+def compare_losses(workshop: Workshop, model: Model) -> tuple[list[str], bool]:
     """The first table, and whether every row keeps its bound."""
     references: dict[tuple, list[float]] = {}
     table, holds = [], True
@@ -105,21 +155,23 @@ def compare_losses(workshop: Workshop) -> tuple[list[str], bool]:
         losses, _ = workshop.run(layout, "--dtype", dtype)
         return max(abs(a / b - 1) for a, b in zip(losses, reference(dtype, shape), strict=True))
 
-    for layout in track(MEAN, "losses"):
+    for layout in track(model.mean, f"losses of {model.config}"):
         reordered = "tensor" in str(layout) or "sequence" in str(layout)
         bound, worst = REORDERED_BOUND if reordered else BOUND, difference(layout, "float32")
         holds = holds and worst < bound
-        table.append(f"| {_described(layout)} | {worst:.1e} | {bound:.0e} | {difference(layout, 'bfloat16'):.1e} |")
+        others = "".join(f" {difference(layout, dtype):.1e} |" for dtype in model.dtypes[1:])
+        table.append(f"| {_described(layout)} | {worst:.1e} | {bound:.0e} |{others}")
     return table, holds
 
 
-def compare_parameters(workshop: Workshop) -> tuple[list[str], bool]:
+def compare_parameters(workshop: Workshop, model: Model) -> tuple[list[str], bool]:
     """The second table, and whether there is one sha256."""
     hashes = {
-        _described(layout): workshop.run(layout, "--reduction", "exact")[1] for layout in track(EXACT, "parameters")
+        _described(layout): workshop.run(layout, "--reduction", "exact")[1]
+        for layout in track(model.exact, f"parameters of {model.config}")
     }
-    stations = ", killed; ".join(_described(layout) for layout, _ in JOURNEY)
-    hashes[stations] = workshop.travel("--reduction", "exact")
+    stations = ", killed; ".join(_described(layout) for layout, _ in model.journey)
+    hashes[stations] = workshop.travel(model.journey, "--reduction", "exact")
     return [f"| {name} | `{digest}` |" for name, digest in hashes.items()], len(set(hashes.values())) == 1
 
 
@@ -128,36 +180,41 @@ def _described(layout: Layout) -> str:
     return name.replace(" × ", " processes × ").replace(",", ", ").replace("  ", " ")
 
 
-def report(losses: list[str], parameters: list[str]) -> str:
-    """docs/evidence/equivalence.md."""
+def head() -> str:
+    """What docs/evidence/equivalence.md begins with."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax"))
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     return f"""# One run, every layout
 
 `python tests/claims/equivalence.py --output docs/evidence/equivalence.md` trained everything below and wrote this
-page: NANO on the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens, AdamW,
-learning rate 3e-4, warm-up 20. Devices are simulated on a CPU ({machine}); several processes are real ones that
+page: presets on the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens,
+AdamW, learning rate 3e-4, warm-up 20. Devices are simulated on a CPU ({machine}); several processes are real ones that
 communicate over loopback. Python {platform.python_version()}, {versions}. None of this has been run on a TPU.
 
-## Losses
-
-The largest relative difference over {STEPS} steps between the loss on a layout and on a single device, in the same
-dtype. Devices add up gradients in different orders, which float32 rounds differently: about 1e-7 a sum, grown by
+Losses: the largest relative difference over {STEPS} steps between the loss on a layout and on a single device, in the
+same dtype. Devices add up gradients in different orders, which float32 rounds differently: about 1e-7 a sum, grown by
 {STEPS} steps of training. Where tensor or sequence axes are used, sums within a layer change their order too, so the
-bound is twice as wide. bfloat16 rounds 65,536 times coarser and has no bound here. `(8 heads)` is NANO with 8 heads of
-16, since 8 devices cannot share 4 heads, compared with a single device of that shape.
+bound is twice as wide. bfloat16 rounds 65,536 times coarser and has no bound here.
 
-| layout | float32 | bound | bfloat16 |
-| --- | --- | --- | --- |
+Parameters: the sha256 of all after {STEPS} steps with `--reduction exact`. It cuts a batch into shards that do not
+depend on the layout and adds their gradients in one order, so that every layout has the same bits; `--accumulate`
+changes nothing. It costs memory for {ROWS} gradients on every device, and their transfer, and each device computes with
+all parameters, experts included. On CPUs it also fixes the number of threads and does without fused multiply-add, which
+rounds by the shape that a device holds. The hash is that of this jax version and this kind of processor: others round
+differently, each in one way of its own.
+"""
+
+
+def part(model: Model, losses: list[str], parameters: list[str]) -> str:
+    """What docs/evidence/equivalence.md says of a model."""
+    dtypes = [model.dtypes[0], "bound", *model.dtypes[1:]]
+    return f"""## {model.config}
+
+{model.about}
+
+| layout | {" | ".join(dtypes)} |
+| --- {"| --- " * len(dtypes)}|
 {chr(10).join(losses)}
-
-## Parameters under `--reduction exact`
-
-The sha256 of all parameters after {STEPS} steps. Exact reduction cuts a batch into shards that do not depend on the
-layout and adds their gradients in one order, so that every layout has the same bits; `--accumulate` changes nothing. It
-costs memory for {ROWS} gradients on every device, and their transfer. On CPUs it also fixes the number of threads and
-does without fused multiply-add, which rounds by the shape that a device holds. The hash is that of this jax version and
-this kind of processor: others round differently, each in one way of its own.
 
 | layout | sha256 |
 | --- | --- |
@@ -165,20 +222,32 @@ this kind of processor: others round differently, each in one way of its own.
 """
 
 
+def written(page: str) -> dict[str, str]:
+    """The parts of a page by model."""
+    return {text.split("\n", 1)[0]: f"## {text.strip()}\n" for text in re.split(r"^## ", page, flags=re.MULTILINE)[1:]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="the page to write; by default it is printed")
     parser.add_argument("--work-dir", type=Path, help="where runs are kept; by default a folder that is removed")
+    parser.add_argument("--only", choices=[model.config for model in MODELS], help="the one model to train")
     args = parser.parse_args()
+    parts: dict[str, str] = written(args.output.read_text()) if args.output and args.output.exists() else {}
+    close = equal = True
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.work_dir or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         text = load_corpus("tiny_shakespeare").documents[0]
         (folder / "text.txt").write_text(text[:CHARACTERS])
-        workshop = Workshop(folder.absolute())
-        losses, close = compare_losses(workshop)
-        parameters, equal = compare_parameters(workshop)
-    page = report(losses, parameters)
+        for model in MODELS:
+            if args.only in (None, model.config):
+                workshop = Workshop(folder.absolute(), model.config)
+                losses, within = compare_losses(workshop, model)
+                parameters, same = compare_parameters(workshop, model)
+                close, equal = close and within, equal and same
+                parts[model.config] = part(model, losses, parameters)
+    page = "\n".join([head(), *(parts[model.config] for model in MODELS if model.config in parts)])
     if args.output:
         args.output.write_text(page)
     else:
