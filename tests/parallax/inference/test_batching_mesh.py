@@ -1,5 +1,6 @@
 """A batch over eight devices: the tokens of one device, no compilation, and a cache that stays where it is."""
 
+import dataclasses
 import math
 import re
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from parallax.config import ExpertsConfig
 from parallax.inference.batching import Batcher
 from parallax.model.transformer import param_axes
 from parallelism.mesh import MeshPlacement
@@ -18,7 +20,7 @@ SLOTS, CAPACITY = 4, 64
 MESHES = [{"data": 4, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
-def make_batcher(sizes, **changes):
+def make_batcher(sizes, config=CONFIG, **changes):
     """A batcher whose parameters are sharded over a mesh as the default rules say."""
     mesh = jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes),
@@ -27,11 +29,11 @@ def make_batcher(sizes, **changes):
     placement = MeshPlacement(mesh, RULE_SETS["default"])
     params = jax.tree.map(
         lambda leaf, names: jax.device_put(leaf, placement.sharding(names, leaf.shape)),
-        draw_params(CONFIG),
-        param_axes(CONFIG),
+        draw_params(config),
+        param_axes(config),
     )
     sizes = {"slots": SLOTS, "capacity": CAPACITY, "tokens_per_step": 3, "placement": placement}
-    return Batcher(CONFIG, params, **sizes | changes)
+    return Batcher(config, params, **sizes | changes)
 
 
 def run(batcher, completions):
@@ -55,6 +57,14 @@ def test_a_mesh_gives_the_tokens_of_one_device_and_compiles_nothing_more(sizes, 
         tokens = run(batcher, completions)
     assert not [record.message for record in caplog.records if "ompil" in record.message]
     assert tokens == [by_generator(CONFIG, draw_params(CONFIG), each) for each in completions]
+
+
+def test_experts_on_several_devices_give_the_tokens_of_one():
+    """A prompt is a row that no devices share: each adds what its experts give. A step of all slots sends tokens."""
+    config = dataclasses.replace(CONFIG, experts=ExpertsConfig(num_experts=8))
+    batcher = make_batcher({"expert": 4, "tensor": 2}, config)
+    completions = [completion(number, temperature=0.0, prompt_logprobs=False) for number in range(5)]
+    assert run(batcher, completions) == [by_generator(config, draw_params(config), each) for each in completions]
 
 
 def test_devices_hold_their_share_of_the_cache_and_send_none_of_it():
