@@ -22,7 +22,7 @@ from parallelism.planning.hardware import Accelerator, Machine
 from parallelism.planning.hlo_collectives import crossed_axes, read_collectives, wire_bytes
 from parallelism.planning.hlo_flops import read_flops
 
-REPORT_VERSION = 4
+REPORT_VERSION = 5
 """To be raised when a report comes to say something else of the same program, so that no older one is found."""
 
 NOT_COUNTED = "not counted"

@@ -59,6 +59,8 @@ def read_collectives(hlo_text: str) -> list[Collective]:
                 if not starts:
                     return None
             return _collective(program, op, kind, computation, path)
+        if kind == "send" and (between := _between_slices(program, op, path)):
+            return between
         if kind == "send" and "source_target_pairs=" in op.attributes:
             return _collective(program, op, kind, computation, path)
         named = re.search("replica_groups=|source_target_pairs=|megascale_transfer", op.attributes)
@@ -91,20 +93,47 @@ def crossed_axes(collective: Collective, mesh_shape: Mapping[str, int]) -> tuple
 
 
 def _collective(program: Program, op: Op, kind: str, computation: str, path: str) -> Collective:
-    # The bits and the dims of each array: 16 and 4,8 of bf16[4,8]{1,0}; pred names no bits and takes 8.
-    arrays = re.findall(r"[a-z]+(\d*)\w*\[([^\]]*)\]", op.shape)
-    operands = len(op.arguments())
+    arrays, operands = _array_bytes(op.shape), len(op.arguments())
     if kind == "send":
         arrays = arrays[:1]  # what it sends, a context, a token
     elif op.opcode.endswith("-start") and len(arrays) > operands:
         arrays = arrays[operands : 2 * operands]  # operands, results, what the device keeps to itself
-    size = sum(-(-math.prod(numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays)
+    size = sum(arrays)
     groups = _groups(op.attributes, program.devices)
     if kind == "reduce-scatter":
         size *= len(groups[0])
     elif kind == "all-reduce" and computation in program.fused and _is_sliced(program.computations[computation], op):
         kind = "reduce-scatter"  # written as an all-reduce and a slice, fused, which a TPU runs as one
     return Collective(kind, 1, size, groups, path)
+
+
+def _array_bytes(shape: str) -> list[int]:
+    """Of each array of a shape: its bits and dims are 16 and 4,8 of bf16[4,8]{1,0}; pred names no bits and takes 8."""
+    arrays = re.findall(r"[a-z]+(\d*)\w*\[([^\]]*)\]", shape)
+    return [-(-math.prod(numbers(dims)) * int(bits or 8) // 8) for bits, dims in arrays]
+
+
+def _between_slices(program: Program, op: Op, path: str) -> Collective | None:
+    """A collective of each device with those in its place in other slices, which a TPU's hosts carry out.
+
+    The program is that of one slice. It sends what a device has, and says which of which devices meet: in slices 1 and
+    2 each of devices 0 to 3 is "{1,2}x{0:3}". Devices of several slices are counted slice by slice.
+    """
+    named = re.search(r'megascale_transfer_type="(\w+)"', op.attributes)
+    target = re.search(r'megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}"', op.attributes)
+    kind = named[1].lower().replace("_", "-") if named else ""
+    if kind not in _PASSES or target is None:
+        return None
+    slices, places = len(_ranges(target[1])), _ranges(target[2])
+    groups = tuple(tuple(number * program.devices + place for number in range(slices)) for place in places)
+    sent = _array_bytes(op.shape)[0]
+    return Collective(kind, 1, sent * slices if kind == "all-gather" else sent, groups, path)
+
+
+def _ranges(text: str) -> list[int]:
+    """0, 1, 2, 3 and 8 of "0:3,8"."""
+    ends = [[int(end) for end in part.split(":")] for part in text.split(",")]
+    return [number for first, *last in ends for number in range(first, (last or [first])[0] + 1)]
 
 
 def _is_sliced(ops: Mapping[str, Op], op: Op) -> bool:

@@ -291,6 +291,19 @@ def test_what_is_not_counted_is_named(line, kind):
     assert (found.kind, found.count, found.groups, wire_bytes(found)) == (kind, 1, (), 0)
 
 
+@pytest.mark.parametrize(("kind", "size"), [("ALL_REDUCE", 64), ("ALL_GATHER", 128)])
+def test_what_hosts_do_between_slices_is_a_collective_of_devices_in_the_same_place(kind, size):
+    """As libtpu prints it: the program is that of one slice, here of eight devices."""
+    target = f'_xla_megascale_target="{{1,2}}x{{0:1,6}}",_xla_megascale_transfer_type="{kind}"'
+    send = f"%r = (bf16[4,8]{{1,0}}, u32[], token[]) send(%p, %t), channel_id=1, frontend_attributes={{{target}}}"
+    (found,) = read_collectives(program(send))
+    name = kind.lower().replace("_", "-")
+    assert (found.kind, found.count, found.bytes) == (name, 1, size)
+    assert found.groups == ((0, 8), (1, 9), (6, 14))
+    assert crossed_axes(found, {"data.dcn": 2, "fsdp": 8}) == ("data.dcn",)
+    assert wire_bytes(found) == 64
+
+
 def test_a_send_counts_what_it_sends_once():
     """Its result is a tuple of what is sent, a context and a token; the receiver's is the same again."""
     pairs = 'frontend_attributes={_xla_send_recv_source_target_pairs="{{0,1},{1,0}}"}'
