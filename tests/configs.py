@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parallax.config import RopeScaling, TransformerConfig
+from parallax.config import LayerSpec, RopeScaling, TransformerConfig
 
 
 def random_config(seed):
@@ -28,4 +28,17 @@ def random_config(seed):
             kind=str(rng.choice(["none", "linear", "llama3", "yarn"])), factor=float(rng.uniform(1, 9))
         ),
         attention_out_bias=bool(rng.integers(2)),
+        norms=str(rng.choice(["before", "after", "both"])),
+        activation=str(rng.choice(["silu", "gelu_tanh"])),
+        qk_norm_over=str(rng.choice(["head", "heads"])),
+        attention_softcap=float(rng.choice([0, 3])),
+        attention_sinks=bool(rng.integers(2)),
+        embedding_scale=float(rng.choice([1, 3])),
+        pattern=tuple(random_layer(rng) for _ in range(rng.integers(0, 4))),
     )
+
+
+def random_layer(rng):
+    """What a layer has of its own, parameters too."""
+    values = {"sliding_window": int(rng.integers(0, 9)), "attention_sinks": bool(rng.integers(2)), "qk_norm": True}
+    return LayerSpec(**{name: value for name, value in values.items() if rng.integers(2)})

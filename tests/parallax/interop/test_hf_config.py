@@ -27,7 +27,10 @@ QWEN = {**SMALL, "model_type": "qwen2", "use_sliding_window": True, "sliding_win
 FULL, LOCAL = LayerSpec(), LayerSpec(sliding_window=9)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"type": "linear", "factor": 2.0}
-EXPORTED = ("dropout_rate", "attention", "remat", "dtype", "logit_softcap")
+EXPORTED = (
+    *("dropout_rate", "attention", "remat", "dtype", "logit_softcap", "norms", "activation", "qk_norm_over"),
+    *("attention_softcap", "attention_sinks", "embedding_scale", "pattern"),
+)
 
 
 def test_a_published_config_is_the_preset():

@@ -209,7 +209,7 @@ def test_every_parameter_of_any_config_is_a_tensor():
         wanted = {}
         for entry in tensors(config):
             shape = (config.table_rows, *entry.shape[1:]) if entry.path[-1] == "table" else entry.shape
-            wanted[entry.path] = (config.num_layers, *shape) if entry.is_stacked else shape
+            wanted[entry.path] = (len(entry.numbers), *shape) if entry.is_stacked else shape
         assert found == wanted
 
 
