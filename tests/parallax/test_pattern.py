@@ -70,7 +70,7 @@ def by_hand(config, params, keys_NB=None):
     return model.unembed(model.final_norm(x))[..., :VOCAB]
 
 
-@pytest.mark.parametrize("changes", [{}, {"layer_loop": "unroll", "dropout_rate": 0.3}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"layer_loop": "unroll"}], ids=str)
 def test_a_pattern_is_its_layers_one_after_another(changes):
     config = PATTERNED.replace(**changes)
     params = draw_params(config)
@@ -79,14 +79,15 @@ def test_a_pattern_is_its_layers_one_after_another(changes):
 
 
 def test_gradients_are_those_of_unrolled_layers():
-    params, key = draw_params(PATTERNED), jax.random.key(3)
+    shallow = PATTERNED.replace(num_layers=3)
+    params, key = draw_params(shallow), jax.random.key(3)
 
     @functools.partial(jax.jit, static_argnums=0)
     def gradients(config, params):
         model = functools.partial(TransformerLM.from_params, config)
         return jax.grad(lambda params: jnp.sum(model(params)(TOKENS, dropout_key=key)[0] ** 2))(params)
 
-    several = (PATTERNED.replace(dropout_rate=0.2, **each) for each in ({"remat": "full"}, {"layer_loop": "unroll"}))
+    several = (shallow.replace(dropout_rate=0.2, **each) for each in ({"remat": "full"}, {"layer_loop": "unroll"}))
     scanned, unrolled = (gradients(config, params) for config in several)
     jax.tree.map(functools.partial(compare, rtol=1e-4, atol=1e-4), scanned, unrolled)
 
@@ -110,9 +111,10 @@ def test_a_cache_gives_what_the_whole_text_gives(listed):
 
 
 def test_layers_begin_with_the_same_weights_however_they_are_stacked():
-    plain = CONFIG.replace(num_layers=6)
-    one, several = (init_params(config, jax.random.key(1)) for config in (plain, PATTERNED))
-    for each in stacks(PATTERNED):
+    plain = CONFIG.replace(num_layers=3)
+    patterned = plain.replace(pattern=(LOCAL, GLOBAL))
+    one, several = (jax.jit(init_params, static_argnums=0)(config, jax.random.key(1)) for config in (plain, patterned))
+    for each in stacks(patterned):
         part = jax.tree.map(lambda leaf, numbers=list(each.numbers): leaf[np.array(numbers)], one["blocks"])
         jax.tree.map(np.testing.assert_array_equal, each.of(several["blocks"]), part)
 
