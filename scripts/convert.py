@@ -17,7 +17,8 @@ from scripts.common.command_line import dispatch, parse, tell
 
 HELP = """usage: convert.py COMMAND ...
 
-Convert between run folders and Hugging Face folders of Llama, Mistral, Qwen 2, Qwen 3 and SmolLM models.
+Convert between run folders and Hugging Face folders of Llama, SmolLM, Mistral, Qwen 2 and 3, Gemma 2 and 3, OLMo 2 and
+Phi 3 and 4 models.
 
 commands:
   import HF_FOLDER RUN   config.json, tokenizer.json and safetensors into a run folder, for
