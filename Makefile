@@ -16,13 +16,14 @@ CORE = .ci/venv "$(PYTHON)" requirements.lock
 DEV = .ci/venv "$(PYTHON)" requirements-dev.lock
 GCS = .ci/venv "$(PYTHON)" requirements-gcs.lock
 PLAN = .ci/venv "$(PYTHON)" requirements-plan.lock
+PLAN_GPU = .ci/venv "$(PYTHON)" requirements-plan-gpu.lock
 BROWSER = .ci/venv "$(PYTHON)" requirements-browser.lock
 
-EXTRAS = dev gcs plan browser
+EXTRAS = dev gcs plan browser plan-gpu
 COMPILE = uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
 
-.PHONY: help train demo test test-bench test-browser test-gcs test-parity test-plan test-terraform lint clean lock
+.PHONY: help train demo test test-bench test-browser test-gcs test-parity test-plan test-plan-gpu test-terraform lint clean lock
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.13]"
@@ -41,7 +42,7 @@ demo: ## train on Tiny Shakespeare if there is no run, then serve it and print t
 test: ## run every test that needs only the packages of requirements-dev.lock
 	@$(DEV) python -m pytest -m "not external" $(TEST_FLAGS)
 
-# The next three add a lock to the environment of the tests.
+# The next four add a lock to the environment of the tests.
 test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 	@$(DEV) true
 	@$(GCS) python -m pytest -m external tests/parallax/training/test_checkpoint_gs.py tests/scripts/test_train_gs.py tests/scripts/test_train_store_gs.py
@@ -49,6 +50,10 @@ test-gcs: ## test checkpoints and runs on gs:// against an emulator, on loopback
 test-plan: ## test plan.py with libtpu, the compiler for TPUs; none is needed
 	@$(DEV) true
 	@$(PLAN) python -m pytest -m external tests/scripts/test_plan_libtpu.py
+
+test-plan-gpu: ## test plan.py with XLA's compiler for GPUs; none is needed
+	@$(DEV) true
+	@$(PLAN_GPU) python -m pytest -m external tests/scripts/test_plan_gpu.py
 
 test-browser: ## test the server's page in headless Chromium (needs chromium and chromium-driver)
 	@command -v chromedriver >/dev/null || { echo "error: the page was not tested: chromedriver is not here; on Debian: apt-get install chromium chromium-driver" >&2; exit 2; }

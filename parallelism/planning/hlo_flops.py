@@ -14,6 +14,8 @@ from parallelism.planning.hlo import Op, Program, numbers
 
 _MATMULS = re.compile(r"\bdot\b|gemm|matmul|convolution|\$conv|cublas|cudnn", re.IGNORECASE)
 """In the names of other opcodes and of libraries' calls: ragged-dot, scaled-dot, __cublas$gemm, __onednn$matmul."""
+_GEMM = re.compile(r"__cublas\$(gemm|lt\$matmul)$")
+"""In the names of cuBLAS's matmuls."""
 _ATTENTION = re.compile(r"__cudnn\$fmha")
 """In the names of cuDNN's kernels for attention."""
 
@@ -30,8 +32,10 @@ def read_flops(hlo_text: str) -> int:
         if op.opcode not in ("dot", "convolution"):
             target = re.search(r'custom_call_target="([^"]*)"', op.attributes)
             name = target[1] if target else op.opcode
+            if _GEMM.match(name):
+                return _of_gemm(op, _dims(program.operands(op, computation)[0].shape))
             if _MATMULS.search(name) and not _ATTENTION.match(name):
-                raise ValueError(f"{name} is not counted; known matmuls are dot and convolution")
+                raise ValueError(f"{name} is not counted; known matmuls are dot and convolution, and those of cuBLAS")
             return None
         shapes = [_dims(operand.shape) for operand in program.operands(op, computation)]
         if len(shapes) != 2:
@@ -56,6 +60,14 @@ def _of_dot(op: Op, left: list[int], right: list[int]) -> int:
         raise ValueError(f"dot {op.name} does not say which dims it sums over: {op.attributes[:80]}")
     summed = [left[dim] for dim in numbers(contracting)]
     return 2 * math.prod(_dims(op.shape)) * math.prod(summed)
+
+
+def _of_gemm(op: Op, left: list[int]) -> int:
+    """A call of cuBLAS, whose result comes first and before its workspace."""
+    contracting = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
+    if contracting is None:
+        raise ValueError(f"custom-call {op.name} does not say which dims it sums over: {op.attributes[:80]}")
+    return 2 * math.prod(_dims(op.shape)) * math.prod(left[dim] for dim in numbers(contracting[1]))
 
 
 def _of_convolution(op: Op, left: list[int], right: list[int]) -> int:

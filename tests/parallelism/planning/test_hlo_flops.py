@@ -66,3 +66,25 @@ def test_agrees_with_the_compilers_own_count_of_a_program_without_loops():
 
     compiled = jax.jit(step).lower(jnp.zeros((64, 128)), jnp.zeros((128, 128))).compile()
     assert read_flops(compiled.as_text()) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.02)
+
+
+GEMM = """HloModule jit_step, num_partitions=8
+
+ENTRY %main (a: bf16[4,8,16], b: bf16[4,16,32]) -> f32[4,8,32] {
+  %a = bf16[4,8,16]{2,1,0} parameter(0)
+  %b = bf16[4,16,32]{2,1,0} parameter(1)
+  %gemm = (f32[4,8,32]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$lt$matmul", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],\
+"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  %attend = (bf16[4,8,32]{2,1,0}, u8[0]{0}) custom-call(%a, %b), custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %result = f32[4,8,32]{2,1,0} get-tuple-element(%gemm), index=0
+}
+"""
+
+
+def test_matmuls_by_a_gpus_library_are_counted_and_its_attention_is_left_to_the_model():
+    assert read_flops(GEMM) == 2 * 4 * 8 * 32 * 16
+    with pytest.raises(ValueError, match="custom-call gemm does not say which dims it sums over"):
+        read_flops(GEMM.replace("lhs_contracting_dimensions", "dims"))
+    with pytest.raises(ValueError, match="is not counted"):
+        read_flops(GEMM.replace("lt$matmul", "lt$matmul$f8"))
