@@ -112,6 +112,11 @@ class Row:
     """Of the peak by the model's operations, in the expected time (MFU)."""
 
     @property
+    def tokens(self) -> int:
+        """Of a step, of all devices."""
+        return self.choice.layout.batch_size * self.choice.layout.seq_len
+
+    @property
     def source(self) -> str:
         """Where memory, operations and traffic come from."""
         return "compiled" if self.report and self.report.fits else "estimate"
@@ -282,11 +287,12 @@ def _paths(choice: Choice, accelerator: Machine) -> dict[str, tuple[Reach, ...]]
 
 
 def rank(rows: Sequence[Row], memory_bytes: float) -> list[Row]:
-    """What fits first, fastest first, of equals what moves less; what does not fit by how much it lacks."""
+    """What fits first, most tokens a second first, of equals what moves less; else by how much it lacks."""
 
     def key(row: Row) -> tuple[bool, float, float]:
         fits = row.fits(memory_bytes)
-        return not fits, row.expected.seconds if fits else row.needed_bytes, row.memory_seconds + row.link_seconds
+        moving = (row.memory_seconds + row.link_seconds) / row.tokens
+        return not fits, row.expected.seconds / row.tokens if fits else row.needed_bytes, moving
 
     return sorted(rows, key=key)
 

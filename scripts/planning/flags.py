@@ -14,6 +14,7 @@ from parallax.config import PRESETS, OptimizerConfig, TransformerConfig
 from parallax.interop.folders import read_config
 from parallelism.planning.hardware import machine
 from scripts.planning.maxtext import MaxText, read_maxtext
+from scripts.planning.search import MAX, What
 from scripts.training.flags import Preset, Switch, flag_value
 
 DESCRIPTION = """Choose a layout for a slice of TPUs, without one. Every legal mesh, rematerialisation and number of
@@ -34,10 +35,10 @@ class Flags:
     key=value behind it count more than the file."""
     overrides: tyro.conf.Positional[tuple[str, ...]] = ()
     """key=value for --maxtext."""
-    batch_size: int = 256
-    """Sequences a step, over all devices."""
-    seq_len: int = 128
-    """Tokens a sequence."""
+    batch_size: int | Literal["max"] = 256
+    """Sequences a step, over all devices; max finds the most that each layout fits, without microbatches."""
+    seq_len: int | Literal["max"] = 128
+    """Tokens a sequence; max finds the most that each layout fits, up to --model.max-seq-len."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Compute dtype."""
     remat: Literal["any", "none", "dots", "full"] = "any"
@@ -63,11 +64,21 @@ class Flags:
         path = Path(self.hf or self.maxtext or self.config)
         return path.parent.resolve().name if path.name == "config.json" else path.name.removesuffix(".yml")
 
+    @property
+    def sought(self) -> What | None:
+        """The size of which each layout's largest is wanted."""
+        return "batch_size" if self.batch_size == MAX else "seq_len" if self.seq_len == MAX else None
+
     def __post_init__(self):
         if self.hf and self.maxtext:
             raise ValueError(f"--hf {self.hf} does not go with --maxtext {self.maxtext}; leave one out")
         if self.overrides and not self.maxtext:
             raise ValueError(f"{self.overrides[0]!r} is a word for --maxtext alone; see --help")
+        if self.batch_size == MAX and self.seq_len == MAX:
+            raise ValueError("batch_size=max with seq_len=max has no largest pair; give a number for one of the two")
+        for flag in ("exhaustive", "maxtext"):
+            if self.sought and getattr(self, flag):
+                raise ValueError(f"{self.sought}=max does not go with --{flag}; leave one out")
         if self.compile < 1:
             raise ValueError(f"compile={self.compile} must be at least 1; try 8")
         if self.tokens is not None and not 0 < self.tokens < math.inf:

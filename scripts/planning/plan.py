@@ -36,11 +36,12 @@ from parallelism.planning.planner import (
     name_of,
     rank,
 )
-from parallelism.rules import MESH_AXES, Rules, load_rules, split_by
+from parallelism.rules import MESH_AXES, Rules, in_parts, load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
 from scripts.planning.maxtext import MaxText
 from scripts.planning.report import describe, environment, plan_table, plan_to_json, run_command
+from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized, size_of
 from scripts.training.choices import choose_attention
 from scripts.training.step import bind_state, bind_step
 
@@ -54,51 +55,61 @@ class Plan:
         self._flags = flags
         self._maxtext = maxtext
         self._slice = machine(flags.topology)
-        self._builds: dict[tuple[str, int, str], Build] = {}
-        TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)  # checks both
+        self._builds: dict[tuple[Any, ...], Build] = {}
+        given: Any = {what: getattr(flags, what) for what in ("batch_size", "seq_len") if what != flags.sought}
+        TrainConfig(**given)  # checks them
 
     def run(self) -> int:
-        console, flags, sliced = Console(stderr=True), self._flags, self._slice
-        own = self._own_layout()
+        """Shows the plan. The exit status: 0 where something fits, else 1."""
+        console, own = Console(stderr=True), self._own_layout()
+        rows, ranked = self.rows(console)
+        status = self._show(console, rows, ranked)
+        if own and self._maxtext:
+            print("\n".join([f"MaxText's own layout: {describe(own, self._slice)}", *self._maxtext.notes]))
+        return status
+
+    def rows(self, console: Console) -> tuple[list[Row], int]:
+        """Those that were compiled, best first, then the best of each other layout; and how many were ranked."""
+        flags, sliced = self._flags, self._slice
         devices = topology_devices(sliced)
         # Programs for devices that are not here cannot be read back.
         jax.config.update("jax_enable_compilation_cache", False)
         memory = sliced.device_memory
-        rows = rank([self._row(choice) for choice in self._choices()], memory)
+        choices = self._choices()
+        if flags.sought:
+            choices = [self._largest(choice) for choice in choices]
+        rows = rank([self._row(choice) for choice in choices], memory)
         if not rows:
+            batch_size, _ = self._first_sizes()
             raise ValueError(
-                f"batch_size={flags.batch_size} can be shared by no layout of {sliced.devices} devices; "
-                f"try --batch-size {sliced.devices * math.ceil(flags.batch_size / sliced.devices)}"
+                f"batch_size={batch_size} can be shared by no layout of {sliced.devices} devices; "
+                f"try --batch-size {sliced.devices * math.ceil(batch_size / sliced.devices)}"
             )
         chosen = choose_to_compile(rows, memory, len(rows) if flags.exhaustive else flags.compile)
         compiled: list[Row] = []
         for rows_of_layout in track(chosen, f"compiling for {flags.topology}", console=console):
-            compiled += self._compile(rows_of_layout, devices)
+            compiled += (self._compile_largest if flags.sought else self._compile)(rows_of_layout, devices)
         names = {name_of(row.choice) for row in compiled}
         left: dict[str, Row] = {}
         for row in rows:
             if name_of(row.choice) not in names:
                 left.setdefault(name_of(row.choice), row)
-        shown = rank(compiled, memory) + list(left.values())
-        status = self._show(console, shown, len(rows))
-        if own and self._maxtext:
-            print("\n".join([f"MaxText's own layout: {describe(own, sliced)}", *self._maxtext.notes]))
-        return status
+        return rank(compiled, memory) + list(left.values()), len(rows)
 
     def _own_layout(self) -> Row | None:
         """That of the MaxText config, estimated, where one is given. Raises ValueError if it suits not the topology."""
         if self._maxtext is None:
             return None
-        flags, sizes = self._flags, self._maxtext.layout(self._slice.devices)
+        (batch_size, seq_len), sizes = self._first_sizes(), self._maxtext.layout(self._slice.devices)
         sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
         layout = Layout(
             strategy="mesh",
             mesh=mesh_text(sizes, self._slice),
             accumulate=self._maxtext.accumulate,
-            batch_size=flags.batch_size,
-            seq_len=flags.seq_len,
+            batch_size=batch_size,
+            seq_len=seq_len,
         )
-        return self._row(Choice(layout, sizes, self._maxtext.remat, flags.dtype))
+        return self._row(Choice(layout, sizes, self._maxtext.remat, self._flags.dtype))
 
     def _compile(self, rows: list[Row], devices: list[Any]) -> list[Row]:
         """Of one layout the first that fits, after those that did not; all of them with --exhaustive."""
@@ -106,25 +117,60 @@ class Plan:
         for row in rows:
             if found and not self._flags.exhaustive and row.estimated_bytes >= found[-1].estimated_bytes:
                 continue
-            choice, build = row.choice, self._build(row.choice)
-            found.append(self._row(choice, compile_choice(choice, build, self._slice, devices, plan_cache())))
+            found.append(self._compiled(row.choice, devices))
             if found[-1].fits(self._slice.device_memory) and not self._flags.exhaustive:
                 break
         return found
 
+    def _compiled(self, choice: Choice, devices: list[Any]) -> Row:
+        report = compile_choice(choice, self._build(choice), self._slice, devices, plan_cache())
+        return self._row(choice, report)
+
+    def _largest(self, choice: Choice) -> Choice:
+        """By the estimate, and at least the least that is possible, about which it may err."""
+        what, (unit, most) = self._flags.sought or "batch_size", self._steps(choice)
+        memory = self._slice.device_memory
+        size = largest(unit, most, lambda size: self._row(resized(choice, what, size)).needed_bytes <= memory)
+        return resized(choice, what, max(unit, size))
+
+    def _compile_largest(self, rows: list[Row], devices: list[Any]) -> list[Row]:
+        """Of one layout the largest that fits, with the rematerialisation that is best by the estimates."""
+        what, choice, memory = self._flags.sought or "batch_size", rows[0].choice, self._slice.device_memory
+        tried = list(
+            corrected(
+                size_of(choice, what),
+                *self._steps(choice),
+                lambda size: self._compiled(resized(choice, what, size), devices),
+                memory,
+            )
+        )
+        fitting = [row for row in tried if row.fits(memory)]
+        return [max(fitting, key=lambda row: row.tokens)] if fitting else tried[-1:]
+
+    def _steps(self, choice: Choice) -> tuple[int, int]:
+        """By how much the size that is sought grows, and how large it may be."""
+        rules = in_parts(load_rules(choice.layout.rules), list(choice.sizes))
+        if self._flags.sought == "batch_size":
+            parts = choice.layout.accumulate * math.prod(split_by("batch", rules, choice.sizes).values())
+            return parts, MOST * parts
+        return UNIT * length_parts(choice.sizes, rules), self._flags.model.max_seq_len
+
+    def _first_sizes(self) -> tuple[int, int]:
+        """Rows and tokens with which meshes are asked for: of what is sought, so many as suit every mesh."""
+        flags, devices = self._flags, self._slice.devices
+        batch_size = devices if flags.batch_size == MAX else flags.batch_size
+        return batch_size, UNIT * devices if flags.seq_len == MAX else flags.seq_len
+
     def _choices(self) -> list[Choice]:
         flags, devices = self._flags, self._slice.devices
-        rules = load_rules(flags.rules)
+        rules, (batch_size, seq_len) = load_rules(flags.rules), self._first_sizes()
         found = []
-        for microbatches in (2**power for power in range(flags.batch_size.bit_length())):
-            build = self._build_of("none", microbatches, "xla")
+        powers = range(1 if flags.batch_size == MAX else batch_size.bit_length())
+        for microbatches in (2**power for power in powers):
+            build = self._build_of("none", microbatches, "xla", batch_size, seq_len)
             shapes = jax.eval_shape(build.init_state)
             layout = Layout(
-                strategy="mesh",
-                rules=flags.rules,
-                accumulate=microbatches,
-                batch_size=flags.batch_size,
-                seq_len=flags.seq_len,
+                strategy="mesh", rules=flags.rules, accumulate=microbatches, batch_size=batch_size, seq_len=seq_len
             )
             fits = functools.partial(is_legal, rules=rules, shapes=shapes, state_axes=build.axes, layout=layout)
             laid = [
@@ -132,7 +178,7 @@ class Plan:
                 for sizes in legal_meshes(devices, fits, self._slice.slices)
                 if flags.model.attention not in BY_BLOCKS or length_parts(sizes, rules) == 1
             ]
-            if flags.batch_size % (devices * microbatches) == 0:
+            if batch_size % (devices * microbatches) == 0:
                 pmap = dataclasses.replace(layout, strategy="pmap", rules="default")
                 laid.insert(0, (pmap, parse_mesh("", devices, slices=self._slice.slices)))
             if not laid:  # more microbatches have fewer rows
@@ -142,15 +188,16 @@ class Plan:
         return found
 
     def _build(self, choice: Choice) -> Build:
-        flags = self._flags
-        parts = length_parts(choice.sizes, load_rules(choice.layout.rules))
-        model = choose_attention(flags.model, flags.seq_len, parts, self._slice.attention)
-        return self._build_of(choice.remat, choice.layout.accumulate, model.attention)
+        model, layout = dataclasses.replace(self._flags.model, dtype=choice.dtype), choice.layout
+        parts = length_parts(choice.sizes, load_rules(layout.rules))
+        model = choose_attention(model, layout.seq_len, parts, self._slice.attention)
+        return self._build_of(choice.remat, layout.accumulate, model.attention, layout.batch_size, layout.seq_len)
 
-    def _build_of(self, remat: str, microbatches: int, attention: str) -> Build:
-        key = remat, microbatches, attention
+    def _build_of(self, remat: str, microbatches: int, attention: str, batch_size: int, seq_len: int) -> Build:
+        key = remat, microbatches, attention, batch_size, seq_len
         if key not in self._builds:
-            self._builds[key] = make_build(self._flags, remat, microbatches, attention)
+            sized = dataclasses.replace(self._flags, batch_size=batch_size, seq_len=seq_len)
+            self._builds[key] = make_build(sized, remat, microbatches, attention, tiled=self._slice.tiled)
         return self._builds[key]
 
     def _row(self, choice: Choice, report: Any = None) -> Row:
@@ -174,7 +221,7 @@ class Plan:
         if not fitting:
             print("No layout that was compiled fits; try a smaller --batch-size, or a larger machine.")
             return 1
-        print("The best that fits, on the slice, and rehearsed here without computing anything:")
+        print(f"The best that fits, on {sliced.name}, and rehearsed here without computing anything:")
         best = run_command(fitting[0].choice, flags)
         print(f"{environment(sliced)}{best}\nJAX_NUM_CPU_DEVICES={sliced.devices} {best} --lower-only")
         return 0
@@ -191,16 +238,17 @@ def plan_cache() -> Path:
 
 
 _bind_state = functools.cache(bind_state)
-"""Of one model: how a step computes changes nothing of its state."""
+"""Of one model: its state is the same however a step computes and whatever its sizes."""
 
 
-def make_build(flags: Flags, remat: str, microbatches: int, attention: str) -> Build:
-    """The step of train.py, with everything bound but a strategy's gradient function."""
+def make_build(flags: Flags, remat: str, microbatches: int, attention: str, *, tiled: bool = True) -> Build:
+    """The step of train.py, with everything bound but a strategy's gradient function, for a memory in tiles or not."""
     config = dataclasses.replace(flags.model, remat=remat, dtype=flags.dtype, attention=attention)
-    train = TrainConfig(batch_size=flags.batch_size, seq_len=flags.seq_len)
-    init_state, axes = _bind_state(flags.model, train, flags.optimizer)
+    sizes: Any = {"batch_size": flags.batch_size, "seq_len": flags.seq_len}
+    train = TrainConfig(**sizes)
+    init_state, axes = _bind_state(flags.model, TrainConfig(), flags.optimizer)
     make_step = functools.partial(bind_step, config, train, flags.optimizer)
-    cost = StepCost(config=config, batch_size=flags.batch_size, seq_len=flags.seq_len, microbatches=microbatches)
-    tokens = jax.ShapeDtypeStruct((flags.batch_size, flags.seq_len), np.int32)
+    cost = StepCost(config=config, **sizes, microbatches=microbatches, tiled=tiled)
+    tokens = jax.ShapeDtypeStruct(tuple(sizes.values()), np.int32)
     batch = {"inputs": tokens, "targets": tokens}
     return Build(init_state, axes, make_step, batch, cost, attention)

@@ -39,7 +39,8 @@ def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) 
         f"Expected: by what published runs reached of these peaks, ±{_error(rows):.0%}, see docs/planning.md. "
         f"{_uncounted(rows)}{_limits(sliced)} {_priced(price_of(sliced.generation.name, asked.price))}",
     )
-    for name in ("layout", "remat", "micro", "attention", "source", "fits"):
+    sought = (asked.sought.replace("_size", "").replace("seq_len", "length"),) if asked.sought else ()
+    for name in ("layout", *sought, "remat", "micro", "attention", "source", "fits"):
         table.add_column(name, no_wrap=True)
     for name in (*NUMBERS, *EXPECTED, *(("hours", "USD") if asked.tokens else ())):
         table.add_column(name, justify="right", no_wrap=True)
@@ -75,6 +76,7 @@ def _cells(row: Row, sliced: Machine, asked: Flags) -> list[str]:
     times = {"compute": row.compute_seconds, "memory": row.memory_seconds, "links": row.link_seconds}
     return [
         name_of(choice),
+        *([str(getattr(choice.layout, asked.sought))] if asked.sought else ()),
         choice.remat,
         str(choice.layout.accumulate),
         row.attention,
@@ -85,7 +87,7 @@ def _cells(row: Row, sliced: Machine, asked: Flags) -> list[str]:
         f"{row.sent_bytes / 1e9:.2f}" + (f" ({row.held_bytes / 1e9:.2f})" if row.held_bytes < row.sent_bytes else ""),
         *(f"{seconds * 1e3:.1f}{'*' if name == row.bound else ''}" for name, seconds in times.items()),
         f"{row.expected.seconds * 1e3:.1f}",
-        f"{asked.batch_size * asked.seq_len / row.expected.seconds:,.0f}",
+        f"{row.tokens / row.expected.seconds:,.0f}",
         f"{row.utilisation:.0%}",
         *(("-" if size is None else f"{size:,.1f}" for size in _bill(row, sliced, asked)) if asked.tokens else ()),
     ]
@@ -111,7 +113,7 @@ def _bill(row: Row, sliced: Machine, asked: Flags) -> tuple[float | None, float 
     """Hours of the run and what they cost, in the expected time of a step."""
     if asked.tokens is None:
         return None, None
-    taken = hours(asked.tokens, asked.batch_size * asked.seq_len, row.expected.seconds)
+    taken = hours(asked.tokens, row.tokens, row.expected.seconds)
     price = price_of(sliced.generation.name, asked.price)
     return taken, price and price.usd * sliced.chips * taken
 
@@ -149,6 +151,8 @@ def _row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
     choice = row.choice
     return {
         "layout": name_of(choice),
+        "batch_size": choice.layout.batch_size,
+        "seq_len": choice.layout.seq_len,
         "axes": dict(choice.sizes),
         "remat": choice.remat,
         "dtype": choice.dtype,
@@ -173,9 +177,9 @@ def _row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
         "link_seconds": row.link_seconds,
         "bound": row.bound,
         "estimated_step_seconds": row.seconds,
-        "estimated_tokens_per_second": asked.batch_size * asked.seq_len / row.seconds,
+        "estimated_tokens_per_second": row.tokens / row.seconds,
         "expected_step_seconds": dataclasses.asdict(row.expected),
-        "expected_tokens_per_second": asked.batch_size * asked.seq_len / row.expected.seconds,
+        "expected_tokens_per_second": row.tokens / row.expected.seconds,
         "expected_utilisation": row.utilisation,
         **dict(zip(("expected_hours", "expected_usd"), _bill(row, sliced, asked), strict=True)),
     }
@@ -189,7 +193,7 @@ def run_command(choice: Choice, asked: Flags) -> str:
         words += ["--mesh", layout.mesh]
     if asked.rules != "default" and layout.mesh:
         words += ["--rules", asked.rules]
-    words += ["--batch-size", str(asked.batch_size), "--seq-len", str(asked.seq_len)]
+    words += ["--batch-size", str(layout.batch_size), "--seq-len", str(layout.seq_len)]
     # Said always: by itself a rehearsal on CPUs would take as many as suit them.
     words += ["--accumulate", str(layout.accumulate)]
     words += ["--dtype", choice.dtype, "--remat", choice.remat]

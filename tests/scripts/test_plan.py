@@ -34,6 +34,16 @@ BAD = """
 --maxtext missing.yml | missing.yml cannot be read | choose a .yml file
 --maxtext missing.yml --hf missing | missing
 seq=3 | 'seq=3' is a word for --maxtext alone | see --help
+--topology h100-7 | topology='h100-7' | try h100-8
+--topology h100-12 | whole hosts of 8 GPUs | try h100-16
+--topology h900-8 | topology='h900-8' | h100 | b200
+--topology l4-100000 | more than 4096 | try l4-4096
+--topology rtx4090-64 | which no network joins | try rtx4090-8
+--topology h100-8 | jax_plugins.xla_cuda13 | not installed | pip install -e ".[plan-gpu]"
+--batch-size max --seq-len max | no largest pair | give a number
+--batch-size max --exhaustive | batch_size=max does not go with --exhaustive | leave one out
+--batch-size many | batch-size | max
+--seq-len 0 | seq_len=0 | try 128
 --model.num-kv-heads 3 | num_kv_heads=3 | try 2
 --config tiny | libtpu | not installed | pip install -e ".[plan]"
 """
@@ -69,6 +79,23 @@ def test_attention_that_needs_whole_sequences_is_planned_without_meshes_that_cut
     assert {row["axes"].get("sequence", 1) for row in rows} == {1}
     assert len({row["layout"] for row in rows}) > 5
     assert 2 in {row["axes"].get("sequence", 1) for row in planned()}
+
+
+@pytest.mark.parametrize(("flags", "what", "unit"), [(("--batch-size", "max"), "batch_size", 1), ((), "seq_len", 128)])
+def test_every_layout_has_its_own_largest_size(flags, what, unit, planned):
+    """Everything fits the fake, so the compiler is asked for as much as its tries and the rules allow."""
+    given = flags or ("--seq-len", "max", "--batch-size", "8")
+    rows = planned(*given, "--compile", "2", "--model.max-seq-len", "4096", "--remat", "full")
+    compiled = [row for row in rows if row["source"] == "compiled"]
+    assert {row["layout"] for row in compiled} >= {"pmap"}
+    assert len(compiled) == 2
+    assert all(row["fits"] for row in compiled)
+    for row in rows:
+        assert row[what] % unit == 0
+        assert f"--{what.replace('_', '-')} {row[what]}" in row["command"]
+        assert row["microbatches"] == 1 or what == "seq_len"
+    assert len({row[what] for row in rows}) > 1 or what == "seq_len"
+    assert max(row["seq_len"] for row in rows) <= 4096
 
 
 def test_an_exhaustive_plan_compiles_every_choice(planned):
