@@ -79,6 +79,7 @@ def _gpus(gpus: Gpus) -> list[Any]:
                 f'{module}, a part of the compiler for GPUs, is not installed; try pip install -e ".[plan-gpu]"'
             )
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the compiler's plugin looks for no GPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # and does not say what a report says: that a step is too large
     from jax.experimental import topologies
 
     try:

@@ -49,6 +49,9 @@ class Flags:
     """Tokens of the whole run, such as 1e12; then the plan says its hours and its price."""
     price: float | None = None
     """US dollars for a chip or card and an hour, in place of the list price."""
+    compare: str | None = None
+    """Machines instead of --topology, such as v5litepod-256,v6e-64,h100-64: the best plan of each, ranked by time and
+    by money to --tokens."""
     compile: int = 8
     """How many layouts to compile, the best first, and pmap if it may fit."""
     exhaustive: Switch = False
@@ -65,6 +68,11 @@ class Flags:
         return path.parent.resolve().name if path.name == "config.json" else path.name.removesuffix(".yml")
 
     @property
+    def compared(self) -> list[str]:
+        """The machines of --compare."""
+        return self.compare.split(",") if self.compare else []
+
+    @property
     def sought(self) -> What | None:
         """The size of which each layout's largest is wanted."""
         return "batch_size" if self.batch_size == MAX else "seq_len" if self.seq_len == MAX else None
@@ -79,6 +87,8 @@ class Flags:
         for flag in ("exhaustive", "maxtext"):
             if self.sought and getattr(self, flag):
                 raise ValueError(f"{self.sought}=max does not go with --{flag}; leave one out")
+        if self.compare is not None:
+            self._check_compared(self.compared)
         if self.compile < 1:
             raise ValueError(f"compile={self.compile} must be at least 1; try 8")
         if self.tokens is not None and not 0 < self.tokens < math.inf:
@@ -86,12 +96,24 @@ class Flags:
         if self.price is not None and not 0 <= self.price < math.inf:
             raise ValueError(f"price={self.price} must be 0 or more; try 1.20")
 
+    def _check_compared(self, names: list[str]) -> None:
+        if self.tokens is None:
+            raise ValueError(f"--compare {self.compare} needs the tokens of the run; try --tokens 1e9")
+        if self.maxtext:
+            raise ValueError("--compare does not go with --maxtext, whose batch depends on the machine; leave one out")
+        if len(set(names)) != len(names) or len(names) < 2:
+            raise ValueError(f"compare={self.compare} must name machines, each once; try v5litepod-256,h100-64")
+        for name in names:
+            machine(name)
+
 
 def first_flags(args: list[str]) -> tuple[Flags, MaxText | None]:
     """What the flags change: a preset, or the model of somebody else, with the batch that MaxText gives it.
 
     Raises ValueError if the file is none, or its model is none that can be planned.
     """
+    if flag_value(args, "--compare") and (topology := flag_value(args, "--topology")):
+        raise ValueError(f"--topology {topology} does not go with --compare, which names all machines; leave one out")
     if source := flag_value(args, "--hf"):
         _refuse_preset(args, "--hf")
         return Flags(model=read_config(Path(source))), None

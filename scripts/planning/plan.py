@@ -40,7 +40,8 @@ from parallelism.rules import MESH_AXES, Rules, in_parts, load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
 from scripts.planning.maxtext import MaxText
-from scripts.planning.report import describe, environment, plan_table, plan_to_json, run_command
+from scripts.planning.report import commands as commands_of
+from scripts.planning.report import describe, plan_table, plan_to_json, run_command
 from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized, size_of
 from scripts.training.choices import choose_attention
 from scripts.training.step import bind_state, bind_step
@@ -222,8 +223,7 @@ class Plan:
             print("No layout that was compiled fits; try a smaller --batch-size, or a larger machine.")
             return 1
         print(f"The best that fits, on {sliced.name}, and rehearsed here without computing anything:")
-        best = run_command(fitting[0].choice, flags)
-        print(f"{environment(sliced)}{best}\nJAX_NUM_CPU_DEVICES={sliced.devices} {best} --lower-only")
+        print("\n".join(commands_of(fitting[0], sliced, flags)))
         return 0
 
 

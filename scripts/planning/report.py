@@ -89,7 +89,7 @@ def _cells(row: Row, sliced: Machine, asked: Flags) -> list[str]:
         f"{row.expected.seconds * 1e3:.1f}",
         f"{row.tokens / row.expected.seconds:,.0f}",
         f"{row.utilisation:.0%}",
-        *(("-" if size is None else f"{size:,.1f}" for size in _bill(row, sliced, asked)) if asked.tokens else ()),
+        *(("-" if size is None else f"{size:,.1f}" for size in bill(row, sliced, asked)) if asked.tokens else ()),
     ]
 
 
@@ -109,7 +109,7 @@ def describe(row: Row, sliced: Machine) -> str:
     )
 
 
-def _bill(row: Row, sliced: Machine, asked: Flags) -> tuple[float | None, float | None]:
+def bill(row: Row, sliced: Machine, asked: Flags) -> tuple[float | None, float | None]:
     """Hours of the run and what they cost, in the expected time of a step."""
     if asked.tokens is None:
         return None, None
@@ -143,11 +143,11 @@ def plan_to_json(rows: Sequence[Row], sliced: Machine, asked: Flags, commands: M
         "config": asked.name,
         "batch_size": asked.batch_size,
         "seq_len": asked.seq_len,
-        "rows": [_row_to_json(row, sliced, asked) | {"command": commands[name_of(row.choice)]} for row in rows],
+        "rows": [row_to_json(row, sliced, asked) | {"command": commands[name_of(row.choice)]} for row in rows],
     }
 
 
-def _row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
+def row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
     choice = row.choice
     return {
         "layout": name_of(choice),
@@ -181,8 +181,14 @@ def _row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
         "expected_step_seconds": dataclasses.asdict(row.expected),
         "expected_tokens_per_second": row.tokens / row.expected.seconds,
         "expected_utilisation": row.utilisation,
-        **dict(zip(("expected_hours", "expected_usd"), _bill(row, sliced, asked), strict=True)),
+        **dict(zip(("expected_hours", "expected_usd"), bill(row, sliced, asked), strict=True)),
     }
+
+
+def commands(row: Row, sliced: Machine, asked: Flags) -> tuple[str, str]:
+    """The train.py that runs a row on the machine, and the same rehearsed here on simulated devices."""
+    command = run_command(row.choice, asked)
+    return f"{environment(sliced)}{command}", f"JAX_NUM_CPU_DEVICES={sliced.devices} {command} --lower-only"
 
 
 def run_command(choice: Choice, asked: Flags) -> str:

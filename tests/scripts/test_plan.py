@@ -44,6 +44,11 @@ seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --batch-size max --exhaustive | batch_size=max does not go with --exhaustive | leave one out
 --batch-size many | batch-size | max
 --seq-len 0 | seq_len=0 | try 128
+--compare v4-8,h100-8 | needs the tokens of the run | try --tokens 1e9
+--compare v4-8,h100-7 --tokens 1e9 | topology='h100-7' | try h100-8
+--compare v4-8 --tokens 1e9 | must name machines, each once | try v5litepod-256,h100-64
+--compare v4-8,v4-8 --tokens 1e9 | must name machines, each once
+--compare v4-8,h100-8 --topology v4-8 --tokens 1e9 | --topology v4-8 does not go with --compare | leave one out
 --model.num-kv-heads 3 | num_kv_heads=3 | try 2
 --config tiny | libtpu | not installed | pip install -e ".[plan]"
 """
@@ -96,6 +101,26 @@ def test_every_layout_has_its_own_largest_size(flags, what, unit, planned):
         assert row["microbatches"] == 1 or what == "seq_len"
     assert len({row[what] for row in rows}) > 1 or what == "seq_len"
     assert max(row["seq_len"] for row in rows) <= 4096
+
+
+def test_machines_are_compared_by_time_and_by_money(planned, call):
+    """H100 is faster and has a price, of L4 none is known."""
+    given = ("--compare", "v5litepod-16,l4-8,h100-8", "--tokens", "1e9", "--batch-size", "64", "--compile", "1")
+    status, out, err = call(plan, *given, "--output", "compared.json")
+    assert status == 0, err
+    with open("compared.json") as file:
+        rows = json.load(file)
+    assert rows[0]["topology"] == "h100-8"
+    assert {row["topology"] for row in rows} == {"h100-8", "v5litepod-16", "l4-8"}
+    for row in rows:
+        assert row["expected_hours"] == pytest.approx(1e9 / row["expected_tokens_per_second"] / 3600)
+        priced = row["topology"] != "l4-8"
+        assert (row["expected_usd"] is not None) == priced
+        assert row["command"] in out
+        assert f"JAX_NUM_CPU_DEVICES={row['devices']} python scripts/train.py" in out
+    assert "no price" in out
+    with open("compared.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
 
 
 def test_an_exhaustive_plan_compiles_every_choice(planned):
