@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from parallax.config import LayerSpec, TransformerConfig
+from parallax.interop.experts import experts_from_hf, experts_to_hf
 from parallax.interop.hf_rope import LIMIT, rope_from_hf, rope_to_hf
 from parallax.interop.hf_values import Values, flag, number, whole_number
 
@@ -44,6 +45,24 @@ def _qwen2(values: Values) -> Values:
 
 def _qwen3(values: Values) -> Values:
     return {"qk_norm": True} | _llama(values) | _qwen_windows(values)
+
+
+def _mixtral(values: Values) -> Values:
+    return {"experts": experts_from_hf(values)} | _mistral(values)
+
+
+def _qwen3_moe(values: Values) -> Values:
+    windowed = _windows(values, [True] * _depth(values)) if flag(values, "use_sliding_window") else {}
+    return {"experts": experts_from_hf(values), "qk_norm": True} | _llama(values) | windowed
+
+
+def _olmoe(values: Values) -> Values:
+    return {"experts": experts_from_hf(values), "qk_norm": True, "qk_norm_over": "heads"} | _llama(values)
+
+
+def _gpt_oss(values: Values) -> Values:
+    windows = _windows(values, _sliding(values, [number % 2 == 0 for number in range(_depth(values))]))
+    return {"experts": experts_from_hf(values), "attention_sinks": True} | _llama(values) | windows
 
 
 def _qwen_windows(values: Values) -> Values:
@@ -168,6 +187,21 @@ def _write_mistral(config: TransformerConfig) -> Values:
     return {"sliding_window": _window_of(config)}
 
 
+def _write_mixtral(config: TransformerConfig) -> Values:
+    return experts_to_hf(config, "mixtral") | _write_mistral(config)
+
+
+def _write_qwen3_moe(config: TransformerConfig) -> Values:
+    window = _window_of(config)
+    windows = {"use_sliding_window": window is not None, "sliding_window": window}
+    return experts_to_hf(config, "qwen3_moe") | _biases(config) | windows
+
+
+def _write_gpt_oss(config: TransformerConfig) -> Values:
+    windows = {"sliding_window": _window_of(config), "layer_types": _layer_types(config)}
+    return experts_to_hf(config, "gpt_oss") | _biases(config) | windows
+
+
 def _write_qwen2(config: TransformerConfig) -> Values:
     window, types = _window_of(config), _layer_types(config)
     # All layers from max_window_layers on look back no further, unless each says for itself.
@@ -202,6 +236,7 @@ _GEMMA = _WINDOW | {
     "hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None, "final_logit_softcapping": None,
 }  # fmt: skip
 _GEMMA_2 = _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_GPT_OSS = {"head_dim": 64, "rms_norm_eps": 1e-5, "attention_bias": True, "sliding_window": 128}
 _UNGROUPED = {"num_key_value_heads": None}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _llama, _biases, _UNGROUPED),
@@ -215,5 +250,12 @@ FAMILIES = {
     "olmo2": Family("Olmo2ForCausalLM", _olmo2, _biases, _UNGROUPED | {"rms_norm_eps": 1e-5}, whole_heads=False),
     "gemma2": Family("Gemma2ForCausalLM", _gemma2, _write_gemma, _GEMMA_2),
     "gemma3_text": Family("Gemma3ForCausalLM", _gemma3, _write_gemma3, _GEMMA | {"sliding_window_pattern": 6}),
+    "mixtral": Family("MixtralForCausalLM", _mixtral, _write_mixtral, {"rms_norm_eps": 1e-5}, whole_heads=False),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, _write_qwen3_moe, whole_heads=False),
+    "olmoe": Family(
+        "OlmoeForCausalLM", _olmoe, lambda config: experts_to_hf(config, "olmoe") | _biases(config),
+        _UNGROUPED | {"rms_norm_eps": 1e-5},
+    ),
+    "gpt_oss": Family("GptOssForCausalLM", _gpt_oss, _write_gpt_oss, _GPT_OSS, whole_heads=False),
 }  # fmt: skip
 """By model_type, the plainest first. SmolLM and SmolLM 2 are llama; Phi 4 is phi3."""

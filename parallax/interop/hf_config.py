@@ -111,6 +111,10 @@ def _computed(layer: TransformerConfig) -> dict[str, Any]:
     """What its fields come to, without those that decide how it is computed and not what."""
     how = ("dropout_rate", "attention", "layer_loop", "remat", "dtype", "pattern", "first_layers")
     fields = {field.name: getattr(layer, field.name) for field in dataclasses.fields(layer) if field.name not in how}
+    if layer.feed_forward == "experts":
+        losses = {"balance_loss": 0.0, "router_z_loss": 0.0}
+        experts = dataclasses.replace(layer.experts, mlp_dim=layer.expert_dim, **losses)
+        fields |= {"experts": experts, "mlp_dim": 0}
     omega = frequencies(layer.head_dim, layer.rope_theta, layer.rope_scaling)
     return fields | {
         "attention_scale": layer.attention_scale or layer.head_dim**-0.5,

@@ -5,6 +5,7 @@ Invariant: every parameter of a config is one tensor in all, or one a layer, and
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from parallax.config import TransformerConfig
 from parallax.filling import Bounds
+from parallax.interop.experts import expert_names
 from parallax.model.transformer import parameters
 from parallax.pattern import stacks
 
@@ -29,12 +31,16 @@ class Tensor:
     path: tuple[str, ...]
     """In the tree of parameters."""
     name: str
-    """In the files, with {} for the number of a layer where there is one tensor a layer."""
+    """In the files, with {} for the number of a layer, and another for that of an expert, where each has a tensor."""
     shape: tuple[int, ...]
-    """Of one layer here."""
+    """Of what is one tensor there."""
     parts: tuple[tuple[int, ...], ...]
     numbers: range = range(0)
     """The layers that the parameter here is stacked of."""
+    experts: range = range(0)
+    """Its experts, where each has a tensor."""
+    turns: tuple[tuple[str, ...], ...] = ()
+    """The paths of the parameters, this one too, that take turns along the last dim of one tensor."""
     first_row: int = 0
     """Where it begins in a tensor there that holds others too, one below the other."""
     all_rows: int = 0
@@ -48,8 +54,15 @@ class Tensor:
         return "{}" in self.name
 
     @property
+    def stack(self) -> tuple[range, ...]:
+        """What stands in the name, of each leading dim here that it counts."""
+        return (self.numbers, self.experts)[: self.name.count("{}")]
+
+    @property
     def shape_there(self) -> tuple[int, ...]:
         rows, *others = (math.prod(self.shape[dim] for dim in part) for part in self.parts)
+        if self.turns:
+            others[-1] *= len(self.turns)
         return self.all_rows or rows, *others
 
     @property
@@ -72,12 +85,16 @@ class Tensor:
             size = math.prod(self.shape[dim] for dim in inner)
             before = 0 if found else self.first_row
             found.append(slice(before + bounds[outer].start * size, before + bounds[outer].stop * size))
+        if self.turns:
+            found[-1] = slice(found[-1].start * len(self.turns), found[-1].stop * len(self.turns))
         return tuple(found)
 
     def bring(self, there: np.ndarray, bounds: Bounds) -> np.ndarray:
         """What was read at `find(bounds)`, as the block here; a view, if nothing is to be added."""
         if self.shift:
             there = there.astype(np.float32) + np.float32(self.shift)
+        if self.turns:
+            there = there[..., self.turns.index(self.path) :: len(self.turns)]
         order = [dim for part in self.parts for dim in part]
         outer = {part[0] for part in self.parts}
         sizes = [bounds[dim].stop - bounds[dim].start if dim in outer else self.shape[dim] for dim in order]
@@ -85,7 +102,7 @@ class Tensor:
         return here[tuple(slice(None) if dim in outer else bounds[dim] for dim in range(here.ndim))]
 
     def send(self, here: np.ndarray) -> np.ndarray:
-        """A block here of whole heads, as it is stored there, row after row."""
+        """A block here of whole heads, as it is stored there, row after row; without those that it takes turns with."""
         if self.shift:
             here = here.astype(np.float32) - np.float32(self.shift)
         order = [dim for part in self.parts for dim in part]
@@ -149,13 +166,18 @@ def tensors(config: TransformerConfig, joined: bool = False) -> tuple[Tensor, ..
         for path, parameter in jax.tree_util.tree_leaves_with_path(parameters(config))
     }
     found, names = [], NAMES | (BOTH_NORMS if config.norms == "both" else {})
-    for name, (there, parts) in names.items():
-        own = [("", range(0))] if "{}" not in there else [("/".join(s.path) + "/", s.numbers) for s in stacks(config)]
-        for prefix, numbers in own:
+    of_layers = [("/".join(s.path) + "/", s.numbers, s.config.feed_forward) for s in stacks(config)]
+    routed = expert_names(config)
+    for name, (there, parts) in (*names.items(), *routed.items()):
+        for prefix, numbers, kind in of_layers if "{}" in there else [("", range(0), "")]:
+            # Experts have names of their own for what is called alike here.
+            if name in routed and (kind == "experts") != (routed[name][0] == there):
+                continue
             if (leaf := leaves.pop(prefix + name, None)) is None:
                 continue
             sizes = dict(zip(leaf.names, leaf.shape, strict=True))
             sizes.pop("layers", None)
+            experts = range(sizes.pop("experts") if there.count("{}") == 2 else 0)
             if "vocab" in sizes:
                 sizes["vocab"] = config.vocab_size
             shape = tuple(sizes.values())
@@ -163,12 +185,23 @@ def tensors(config: TransformerConfig, joined: bool = False) -> tuple[Tensor, ..
             parts = HEADS if len(shape) == 2 and parts == VECTOR else parts
             # Gemma multiplies by 1 + w.
             shift = 1.0 if name.endswith("norm/scale") and config.norms == "both" else 0.0
-            found.append(Tensor((*prefix.split("/")[:-1], *name.split("/")), there, shape, parts, numbers, shift=shift))
+            path = (*prefix.split("/")[:-1], *name.split("/"))
+            found.append(Tensor(path, there, shape, parts, numbers, shift=shift, experts=experts))
     if leaves:
         raise ValueError(
             f"{min(leaves)} has no tensor in the architectures of transformers; train without it to export"
         )
-    return tuple(_join(found) if joined else found)
+    return tuple(_take_turns(_join(found) if joined else found))
+
+
+def _take_turns(entries: list[Tensor]) -> list[Tensor]:
+    """The same where several are in one tensor, and none has rows of its own there."""
+
+    def turns(entry: Tensor) -> tuple[tuple[str, ...], ...]:
+        paths = [e.path for e in entries if (e.name, e.numbers) == (entry.name, entry.numbers) and not e.all_rows]
+        return tuple(paths) if len(paths) > 1 else ()
+
+    return [dataclasses.replace(entry, turns=turns(entry)) for entry in entries]
 
 
 def _join(entries: list[Tensor]) -> list[Tensor]:
@@ -185,16 +218,17 @@ def _join(entries: list[Tensor]) -> list[Tensor]:
     return joined
 
 
-def named(config: TransformerConfig, joined: bool = False) -> Mapping[str, tuple[Tensor, int | None]]:
-    """Every tensor of the files by its full name, with its layer, in the order of a forward pass.
+def named(config: TransformerConfig, joined: bool = False) -> Mapping[str, tuple[Tensor, tuple[int, ...]]]:
+    """Every tensor of the files by its full name, with the numbers in that, in the order of a forward pass.
 
     A tensor that holds several parameters comes with one of them.
     """
     first, *rest = tensors(config, joined)
     layered = {
-        entry.name.format(layer): (entry, layer)
+        entry.name.format(*numbers): (entry, numbers)
         for layer in range(config.num_layers)
         for entry in rest
-        if entry.is_stacked and layer in entry.numbers
+        if layer in entry.numbers
+        for numbers in itertools.product([layer], *entry.stack[1:])
     }
-    return {first.name: (first, None)} | layered | {e.name: (e, None) for e in rest if not e.is_stacked}
+    return {first.name: (first, ())} | layered | {e.name: (e, ()) for e in rest if not e.is_stacked}

@@ -5,6 +5,7 @@ shard is filled with what it needs alone. Every tensor of the files is used once
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -155,8 +156,7 @@ def read_params(
 
 
 def _dtype_of(files: TensorFiles, entry: Tensor) -> Any:
-    names = [entry.name.format(layer) for layer in entry.numbers] if entry.is_stacked else [entry.name]
-    kinds = (DTYPES[files.dtype(name)] for name in names)
+    kinds = (DTYPES[files.dtype(entry.name.format(*numbers))] for numbers in itertools.product(*entry.stack))
     return jnp.result_type(*kinds, *([jnp.float32] if entry.shift else []))
 
 
@@ -229,16 +229,13 @@ def _is_tied(files: TensorFiles, config: TransformerConfig, name: str, piece: in
 
 def _blocks(files: TensorFiles, entry: Tensor, piece: int, shard: Bounds) -> Iterator[tuple[list[int], np.ndarray]]:
     """(where in the shard, block) for all of a shard that has a tensor; rows that pad a table have none."""
-    for layer in range(shard[0].start, shard[0].stop) if entry.is_stacked else [0]:
-        own = shard[1:] if entry.is_stacked else shard
-        own = tuple(slice(s.start, min(s.stop, size)) for s, size in zip(own, entry.shape, strict=True))
-        if any(s.start >= s.stop for s in own):
-            continue
+    stacked, own = shard[: len(entry.stack)], shard[len(entry.stack) :]
+    own = tuple(slice(s.start, min(s.stop, size)) for s, size in zip(own, entry.shape, strict=True))
+    if any(s.start >= s.stop for s in own):
+        return
+    for place in itertools.product(*(range(s.start, s.stop) for s in stacked)):
+        name = entry.name.format(*(numbers[at] for numbers, at in zip(entry.stack, place, strict=True)))
         for bounds in entry.cut(own, piece):
-            name = entry.name.format(entry.numbers[layer]) if entry.is_stacked else entry.name
-            there = files.read(name, entry.find(bounds))
-            block = entry.bring(there, bounds)
-            at = [s.start - whole.start for s, whole in zip(bounds, own, strict=True)]
-            if entry.is_stacked:
-                at, block = [layer - shard[0].start, *at], block[None]
-            yield at, block
+            block = entry.bring(files.read(name, entry.find(bounds)), bounds)
+            first = (*place, *(s.start for s in bounds))
+            yield [at - s.start for at, s in zip(first, shard, strict=True)], block[(None,) * len(place)]

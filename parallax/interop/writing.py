@@ -4,6 +4,7 @@ Invariant: beside the parameters no more than a few pieces of PIECE elements are
 a tensor at a time, which the safetensors library, taking all of a file at once, cannot do.
 """
 
+import functools
 import json
 import math
 import os
@@ -87,15 +88,14 @@ def _write_header(out: BinaryIO, entries: dict[str, Tensor], dtype: str) -> None
     out.write(len(text).to_bytes(8, "little") + text)
 
 
-def _rows(params: Params, entry: Tensor, layer: int | None, piece: int) -> Iterator[np.ndarray]:
+def _rows(params: Params, entry: Tensor, numbers: tuple[int, ...], piece: int) -> Iterator[np.ndarray]:
     """A tensor as it is stored there, some rows at a time."""
-    leaf = params
-    for key in entry.path:
-        leaf = leaf[key]
+    place = [stacked.index(number) for stacked, number in zip(entry.stack, numbers, strict=True)]
     for bounds in entry.cut(entry.whole, piece):
-        start = [s.start for s in bounds]
-        sizes = [s.stop - s.start for s in bounds]
-        if layer is not None:
-            start, sizes = [entry.numbers.index(layer), *start], [1, *sizes]
-        block = np.asarray(_cut(leaf, tuple(np.int32(at) for at in start), tuple(sizes)))
-        yield entry.send(block[0] if entry.is_stacked else block)
+        start = tuple(np.int32(at) for at in (*place, *(s.start for s in bounds)))
+        sizes = (*(1 for _ in place), *(s.stop - s.start for s in bounds))
+        turns = []
+        for path in entry.turns or (entry.path,):
+            block = np.asarray(_cut(functools.reduce(dict.__getitem__, path, params), start, sizes))
+            turns.append(entry.send(block.reshape(sizes[len(place) :])))
+        yield np.stack(turns, axis=-1) if entry.turns else turns[0]
