@@ -170,11 +170,8 @@ class TransformerConfig:
         return self.experts.mlp_dim or self.mlp_dim
 
     def num_params(self, *, active: bool = False) -> int:
-        """Count of the parameters, from the sizes alone; equals the count of the initialised tree.
-
-        Args:
-          active: whether of the experts only as many are counted as a token goes to.
-        """
+        """Count of the parameters, from the sizes alone; equals the count of the initialised tree. If `active`, only as
+        many experts are counted as a token goes to."""
         tables = 1 if self.tie_embeddings else 2
         outside = tables * self.table_rows * self.embed_dim + self.embed_dim
         return sum(layer._layer_params(active) for layer in self.layers) + outside
@@ -328,8 +325,8 @@ GEMMA3_4B_CONFIG = TransformerConfig(
     pattern=5 * (LayerSpec(sliding_window=1024, rope_theta=10_000.0, rope_scaling=RopeScaling()),) + (LayerSpec(),),
 )  # fmt: skip
 NANO_MOE_CONFIG = TransformerConfig(
-    mlp_dim=176, experts=ExpertsConfig(num_experts=8, balance_loss=0.01, router_z_loss=1e-3)
-)
+    mlp_dim=176, experts=ExpertsConfig(num_experts=8, balance_loss=0.01, router_z_loss=1e-3),
+)  # fmt: skip
 MIXTRAL_8X7B_CONFIG = TransformerConfig(
     vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
     rope_theta=1e6, tie_embeddings=False, experts=ExpertsConfig(num_experts=8, balance_loss=0.01),
@@ -338,6 +335,13 @@ QWEN3_30B_A3B_CONFIG = TransformerConfig(
     vocab_size=151_936, embed_dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, mlp_dim=6144,
     rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tie_embeddings=False,
     experts=ExpertsConfig(num_experts=128, experts_per_token=8, mlp_dim=768, balance_loss=0.001),
+)  # fmt: skip
+GPT_OSS_20B_CONFIG = TransformerConfig(
+    vocab_size=201_088, embed_dim=2880, num_layers=24, num_heads=64, num_kv_heads=8, head_dim=64, mlp_dim=2880,
+    rope_theta=150_000.0, attention_bias=True, attention_out_bias=True, attention_sinks=True, tie_embeddings=False,
+    rope_scaling=RopeScaling(kind="yarn", factor=32.0, original_max_seq_len=4096, whole_ends=False),
+    pattern=(LayerSpec(sliding_window=128), LayerSpec()),
+    experts=ExpertsConfig(num_experts=32, experts_per_token=4, bias=True, clamp=7.0, balance_loss=0.001),
 )  # fmt: skip
 PRESETS = {
     "tiny": TINY_CONFIG,
@@ -350,6 +354,7 @@ PRESETS = {
     "nano-moe": NANO_MOE_CONFIG,
     "mixtral-8x7b": MIXTRAL_8X7B_CONFIG,
     "qwen3-30b-a3b": QWEN3_30B_A3B_CONFIG,
+    "gpt-oss-20b": GPT_OSS_20B_CONFIG,
 }
 
 

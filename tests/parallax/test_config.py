@@ -92,6 +92,7 @@ SIZES = {  # name in parallax.config: millions of parameters, as published or as
     "NANO_MOE_CONFIG": 2.44,
     "MIXTRAL_8X7B_CONFIG": 46_702.8,
     "QWEN3_30B_A3B_CONFIG": 30_532.1,
+    "GPT_OSS_20B_CONFIG": 20_914.8,
 }
 
 
@@ -148,7 +149,8 @@ def test_preset_has_the_stated_size(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("nano", 0.80), ("nano-moe", 0.82), ("mixtral-8x7b", 12_879.9), ("qwen3-30b-a3b", 3353.0)]
+    ("name", "millions"),
+    [("nano", 0.80), ("nano-moe", 0.82), ("mixtral-8x7b", 12_879.9), ("qwen3-30b-a3b", 3353.0), ("gpt-oss-20b", 4190)],
 )
 def test_a_token_meets_its_own_experts_alone(name, millions):
     assert PRESETS[name].num_params(active=True) / 1e6 == pytest.approx(millions, rel=0.01)

@@ -36,9 +36,12 @@ def test_a_config_goes_out_as_its_architecture_and_comes_in_again(kind):
     assert again.expert_dim == 20
 
 
-@pytest.mark.parametrize("name", ["nano-moe", "mixtral-8x7b", "qwen3-30b-a3b"])
-def test_presets_have_an_architecture(name):
-    assert config_to_hf(PRESETS[name])["model_type"] == {"qwen3-30b-a3b": "qwen3_moe"}.get(name, "mixtral")
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("nano-moe", "mixtral"), ("mixtral-8x7b", "mixtral"), ("qwen3-30b-a3b", "qwen3_moe"), ("gpt-oss-20b", "gpt_oss")],
+)
+def test_presets_have_an_architecture(name, kind):
+    assert config_to_hf(PRESETS[name])["model_type"] == kind
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
