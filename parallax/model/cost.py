@@ -172,6 +172,16 @@ class StepCost:
         runs = 1 + backward + (config.remat != "none")
         return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
 
+    def expert_flops(self) -> float:
+        """Those of `product_flops` that are inside experts, of which each has a part of the tokens."""
+        config = self.config
+        if not config.experts.num_experts:
+            return 0.0
+        leaves = jax.tree.leaves(parameters(config))
+        weights = sum(each.size for each in leaves if "experts" in each.names and each.role == "hidden")
+        used = weights * config.experts.experts_per_token / config.experts.num_experts
+        return 2 * used * (3 + (config.remat == "full")) * self.batch_size * self.seq_len
+
     def elementwise_bytes(self, sizes: Mapping[str, int]) -> float:
         """What a device reads and writes in a step between its matmuls, in memory, where nothing else hides it.
 
@@ -179,9 +189,8 @@ class StepCost:
         hidden units with their gate, each fused into one pass; backward twice as much. Of the logits four passes in
         float32.
         """
-        config, e, sizes = self.config, self.item, whole_axes(sizes)
-        tensor = sizes.get("tensor", 1)
-        rows = sizes.get("data", 1) * sizes.get("fsdp", 1) * sizes.get("sequence", 1)
+        config, e, tensor = self.config, self.item, whole_axes(sizes).get("tensor", 1)
+        rows = math.prod(size for axis, size in sizes.items() if axis != "tensor")
         heads = (config.num_heads + config.num_kv_heads) * config.head_dim / tensor
         a_block = 10 * config.embed_dim + 2 * heads + 3 * config.mlp_dim / tensor
         passes = 3 + (config.remat != "none")

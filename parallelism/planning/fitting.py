@@ -21,6 +21,7 @@ OVERLAP, OVERLAP_SPREAD = 1.0, 1.0
 """The same of log(overlap / (1 − overlap))."""
 CLASS_SPREAD = 0.1
 KERNEL, KERNEL_SPREAD = math.log(0.6), 0.2
+EXPERTS, EXPERTS_SPREAD = math.log(0.8), 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +43,24 @@ def fit(runs: Sequence[Run]) -> Calibration:
     count = len(generations)
 
     def calibration(x: np.ndarray) -> Calibration:
-        mean, kernel = x[:2]
-        reached, hidden = x[2 : 2 + count], x[2 + count : 2 + 2 * count]
+        mean, kernel, experts = x[:3]
+        reached, hidden = x[3 : 3 + count], x[3 + count : 3 + 2 * count]
         names = ["", *generations]
         return Calibration(
             efficiency=dict(zip(names, np.minimum(1.0, np.exp([mean, *(mean + reached)])).tolist(), strict=True)),
             overlap=dict(zip(names, (1 / (1 + np.exp(-OVERLAP - np.array([0.0, *hidden])))).tolist(), strict=True)),
-            size_class={"middle": 1.0, **dict(zip(others, np.exp(x[2 + 2 * count :]).tolist(), strict=True))},
+            size_class={"middle": 1.0, **dict(zip(others, np.exp(x[3 + 2 * count :]).tolist(), strict=True))},
             kernel=math.exp(kernel),
+            experts=math.exp(experts),
             error=0.0,
             error_unseen=0.0,
         )
 
-    center = np.array([EFFICIENCY, KERNEL] + [0.0] * (2 * count + len(others)))
+    center = np.array([EFFICIENCY, KERNEL, EXPERTS] + [0.0] * (2 * count + len(others)))
     spread = [
         0.3,
         KERNEL_SPREAD,
+        EXPERTS_SPREAD,
         *[EFFICIENCY_SPREAD] * count,
         *[OVERLAP_SPREAD] * count,
         *[CLASS_SPREAD] * len(others),
@@ -68,7 +71,8 @@ def fit(runs: Sequence[Run]) -> Calibration:
         errors = [math.log(found.seconds(run.work, run.generation) / run.seconds) / NOISE for run in runs]
         return np.array([*errors, *((x - center) / np.array(spread))])
 
-    return calibration(least_squares(residuals, center).x)
+    # A run that the formula does not describe weighs less than its square.
+    return calibration(least_squares(residuals, center, loss="soft_l1", f_scale=2.0).x)
 
 
 def leave_out(runs: Sequence[Run], like: Callable[[Run], Hashable] = id) -> list[float]:

@@ -37,6 +37,8 @@ class Cost(Protocol):
 
     def model_flops(self) -> float: ...
 
+    def expert_flops(self) -> float: ...
+
     def elementwise_bytes(self, sizes: Mapping[str, int]) -> float: ...
 
     @property
@@ -199,8 +201,10 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
     # State is read and written once; in each microbatch what is in use at its fullest is, and parameters are read
     # three times.
     moved = 2 * (parameters + optimizer) + choice.layout.accumulate * (2 * temporary + 3 * parameters)
+    experts = cost.expert_flops() / devices
     work = Work(
-        matmuls=flops / accelerator.device_flops,
+        matmuls=max(0.0, flops - experts) / accelerator.device_flops,
+        experts=experts / accelerator.device_flops,
         kernels=kernels / accelerator.device_flops,
         elementwise=cost.elementwise_bytes(choice.sizes) / accelerator.device_memory_rate,
         update=2 * (parameters + optimizer) / accelerator.device_memory_rate,
@@ -208,7 +212,7 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
         beside=sum(each.seconds for each in found if not each.in_layer),
         embed_dim=cost.embed_dim,
     )
-    computing, memory = work.matmuls + work.kernels, moved / accelerator.device_memory_rate
+    computing, memory = (flops + kernels) / accelerator.device_flops, moved / accelerator.device_memory_rate
     links = max([0.0, *(sum(each.seconds for each in found if axis in each.axes) for axis in wire)])
     expected = calibration().expected(work, generation.name, least=max(computing, memory, links))
     return Row(

@@ -34,6 +34,8 @@ class Work:
     """Which decides on the size class."""
     host: float = 0.0
     """What goes to the memory of the host and back, the longer of the two ways, beside all else."""
+    experts: float = 0.0
+    """Matmuls inside experts, of which each has few tokens."""
 
     @property
     def size_class(self) -> str:
@@ -61,6 +63,8 @@ class Calibration:
     """Efficiency of each class over that of the middle one, in all generations alike."""
     kernel: float
     """Efficiency of the attention kernel over that of matmuls, likewise."""
+    experts: float
+    """And of the matmuls inside experts."""
     error: float
     """Nine of ten are from published / (1 + this) to published × (1 + this), by a fit without runs of the model."""
     error_unseen: float
@@ -70,7 +74,9 @@ class Calibration:
         """What to expect of a step."""
         reached = self.efficiency.get(generation, self.efficiency[""])
         hidden = self.overlap.get(generation, self.overlap[""])
-        matmuls = work.matmuls / self.size_class[work.size_class] + work.kernels / self.kernel
+        matmuls = (
+            work.matmuls / self.size_class[work.size_class] + work.kernels / self.kernel + work.experts / self.experts
+        )
         computing = max(matmuls / reached + work.elementwise, work.host)
         exposed = max((1 - hidden) * work.beside, work.beside - computing)
         return computing + work.in_layer + exposed + work.update

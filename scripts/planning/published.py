@@ -12,12 +12,14 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from parallax.config import LayerSpec, TransformerConfig
+from parallax.config import TransformerConfig
+from parallax.layer_config import ExpertsConfig, LayerSpec
 from parallax.model.cost import StepCost, step_flops
 from parallelism.planning.fitting import Run
 from parallelism.planning.hardware import GENERATIONS
-from parallelism.planning.network import place, waits
+from parallelism.planning.network import collective_seconds, place, waits
 from parallelism.planning.step_time import Work
+from parallelism.rules import MESH_AXES
 from scripts.planning.published_machines import Machine, machine_of
 
 ROWS = Path(__file__).with_name("published_steps.csv")
@@ -35,7 +37,7 @@ COLUMNS = {
 }
 SHOWN_MEMORY = 0.96
 """Share of a device's memory that its compiler gives to a program: 30.75 of 32 GiB of v4, 15.75 of 16 of v5e."""
-AXES = {"tp": "tensor", "cp": "sequence", "context": "sequence", "fsdp_transpose": "fsdp"}
+AXES = {"tp": "tensor", "ep": "expert", "cp": "sequence", "context": "sequence", "fsdp_transpose": "fsdp"}
 """What others call the axes of a mesh."""
 WINDOWED = ("maxtext", "tpu-recipes")
 """Sources whose programs keep activations in shards along tensor between layers: XLA splits the matmul beside a gather
@@ -125,7 +127,7 @@ def _config(row: Mapping[str, str]) -> TransformerConfig:
 
     One of two matrices, as GPT's, has the operations and the parameters of ours with two thirds of its width. Which it
     is, and whether the output table is the input table, the source's count of parameters says. `windows` are those of a
-    pattern of layers, 0 for none.
+    pattern of layers, 0 for none. With `dense_every` n the first of n layers has no experts.
     """
     names = {"num_layers": "layers", "embed_dim": "emb", "mlp_dim": "mlp", "num_heads": "q_heads"}
     names |= {"num_kv_heads": "kv_heads", "head_dim": "head_dim", "vocab_size": "vocab"}
@@ -135,9 +137,17 @@ def _config(row: Mapping[str, str]) -> TransformerConfig:
         raise ValueError("the sizes of the model are not those of one stack of like layers, or not stated") from None
     windows = [int(window) for window in row.get("windows", "").split()]
     pattern = tuple(LayerSpec(sliding_window=window) for window in windows)
+    if every := _count(row, "dense_every"):
+        pattern = (LayerSpec(feed_forward="dense"), *(LayerSpec(feed_forward="experts") for _ in range(every - 1)))
+    experts = ExpertsConfig(
+        num_experts=_count(row, "experts"),
+        experts_per_token=_count(row, "active") or 1,
+        mlp_dim=_count(row, "expert_mlp"),
+        shared_mlp_dim=_count(row, "shared_mlp"),
+    )
     attention = "splash" if row["chip"] in GENERATIONS else "cudnn"
     config = TransformerConfig(
-        **sizes, pattern=pattern, attention=attention, tie_embeddings=False, dtype="bfloat16", max_seq_len=2**20
+        **sizes, pattern=pattern, experts=experts, attention=attention, tie_embeddings=False, dtype="bfloat16"
     )
     like = [config, dataclasses.replace(config, mlp_dim=2 * config.mlp_dim // 3)]
     like += [dataclasses.replace(each, tie_embeddings=True) for each in like]
@@ -150,17 +160,22 @@ def _config(row: Mapping[str, str]) -> TransformerConfig:
     return found
 
 
+def _count(row: Mapping[str, str], name: str) -> int:
+    """0 where nothing is stated."""
+    return int(row.get(name) or 0)
+
+
 def _sizes(sharding: str, devices: int) -> dict[str, int]:
     """Devices along each mesh axis, those of all slices together, in the order of a mesh."""
     sizes: dict[str, int] = {}
     for axis, size in re.findall(r"([a-z_]+)\s*=\s*(\d+)", sharding):
         name = AXES.get(axis, axis)
-        if name not in ("data", "fsdp", "sequence", "tensor"):
+        if name not in MESH_AXES:
             raise ValueError(f"is split along {axis}, which is no mesh axis here")
         sizes[name] = sizes.get(name, 1) * int(size)
     if math.prod(sizes.values()) != devices or not sizes:
         raise ValueError(f"the layout {sharding!r} does not say how {devices} devices are used")
-    return {axis: sizes[axis] for axis in ("data", "fsdp", "sequence", "tensor") if axis in sizes}
+    return {axis: sizes[axis] for axis in MESH_AXES if axis in sizes}
 
 
 def _seconds(row: Mapping[str, str], config: TransformerConfig, tokens: float) -> float:
@@ -179,11 +194,14 @@ def _seconds(row: Mapping[str, str], config: TransformerConfig, tokens: float) -
 
 
 def stated_flops(row: Mapping[str, str], config: TransformerConfig) -> float:
-    """Operations a token by the source's own rule: 6 a weight of each matmul, and attention in full, or half of it."""
+    """Operations a token by the source's own rule.
+
+    6 for each weight of a matmul that it goes through, and attention in full, or half of it.
+    """
     heads = config.num_heads * config.head_dim
     table = config.vocab_size * config.embed_dim
     tables = (1 if config.tie_embeddings else 2) * config.table_rows * config.embed_dim
-    weights = config.num_params() - tables + table
+    weights = config.num_params(active=True) - tables + table
     half = "causal half" in row["flop_convention"]
     return 6 * weights + (6 if half else 12) * config.num_layers * heads * int(row["seq"])
 
@@ -206,30 +224,49 @@ def _kept(remat: str) -> tuple[Set[str], Set[str]]:
     return device | ({INPUT} - host), host
 
 
-def _widths(config: TransformerConfig) -> dict[str, int]:
+def _hidden(config: TransformerConfig, capacity: float = 1.0) -> tuple[float, float]:
+    """Hidden width of the feed-forwards that a token goes through in a layer, dense and of experts, on average."""
+    layers, experts = config.layers, config.experts
+    routed = sum(layer.feed_forward == "experts" for layer in layers) / len(layers)
+    dense = (1 - routed) * config.mlp_dim + routed * experts.shared_mlp_dim
+    return dense, routed * capacity * experts.experts_per_token * config.expert_dim
+
+
+def _widths(config: TransformerConfig, capacity: float) -> dict[str, float]:
     """Numbers of a token in each array of a block."""
     heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     widths = {INPUT: config.embed_dim, "q": heads, "k": keys, "v": keys, "context": heads}
-    return widths | {"out_proj": config.embed_dim, "mlpwi": 2 * config.mlp_dim, "mlpwo": config.embed_dim}
+    return widths | {
+        "out_proj": config.embed_dim,
+        "mlpwi": 2 * sum(_hidden(config, capacity)),
+        "mlpwo": config.embed_dim,
+    }
+
+
+def _capacity(remat: str) -> float:
+    """By how much more tokens than there are experts are made for, where there is a limit; else 1."""
+    found = re.search(r"capacity ([\d.]+)", remat)
+    return float(found[1]) if found else 1.0
 
 
 def _work(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], machine: Machine) -> Work:
     config, devices = cost.config, machine.devices
     tokens = cost.batch_size * cost.seq_len / devices
     device, host = _kept(row["remat"])
-    widths = _widths(config)
-    weights = {name: config.embed_dim * widths[name] for name in ("q", "k", "v", "mlpwi")}
-    weights["out_proj"] = widths["context"] * config.embed_dim
+    capacity = _capacity(row["remat"])
+    widths, (dense, routed) = _widths(config, capacity), _hidden(config, capacity)
+    weights = {name: config.embed_dim * widths[name] for name in ("q", "k", "v")}
+    weights |= {"out_proj": widths["context"] * config.embed_dim, "mlpwi": 2 * config.embed_dim * dense}
     again = sum(size for name, size in weights.items() if name not in device | host)
-    flops = cost.product_flops(sizes) / devices + 2 * config.num_layers * again * tokens
+    # Those inside experts apart. A limited capacity adds room to them, and matmuls that put tokens there and back.
+    inside = 6 * config.embed_dim * routed * (3 + 2 / 3 * ("mlpwi" not in device | host)) * config.num_layers
+    counted = 18 * config.embed_dim * _hidden(config)[1] * config.num_layers
+    if capacity > 1:
+        slots = capacity * cost.seq_len * config.experts.experts_per_token
+        inside += 3 * 4 * slots * config.embed_dim * config.num_layers
+    flops = cost.product_flops(sizes) / devices + (2 * config.num_layers * again - counted) * tokens
     attended = cost if "context" in device | host else _with_remat(cost, "full")
-    in_layer = beside = 0.0
-    windowed = row["source"].startswith(WINDOWED) or "async" in row["sharding"]
-    for each in waits(_with_remat(cost, "full" if again else "none").sent(sizes), place(sizes, machine.dims)):
-        if each.in_layer and not (windowed and "tensor" in each.axes):
-            in_layer += each.seconds
-        else:
-            beside += each.seconds
+    in_layer, beside = _collectives(row, _with_remat(cost, "full" if again else "none"), sizes, machine)
     offloaded = cost.item * tokens * config.num_layers * sum(widths[name] for name in host)
     # All arrays of a block are in shards along tensor, as if it cut the sequence.
     apart = {**sizes, "tensor": 1, "sequence": sizes.get("sequence", 1) * sizes.get("tensor", 1)}
@@ -242,17 +279,52 @@ def _work(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], mach
         beside=beside,
         embed_dim=config.embed_dim,
         host=offloaded / machine.host_rate,
+        experts=inside * tokens / machine.flops,
     )
+
+
+def _collectives(
+    row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], machine: Machine
+) -> tuple[float, float]:
+    """Seconds of those that a layer waits for, and of those beside it.
+
+    Along expert tokens travel to their experts and back, forward, backward and where it is computed again, and the
+    other parameters are gathered as along fsdp, experts only from the devices that hold the same.
+    """
+    config, paths = cost.config, place(sizes, machine.dims)
+    windowed = row["source"].startswith(WINDOWED) or "async" in row["sharding"]
+    parts = sizes.get("expert", 1)
+    alike = {axis: size for axis, size in sizes.items() if axis != "expert"}
+    alike["fsdp"] = alike.get("fsdp", 1) * parts
+    weights = config.num_params()
+    apart = weights - config.num_params(active=True) if parts > 1 else 0
+    in_layer = beside = 0.0
+    for each in waits(cost.sent(alike), {**paths, "fsdp": (*paths.get("fsdp", ()), *paths.get("expert", ()))}):
+        if each.in_layer and not (windowed and "tensor" in each.axes):
+            in_layer += each.seconds
+        else:
+            beside += each.seconds * (1 - apart / weights * (1 - 1 / parts))
+    if parts > 1:
+        tokens = cost.batch_size * cost.seq_len / machine.devices
+        once = tokens * config.experts.experts_per_token * config.embed_dim * cost.item * (1 - 1 / parts)
+        times = config.num_layers * (4 + 2 * (config.remat == "full"))
+        in_layer += collective_seconds("all-to-all", times * once, paths["expert"], times)
+    return in_layer, beside
 
 
 def _with_remat(cost: StepCost, remat: str) -> StepCost:
     return dataclasses.replace(cost, config=dataclasses.replace(cost.config, remat=remat))
 
 
+def _shards(sizes: Mapping[str, int]) -> int:
+    """In how many parts parameters are."""
+    return sizes.get("fsdp", 1) * sizes.get("tensor", 1) * sizes.get("expert", 1)
+
+
 def _state_bytes(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int]) -> float:
     """Of a device: parameters and two moments, in float32 or all of them in bfloat16."""
     item = 2 if row["weight_dtype"] == "bf16" else 4
-    return 3 * item * cost.config.num_params() / (sizes.get("fsdp", 1) * sizes.get("tensor", 1))
+    return 3 * item * cost.config.num_params() / _shards(sizes)
 
 
 def _memory(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], devices: int) -> float:
@@ -264,12 +336,13 @@ def _memory(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], de
     """
     config, item = cost.config, cost.item
     tokens = cost.batch_size * cost.seq_len / devices
-    widths, (device, _) = _widths(config), _kept(row["remat"])
+    widths, (device, _) = _widths(config, _capacity(row["remat"])), _kept(row["remat"])
     kept = item * config.num_layers * sum(widths[name] for name in device)
     scores = 10 * config.num_heads * cost.seq_len if row.get("attention") == "dot_product" else 0
     heads = 2 * (widths["q"] + widths["k"] + widths["v"])
-    at_work = 8 * config.embed_dim + item * (heads + 4 * config.mlp_dim) + scores
-    matrix = item * config.embed_dim * config.mlp_dim / sizes.get("tensor", 1)
+    at_work = 8 * config.embed_dim + item * (heads + 2 * widths["mlpwi"]) + scores
+    hidden = max(config.mlp_dim, config.experts.num_experts * config.expert_dim / sizes.get("expert", 1))
+    matrix = item * config.embed_dim * hidden / sizes.get("tensor", 1)
     gathered = 3 * matrix if sizes.get("fsdp", 1) > 1 else 0.0
     tiling = re.search(r"vocab tiling (\d+)", row["remat"])
     logits = 4 * config.vocab_size / (int(tiling[1]) if tiling else 1)

@@ -44,6 +44,9 @@ class Fixed:
     def model_flops(self):
         return self.flops / 2
 
+    def expert_flops(self):
+        return 0.0
+
     def elementwise_bytes(self, sizes):
         return 0.0
 

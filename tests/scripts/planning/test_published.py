@@ -26,7 +26,7 @@ def laid():
 def test_no_row_is_left_out_without_its_reason(laid):
     found, left = laid
     assert len(found) + len(left) == len(ALL)
-    assert len(found) >= 40
+    assert len(found) >= 48
     assert all(
         reason.startswith(("computes in", "ran on", "is split", "has ", "the ", "states", "what"))
         for reason in left.values()
@@ -63,6 +63,14 @@ def test_a_feed_forward_of_two_matrices_has_two_thirds_of_the_width():
     """MaxText's 22B of 2023 has 2 × 6144 × 24576 weights in the feed-forward of a block."""
     assert config_of(ALL["v4-22B-1x"]).mlp_dim * 3 == 2 * 24576
     assert config_of(ALL["v4-22B-head"]).mlp_dim == 24576
+
+
+def test_experts_are_counted_in_all_and_as_a_token_goes_through_them():
+    """Llama 4 Maverick: 128 experts in every other layer, of which a token takes one, beside one that all take."""
+    config = config_of(ALL["llama4-maverick-v5p-256"])
+    assert config.num_params() / 1e9 == pytest.approx(400, rel=0.02)
+    assert config.num_params(active=True) / 1e9 == pytest.approx(17, rel=0.05)
+    assert [layer.feed_forward for layer in config.layers[:4]] == ["dense", "experts"] * 2
 
 
 def test_a_table_that_is_none_is_refused(tmp_path):
