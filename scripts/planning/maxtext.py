@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from parallax.config import TransformerConfig
+from parallax.layer_config import ExpertsConfig
 
 Values = dict[str, Any]
 
@@ -30,11 +31,11 @@ SIZES = {
     "head_dim": "head_dim",
     "vocab_size": "vocab_size",
 }
-BLOCKS = ("default", "llama2", "mistral", "qwen2", "qwen3")
-"""Values of decoder_block that are the block of this model: RMSNorm, rotary embeddings, SwiGLU."""
+BLOCKS = ("default", "llama2", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+"""Values of decoder_block that are the block of this model: RMSNorm, rotary embeddings, SwiGLU, experts."""
 AXES = {
     "data": "data", "fsdp": "fsdp", "fsdp_transpose": "fsdp", "sequence": "sequence", "context": "sequence",
-    "tensor": "tensor", "tensor_transpose": "tensor", "tensor_sequence": "tensor",
+    "tensor": "tensor", "tensor_transpose": "tensor", "tensor_sequence": "tensor", "expert": "expert",
 }  # fmt: skip
 """Its parallelisms that are mesh axes here; any other must be 1."""
 REMAT: dict[str, Literal["none", "dots", "full"]] = {
@@ -47,7 +48,8 @@ REMAT: dict[str, Literal["none", "dots", "full"]] = {
 OTHER = {
     "base_config", "model_name", "dtype", "weight_dtype", "quantization", "mlp_activations", "decoder_block",
     "logits_via_embedding", "use_qk_norm", "attention_bias", "dropout_rate", "gradient_accumulation_steps",
-    "remat_policy", "global_parameter_scale", "num_experts", "attention_type", "sliding_window_size",
+    "remat_policy", "global_parameter_scale", "attention_type", "sliding_window_size",
+    "num_experts", "num_experts_per_tok", "base_moe_mlp_dim", "capacity_factor", "load_balance_loss_weight",
 }  # fmt: skip
 """Fields that are read by themselves."""
 
@@ -148,6 +150,19 @@ def _model(values: Values) -> TransformerConfig:
         qk_norm=bool(values.get("use_qk_norm", False)),
         attention_bias=bool(values.get("attention_bias", False)),
         sliding_window=_whole({"window": window}, "window"),
+        experts=_experts(values),
+    )
+
+
+def _experts(values: Values) -> ExpertsConfig:
+    """1 of them is a dense feed-forward there."""
+    if values.get("num_experts", 1) == 1:
+        return ExpertsConfig()
+    return ExpertsConfig(
+        num_experts=_whole(values, "num_experts"),
+        experts_per_token=_whole({"num_experts_per_tok": 1} | values, "num_experts_per_tok"),
+        mlp_dim=max(0, _whole({"base_moe_mlp_dim": 0} | values, "base_moe_mlp_dim")),
+        balance_loss=_number({"load_balance_loss_weight": 0.0} | values, "load_balance_loss_weight"),
     )
 
 
@@ -161,8 +176,6 @@ def _refuse(values: Values) -> None:
         raise ValueError(f"mlp_activations={values['mlp_activations']} has no counterpart; try ['silu','linear']")
     if values.get("quantization"):
         raise ValueError(f"quantization={values['quantization']} has no counterpart; try quantization=''")
-    if values.get("num_experts", 1) != 1:
-        raise ValueError(f"num_experts={values['num_experts']} has no counterpart yet; try num_experts=1")
     if values.get("global_parameter_scale", 1) != 1:
         scale = values["global_parameter_scale"]
         raise ValueError(f"global_parameter_scale={scale} is not read; give the base_ sizes as they come out")
@@ -191,6 +204,8 @@ def _notes(values: Values) -> list[str]:
         notes.append(f"remat_policy={policy} has no counterpart; full comes next to it")
     if str(values.get("weight_dtype", "float32")) != "float32":
         notes.append(f"weight_dtype={values['weight_dtype']} has no counterpart; parameters are float32 here")
+    if _number({"capacity_factor": -1.0} | values, "capacity_factor") > 0:
+        notes.append(f"capacity_factor={values['capacity_factor']} has no counterpart; no token is dropped here")
     read = {*SIZES.values(), *DEFAULTS, *OTHER}
     others = [key for key in values if key not in read and not key.endswith("_parallelism")]
     if others:

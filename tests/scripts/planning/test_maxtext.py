@@ -59,6 +59,16 @@ def test_what_is_left_goes_to_the_axis_of_minus_one(config):
     assert read_maxtext(config(SIZES)).layout(64) == {"fsdp": 64}  # as its base.yml says
 
 
+def test_experts_are_taken_over(config):
+    text = "num_experts: 8\nnum_experts_per_tok: 2\nbase_moe_mlp_dim: 256\ndecoder_block: mixtral\n"
+    found = read_maxtext(config(f"{SIZES}{text}ici_expert_parallelism: 4\ncapacity_factor: 1.25\n"))
+    experts = found.model.experts
+    assert (experts.num_experts, experts.experts_per_token, experts.mlp_dim) == (8, 2, 256)
+    assert found.parallelisms["expert"] == 4
+    assert found.notes == ["capacity_factor=1.25 has no counterpart; no token is dropped here"]
+    assert read_maxtext(config(f"{SIZES}num_experts: 1\n")).model.experts.num_experts == 0
+
+
 def test_what_has_no_counterpart_is_named(config):
     text = "remat_policy: save_dot_except_mlp\nweight_dtype: bfloat16\nsteps: 10\nprofiler: xplane\n"
     remat, weights, fields = read_maxtext(config(SIZES + text)).notes
