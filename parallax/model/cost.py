@@ -123,6 +123,10 @@ class StepCost:
     def embed_dim(self) -> int:
         return self.config.embed_dim
 
+    @property
+    def num_experts(self) -> int:
+        return self.config.experts.num_experts
+
     def model_flops(self) -> float:
         """Operations of the model in a step over all devices, as utilisation wants them: nothing recomputed."""
         return step_flops(self.config, self.batch_size, self.seq_len)

@@ -22,6 +22,7 @@ OVERLAP, OVERLAP_SPREAD = 1.0, 1.0
 CLASS_SPREAD = 0.1
 KERNEL, KERNEL_SPREAD = math.log(0.6), 0.2
 EXPERTS, EXPERTS_SPREAD = math.log(0.8), 0.2
+MANY_EXPERTS, MANY_EXPERTS_SPREAD = math.log(0.5), 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,24 +44,25 @@ def fit(runs: Sequence[Run]) -> Calibration:
     count = len(generations)
 
     def calibration(x: np.ndarray) -> Calibration:
-        mean, kernel, experts = x[:3]
-        reached, hidden = x[3 : 3 + count], x[3 + count : 3 + 2 * count]
+        mean, kernel, few, many = x[:4]
+        reached, hidden = x[4 : 4 + count], x[4 + count : 4 + 2 * count]
         names = ["", *generations]
         return Calibration(
             efficiency=dict(zip(names, np.minimum(1.0, np.exp([mean, *(mean + reached)])).tolist(), strict=True)),
             overlap=dict(zip(names, (1 / (1 + np.exp(-OVERLAP - np.array([0.0, *hidden])))).tolist(), strict=True)),
-            size_class={"middle": 1.0, **dict(zip(others, np.exp(x[3 + 2 * count :]).tolist(), strict=True))},
+            size_class={"middle": 1.0, **dict(zip(others, np.exp(x[4 + 2 * count :]).tolist(), strict=True))},
             kernel=math.exp(kernel),
-            experts=math.exp(experts),
+            experts={"few": math.exp(few), "many": math.exp(many)},
             error=0.0,
             error_unseen=0.0,
         )
 
-    center = np.array([EFFICIENCY, KERNEL, EXPERTS] + [0.0] * (2 * count + len(others)))
+    center = np.array([EFFICIENCY, KERNEL, EXPERTS, MANY_EXPERTS] + [0.0] * (2 * count + len(others)))
     spread = [
         0.3,
         KERNEL_SPREAD,
         EXPERTS_SPREAD,
+        MANY_EXPERTS_SPREAD,
         *[EFFICIENCY_SPREAD] * count,
         *[OVERLAP_SPREAD] * count,
         *[CLASS_SPREAD] * len(others),

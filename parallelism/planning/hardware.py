@@ -47,6 +47,8 @@ class Generation:
     """Chips of its largest slice."""
     devices_per_chip: int = 1
     """A chip of v2, v3 or tpu7x shows as two JAX devices, which share its memory and its links."""
+    pair_rate: float = 0.0
+    """Bytes a second one way between the devices of a chip, where a link joins them."""
     cores_per_name: int = 2
     """How many of the number in an accelerator's name make a chip: cores, but chips for v5e and v6e."""
     splash: bool = True
@@ -69,7 +71,8 @@ GENERATIONS = {
         Generation("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * GIB, 2765e9, 90e9, 6.25e9, 3, 4, 6144),
         Generation("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 90e9, 12.5e9, 2, 16, 256,
                    cores_per_name=1, on_chip=ON_CHIP),
-        Generation("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7380e9, 100e9, 12.5e9, 3, 4, 9216, devices_per_chip=2),
+        Generation("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7380e9, 100e9, 12.5e9, 3, 4, 9216,
+                   devices_per_chip=2, pair_rate=600e9),  # six times a link, by Google's page of it
     )
 }
 # fmt: on
@@ -141,8 +144,8 @@ class Accelerator:
             closed = cubes if generation.torus_dims == 3 else side == generation.ring
             rate = generation.link_rate / devices
             found.append(Dim("links", side, rate, "ring" if closed else "line", HOP))
-        if devices > 1:  # no link joins them: what one writes to the chip's memory the other reads
-            rate = generation.memory_rate / (2 * devices)
+        if devices > 1:  # where no link joins them, the other reads what one writes to the chip's memory
+            rate = generation.pair_rate or generation.memory_rate / (2 * devices)
             found.append(Dim("chip", devices, rate, "switch", 0.0))
         return tuple(found)
 

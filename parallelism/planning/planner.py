@@ -44,6 +44,9 @@ class Cost(Protocol):
     @property
     def embed_dim(self) -> int: ...
 
+    @property
+    def num_experts(self) -> int: ...
+
     def temporary_bytes(self, sizes: Mapping[str, int], parameter_bytes: float, on_chip: float) -> float: ...
 
     def evaluation_bytes(self, sizes: Mapping[str, int], parameter_bytes: float) -> float: ...
@@ -205,6 +208,7 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
     work = Work(
         matmuls=max(0.0, flops - experts) / accelerator.device_flops,
         experts=experts / accelerator.device_flops,
+        num_experts=cost.num_experts,
         kernels=kernels / accelerator.device_flops,
         elementwise=cost.elementwise_bytes(choice.sizes) / accelerator.device_memory_rate,
         update=2 * (parameters + optimizer) / accelerator.device_memory_rate,

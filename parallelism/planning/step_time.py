@@ -14,6 +14,9 @@ FITTED = Path(__file__).with_name("calibration.json")
 SIZE_CLASSES = {"narrow": 0, "middle": 6144, "wide": 12288}
 """By the width of the residual stream, from this many numbers on."""
 
+MANY = 64
+"""Experts to choose from. Of so many each has few tokens, and more time goes into sorting and moving these."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -35,11 +38,16 @@ class Work:
     host: float = 0.0
     """What goes to the memory of the host and back, the longer of the two ways, beside all else."""
     experts: float = 0.0
-    """Matmuls inside experts, of which each has few tokens."""
+    """Matmuls inside experts, of which each has a part of the tokens."""
+    num_experts: int = 0
 
     @property
     def size_class(self) -> str:
         return [name for name, least in SIZE_CLASSES.items() if self.embed_dim >= least][-1]
+
+    @property
+    def experts_class(self) -> str:
+        return "many" if self.num_experts >= MANY else "few"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +71,8 @@ class Calibration:
     """Efficiency of each class over that of the middle one, in all generations alike."""
     kernel: float
     """Efficiency of the attention kernel over that of matmuls, likewise."""
-    experts: float
-    """And of the matmuls inside experts."""
+    experts: Mapping[str, float]
+    """And of the matmuls inside experts, where these are few and where they are many."""
     error: float
     """Nine of ten are from published / (1 + this) to published × (1 + this), by a fit without runs of the model."""
     error_unseen: float
@@ -75,7 +83,9 @@ class Calibration:
         reached = self.efficiency.get(generation, self.efficiency[""])
         hidden = self.overlap.get(generation, self.overlap[""])
         matmuls = (
-            work.matmuls / self.size_class[work.size_class] + work.kernels / self.kernel + work.experts / self.experts
+            work.matmuls / self.size_class[work.size_class]
+            + work.kernels / self.kernel
+            + work.experts / self.experts[work.experts_class]
         )
         computing = max(matmuls / reached + work.elementwise, work.host)
         exposed = max((1 - hidden) * work.beside, work.beside - computing)

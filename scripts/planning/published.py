@@ -213,14 +213,14 @@ def _kept(remat: str) -> tuple[Set[str], Set[str]]:
         return {INPUT} | KEPT[remat] - host, host
     if "selective" in remat or "SAC" in remat:  # of torchtitan: attention, and each second matmul
         return {INPUT, "q", "v", "context"}, set()
-    if not remat.startswith("custom"):
-        raise ValueError(f"what remat={remat!r} keeps is not known")
     device: set[str] = set()
     host: set[str] = set()
-    for part in re.split(r"[:;]", remat)[1:]:
+    for part in re.split(r"[:;]", remat):
         names = set(re.findall(r"\w+", part)) & {INPUT, *BLOCK}
         if "remat" not in part:
             (host if "host" in part else device).update(names)
+    if not device | host:
+        raise ValueError(f"what remat={remat!r} keeps is not known")
     return device | ({INPUT} - host), host
 
 
@@ -280,6 +280,7 @@ def _work(row: Mapping[str, str], cost: StepCost, sizes: Mapping[str, int], mach
         embed_dim=config.embed_dim,
         host=offloaded / machine.host_rate,
         experts=inside * tokens / machine.flops,
+        num_experts=config.experts.num_experts,
     )
 
 

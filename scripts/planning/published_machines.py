@@ -56,9 +56,10 @@ def machine_of(row: Mapping[str, str]) -> Machine:
 
 
 def _tpu(generation: Generation, chips: int, slices: int) -> Machine:
-    one = Accelerator("", generation, _sides(chips, generation), slices)
+    all_slices = Accelerator("", generation, _sides(chips, generation), slices)
     host = HOST_RATE / (1 if generation.name in ("v6e", "tpu7x") else 2) / generation.devices_per_chip
-    return Machine(generation.name, one.device_flops, one.device_memory, one.device_memory_rate, host, one.dims)
+    flops, memory, rate = all_slices.device_flops, all_slices.device_memory, all_slices.device_memory_rate
+    return Machine(generation.name, flops, memory, rate, host, all_slices.dims)
 
 
 def _sides(chips: int, generation: Generation) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ class Fixed:
     wire: float = 1e8
     evaluation: float = 0.0
     embed_dim: int = 8192
+    num_experts: int = 0
 
     def model_flops(self):
         return self.flops / 2

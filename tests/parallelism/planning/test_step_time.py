@@ -13,7 +13,7 @@ TRUE = Calibration(
     overlap={"": 0.7, "a": 0.9, "b": 0.5},
     size_class={"narrow": 0.9, "middle": 1.0, "wide": 1.1},
     kernel=0.6,
-    experts=0.5,
+    experts={"few": 0.5, "many": 0.25},
     error=0.1,
     error_unseen=0.5,
 )
@@ -29,6 +29,8 @@ def test_a_step_waits_for_what_matmuls_do_not_hide():
         (8 / 0.9 + 1) / 0.8 + 0.5 + 1.0 + 0.2 + 0.25
     )
     assert TRUE.seconds(dataclasses.replace(WORK, experts=0.5), "a") == pytest.approx(10 / 0.8 + 0.5 + 1.0 + 0.2 + 0.25)
+    many = dataclasses.replace(WORK, experts=0.5, num_experts=128)
+    assert TRUE.seconds(many, "a") == pytest.approx(11 / 0.8 + 0.5 + 1.0 + 0.2 + 0.25)
     assert TRUE.seconds(dataclasses.replace(WORK, host=50.0), "a") == pytest.approx(50.0 + 1.0 + 0.2 + 0.25)
 
 
