@@ -235,8 +235,12 @@ def _hidden(config: TransformerConfig, capacity: float = 1.0) -> tuple[float, fl
 def _widths(config: TransformerConfig, capacity: float) -> dict[str, float]:
     """Numbers of a token in each array of a block."""
     heads, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    widths = {INPUT: config.embed_dim, "q": heads, "k": keys, "v": keys, "context": heads}
-    return widths | {
+    return {
+        INPUT: config.embed_dim,
+        "q": heads,
+        "k": keys,
+        "v": keys,
+        "context": heads,
         "out_proj": config.embed_dim,
         "mlpwi": 2 * sum(_hidden(config, capacity)),
         "mlpwo": config.embed_dim,
