@@ -1,15 +1,19 @@
-"""Measures prepare.py and the batches of its stores on synthetic jsonl, beside the tokenizer alone on the same text.
+"""Measures prepare.py and the batches of its stores on synthetic jsonl, beside what a user would take instead.
 
-    python tests/claims/data_scale.py --megabytes 2000 --output docs/evidence/data.md
+    python tests/claims/data_scale.py --output docs/evidence/data.md
 
-It needs five times the size of the text on the disk of --folder, and what it shows holds for this machine.
+2 GB take about twenty minutes on two cores, and five times their size on the disk of --folder. Contenders take turns,
+each a process of its own with all cores; what is shown holds for this machine. `datasets` must be installed, which the
+extra `bench` brings.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -18,6 +22,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
@@ -26,13 +31,17 @@ import numpy as np
 from data.corpus import load_corpus
 from data.pipeline import prepare, tokenizer_for, training_batches
 from data.stores.store import file_name, manifest_sha256, open_store
-from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.bpe import train_bpe
 from parallax.tokenizers.registry import load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VOCABULARY, BATCH_SIZE, SEQ_LEN = 32_000, 32, 2048
 CLAIMED = 10**13
+SLICE = 200 * 10**6
+"""Bytes of the text, at its start and at its end, on which the tokenizer alone is timed."""
+ROUND_SECONDS, ROUNDS = 15, 3
+"""What the tokenizer alone takes of the text of a comparison, and how often all contenders have their turn."""
+FLAGS = ["--config", "tiny", "--steps", "1", "--batch-size", "8", "--seq-len", "256", "--eval-tokens", "2048"]
 
 
 def write_text(path: Path, size: int) -> None:
@@ -49,22 +58,42 @@ def write_text(path: Path, size: int) -> None:
                 return
 
 
+def cut(path: Path, target: Path, start: int, size: int) -> None:
+    """Whole lines of a file, about `size` bytes from `start` on."""
+    with path.open("rb") as source, target.open("wb") as file:
+        if start:
+            source.seek(start)
+            source.readline()
+        while size > 0 and (line := source.readline()):
+            size -= file.write(line)
+
+
 def texts(path: Path) -> Iterator[str]:
     with path.open() as file:
         yield from (json.loads(line)["text"] for line in file)
 
 
-def encode_alone(path: Path, tokenizer: Tokenizer) -> float:
-    """Seconds that the library's encode_batch takes, with all of its threads, reading aside."""
-    import tokenizers
+class Measured(NamedTuple):
+    """A command: seconds from its start to its end, and the most memory of its processes together, in bytes."""
 
-    model = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_json()["definition"]))
-    documents, seconds = texts(path), 0.0
-    while batch := list(islice(documents, 1000)):
-        began = time.perf_counter()
-        model.encode_batch(batch)
-        seconds += time.perf_counter() - began
-    return seconds
+    seconds: float
+    memory: int
+    printed: str
+
+
+def measure(*command: object) -> Measured:
+    began, most = time.perf_counter(), 0
+    words = [sys.executable, *map(str, command)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        ended = threading.Event()
+        while process.poll() is None:
+            most = max(most, resident(process.pid))
+            ended.wait(0.1)
+        printed = process.stdout.read() if process.stdout else ""
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    return Measured(time.perf_counter() - began, most, printed)
 
 
 def resident(pid: int) -> int:
@@ -85,24 +114,62 @@ def children(pid: int) -> list[int]:
         return []
 
 
-def run_prepare(*arguments: str) -> tuple[float, int]:
-    """Seconds from the start of the command to its end, and the most memory of its processes together."""
-    began, most = time.perf_counter(), 0
-    with subprocess.Popen([sys.executable, str(ROOT / "scripts/prepare.py"), *arguments]) as process:
-        ended = threading.Event()
-        while process.poll() is None:
-            most = max(most, resident(process.pid))
-            ended.wait(0.1)
-    if process.returncode:
-        raise SystemExit(process.returncode)
-    return time.perf_counter() - began, most
+def run_prepare(text: Path, tokenizer: Path, store: Path, *flags: str) -> Measured:
+    return measure(ROOT / "scripts/prepare.py", text, "--tokenizer", tokenizer, "--output", store, *flags)
 
 
-def open_and_draw(store: Path) -> tuple[float, float, float]:
-    """Seconds to the first batch, to batch 10^7 of another iterator, and tokens a second of 200 batches."""
+def run_contender(name: str, text: Path, tokenizer: Path, output: Path) -> Measured:
+    end = load_tokenizer(tokenizer / "tokenizer.json").eos_id
+    return measure(
+        Path(__file__).with_name("data_contenders.py"), name, text, tokenizer / "tokenizer.json", end, output
+    )
+
+
+def megabytes(path: Path) -> float:
+    return os.path.getsize(path) / 1e6
+
+
+def compare(text: Path, tokenizer: Path, folder: Path) -> list[str]:
+    """Rows of a table: all contenders on one text, taking turns; the ids of all must be the same."""
+    found: dict[str, list[Measured]] = {"prepare.py": [], "nanogpt": [], "datasets_map": []}
+    tokens = 0
+    for turn in range(ROUNDS):
+        ids = {}
+        for name in [*found][turn:] + [*found][:turn]:
+            with tempfile.TemporaryDirectory(dir=folder) as made:
+                if name == "prepare.py":
+                    store = Path(made, "made.store")
+                    found[name].append(run_prepare(text, tokenizer, store, "--held-out", "0"))
+                    ids[name] = open_store(store).train.read(0, 10**6)
+                    tokens = open_store(store).manifest["tokens"]
+                else:
+                    found[name].append(run_contender(name, text, tokenizer, Path(made, "ids")))
+                    ids[name] = np.fromfile(Path(made, "ids"), np.uint16)[: 10**6]
+                    if Path(made, "ids").stat().st_size != 2 * tokens and tokens:
+                        raise SystemExit(f"{name} made another number of tokens than prepare.py")
+        if any((each != ids["prepare.py"]).any() for each in ids.values()):
+            raise SystemExit("the contenders made other tokens")
+    rows = []
+    for name, runs in found.items():
+        ratios = [run.seconds / ours.seconds for run, ours in zip(runs, found["prepare.py"], strict=True)]
+        speed = statistics.median(tokens / run.seconds for run in runs)
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+        rows.append(f"| {TITLES[name]} | {speed:,.0f} | {spread} | {max(run.memory for run in runs) / 1e6:,.0f} MB |")
+    return rows
+
+
+TITLES = {
+    "prepare.py": "`prepare.py`",
+    "nanogpt": "as nanoGPT's `prepare.py` for Shakespeare, a single process",
+    "datasets_map": "`datasets.map` and `tokenizers`, 2 processes",
+}
+
+
+def open_and_draw(store: Path, packing: str) -> tuple[float, float, float]:
+    """Seconds to the first batch, to batch 10^7 as a run resumed there takes it, and tokens a second of 200 batches."""
     began = time.perf_counter()
     corpus = load_corpus(str(store), notify=lambda line: None)
-    training, _ = prepare(corpus, tokenizer_for(corpus), SEQ_LEN)
+    training, _ = prepare(corpus, tokenizer_for(corpus), SEQ_LEN, packing=packing)
     batches = training_batches(training, batch_size=BATCH_SIZE, seed=0)
     next(batches)
     first = time.perf_counter() - began
@@ -113,6 +180,12 @@ def open_and_draw(store: Path) -> tuple[float, float, float]:
     for _ in range(200):
         next(batches)
     return first, far, 200 * BATCH_SIZE * SEQ_LEN / (time.perf_counter() - began)
+
+
+def train_once(store: Path, folder: Path) -> Measured:
+    """train.py from its start to the end of one step."""
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        return measure(ROOT / "scripts/train.py", "--dataset", store, *FLAGS, "--output-dir", Path(made, "run"))
 
 
 def write_holes(store: Path, target: Path) -> None:
@@ -131,42 +204,83 @@ def write_holes(store: Path, target: Path) -> None:
                 file.truncate(shard[side]["tokens"] * np.dtype(manifest["dtype"]).itemsize)
 
 
+def tell(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+def work(folder: Path, size: int) -> str:
+    """Makes everything and returns the page."""
+    text, store, small = folder / "web.jsonl", folder / "web.store", folder / "small.store"
+    tell(f"writing {size / 1e6:,.0f} MB of text, and a tokenizer of its start")
+    write_text(text, size)
+    save_tokenizer(train_bpe(VOCABULARY, list(islice(texts(text), 20_000))), folder / "tokenizer.json")
+    for name, start in (("head", 0), ("tail", max(0, size - SLICE))):
+        cut(text, folder / name, start, SLICE)
+    cut(text, folder / "small.jsonl", 0, 10**6)
+    tell("the tokenizer alone on the head, prepare.py on all, the tokenizer alone on the tail")
+    alone = [float(run_contender("encode_batch", folder / "head", folder, folder).printed)]
+    whole = run_prepare(text, folder, store)
+    alone.append(float(run_contender("encode_batch", folder / "tail", folder, folder).printed))
+    speed = (megabytes(folder / "head") + megabytes(folder / "tail")) / sum(alone)
+    run_prepare(folder / "small.jsonl", folder, small, "--held-out", "0.1")
+    tell("the first batches of the store, of a small one, and of one that claims 10^13 tokens")
+    open_and_draw(small, "concat")  # start-up: what is imported late is there from now on
+    first, far, drawn = open_and_draw(store, "concat")
+    packed_first, packed_far, packed = open_and_draw(store, "best-fit")
+    write_holes(store, folder / "holes.store")
+    first_of_holes, far_of_holes, _ = open_and_draw(folder / "holes.store", "concat")
+    runs = [(train_once(store, folder), train_once(small, folder)) for _ in range(ROUNDS)]
+    later = statistics.median(large.seconds - little.seconds for large, little in runs)
+    larger = statistics.median(large.memory - little.memory for large, little in runs)
+    tell("the comparison")
+    cut(text, folder / "some.jsonl", 0, int(ROUND_SECONDS * speed * 1e6))
+    rows = compare(folder / "some.jsonl", folder, folder)
+    return "\n".join(
+        [
+            f"# Data: {megabytes(text):,.0f} MB of jsonl on {os.cpu_count()} cores",
+            "",
+            f"Written by `python tests/claims/data_scale.py` on {time.strftime('%Y-%m-%d')}. The text is synthetic.",
+            "",
+            "| what | measured | wanted |",
+            "| --- | --- | --- |",
+            f"| `encode_batch` alone, {VOCABULARY:,} ids, before and after | {speed:.1f} MB/s | |",
+            f"| `prepare.py`, start and end included | {megabytes(text) / whole.seconds:.1f} MB/s, "
+            f"{megabytes(text) / whole.seconds / speed:.2f} of that | at least 0.85 |",
+            f"| memory of all its processes | {whole.memory / 1e6:,.0f} MB | at most 600 MB |",
+            f"| `train.py` of one step, beyond that on a store of 1 MB | {later:.2f} s, {larger / 1e6:,.0f} MB | "
+            "at most 3 s, 100 MB |",
+            f"| first batch; batch 10^7, as a resumed run takes it | {first:.2f} s; {far:.2f} s | |",
+            f"| the same of a store that claims 10^13 tokens | {first_of_holes:.2f} s; {far_of_holes:.2f} s | "
+            "less than 1 s each |",
+            f"| the same with `--packing best-fit` | {packed_first:.2f} s; {packed_far:.2f} s | |",
+            f"| batches of {BATCH_SIZE} × {SEQ_LEN} | {drawn / 1e6:.1f} M tokens/s | at least 5 M |",
+            f"| the same with `--packing best-fit` | {packed / 1e6:.1f} M tokens/s | |",
+            "",
+            f"## The same tokens of {megabytes(folder / 'some.jsonl'):,.0f} MB, {ROUNDS} rounds",
+            "",
+            "| what | tokens/s | time / that of `prepare.py` | memory of all its processes |",
+            "| --- | ---: | ---: | ---: |",
+            *rows,
+            "",
+        ]
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=2000)
     parser.add_argument("--folder", type=Path, help="by default a temporary folder")
     parser.add_argument("--output", type=Path, help="the page to write; by default it is printed")
     options = parser.parse_args()
+    if importlib.util.find_spec("datasets") is None:
+        raise SystemExit("error: datasets is not installed, which is measured too; try pip install -e '.[bench]'")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        text, store = folder / "web.jsonl", folder / "web.store"
-        write_text(text, options.megabytes * 10**6)
-        save_tokenizer(train_bpe(VOCABULARY, list(islice(texts(text), 20_000))), folder / "tokenizer.json")
-        alone = encode_alone(text, load_tokenizer(folder / "tokenizer.json"))
-        seconds, most = run_prepare(str(text), "--tokenizer", str(folder), "--output", str(store))
-        first, far, speed = open_and_draw(store)
-        write_holes(store, folder / "holes.store")
-        first_of_holes, far_of_holes, _ = open_and_draw(folder / "holes.store")
-        size = os.path.getsize(text) / 1e6
-    lines = [
-        f"# Data: {size:,.0f} MB of jsonl on {os.cpu_count()} cores",
-        "",
-        "Written by `python tests/claims/data_scale.py`.",
-        "",
-        "| what | measured |",
-        "| --- | --- |",
-        f"| `encode_batch` alone, {VOCABULARY:,} ids | {size / alone:.1f} MB/s |",
-        f"| `prepare.py`, start and end included | {size / seconds:.1f} MB/s, {alone / seconds:.2f} of that |",
-        f"| memory of all its processes | {most / 1e6:,.0f} MB |",
-        f"| first batch; batch 10^7 | {first:.2f} s; {far:.2f} s |",
-        f"| the same of a store that claims 10^13 tokens | {first_of_holes:.2f} s; {far_of_holes:.2f} s |",
-        f"| batches of {BATCH_SIZE} × {SEQ_LEN} | {speed / 1e6:.1f} M tokens/s |",
-    ]
-    page = "\n".join(lines) + "\n"
+        page = work(Path(name), options.megabytes * 10**6)
     if options.output is None:
         print(page)
     else:
         options.output.write_text(page)
+    tell("done")
 
 
 if __name__ == "__main__":
