@@ -70,6 +70,9 @@ class Placement(Protocol):
 
     def group(self, name: str) -> tuple[str, ...]: ...
 
+    @property
+    def ragged(self) -> bool: ...
+
 
 _placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
 
@@ -131,6 +134,12 @@ def group(name: str) -> tuple[str, ...]:
     check_names((name,))
     placement = _placement.get()
     return () if placement is None else placement.group(name)
+
+
+def sends_ragged() -> bool:
+    """Whether the devices can send parts of buffers that only a run knows (`jax.lax.ragged_all_to_all`)."""
+    placement = _placement.get()
+    return placement is not None and placement.ragged
 
 
 def param(

@@ -27,8 +27,8 @@ LARGE = 2**28
 class ShardPlacement:
     """Bound inside shard_map over all axes of a mesh, each of which splits the batch."""
 
-    def __init__(self, rules: Rules, mesh_shape: Mapping[str, int]):
-        self._rules, self._mesh_shape = rules, mesh_shape
+    def __init__(self, rules: Rules, mesh_shape: Mapping[str, int], ragged: bool = False):
+        self._rules, self._mesh_shape, self.ragged = rules, mesh_shape, ragged
 
     def constrain(self, x: jax.Array, names: axes.Names) -> jax.Array:
         return x
@@ -54,8 +54,8 @@ class OnShards:
       split: the mesh axes that split each logical axis of the arguments.
     """
 
-    def __init__(self, split: Mapping[str, tuple[str, ...]]):
-        self._split = split
+    def __init__(self, split: Mapping[str, tuple[str, ...]], ragged: bool):
+        self._split, self.ragged = split, ragged
 
     def constrain(self, x: jax.Array, names: axes.Names) -> jax.Array:
         return x

@@ -32,6 +32,10 @@ from parallelism.rules import (
 )
 from parallelism.strategy import Layout, State, make_state
 
+RAGGED = ("TPU v5", "TPU v5p")
+"""Kinds of devices for which libtpu compiles a ragged all-to-all. Those of v5e it refuses, for their limited routing;
+others were not tried."""
+
 
 class MeshPlacement:
     """Binds the model's logical axes to one mesh and one rule set.
@@ -42,6 +46,7 @@ class MeshPlacement:
 
     def __init__(self, mesh: Mesh, rules: Rules, mapped: Sequence[str] = ()):
         self.rules = in_parts(check_rules(rules), mesh.axis_names)
+        self.ragged = mesh.devices.flat[0].device_kind in RAGGED
         self._mesh, self._mapped = mesh, mapped
         self._sizes = {axis: size for axis, size in mesh.shape.items() if axis not in mapped}
 
@@ -77,7 +82,7 @@ class MeshPlacement:
             def on_shards(*shards):
                 if checked:  # so that gradients of what is whole are added up once, behind fn and no loop in it
                     shards = (_vary(x, over, spec) for x, spec in zip(shards, in_specs, strict=True))
-                with axes.bound(OnShards(split)):
+                with axes.bound(OnShards(split, self.ragged)):
                     return fn(*shards)
 
             run = jax.shard_map(on_shards, in_specs=in_specs, out_specs=out_spec, check_vma=checked, **where)
@@ -170,7 +175,7 @@ class MeshStrategy:
         specs = jax.tree.map(lambda sharding: sharding.spec, self._shardings.params)
         unreduced = jax.tree.map(lambda spec: tuple(axis for axis in over if axis not in _flat(spec)), specs)
         of_rows = reduction.scatter(tuple(over), unreduced, layout.accumulate)
-        placement = ShardPlacement(self._placement.rules, self._mesh.shape)
+        placement = ShardPlacement(self._placement.rules, self._mesh.shape, self._placement.ragged)
 
         def gradients(loss_fn: Callable) -> Callable:
             checked = _is_checkable(loss_fn)

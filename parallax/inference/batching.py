@@ -376,6 +376,10 @@ class _OneRow:
     def group(self, name: str) -> tuple[str, ...]:
         return self._placement.group(name)
 
+    @property
+    def ragged(self) -> bool:
+        return self._placement.ragged
+
 
 def _alone(names: Names) -> Names:
     return [None if name == "batch" else name for name in names]

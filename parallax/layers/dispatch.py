@@ -110,9 +110,10 @@ def _exchanged(
     # A few bytes a token, which tell too how many arrive.
     ids_Pnm, gates_Pnm = (jax.lax.all_to_all(x, group, 0, 0, tiled=True) for x in (ids_Pnm, gates_Pnm))
     got_P = jnp.sum(ids_Pnm[..., 0] < held, axis=1, dtype=jnp.int32)
-    x_PnD: Any = _exchange(group, _spread(x_nD, slots), sent_P, got_P)
+    ragged = axes.sends_ragged()
+    x_PnD: Any = _exchange(group, ragged, _spread(x_nD, slots), sent_P, got_P)
     y_mD = compute(x_PnD.reshape(P * n, -1), ids_Pnm.reshape(P * n, m), gates_Pnm.reshape(P * n, m))
-    return _collect(_exchange(group, y_mD.reshape(P, n, -1), got_P, sent_P), slots)
+    return _collect(_exchange(group, ragged, y_mD.reshape(P, n, -1), got_P, sent_P), slots)
 
 
 Slots = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -142,37 +143,31 @@ _spread.defvjp(lambda x, slots: (_spread(x, slots), slots), lambda slots, g: (_c
 _collect.defvjp(lambda y, slots: (_collect(y, slots), slots), lambda slots, g: (_spread(g, slots), None))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _exchange(group: tuple[str, ...], x_PnD: jax.Array, sent_P: jax.Array, got_P: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _exchange(group: tuple[str, ...], ragged: bool, x_PnD: jax.Array, sent_P: jax.Array, got_P: jax.Array) -> jax.Array:
     """x[p] to the device p of the group, and what p has for this one in its place; [P, n, D].
 
-    A TPU sends the first sent[p] rows, and the others come as zeros. XLA has no such collective for CPUs, where whole
-    buffers travel. Gradients go back the same way.
+    Ragged, only the first sent[p] rows travel, and the others come as zeros; else whole buffers do. Gradients go back
+    the same way.
     """
-
-    def ragged(x_PnD: jax.Array, sent_P: jax.Array, got_P: jax.Array) -> jax.Array:
-        P, n, D = x_PnD.shape
-        starts_P = n * jnp.arange(P, dtype=jnp.int32)
-        at_P = jnp.full_like(starts_P, n) * jax.lax.axis_index(group)  # of this device's rows, on all others
-        rows = x_PnD.reshape(P * n, D)
-        found = jax.lax.ragged_all_to_all(
-            rows, jax.lax.full_like(rows, 0), starts_P, sent_P, at_P, got_P, axis_name=group
-        )
-        return found.reshape(P, n, D)
-
-    def padded(x_PnD: jax.Array, sent_P: jax.Array, got_P: jax.Array) -> jax.Array:
+    if not ragged:
         return jax.lax.all_to_all(x_PnD, group, 0, 0, tiled=True)
+    P, n, D = x_PnD.shape
+    starts_P = n * jnp.arange(P, dtype=jnp.int32)
+    at_P = jnp.full_like(starts_P, n) * jax.lax.axis_index(group)  # of this device's rows, on all others
+    rows = x_PnD.reshape(P * n, D)
+    nothing = jax.lax.full_like(rows, 0)
+    found = jax.lax.ragged_all_to_all(rows, nothing, starts_P, sent_P, at_P, got_P, axis_name=group)
+    return found.reshape(P, n, D)
 
-    return jax.lax.platform_dependent(x_PnD, sent_P, got_P, cpu=padded, default=ragged)
+
+def _exchange_forward(group, ragged, x_PnD, sent_P, got_P):
+    return _exchange(group, ragged, x_PnD, sent_P, got_P), (sent_P, got_P)
 
 
-def _exchange_forward(group, x_PnD, sent_P, got_P):
-    return _exchange(group, x_PnD, sent_P, got_P), (sent_P, got_P)
-
-
-def _exchange_backward(group, counts, g_PnD):
+def _exchange_backward(group, ragged, counts, g_PnD):
     sent_P, got_P = counts
-    return _exchange(group, g_PnD, got_P, sent_P), None, None
+    return _exchange(group, ragged, g_PnD, got_P, sent_P), None, None
 
 
 _exchange.defvjp(_exchange_forward, _exchange_backward)
