@@ -1,4 +1,4 @@
-"""PyTorch as a contender: the model in plain torch, eager and compiled, and LlamaForCausalLM of `transformers`.
+"""PyTorch as a contender: the model in plain torch, eager and compiled, and that of `transformers`.
 
 Invariant: a contender begins with the weights that Parallax wrote, sees the batches that Parallax sees, and gets
 the fastest settings known: all cores, fused attention, fused AdamW.
@@ -135,7 +135,7 @@ def _load(model: str, config: TransformerConfig, weights: Path) -> tuple[list[An
 
 
 def _load_llama(weights: Path) -> Any:
-    kind = importlib.import_module("transformers").LlamaForCausalLM
+    kind = importlib.import_module("transformers").AutoModelForCausalLM
     llama = kind.from_pretrained(weights, attn_implementation="sdpa")
     for parameter in llama.parameters():
         parameter.data = parameter.data.clone()  # out of the mapped file

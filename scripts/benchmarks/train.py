@@ -15,22 +15,25 @@ from parallax.model.cost import step_flops
 from parallelism.strategies import STRATEGIES
 from scripts.benchmarks.report import begin, show, spread, write_report
 from scripts.benchmarks.rounds import BEFORE, TREE, Rounds, Timing, Worker, measure, ratio
-from scripts.benchmarks.settings import Setting, read_setting
+from scripts.benchmarks.settings import DENSE, Setting, read_setting
 from scripts.benchmarks.theirs import NEEDED, require
 from scripts.common.command_line import parse
 
 TOLERANCE = 1e-4
 """Relative difference of losses in float32; frameworks add in different orders, and steps amplify it."""
 PEAK = "gemm"
+COUNTERPART = "dense"
+"""Not the same work, and so no part of what is checked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags(Timing):
     settings: str = "nano-12x64,nano-32x256,small-1365-4x256,nano-4x1024"
-    """What to train, as MODEL-BATCHxLENGTH; the models are trial, tiny, nano, small and small-1365."""
+    """What to train, as MODEL-BATCHxLENGTH; the models are trial, tiny, nano, small, small-1365, and nano-moe with its
+    dense counterpart nano-352."""
     contenders: str = "single,pmap,mesh,torch,torch-compiled,transformers"
-    """Who takes part: the strategies of Parallax, then torch, torch-compiled and transformers. The first is what the
-    others are compared with."""
+    """Who takes part: the strategies of Parallax, then torch, torch-compiled and transformers, and for experts dense,
+    the model without that has as many active parameters. The first is what the others are compared with."""
     against: str | None = None
     """A folder with another checkout of this project, measured as `before` with the strategy of the first contender."""
 
@@ -40,6 +43,8 @@ def train(args: Sequence[str]) -> int:
     flags = parse(Flags, description="Compare the speed of training, contender by contender.", args=args)
     check_contenders(flags.contenders.split(","))
     settings = [read_setting(name) for name in flags.settings.split(",")]
+    for setting in settings:
+        check_model(flags.contenders.split(","), setting)
     busy, results = begin(), {}
     for setting in settings:
         results[setting.name] = compare(setting, flags)
@@ -50,14 +55,25 @@ def train(args: Sequence[str]) -> int:
 def check_contenders(names: list[str]) -> None:
     """Raises ValueError for a contender that is unknown, missing on this machine, or has no weights to begin with."""
     for name in names:
-        if name not in (*STRATEGIES, *NEEDED):
-            raise ValueError(f"contender {name!r} is not one of {', '.join((*STRATEGIES, *NEEDED))}; leave it out")
+        known = (*STRATEGIES, *NEEDED, COUNTERPART)
+        if name not in known:
+            raise ValueError(f"contender {name!r} is not one of {', '.join(known)}; leave it out")
         if name in NEEDED:
             require(name)
     if names[0] not in STRATEGIES:
         raise ValueError(
             f"contender {names[0]!r} comes first and is none of Parallax; begin with single, as in single,{names[0]}"
         )
+
+
+def check_model(names: list[str], setting: Setting) -> None:
+    """Raises ValueError for a contender that has no such model."""
+    has_experts = setting.model_name in DENSE
+    for name in names:
+        if name == COUNTERPART and not has_experts:
+            raise ValueError(f"contender {name} is for experts, and {setting.name} has none; try nano-moe-12x64")
+        if has_experts and name.startswith("torch"):
+            raise ValueError(f"contender {name} has no experts, and {setting.name} has; leave it out of --contenders")
 
 
 def compare(setting: Setting, flags: Flags) -> dict[str, Any]:
@@ -70,18 +86,25 @@ def compare(setting: Setting, flags: Flags) -> dict[str, Any]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
         def start(name: str, kind: str, tree: Path = TREE, weights: str = "weights", **spec: Any) -> Worker:
-            spec |= {"setting": setting.name, "weights": str(folder / weights)}
+            spec = {"setting": setting.name, "weights": str(folder / weights)} | spec
             return stack.enter_context(contextlib.closing(Worker(name, kind, tree, **spec)))
 
         workers = [start(first, "train-parallax", strategy=first)]
         if flags.against:
             workers.append(start(BEFORE, "train-parallax", Path(flags.against), BEFORE, strategy=first))
         for name in others:
+            if name == COUNTERPART:
+                continue
             if name in STRATEGIES:
                 workers.append(start(name, "train-parallax", strategy=name))
             else:
                 workers.append(start(name, "train-torch", model=name))
         check_work(workers)
+        if COUNTERPART in others:
+            counterpart = f"{DENSE[setting.model_name]}-{setting.batch_size}x{setting.seq_len}"
+            workers.append(
+                start(COUNTERPART, "train-parallax", weights=COUNTERPART, strategy=first, setting=counterpart)
+            )
         peak = Worker(PEAK, "gemm", torch=not NEEDED.keys().isdisjoint(others))
         stack.callback(peak.close)
         found = measure([*workers, peak], flags, setting.name)
