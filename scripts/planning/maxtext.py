@@ -3,6 +3,7 @@
 Invariant: a field that changes what is computed is taken over or refused; one that has no counterpart is named.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,8 @@ import yaml
 
 from parallax.config import TransformerConfig
 from parallax.layer_config import ExpertsConfig
+from parallelism.mesh_shape import CROSSING
+from parallelism.rules import ACROSS
 
 Values = dict[str, Any]
 
@@ -38,6 +41,8 @@ AXES = {
     "tensor": "tensor", "tensor_transpose": "tensor", "tensor_sequence": "tensor", "expert": "expert",
 }  # fmt: skip
 """Its parallelisms that are mesh axes here; any other must be 1."""
+LEFT = {"ici_": {"fsdp": -1}, "dcn_": {"data": -1}}
+"""What base.yml gives what is left to, of the devices of a slice and of the slices."""
 REMAT: dict[str, Literal["none", "dots", "full"]] = {
     "full": "full",
     "none": "none",
@@ -50,6 +55,7 @@ OTHER = {
     "logits_via_embedding", "use_qk_norm", "attention_bias", "dropout_rate", "gradient_accumulation_steps",
     "remat_policy", "global_parameter_scale", "attention_type", "sliding_window_size",
     "num_experts", "num_experts_per_tok", "base_moe_mlp_dim", "capacity_factor", "load_balance_loss_weight",
+    "mtp_num_layers",
 }  # fmt: skip
 """Fields that are read by themselves."""
 
@@ -66,15 +72,30 @@ class MaxText:
     remat: Literal["none", "dots", "full"]
     accumulate: int
     parallelisms: Mapping[str, int]
-    """Mesh axes to devices, those of all slices together; -1 stands for those that are left."""
+    """Mesh axes to devices of a slice; -1 stands for those that are left."""
+    across: Mapping[str, int]
+    """Mesh axes to slices, likewise; on one slice they are devices of it."""
     notes: Sequence[str]
     """What has no counterpart, for a person to read."""
 
-    def layout(self, devices: int) -> dict[str, int]:
-        """Its own layout on so many devices; raises ValueError if it is for another number of them."""
-        sizes = dict(self.parallelisms)
-        given = math.prod(size for size in sizes.values() if size > 0)
-        sizes = {axis: devices // given if size < 0 else size for axis, size in sizes.items()}
+    def layout(self, devices: int, slices: int = 1) -> dict[str, int]:
+        """Its own layout on so many devices in all; raises ValueError if it is for another number of them."""
+        across = _filled(self.across, slices)
+        sizes = _filled(self.parallelisms, devices // math.prod(across.values()))
+        for axis, size in across.items():
+            if size == 1:
+                continue
+            if slices == 1:
+                sizes[axis] = sizes.get(axis, 1) * size
+            elif axis in CROSSING:
+                sizes[axis + ACROSS] = size
+            else:
+                raise ValueError(f"{axis} crosses slices in the MaxText config; only {', '.join(CROSSING)} can here")
+        if slices > 1 and math.prod(across.values()) != slices:
+            raise ValueError(
+                f"the dcn parallelisms {_shown(self.across)} of the MaxText config are for "
+                f"{math.prod(across.values())} slices and the topology has {slices}; try dcn_data_parallelism=-1"
+            )
         if math.prod(sizes.values()) != devices:
             raise ValueError(
                 f"the parallelisms {_shown(self.parallelisms)} of the MaxText config are for "
@@ -84,12 +105,14 @@ class MaxText:
 
 
 def read_maxtext(path: str, overrides: Sequence[str] = ()) -> MaxText:
-    """The config of a file, of those that it names beside it, and of key=value words, which count most.
+    """The config of a file, of those that it names beside it, and of key=value words.
+
+    As in MaxText words count most, then the file of model_name, then the file, then its base_config.
 
     Raises ValueError if a file is missing or no mapping, a word is no key=value, a size is none, or the model computes
     what this one cannot.
     """
-    values = _merged(Path(path), overrides)
+    values, usual = _merged(Path(path), overrides)
     return MaxText(
         model=_model(values),
         per_device=_number(values, "per_device_batch_size"),
@@ -97,31 +120,40 @@ def read_maxtext(path: str, overrides: Sequence[str] = ()) -> MaxText:
         dtype=_dtype(values),
         remat=REMAT.get(str(values.get("remat_policy", "full")), "full"),
         accumulate=_whole({"gradient_accumulation_steps": 1} | values, "gradient_accumulation_steps"),
-        parallelisms=_parallelisms(values),
-        notes=_notes(values),
+        parallelisms=_parallelisms(values, "ici_"),
+        across=_parallelisms(values, "dcn_"),
+        notes=_notes(values, usual),
     )
 
 
-def _merged(path: Path, overrides: Sequence[str]) -> Values:
-    own = _load(path)
-    for word in overrides:
-        key, found, text = word.partition("=")
-        if not found or not key.isidentifier():
-            raise ValueError(f"{word!r} behind --maxtext must be a key=value; try max_target_length=2048")
-        own[key] = yaml.safe_load(text)
-    values: Values = {}
-    base = own.get("base_config")
-    if base and (path.parent / str(base)).is_file() and (path.parent / str(base)).resolve() != path.resolve():
-        values = _load(path.parent / str(base))
-    values |= own
-    name = values.get("model_name")
-    if name and name != "default":
+def _merged(path: Path, overrides: Sequence[str]) -> tuple[Values, Values]:
+    """All fields, and those as they are in base.yml if it is here."""
+    own, words = _load(path), dict(map(_word, overrides))
+    named = (own | words).get("base_config")
+    base = path.parent / str(named) if named else path.with_name("base.yml")
+    usual = _load(base) if base.is_file() and (named or base.name == path.name) else {}
+    values = usual | own | words
+    name = values.get("model_name") or "default"
+    if name != "default":
         places = [folder / f"{name}.yml" for folder in (path.parent / "models", path.parent)]
         found = next((place for place in places if place.is_file() and place.resolve() != path.resolve()), None)
-        if found is None and "base_emb_dim" not in own:
-            raise ValueError(f"model_name={name} names a file that is not beside {path}; give {name}.yml to --maxtext")
-        values = (values | _load(found) if found else values) | {key: own[key] for key in own if key in SIZES.values()}
-    return DEFAULTS | values
+        if found is None:
+            raise ValueError(
+                f"model_name={name} names a file that is not beside {path}; put {name}.yml there, or give "
+                f"model_name=default, and the sizes are those of {path.name}"
+            )
+        values |= _load(found) | words
+    return DEFAULTS | values, usual
+
+
+def _word(word: str) -> tuple[str, Any]:
+    key, found, text = word.partition("=")
+    if not found or not key.isidentifier():
+        raise ValueError(f"{word!r} behind --maxtext must be a key=value; try max_target_length=2048")
+    try:
+        return key, yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{word!r} behind --maxtext is no YAML ({' '.join(str(error).split())}); mend it") from None
 
 
 def _load(path: Path) -> Values:
@@ -131,7 +163,7 @@ def _load(path: Path) -> Values:
         raise ValueError(f"--maxtext {path} cannot be read ({error}); choose a .yml file") from None
     except yaml.YAMLError as error:
         raise ValueError(f"--maxtext {path} is no YAML ({' '.join(str(error).split())}); mend it") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"--maxtext {path} must hold fields such as base_emb_dim: 4096; choose another file")
     return values
 
@@ -172,19 +204,27 @@ def _refuse(values: Values) -> None:
         raise ValueError(
             f"decoder_block={values['decoder_block']} has no counterpart here; those of {', '.join(BLOCKS)} have"
         )
-    if list(values.get("mlp_activations", ["silu", "linear"])) != ["silu", "linear"]:
+    if values.get("mlp_activations", ["silu", "linear"]) != ["silu", "linear"]:
         raise ValueError(f"mlp_activations={values['mlp_activations']} has no counterpart; try ['silu','linear']")
     if values.get("quantization"):
         raise ValueError(f"quantization={values['quantization']} has no counterpart; try quantization=''")
+    if values.get("attention_type", "global") not in ("global", "local_sliding"):
+        raise ValueError(f"attention_type={values['attention_type']} has no counterpart; try global or local_sliding")
+    if values.get("mtp_num_layers", 0) != 0:
+        raise ValueError(f"mtp_num_layers={values['mtp_num_layers']} has no counterpart; try mtp_num_layers=0")
     if values.get("global_parameter_scale", 1) != 1:
         scale = values["global_parameter_scale"]
         raise ValueError(f"global_parameter_scale={scale} is not read; give the base_ sizes as they come out")
 
 
-def _parallelisms(values: Values) -> dict[str, int]:
+def _parallelisms(values: Values, kind: Literal["ici_", "dcn_"]) -> dict[str, int]:
+    """Those within slices or those across them."""
     sizes: dict[str, int] = {}
-    for key in (key for key in values if key.startswith(("ici_", "dcn_")) and key.endswith("_parallelism")):
-        name, size = key[4:].removesuffix("_parallelism"), _whole(values, key)
+    keys = [key for key in values if key.startswith(kind) and key.endswith("_parallelism")]
+    for key in keys:
+        name, size = key.removeprefix(kind).removesuffix("_parallelism"), _whole(values, key)
+        if size < 1 and size != -1:
+            raise ValueError(f"{key}={size} in the MaxText config must be at least 1, or -1 for what is left; try -1")
         if name not in AXES:
             if size != 1:
                 raise ValueError(f"{key}={size} has no counterpart here; try {key}=1")
@@ -192,12 +232,18 @@ def _parallelisms(values: Values) -> dict[str, int]:
         axis = AXES[name]
         before = sizes.get(axis, 1)
         sizes[axis] = -1 if -1 in (before, size) else before * size
-    if not any(key.startswith("ici_") for key in values):
-        sizes["fsdp"] = -1  # which is its default
-    return sizes
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"the {kind}parallelisms {_shown(sizes)} of the MaxText config take all twice; leave one -1")
+    return sizes if keys else dict(LEFT[kind])
 
 
-def _notes(values: Values) -> list[str]:
+def _filled(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """With what is left of so many devices or slices in place of -1."""
+    left = count // math.prod(size for size in sizes.values() if size > 0)
+    return {axis: max(1, left) if size < 0 else size for axis, size in sizes.items()}
+
+
+def _notes(values: Values, usual: Values) -> list[str]:
     notes = []
     policy = str(values.get("remat_policy", "full"))
     if policy not in REMAT:
@@ -207,7 +253,8 @@ def _notes(values: Values) -> list[str]:
     if _number({"capacity_factor": -1.0} | values, "capacity_factor") > 0:
         notes.append(f"capacity_factor={values['capacity_factor']} has no counterpart; no token is dropped here")
     read = {*SIZES.values(), *DEFAULTS, *OTHER}
-    others = [key for key in values if key not in read and not key.endswith("_parallelism")]
+    changed = [key for key in values if key not in usual or values[key] != usual[key]]
+    others = [key for key in changed if key not in read and not key.endswith("_parallelism")]
     if others:
         more = f" and {len(others) - 12} more" if len(others) > 12 else ""
         notes.append(f"fields that change no plan, or have no counterpart: {', '.join(others[:12])}{more}")
@@ -231,8 +278,9 @@ def _whole(values: Values, name: str) -> int:
 def _number(values: Values, name: str) -> float:
     value = values.get(name)
     if isinstance(value, str):  # YAML reads 1e-5 as text
-        value = float(value) if value.replace(".", "").replace("e", "").replace("-", "").isdigit() else value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name}={value!r} in the MaxText config must be a number; mend it")
     return float(value)
 

@@ -36,7 +36,7 @@ from parallelism.planning.planner import (
     name_of,
     rank,
 )
-from parallelism.rules import MESH_AXES, Rules, in_parts, load_rules, split_by
+from parallelism.rules import MESH_AXES, Rules, crosses_slices, in_parts, load_rules, split_by
 from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
 from scripts.planning.maxtext import MaxText
@@ -101,8 +101,9 @@ class Plan:
         """That of the MaxText config, estimated, where one is given. Raises ValueError if it suits not the topology."""
         if self._maxtext is None:
             return None
-        (batch_size, seq_len), sizes = self._first_sizes(), self._maxtext.layout(self._slice.devices)
-        sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+        batch_size, seq_len = self._first_sizes()
+        sizes = dict.fromkeys(MESH_AXES, 1) | self._maxtext.layout(self._slice.devices, self._slice.slices)
+        sizes = dict(sorted(sizes.items(), key=lambda item: not crosses_slices(item[0])))
         layout = Layout(
             strategy="mesh",
             mesh=mesh_text(sizes, self._slice),
