@@ -17,15 +17,15 @@ from scripts.planning.maxtext import MaxText, read_maxtext
 from scripts.planning.search import MAX, What
 from scripts.training.flags import Preset, Switch, flag_value
 
-DESCRIPTION = """Choose a layout for a slice of TPUs, without one. Every legal mesh, rematerialisation and number of
-microbatches is ranked by an analytic model; the best are compiled by the real TPU compiler, which says what fits."""
+DESCRIPTION = """Choose a layout for TPUs or GPUs, without one. Every legal mesh, rematerialisation and number of
+microbatches is ranked by an analytic model; the best are compiled by the machine's own compiler."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flags:
     topology: str = "v3-8"
     """The slice, by the name one rents it: v3-8, v4-64, v5litepod-256, v5p-512, v6e-256, tpu7x-128 …; several of them
-    as 2xv5litepod-256."""
+    as 2xv5litepod-256; or GPUs by card and number, such as h100-64."""
     config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
     hf: str | None = None
@@ -65,6 +65,7 @@ class Flags:
     def name(self) -> str:
         """Of the model, for a person to read."""
         path = Path(self.hf or self.maxtext or self.config)
+        path = path if path.name else path.resolve()
         return path.parent.resolve().name if path.name == "config.json" else path.name.removesuffix(".yml")
 
     @property
@@ -82,6 +83,8 @@ class Flags:
             raise ValueError(f"--hf {self.hf} does not go with --maxtext {self.maxtext}; leave one out")
         if self.overrides and not self.maxtext:
             raise ValueError(f"{self.overrides[0]!r} is a word for --maxtext alone; see --help")
+        if unread := [word for word in self.overrides if "=" not in word]:
+            raise ValueError(f"{unread[0]!r} behind --maxtext must be a key=value; try max_target_length=2048")
         if self.batch_size == MAX and self.seq_len == MAX:
             raise ValueError("batch_size=max with seq_len=max has no largest pair; give a number for one of the two")
         for flag in ("exhaustive", "maxtext"):

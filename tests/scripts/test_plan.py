@@ -170,6 +170,8 @@ def test_a_maxtext_config_brings_its_batch_and_its_own_layout(planned, tmp_path)
     default, asked = first_flags(["--topology", "v4-16", *words])
     assert (default.batch_size, default.seq_len) == (16, 256)  # 2 rows of each of 8 devices
     assert asked.layout(8) == {"fsdp": 4, "tensor": 2}
+    with pytest.raises(ValueError, match="'max_target_length' behind --maxtext must be a key=value; try"):
+        Flags(maxtext="theirs.yml", overrides=("max_target_length", "256"))
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
