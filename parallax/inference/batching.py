@@ -222,7 +222,7 @@ class Batcher:
             raise ValueError(f"ticket={ticket} is under way; give each completion its own")
         matcher = request.grammar() if request.grammar else None
         row, drawn, prompt_scores = self._prefill(request, matcher)
-        if self._prefixes:
+        if self._prefixes and row.cache.keeps_all(row.cache.capacity):
             self._prefixes.keep(request.prompts[0], row.cache)
         tokens = [] if prompt_scores is None else list(_prompt_tokens(ticket, request, prompt_scores))
         if request.max_tokens:

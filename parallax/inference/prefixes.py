@@ -1,6 +1,7 @@
 """Caches of earlier texts, prompts and their answers, whose beginning a new prompt may share: the turns before.
 
-Invariant: an entry is never changed, and all of them together have room for no more than `most` tokens.
+Invariant: an entry is never changed, holds its text from the first token on (a ring of a longer text would not), and
+all of them together have room for no more than `most` tokens.
 """
 
 import numpy as np
@@ -35,7 +36,12 @@ class Prefixes:
         return found, self._entries[best]
 
     def keep(self, text: np.ndarray, cache: KVCache) -> None:
-        """Takes a text with its cache in place of those that it goes on from; the oldest beyond the room go."""
+        """Takes a text with its cache in place of those that it goes on from; the oldest beyond the room go.
+
+        A cache with more room than all may have is not taken.
+        """
+        if cache.capacity > self._most:
+            return
         key = np.asarray(text, np.int32).tobytes()
         self._entries = {other: kept for other, kept in self._entries.items() if not key.startswith(other)}
         self._entries[key] = cache

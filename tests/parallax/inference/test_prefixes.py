@@ -105,7 +105,8 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
     assert kept.find(np.append(texts[0], 1)) == (20, caches[1]), "a longer one holds the shorter"
     assert kept.find(np.append(texts[3], 1))[1] is caches[3]
     kept.keep(prompt(90, 9), KVCache.create(CONFIG, 1, 128))
-    assert kept.find(prompt(91, 9)) == (0, None) or kept.find(texts[0])[1] is None
+    assert kept.find(np.append(texts[3], 1))[1] is caches[3], "nothing goes for what is too large to be kept"
+    assert kept.find(prompt(91, 9))[0] < 90
     kept.clear()
     assert kept.find(texts[0]) == (0, None)
 
@@ -117,4 +118,13 @@ def test_a_window_shorter_than_the_prompt_is_read_again():
     for seed in range(2):
         asked = Request.one(prompt(100), max_tokens=6, seed=seed)
         assert run(made, [asked]) == [by_generator(config, draw_params(config), asked)]
+    assert made.reused == 0
+
+
+def test_a_ring_that_a_longer_text_went_round_in_is_not_the_beginning_of_a_shorter():
+    config = CONFIG.replace(sliding_window=140, max_seq_len=256)
+    made = Batcher(config, draw_params(config), slots=1, capacity=256, prefix_tokens=512)
+    run(made, [Request.one(prompt(240), max_tokens=1)])
+    asked = Request.one(np.concatenate([prompt(240)[:60], prompt(20, 5)]), max_tokens=8, temperature=0.0)
+    assert run(made, [asked]) == [by_generator(config, draw_params(config), asked)]
     assert made.reused == 0
