@@ -138,7 +138,7 @@ class Engine:
 
     def _take_turn(self, batcher: Batcher, waiting: dict[int, Request], tokens: list[Token]) -> set[int]:
         """Admits what there is room for and takes a step, into `tokens`; the tickets that an error of these ended."""
-        admitted = set()
+        admitted, before = set(), batcher.under_way
         try:
             while waiting and batcher.free:
                 ticket = next(iter(waiting))
@@ -148,7 +148,7 @@ class Engine:
         except Exception:
             self.degraded = True
             traceback.print_exc()
-            return admitted | batcher.under_way
+            return admitted | before  # some of these may have ended in the step that failed
         return set()
 
     def _rebuild(self, batcher: Batcher) -> None:

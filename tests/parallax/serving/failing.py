@@ -16,7 +16,7 @@ from scripts import serve
 
 
 class FailingBatcher(Batcher):
-    """It fails once, where its last slot is taken: in `admit`, or in the step after it."""
+    """It fails once: in `admit` or the step after it, where the last slot is taken, or where an answer is kept."""
 
     fails_in = "step"
     broken = 0
@@ -29,6 +29,10 @@ class FailingBatcher(Batcher):
     def step(self):
         self._fail_if("step", self.free == 0)
         return super().step()
+
+    def _keep(self, slot, running):
+        self._fail_if("keep", True)
+        super()._keep(slot, running)
 
     def rebuild(self):
         self.broken -= 1

@@ -64,12 +64,12 @@ def run(monkeypatch):
             await engine.stop()
             return rounds
 
-        return engine, asyncio.run(ask()), seen
+        return engine, asyncio.run(asyncio.wait_for(ask(), 120)), seen
 
     return run
 
 
-@pytest.mark.parametrize(("fails_in", "broken"), [("step", 2), ("admit", 0)])
+@pytest.mark.parametrize(("fails_in", "broken"), [("step", 2), ("admit", 0), ("keep", 0)])
 def test_answers_in_slots_end_and_all_others_are_whole(run, capfd, fails_in, broken):
     engine, (first, second), seen = run(fails_in, broken)
     whole = [by_generator(SHORT, params(), completion(number, max_tokens=15)) for number in range(ANSWERS)]
