@@ -113,16 +113,19 @@ class ChatTemplate:
         """The answer of `jinja.answer`. Raises ValueError where the process ended over it."""
         line = json.dumps({"source": source, "variables": sets, "marks": marks}).encode() + b"\n"
         with self._lock:
-            process = self._process = self._process or self._start()
+            process, reply = self._process or self._start(), b""
+            self._process = None  # what Ctrl-C interrupts would answer the next request
             try:
                 process.stdin.write(line)  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
                 reply = process.stdout.readline()  # type: ignore[union-attr]
+                self._process = process if reply.endswith(b"\n") else None
             except BrokenPipeError:
-                reply = b""
-            if not reply.endswith(b"\n"):
-                self._end()
-                self._process = None
+                pass
+            finally:
+                if self._process is None:
+                    self._end()
+            if self._process is None:
                 raise ValueError(
                     "chat template must take no more than 1 s and 512 MiB for a conversation, and took more; "
                     "give another with --chat-template"

@@ -52,6 +52,25 @@ def test_a_template_that_was_stopped_is_started_again():
     assert template.render(HELLO) == HELLO[0]["content"]
 
 
+def test_an_interrupted_rendering_answers_no_later_one():
+    template = ChatTemplate("{{ messages[0].content }}", {})
+    template.render(HELLO)
+
+    class Interrupted:
+        def __init__(self, pipe):
+            self._pipe = pipe
+
+        def __getattr__(self, name):
+            if name == "readline":
+                raise KeyboardInterrupt
+            return getattr(self._pipe, name)
+
+    template._process.stdout = Interrupted(template._process.stdout)
+    with pytest.raises(KeyboardInterrupt):
+        template.render(TURNS)
+    assert template.render(HELLO) == HELLO[0]["content"]
+
+
 def test_variables():
     source = "{{ bos_token }}{{ tools | tojson }}{{ thinking }}{{ add_generation_prompt }}{{ messages[0] }}"
     template = ChatTemplate(source, {"bos_token": "<s>"})
