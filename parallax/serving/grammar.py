@@ -40,6 +40,8 @@ class Grammars:
         first = JsonMatcher(llguidance.LLMatcher(self._tokenizer, grammar), self._size)
         if fault := first.fault():
             raise ValueError(f"the schema cannot be followed ({fault}); leave that out, or ask for json_object")
+        if not first.allowed().any():
+            raise ValueError("this model's tokenizer spells no answer of this schema; ask for text")
         return lambda: JsonMatcher(llguidance.LLMatcher(self._tokenizer, grammar), self._size)
 
 
@@ -71,7 +73,8 @@ class JsonMatcher:
 
     def fault(self) -> str:
         """Why no more can be said of what comes next; the limits of llguidance bound what a schema may cost."""
-        return " ".join(self._matcher.get_error().split())[:300] if self._matcher.is_error() else ""
+        said = self._matcher.get_error() if self._matcher.is_error() else ""
+        return " ".join(said.partition("<state>")[0].split())[:300]  # what follows is the library's own state
 
 
 class _Vocabulary:

@@ -67,6 +67,11 @@ def test_a_tokenizer_that_knows_no_brackets_is_refused():
         Grammars(CharTokenizer("abc", has_eos=True)).json()
 
 
+def test_a_tokenizer_that_knows_no_quotes_is_refused_texts():
+    with pytest.raises(ValueError, match="spells no answer of this schema"):
+        Grammars(CharTokenizer("{}", has_eos=True)).json({"type": "string"})
+
+
 def test_others_in_the_batch_are_as_they_would_be_alone():
     tokenizer = ByteTokenizer()
     config = CONFIG.replace(vocab_size=257)
