@@ -16,7 +16,7 @@ export class ChatView {
     $("say").addEventListener("submit", (event) => {
       event.preventDefault();
       const content = $("message").value.trim();
-      if (!content || !this.#run) return;
+      if (!content || !this.#run || this.#stream) return;
       $("message").value = "";
       this.#messages.push({ role: "user", content });
       this.#answer();
@@ -48,14 +48,26 @@ export class ChatView {
     this.#show();
   }
 
+  /** Ends the answer under way; what there is of it stays. */
   stop() {
-    this.#stream?.abort();
+    if (!this.#stream) return;
+    this.#stream.abort();
+    this.#breakOff("stopped");
+  }
+
+  #breakOff(words, isError = false) {
+    if (!this.#messages.at(-1).content) this.#messages.pop();
+    this.#end(words, isError);
+  }
+
+  #end(words, isError = false) {
     this.#stream = null;
+    this.#show();
+    this.#say(words, isError);
   }
 
   /** Asks for an answer to the turns as they stand. */
   async #answer(attempt = 0) {
-    this.stop();
     const mine = (this.#stream = new AbortController());
     this.#attempts = attempt;
     const system = $("system").value.trim();
@@ -65,7 +77,6 @@ export class ChatView {
     this.#messages.push(answer);
     this.#show();
     this.#say("…");
-    let words = "done";
     try {
       const request = { model: this.#run.model, messages, ...settings, seed: seed + attempt };
       for await (const { delta } of chat(request, mine.signal)) {
@@ -73,19 +84,15 @@ export class ChatView {
         answer.content += delta.content ?? "";
         $("turns").lastElementChild.querySelector(".said").textContent = answer.content;
       }
+      this.#end("done");
     } catch (error) {
-      words = mine.signal.aborted ? "stopped" : error.message;
-      if (!answer.content) this.#messages = this.#messages.filter((each) => each !== answer);
+      if (this.#stream === mine) this.#breakOff(error.message, true); // else `stop` did
     }
-    if (this.#stream && this.#stream !== mine) return; // another answer is under way
-    this.#stream = null;
-    this.#show();
-    this.#say(words, !["done", "stopped"].includes(words));
   }
 
   #show() {
     $("turns").replaceChildren(...this.#messages.map((message, index) => this.#turn(message, index)));
-    $("send").disabled = !this.#run;
+    $("send").disabled = !this.#run || Boolean(this.#stream);
     $("halt").disabled = !this.#stream;
     $("again").disabled = Boolean(this.#stream) || !this.#messages.length;
     $("fresh").disabled = !this.#messages.length;
@@ -98,15 +105,16 @@ export class ChatView {
       const edit = element("button", "edit", "Edit");
       edit.type = "button";
       edit.setAttribute("aria-label", `Edit turn ${index + 1}`);
-      edit.addEventListener("click", () => this.#edit(turn, index));
+      edit.addEventListener("click", () => this.#edit(index));
       turn.firstElementChild.append(edit);
     }
     return turn;
   }
 
   /** Lets a turn be written again; all that came after it goes. */
-  #edit(turn, index) {
+  #edit(index) {
     this.stop();
+    const turn = $("turns").children[index];
     const form = element("form", "editor");
     const text = element("textarea", "");
     const bar = element("div", "bar");

@@ -105,6 +105,24 @@ def test_stop_gives_the_slot_back(served, page):
     assert len(turns(page)) == 2
 
 
+def test_a_turn_is_edited_while_its_answer_is_under_way(served, page):
+    from selenium.webdriver.common.keys import Keys
+
+    say(page, "Hello")
+    fields = {"model": served.model, "prompt": "a", "max_tokens": 200, "n": 32, "stream": True}
+    with served.http.stream("POST", "/v1/completions", json=fields):  # holds the only slot
+        page.one("#message").send_keys("More" + Keys.ENTER)
+        page.wait(lambda: page.one("#halt").is_enabled())
+        page.one("#message").send_keys("Too early" + Keys.ENTER)
+        assert (len(turns(page)), page.one("#message").get_attribute("value")) == (4, "Too early")
+        page.one(".edit").click()
+        page.wait(lambda: page.one("#chat-status").text == "stopped")
+        assert page.driver.switch_to.active_element.get_attribute("aria-label") == "Turn 1"
+    page.driver.switch_to.active_element.send_keys("!" + Keys.ENTER)
+    finished(page)
+    assert turns(page) == ["Hello!", answer(served, "Hello!")]
+
+
 def test_what_the_server_refuses_is_said(page):
     page.run("document.getElementById('message').value = 'a'.repeat(400)")
     page.one("#send").click()
