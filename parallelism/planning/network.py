@@ -1,7 +1,7 @@
 """How long a collective takes on a network of several levels, by its public rates.
 
 Invariant: a time is a lower bound, each link at its rate, by the algorithm that sends the least over the links that
-there are. What programs reach of it is fitted elsewhere (`calibration.py`).
+there are. What programs reach of it is fitted elsewhere (`step_time.py`).
 """
 
 import dataclasses
