@@ -5,6 +5,7 @@ Invariant: what stands for a machine was compiled for it and fits; a machine wit
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ def compare(flags: Flags) -> int:
         row = next((row for row in rows if row.report and row.fits(sliced.device_memory)), None)
         found.append(Best(sliced, row, *(bill(row, sliced, asked) if row else (None, None))))
     found.sort(key=lambda best: (best.hours is None, best.hours))
-    Console(width=None if console.is_terminal else 200).print(comparison(found, flags))
+    Console(width=None if sys.stdout.isatty() else 200).print(comparison(found, flags))
     path = Path(flags.output or f"plans/compare-{flags.name}-{flags.batch_size}x{flags.seq_len}.json")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
