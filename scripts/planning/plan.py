@@ -41,7 +41,7 @@ from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
 from scripts.planning.maxtext import MaxText
 from scripts.planning.report import commands as commands_of
-from scripts.planning.report import describe, plan_table, plan_to_json, run_command
+from scripts.planning.report import describe, plan_table, plan_to_json
 from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized, size_of
 from scripts.training.choices import choose_attention
 from scripts.training.step import bind_state, bind_step
@@ -78,7 +78,10 @@ class Plan:
         memory = sliced.device_memory
         choices = self._choices()
         if flags.sought:
-            choices = [self._largest(choice) for choice in choices]
+            choices = [self._largest(choice) for choice in choices if self._can_grow(choice)]
+            if not choices:
+                most = flags.model.max_seq_len
+                raise ValueError(f"seq_len=max with max_seq_len={most} leaves no {UNIT} tokens; give a --seq-len")
         rows = rank([self._row(choice) for choice in choices], memory)
         if not rows:
             batch_size, _ = self._first_sizes()
@@ -127,6 +130,11 @@ class Plan:
     def _compiled(self, choice: Choice, devices: list[Any]) -> Row:
         report = compile_choice(choice, self._build(choice), self._slice, devices, plan_cache())
         return self._row(choice, report)
+
+    def _can_grow(self, choice: Choice) -> bool:
+        """Whether the least size is allowed: a layout that cuts sequences may need longer ones than the model has."""
+        unit, most = self._steps(choice)
+        return unit <= most
 
     def _largest(self, choice: Choice) -> Choice:
         """By the estimate, and at least the least that is possible, about which it may err."""
@@ -211,10 +219,9 @@ class Plan:
         Console(width=None if sys.stdout.isatty() else 200).print(plan_table(rows, sliced, flags, ranked))
         name = f"{flags.topology}-{flags.name}-{flags.batch_size}x{flags.seq_len}.json"
         path = Path(flags.output or Path("plans") / name)
-        commands = {name_of(row.choice): run_command(row.choice, flags) for row in rows}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(plan_to_json(rows, sliced, flags, commands), indent=1) + "\n")
+            path.write_text(json.dumps(plan_to_json(rows, sliced, flags), indent=1) + "\n")
         except OSError as error:
             raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
         console.print(f"The plan is also in {path}.", highlight=False)

@@ -5,7 +5,7 @@ Invariant: a number says whether the compiler or the analytic model gave it.
 
 import dataclasses
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -134,7 +134,7 @@ def _verdict(row: Row, sliced: Machine) -> str:
     return "yes" if lack <= 0 else f"no: {what} lacks {lack / GIB:.1f} GiB"
 
 
-def plan_to_json(rows: Sequence[Row], sliced: Machine, asked: Flags, commands: Mapping[str, str]) -> dict[str, Any]:
+def plan_to_json(rows: Sequence[Row], sliced: Machine, asked: Flags) -> dict[str, Any]:
     """All rows, best first: sizes in bytes and times in seconds, a device's share."""
     return {
         "topology": sliced.name,
@@ -143,7 +143,7 @@ def plan_to_json(rows: Sequence[Row], sliced: Machine, asked: Flags, commands: M
         "config": asked.name,
         "batch_size": asked.batch_size,
         "seq_len": asked.seq_len,
-        "rows": [row_to_json(row, sliced, asked) | {"command": commands[name_of(row.choice)]} for row in rows],
+        "rows": [row_to_json(row, sliced, asked) | {"command": run_command(row.choice, asked)} for row in rows],
     }
 
 

@@ -103,6 +103,16 @@ def test_every_layout_has_its_own_largest_size(flags, what, unit, planned):
     assert max(row["seq_len"] for row in rows) <= 4096
 
 
+def test_no_length_is_sought_beyond_the_models(planned, call):
+    """256 tokens suit two devices a sequence, with 128 each, and no four."""
+    rows = planned("--seq-len", "max", "--batch-size", "8", "--model.max-seq-len", "256", "--compile", "1")
+    assert {row["axes"].get("sequence", 1) for row in rows} == {1, 2}
+    assert {row["seq_len"] for row in rows} == {256}
+    status, _, err = call(plan, "--seq-len", "max", "--model.max-seq-len", "100")
+    assert status == 2
+    assert "seq_len=max with max_seq_len=100 leaves no 128 tokens; give a --seq-len" in err
+
+
 def test_machines_are_compared_by_time_and_by_money(planned, call):
     """H100 is faster and has a price, of L4 none is known."""
     given = ("--compare", "v5litepod-16,l4-8,h100-8", "--tokens", "1e9", "--batch-size", "64", "--compile", "1")
@@ -127,6 +137,8 @@ def test_an_exhaustive_plan_compiles_every_choice(planned):
     rows = planned("--exhaustive")
     assert {row["source"] for row in rows} == {"compiled"}
     tried = {(row["layout"], row["remat"], row["microbatches"]) for row in rows}
+    for row in rows:
+        assert f"--accumulate {row['microbatches']} --dtype bfloat16 --remat {row['remat']}" in row["command"]
     assert len(tried) == len(rows)
     for layout in {row["layout"] for row in rows}:
         assert {remat for name, remat, _ in tried if name == layout} == {"none", "dots", "full"}
