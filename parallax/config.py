@@ -49,7 +49,7 @@ class TransformerConfig:
     """Where a block normalises: what attention and the feed-forward read, what they add to the residual stream, or
     both."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the gate of the feed-forward."""
+    """Of the gate of the feed-forward, and of experts unless they have a clamp."""
     embedding_scale: float = 1.0
     """By what embeddings are multiplied when they are looked up."""
     attention_bias: bool = False

@@ -92,7 +92,8 @@ class ExpertsConfig:
     bias: bool = False
     """Whether the router and the projections of each expert add a bias."""
     clamp: float = 0.0
-    """The limit of gpt-oss's clamped activation, (up + 1) gate sigmoid(1.702 gate); 0 stands for SwiGLU."""
+    """The limit of gpt-oss's clamped activation, (up + 1) gate sigmoid(1.702 gate), in place of the model's own; 0 is
+    off."""
     balance_loss: float = 0.0
     """Weight of the loss that evens out the load within each row (DeepSeek-V3, eq. 17); 0.01 is usual alone."""
     router_z_loss: float = 0.0

@@ -13,7 +13,7 @@ from flax import nnx
 from parallax.axes import constrain, local, param, read
 from parallax.config import ExpertsConfig, TransformerConfig
 from parallax.layers.dispatch import on_devices_of_experts
-from parallax.layers.feedforward import GatedFeedForward
+from parallax.layers.feedforward import ACTIVATIONS, GatedFeedForward
 from parallax.layers.grouped import grouped_matmul
 
 Aux = dict[str, jax.Array]
@@ -28,8 +28,9 @@ class Experts(nnx.Module):
     """y = Σ_e g_e expert_e(x) over the k experts of a token (Shazeer et al. 2017, arXiv:1701.06538, eq. 1)."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.experts = experts = config.experts
-        D, E, F = config.embed_dim, experts.num_experts, experts.mlp_dim or config.mlp_dim
+        self.experts, self.activation = config.experts, config.activation
+        experts = config.experts
+        D, E, F = config.embed_dim, experts.num_experts, config.expert_dim
         inward = jax.nn.initializers.normal(D**-0.5)
         outward = jax.nn.initializers.normal((2 * config.num_layers * F) ** -0.5)  # residual sum over 2N branches
         matrix = functools.partial(param, decays=True, role="hidden")
@@ -82,7 +83,8 @@ class Experts(nnx.Module):
 
         def on_device(*arrays: jax.Array) -> jax.Array:
             def compute(x_nD: jax.Array, ids_nk: jax.Array, gates_nk: jax.Array) -> jax.Array:
-                return mixture(x_nD, ids_nk, gates_nk, *arrays[3:], clamp=self.experts.clamp)
+                how = {"clamp": self.experts.clamp, "activation": self.activation}
+                return mixture(x_nD, ids_nk, gates_nk, *arrays[3:], **how)
 
             x_nD, ids_nk, gates_nk = (x.reshape(-1, x.shape[2]) for x in arrays[:3])
             y_nD = on_devices_of_experts(compute, x_nD, ids_nk, gates_nk, **sizes)
@@ -152,6 +154,7 @@ def mixture(
     down_EFD: jax.Array,
     *biases_EF: jax.Array,
     clamp: float = 0.0,
+    activation: str = "silu",
 ) -> jax.Array:
     """Σ_k gates · expert(x), [n, D], of one device's tokens, with all or a part of the hidden units.
 
@@ -167,16 +170,16 @@ def mixture(
     gate_mF, up_mF = (grouped_matmul(x_mD, w, sizes_E) for w in (gate_EDF, up_EDF))
     if biases_EF:
         gate_mF, up_mF = (h + bias[ids_m[order_m]] for h, bias in zip((gate_mF, up_mF), biases_EF, strict=True))
-    y_mD = grouped_matmul(activate(gate_mF, up_mF, clamp), down_EFD, sizes_E)
+    y_mD = grouped_matmul(activate(gate_mF, up_mF, clamp, activation), down_EFD, sizes_E)
     y_nkD = _collect(y_mD, order_m, back_m).reshape(n, k, -1)
     return jnp.sum(gates_nk[..., None] * y_nkD.astype(gates_nk.dtype), axis=1).astype(x_nD.dtype)
 
 
-def activate(gate: jax.Array, up: jax.Array, clamp: float) -> jax.Array:
-    """silu(gate) up, or gpt-oss's own: (up + 1) gate sigmoid(1.702 gate), both limited first (OpenAI 2025,
+def activate(gate: jax.Array, up: jax.Array, clamp: float, activation: str = "silu") -> jax.Array:
+    """a(gate) up, or with a clamp gpt-oss's own: (up + 1) gate sigmoid(1.702 gate), both limited first (OpenAI 2025,
     arXiv:2508.10925, section 2.2)."""
     if not clamp:
-        return jax.nn.silu(gate) * up
+        return ACTIVATIONS[activation](gate) * up
     gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp)
     return (up + 1) * gate * jax.nn.sigmoid(SLOPE * gate)
 

@@ -274,7 +274,7 @@ class StepCost:
         experts, devices = self.config.experts, sizes.get("expert", 1)
         if not experts.num_experts:
             return 0.0
-        width = (experts.mlp_dim or self.config.mlp_dim) / sizes.get("tensor", 1)
+        width = self.config.expert_dim / sizes.get("tensor", 1)
         rows = tokens * devices * min(experts.experts_per_token, experts.num_experts // devices)
         rounds = min(max(ROUNDS), max(1, rows * max(width, self.config.embed_dim) / ROUND))
         return 12 * self.item * rows / rounds * (self.config.embed_dim + width)

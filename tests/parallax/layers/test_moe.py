@@ -10,6 +10,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from parallax.config import ExpertsConfig, TransformerConfig
+from parallax.layers.feedforward import GatedFeedForward
 from parallax.layers.moe import Experts, activate, route
 
 B, T, D, E, K, F = 2, 5, 6, 4, 2, 3
@@ -142,3 +143,14 @@ def test_bfloat16_stays_and_the_router_is_float32():
     assert {leaf.dtype.name for leaf in aux.values()} == {"float32"}
     near, _ = nnx.merge(graph, weights)(x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_allclose(y.astype(jnp.float32), near, atol=0.15)  # three matmuls at 2⁻⁸ each
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_an_expert_alone_is_the_feed_forward_of_its_weights(x64, activation):
+    one = ExpertsConfig(num_experts=1, experts_per_token=1)
+    config = TransformerConfig(embed_dim=D, mlp_dim=F, activation=activation, experts=one)
+    experts, dense = (kind(config, rngs=nnx.Rngs(0)) for kind in (Experts, GatedFeedForward))
+    for name in ("gate", "up", "down"):
+        getattr(dense, name)[...] = getattr(experts, name)[...][0]
+    x = jnp.asarray(np.random.default_rng(6).normal(size=(B, T, D)))
+    np.testing.assert_allclose(experts(x)[0], dense(x)[0], rtol=1e-10)
