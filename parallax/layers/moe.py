@@ -169,7 +169,12 @@ def mixture(
     x_mD = _spread(x_nD, order_m, back_m, k)
     gate_mF, up_mF = (grouped_matmul(x_mD, w, sizes_E) for w in (gate_EDF, up_EDF))
     if biases_EF:
-        gate_mF, up_mF = (h + bias[ids_m[order_m]] for h, bias in zip((gate_mF, up_mF), biases_EF, strict=True))
+        expert_m, wide = ids_m[order_m], gates_nk.dtype
+        # In float32, as the gradient of a bias is summed: it is a sum over all tokens of its expert.
+        gate_mF, up_mF = (
+            (h.astype(wide) + bias.astype(wide)[expert_m]).astype(h.dtype)
+            for h, bias in zip((gate_mF, up_mF), biases_EF, strict=True)
+        )
     y_mD = grouped_matmul(activate(gate_mF, up_mF, clamp, activation), down_EFD, sizes_E)
     y_nkD = _collect(y_mD, order_m, back_m).reshape(n, k, -1)
     return jnp.sum(gates_nk[..., None] * y_nkD.astype(gates_nk.dtype), axis=1).astype(x_nD.dtype)

@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 from parallax.config import ExpertsConfig, TransformerConfig
 from parallax.layers.feedforward import GatedFeedForward
-from parallax.layers.moe import Experts, activate, route
+from parallax.layers.moe import Experts, activate, mixture, route
 
 B, T, D, E, K, F = 2, 5, 6, 4, 2, 3
 PLAIN = ExpertsConfig(num_experts=E, experts_per_token=K, mlp_dim=F, balance_loss=0.3, router_z_loss=0.2)
@@ -154,3 +154,16 @@ def test_an_expert_alone_is_the_feed_forward_of_its_weights(x64, activation):
         getattr(dense, name)[...] = getattr(experts, name)[...][0]
     x = jnp.asarray(np.random.default_rng(6).normal(size=(B, T, D)))
     np.testing.assert_allclose(experts(x)[0], dense(x)[0], rtol=1e-10)
+
+
+def test_gradients_of_biases_are_added_up_in_float32():
+    """Of 4096 equal tokens; a sum in bfloat16 stops growing at 256 addends."""
+
+    def gradients(dtype):
+        x, ids, gates = jnp.ones((4096, D), dtype), jnp.zeros((4096, 1), jnp.int32), jnp.ones((4096, 1))
+        weights = [jnp.full(shape, 0.25, dtype) for shape in ((1, D, F), (1, D, F), (1, F, D), (1, F), (1, F))]
+        total = jax.grad(lambda *w: jnp.sum(mixture(x, ids, gates, *w).astype(jnp.float32)), argnums=(3, 4))
+        return jax.jit(total)(*weights)
+
+    for found, wanted in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0.03)  # a few roundings at 2⁻⁸
