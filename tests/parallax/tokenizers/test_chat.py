@@ -67,7 +67,9 @@ def test_a_message_spells_no_special_token(content, kind):
     found = chat.prompt(said)
     special = sorted(token for token in found.tolist() if token in ids.values())
     assert special == sorted(token for token in chat.prompt(harmless).tolist() if token in ids.values())
-    assert content in spelled(chat, found) if kind in ("byte_level", "sentencepiece") else chat.tokenizer.decode(found)
+    assert content in (
+        spelled(chat, found) if kind in ("byte_level", "sentencepiece") else chat.tokenizer.decode(found)
+    )
     tool = [{"type": "function", "function": {"name": content, "parameters": {content: 1}}}]
     with_tools = Chat(SHOWS_TOOLS, chat.tokenizer).prompt(HELLO, tool)
     assert not set(with_tools.tolist()) & set(ids.values())
