@@ -133,9 +133,10 @@ class ChatTemplate:
         return json.loads(reply)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # Isolated from the environment and the folder it is started in; in a session of its own Ctrl-C passes it by.
+        # It finds packages where this process does, but nothing beside the program (-P); in a session of its own Ctrl-C
+        # passes it by.
         process = subprocess.Popen(  # noqa: S603 (this package's own program)
-            [sys.executable, "-I", "-B", str(PROGRAM)],
+            [sys.executable, "-P", "-B", str(PROGRAM)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,11 +1,17 @@
 """What a chat template may and may not do, and where it is kept."""
 
 import json
+import os
 import pickle
+import subprocess
+import venv
+from pathlib import Path
 
+import jinja2
 import pytest
 from etils import epath
 
+import parallax
 from parallax.tokenizers.chat_template import (
     ChatTemplate,
     choose_template,
@@ -69,6 +75,17 @@ def test_an_interrupted_rendering_answers_no_later_one():
     with pytest.raises(KeyboardInterrupt):
         template.render(TURNS)
     assert template.render(HELLO) == HELLO[0]["content"]
+
+
+def test_jinja_may_be_where_only_the_environment_says(tmp_path):
+    venv.create(tmp_path / "bare")
+    program = "from parallax.tokenizers.chat_template import ChatTemplate; print(ChatTemplate('Hi', {}).render([]))"
+    paths = [str(Path(parallax.__file__).parents[1]), str(Path(jinja2.__file__).parents[1])]
+    done = subprocess.run(
+        [tmp_path / "bare" / "bin" / "python", "-c", program],
+        env={"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "Hi\n"
 
 
 def test_variables():
