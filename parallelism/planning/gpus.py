@@ -12,11 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parallelism.planning.network import Dim
+from parallelism.planning.network import HOP, NETWORK_HOP, Dim
 
 GIB = 2**30
-HOP, NETWORK_HOP = 1e-6, 1e-5
-"""Seconds through the switch of a host or domain, and through a network: orders of magnitude, not measured."""
 USED = 0.9
 """Of a card's memory, the share that JAX's pool may take (XLA_CLIENT_MEM_FRACTION; without it JAX takes 0.75). The rest
 is kept for what is outside of the pool: the CUDA context and its modules, NCCL's buffers, and cuBLAS's and cuDNN's own.
@@ -155,7 +153,7 @@ def gpus(name: str) -> Gpus:
         why = "must be a power of two, which all meshes divide"
         if count > most:
             why = f"is more than {most}" + ("" if card.network else ", which no network joins")
-        elif card.host_gpus < count or count < 1:
+        elif card.host_gpus < count:
             why = f"must be whole hosts of {card.host_gpus} GPUs, and a power of two of them"
         raise ValueError(f"topology={name!r} {why}; try {card.name}-{near}")
     return Gpus(name, card, count)

@@ -9,11 +9,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from parallelism.planning.gpus import GIB, NETWORK_HOP, Gpus, cards, gpus
-from parallelism.planning.network import Dim
+from parallelism.planning.gpus import GIB, Gpus, cards, gpus
+from parallelism.planning.network import HOP, NETWORK_HOP, Dim
 
-HOP = 1e-6
-"""Seconds from a chip to its neighbour; "How to scale your model" gives half a microsecond to one."""
+MOST_SLICES = 256
+"""Which `launch.py` can ask for."""
 ON_CHIP = 104 * 2**20
 """Of the 128 MiB on a chip of v4 (CMEM), v5e and v6e (VMEM), bytes in which libtpu keeps temporaries: a middle, chosen
 by 45 steps of SMALL and BASE for v4 and v5e. v5p, with 64 MiB a core, and v2 and v3, with 16, keep next to none."""
@@ -193,7 +193,9 @@ def accelerator(name: str) -> Accelerator:
     unit = generation.cores_per_name
     slices = {math.prod(shape) * unit: shape for shape in _slices(generation)}
     size, count = int(match[3]), int(match[1] or 1)
-    if size not in slices or count < 1:
+    if not 1 <= count <= MOST_SLICES:
+        raise ValueError(f"topology={name!r} must have 1 to {MOST_SLICES} slices; try 2x{match[2]}-{size}")
+    if size not in slices:
         near = min(slices, key=lambda known: abs(known - size))
         several = f"{count}x" if count > 1 else ""
         raise ValueError(f"topology={name!r} is no slice that can be rented; try {several}{match[2]}-{near}")

@@ -16,6 +16,10 @@ SERIAL = {"sequence", "tensor", "expert"}
 """Mesh axes whose collectives a layer waits for. Those along other axes, which gather the next layer's parameters and
 reduce gradients, can run beside matmuls."""
 
+HOP, NETWORK_HOP = 1e-6, 1e-5
+"""Seconds to a chip's neighbour or through the switch of a host, and through a network: orders of magnitude, not
+measured. "How to scale your model" gives half a microsecond to one from a chip to its neighbour."""
+
 _PASSES = {"all-reduce": 2}
 """An all-reduce is a reduce-scatter and an all-gather."""
 

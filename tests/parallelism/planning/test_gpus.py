@@ -23,7 +23,7 @@ def test_a_name_counts_gpus_in_whole_hosts_or_a_part_of_one(name, hosts, topolog
     [
         ("h100-7", "topology='h100-7' must be a power of two, which all meshes divide; try h100-8"),
         ("h100-12", "must be whole hosts of 8 GPUs, and a power of two of them; try h100-16"),
-        ("h100-0", "must be whole hosts of 8 GPUs, and a power of two of them; try h100-1"),
+        ("h100-0", "must be a power of two, which all meshes divide; try h100-1"),
         ("h100-16384", "is more than 4096; try h100-4096"),
         ("rtx4090-16", "is more than 8, which no network joins; try rtx4090-8"),
         ("h100", "topology='h100' must be one of h100, .* with a number of GPUs; try h100-8"),

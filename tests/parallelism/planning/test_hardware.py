@@ -71,7 +71,8 @@ def test_a_name_counts_cores_up_to_v5p_and_chips_of_the_lite_ones(name, topology
         ("v3-9", r"topology='v3-9' is no slice that can be rented; try v3-8"),
         ("v5p-12416", r"topology='v5p-12416' is no slice that can be rented; try v5p-12288"),
         ("2xv5p-100", r"topology='2xv5p-100' is no slice that can be rented; try 2xv5p-128"),
-        ("0xv5p-128", r"topology='0xv5p-128' is no slice that can be rented; try v5p-128"),
+        ("0xv5p-128", r"topology='0xv5p-128' must have 1 to 256 slices; try 2xv5p-128"),
+        ("257xv5p-128", r"topology='257xv5p-128' must have 1 to 256 slices; try 2xv5p-128"),
         ("v5litepod-512", r"topology='v5litepod-512' is no slice that can be rented; try v5litepod-256"),
     ],
 )
