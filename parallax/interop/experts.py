@@ -7,6 +7,9 @@ from parallax.config import ExpertsConfig, TransformerConfig
 from parallax.interop.hf_values import Values, flag, number, whole_number
 from parallax.layers.moe import SLOPE
 
+CLAMP = 7.0
+"""The limit of gpt-oss's activation where a config.json gives none."""
+
 Parts = tuple[tuple[int, ...], ...]
 
 _VECTOR: Parts = ((0,),)
@@ -62,7 +65,7 @@ def experts_from_hf(values: Values) -> ExpertsConfig:
         mlp_dim=whole_number(values, "moe_intermediate_size") if kind == "qwen3_moe" else 0,
         renormalize=kind in ("mixtral", "gpt_oss") or flag(values, "norm_topk_prob"),
         bias=kind == "gpt_oss",
-        clamp=number(values, "swiglu_limit", 7.0) if kind == "gpt_oss" else 0.0,
+        clamp=_clamp(values) if kind == "gpt_oss" else 0.0,
     )
 
 
@@ -75,12 +78,23 @@ def experts_to_hf(config: TransformerConfig, kind: str) -> Values:
     else:
         values |= {"num_experts": experts.num_experts, "norm_topk_prob": experts.renormalize}
     if kind == "gpt_oss":
-        values |= {"swiglu_limit": experts.clamp, "swiglu_alpha": SLOPE}
+        # There is no other activation there, and 0 is a limit: a model without a clamp is refused for the difference.
+        values |= {"swiglu_limit": experts.clamp or CLAMP, "swiglu_alpha": SLOPE}
     if kind == "qwen3_moe":
         values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": config.expert_dim}
     else:
         values["intermediate_size"] = config.expert_dim
     return values
+
+
+def _clamp(values: Values) -> float:
+    limit = number(values, "swiglu_limit", CLAMP)
+    if limit <= 0:
+        raise ValueError(
+            f"swiglu_limit={limit} in config.json must be positive, since transformers clamps to it whatever it is; "
+            "restore the model's file"
+        )
+    return limit
 
 
 def _refuse_what_differs(values: Values) -> None:

@@ -75,12 +75,20 @@ def test_what_no_architecture_has_is_refused_by_name(changes, message):
         config_to_hf(dataclasses.replace(config, experts=dataclasses.replace(config.experts, **changes)))
 
 
+def test_biases_without_the_clamp_are_refused_by_name():
+    """gpt-oss alone has such biases, and transformers clamps to its limit, also to 0."""
+    config = CONFIGS["gpt_oss"]
+    with pytest.raises(ValueError, match=r"clamp=0.0.* is in no architecture of transformers .*gpt_oss is the nearest"):
+        config_to_hf(dataclasses.replace(config, experts=dataclasses.replace(config.experts, clamp=0.0)))
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 in config.json is not supported, None alone is"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] in config.json is not supported"),
         ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha=1.5 in config.json is not supported, 1.702 alone is"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0 in config.json must be positive"),
         ("mixtral", {"num_experts_per_tok": None}, "num_experts_per_tok=None in config.json must be a whole number"),
     ],
 )
