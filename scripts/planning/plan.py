@@ -44,6 +44,7 @@ from scripts.planning.report import commands as commands_of
 from scripts.planning.report import describe, plan_table, plan_to_json
 from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized, size_of
 from scripts.training.choices import choose_attention
+from scripts.training.flags import check_length
 from scripts.training.step import bind_state, bind_step
 
 REMATS = ("none", "dots", "full")
@@ -58,7 +59,9 @@ class Plan:
         self._slice = machine(flags.topology)
         self._builds: dict[tuple[Any, ...], Build] = {}
         given: Any = {what: getattr(flags, what) for what in ("batch_size", "seq_len") if what != flags.sought}
-        TrainConfig(**given)  # checks them
+        train = TrainConfig(**given)  # checks them
+        if flags.sought != "seq_len":
+            check_length(train.seq_len, flags.model)
 
     def run(self) -> int:
         """Shows the plan. The exit status: 0 where something fits, else 1."""

@@ -235,14 +235,19 @@ def _settle(flags: Flags) -> Flags:
     short = {name: getattr(flags, name) for name in ("dtype", "remat") if getattr(flags, name) is not None}
     if short:
         model = dataclasses.replace(model, **short)
-    if flags.train.seq_len > model.max_seq_len:
-        raise ValueError(
-            f"seq_len={flags.train.seq_len} must not exceed max_seq_len={model.max_seq_len}; "
-            f"try --seq-len {model.max_seq_len}, or --model.max-seq-len {flags.train.seq_len}"
-        )
+    check_length(flags.train.seq_len, model)
     learning = flags.learning.settled(flags.train.steps)
     strategy = flags.strategy or default
     return dataclasses.replace(flags, strategy=strategy, model=model, learning=learning, dtype=None, remat=None)
+
+
+def check_length(seq_len: int, model: TransformerConfig) -> None:
+    """Raises ValueError if sequences are longer than the model is made for."""
+    if seq_len > model.max_seq_len:
+        raise ValueError(
+            f"seq_len={seq_len} must not exceed max_seq_len={model.max_seq_len}; "
+            f"try --seq-len {model.max_seq_len}, or --model.max-seq-len {seq_len}"
+        )
 
 
 def _refuse_changes(saved: Flags, flags: Flags) -> None:

@@ -44,6 +44,7 @@ seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --batch-size max --exhaustive | batch_size=max does not go with --exhaustive | leave one out
 --batch-size many | batch-size | max
 --seq-len 0 | seq_len=0 | try 128
+--seq-len 9000 | seq_len=9000 must not exceed max_seq_len=8192 | try --seq-len 8192
 --compare v4-8,h100-8 | needs the tokens of the run | try --tokens 1e9
 --compare v4-8,h100-7 --tokens 1e9 | topology='h100-7' | try h100-8
 --compare v4-8 --tokens 1e9 | must name machines, each once | try v5litepod-256,h100-64
