@@ -12,7 +12,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-from parallax.storage import cache_folder
+from parallax.storage import cache_folder, write_atomically
 
 PIECE_BYTES = 1 << 20
 KEPT_GIB = 16.0
@@ -36,12 +36,14 @@ class Pieces:
             except OSError:  # a disk that is full or read-only keeps nothing, and the bucket is read instead
                 self.are_kept = False
 
-    def get(self, name: str, piece: int) -> bytes | None:
-        """None where it is not here."""
+    def get(self, name: str, piece: int, start: int, stop: int) -> bytes | None:
+        """Bytes start to stop - 1 of a piece; None where they are not all here."""
         try:
-            return self._path(name, piece).read_bytes()
+            with self._path(name, piece).open("rb", buffering=0) as file:
+                content = os.pread(file.fileno(), stop - start, start)
         except OSError:
             return None
+        return content if len(content) == stop - start else None  # a loss of power may cut a piece
 
     def put(self, name: str, piece: int, content: bytes) -> None:
         """Keeps a piece, where the disk has room."""
@@ -63,15 +65,18 @@ def _make_room(folder: Path, size: int, bound: int) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in folder.parent.glob(".*"):  # of a process that was killed while it removed one
+            shutil.rmtree(left)
         sizes = [path for path in folder.parent.glob("*/size") if path.parent != folder]
         sizes.sort(key=lambda path: path.stat().st_mtime)
         total = size + sum(int(path.read_text()) for path in sizes)
         while total > bound:
             oldest = sizes.pop(0)
             total -= int(oldest.read_text())
-            shutil.rmtree(oldest.parent)  # a process that reads it fetches again what it needs
+            # Renamed first: a process that reads it puts no more there, and fetches again what it needs.
+            shutil.rmtree(oldest.parent.rename(folder.with_name(f".{oldest.parent.name}")))
         folder.mkdir(exist_ok=True)
-        (folder / "size").write_text(str(size))
+        write_atomically(folder / "size", str(size).encode())
 
 
 def _bound() -> int:
@@ -79,5 +84,5 @@ def _bound() -> int:
     given = os.environ.get(VARIABLE, str(KEPT_GIB))
     try:
         return int(float(given) * 2**30)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{VARIABLE}={given} must be a number of GiB; try {KEPT_GIB:g}, or 0 for none") from None

@@ -5,9 +5,9 @@ map count as memory of the process, and a file cut short under one ends it by a 
 """
 
 import os
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -15,6 +15,8 @@ from data.stores.pieces import PIECE_BYTES, Pieces
 from parallax.storage import bucket_files, is_remote, reason_of
 
 OPEN_FILES = 64
+FETCHED_PIECES = 64
+"""At a time, and so the bytes of them that are held."""
 Range = tuple[str, int, int]
 """File name, first byte, and the one behind the last."""
 
@@ -27,21 +29,22 @@ class Files:
     """The files of a store, read by ranges; those on gs:// at the same time, by whole pieces where these are kept."""
 
     def __init__(self, folder: epath.Path, sha256: str, size: int) -> None:
-        """`sha256` and `size`, in bytes, are of the whole store."""
+        """`sha256` and `size`, in bytes, are of the whole store.
+
+        Raises ValueError if it is on gs:// and the variable that bounds its pieces holds no number.
+        """
         self._folder, self._is_remote = folder, is_remote(folder)
         self._opened = lru_cache(OPEN_FILES)(_Opened)
-        self._sha256, self._size = sha256, size
-
-    @cached_property
-    def _pieces(self) -> Pieces:
-        return Pieces(self._sha256, self._size)
+        self._pieces = Pieces(sha256, size) if self._is_remote else None
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range. Raises Damaged."""
-        if not self._is_remote:
+        if self._pieces is None:
             found = map(self._read_local, ranges)
+        elif self._pieces.are_kept:
+            found = self._read_by_pieces(ranges, self._pieces)
         else:
-            found = self._read_by_pieces(ranges) if self._pieces.are_kept else self._read_remote(ranges)
+            found = self._read_remote(ranges)
         return [self._checked(each, content) for each, content in zip(ranges, found, strict=True)]
 
     def _read_local(self, wanted: Range) -> bytes | Exception:
@@ -51,25 +54,24 @@ class Files:
         except OSError as error:
             return error
 
-    def _read_by_pieces(self, ranges: Sequence[Range]) -> list[Any]:
-        needed = {
-            (name, piece)
-            for name, start, stop in ranges
-            for piece in range(start // PIECE_BYTES, -(-stop // PIECE_BYTES))
-        }
-        contents: dict[tuple[str, int], Any] = {key: self._pieces.get(*key) for key in sorted(needed)}
-        missing = [key for key, content in contents.items() if content is None]
-        if missing:
-            fetched = self._read_remote([(name, at * PIECE_BYTES, (at + 1) * PIECE_BYTES) for name, at in missing])
-            for key, content in zip(missing, fetched, strict=True):
-                contents[key] = content
-                if isinstance(content, bytes):
-                    self._pieces.put(*key, content)
-        found = [_joined(each, contents) for each in ranges]
-        for at, (each, content) in enumerate(zip(ranges, found, strict=True)):
-            if isinstance(content, bytes) and len(content) < each[2] - each[1]:  # a piece that a loss of power cut
-                found[at] = self._read_remote([each])[0]
-        return found
+    def _read_by_pieces(self, ranges: Sequence[Range], pieces: Pieces) -> list[Any]:
+        """Of a piece that is here no more is read than its part of a range, and the others are fetched as wholes."""
+        parts = [list(_parts(each)) for each in ranges]
+        contents: dict[Part, Any] = {part: pieces.get(*part) for each in parts for part in each}
+        missing: dict[tuple[str, int], list[Part]] = {}
+        for part in (part for part, content in contents.items() if content is None):
+            missing.setdefault((part.name, part.piece), []).append(part)
+        wanted = sorted(missing)
+        for first in range(0, len(wanted), FETCHED_PIECES):
+            keys = wanted[first : first + FETCHED_PIECES]
+            fetched = self._read_remote([(name, at * PIECE_BYTES, (at + 1) * PIECE_BYTES) for name, at in keys])
+            for key, content in zip(keys, fetched, strict=True):
+                is_here = isinstance(content, bytes)
+                if is_here:
+                    pieces.put(*key, content)
+                for part in missing[key]:
+                    contents[part] = content[part.start : part.stop] if is_here else content
+        return [_joined([contents[part] for part in each]) for each in parts]
 
     def _read_remote(self, ranges: Sequence[Range]) -> list[Any]:
         names, starts, stops = zip(*ranges, strict=True)
@@ -88,16 +90,26 @@ class Files:
         return content
 
 
-def _joined(wanted: Range, contents: dict[tuple[str, int], Any]) -> bytes | Exception:
-    """A range out of pieces, or what went wrong with the first of them that failed."""
+class Part(NamedTuple):
+    """What of a piece a range needs: its bytes start to stop - 1."""
+
+    name: str
+    piece: int
+    start: int
+    stop: int
+
+
+def _parts(wanted: Range) -> Iterator[Part]:
     name, start, stop = wanted
-    found = bytearray()
     for piece in range(start // PIECE_BYTES, -(-stop // PIECE_BYTES)):
-        content, before = contents[name, piece], piece * PIECE_BYTES
-        if not isinstance(content, bytes):
-            return content
-        found += content[max(start - before, 0) : stop - before]
-    return bytes(found)
+        before = piece * PIECE_BYTES
+        yield Part(name, piece, max(start - before, 0), min(stop - before, PIECE_BYTES))
+
+
+def _joined(contents: Sequence[Any]) -> bytes | Exception:
+    """What the parts of a range hold, or what went wrong with the first of them that failed."""
+    failed = (content for content in contents if not isinstance(content, bytes))
+    return next(failed, None) or b"".join(contents)
 
 
 class _Opened:
