@@ -151,12 +151,17 @@ class Output:
             (self.folder / JOURNAL).unlink()
 
     def remove_drafts(self, *, all: bool) -> None:
-        """Removes what is not whole, or `all` of a store that holds no shard yet; nothing of anybody else."""
+        """Removes what is not whole, or `all` of a store that holds no shard yet; nothing of anybody else.
+
+        On gs:// files of shards are left, and the journal with them: they may be those of a process that goes on.
+        """
         if not self._exists(""):
             return
         with _as_os_errors():
             # The journal goes last: without it the rest would be taken for somebody else's.
-            for path in sorted(self.folder.iterdir(), key=lambda path: path.name == JOURNAL):
+            found = sorted(self.folder.iterdir(), key=lambda path: path.name == JOURNAL)
+            all = all and not (self._is_remote and any(OF_SHARD.fullmatch(path.name) for path in found))
+            for path in found:
                 if DRAFT.fullmatch(path.name) or (
                     all and (path.name in (JOURNAL, TOKENIZER) or OF_SHARD.fullmatch(path.name))
                 ):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.preparing import output
 from data.preparing.preparation import Preparation, Settings
 from data.preparing.sources import find_sources
 from data.stores import store as store_module
@@ -285,3 +286,20 @@ def test_ids_are_those_of_the_tokenizer_with_an_end(tmp_path, sources):
     store = prepared(tmp_path / "store", *sources, held_out=0.0)
     expected = [[*text.encode(), 256] for text in [*texts(40)[:25], *texts(40)[20:]]]
     np.testing.assert_array_equal(store.train.read(0, len(store.train)), np.concatenate(expected))
+
+
+def test_on_gs_the_shards_of_another_process_are_left(tmp_path, monkeypatch):
+    """Nobody holds a folder there: who fails before a shard of its own removes none of a store that was made meanwhile.
+
+    A local folder stands for one on gs://.
+    """
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "is_remote", lambda folder: True)
+        late = output.Output(tmp_path / "web.store")
+    prepared(tmp_path / "web.store", write_jsonl(tmp_path / "a.jsonl", texts(9)))
+    late.remove_drafts(all=True)
+    verify(open_store(tmp_path / "web.store"))
+    for path in (tmp_path / "web.store").glob("0*"):
+        path.unlink()
+    late.remove_drafts(all=True)
+    assert [path.name for path in (tmp_path / "web.store").iterdir()] == ["manifest.json"]
