@@ -6,6 +6,7 @@ and each side of it holds a document.
 
 import fcntl
 import hashlib
+import json
 import math
 import os
 from collections import Counter
@@ -93,10 +94,14 @@ def _name_of(tokenizer: str) -> str:
     """What tells one tokenizer from another: how it is made, or its content. Raises ValueError if it is none."""
     if tokenizer in ("char", "byte"):
         return tokenizer
-    path = open_folder(tokenizer) / "tokenizer.json"
-    if path.exists():
-        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-    return f"bpe:{bpe_size(tokenizer)}"
+    folder = open_folder(tokenizer)
+    if not (folder / "tokenizer.json").exists():
+        return f"bpe:{bpe_size(tokenizer)}"
+    content = (folder / "tokenizer.json").read_bytes()
+    if "kind" not in json.loads(content):  # one of Hugging Face, whose first and last ids are in other files
+        others = [folder / name for name in ("config.json", "generation_config.json")]
+        content += b"".join(path.read_bytes() for path in others if path.exists())
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def _sources(dataset: str, notify: Callable[[str], None]) -> list[Source]:

@@ -17,6 +17,7 @@ from scripts import evaluate, prepare, train
 from scripts.preparing import automatic
 from scripts.preparing.automatic import find_unprepared, prepare_into_cache
 from tests.data.small_stores import decoded, texts, write_jsonl
+from tests.parallax.interop.folders import write_folder
 from tests.scripts.runs import ROOT, SHORT, SMALL
 
 
@@ -103,6 +104,10 @@ def test_a_store_is_named_by_the_content_of_its_tokenizer(tmp_path, cache):
     assert prepared("web.jsonl", "one") == prepared("web.jsonl", "two") != first
     (tmp_path / "two/tokenizer.json").write_text('{"kind": "byte"}\n')
     assert prepared("web.jsonl", "one") != prepared("web.jsonl", "two") != prepared("web.jsonl", "byte")
+    write_folder(tmp_path / "hf")
+    before = prepared("web.jsonl", "hf")
+    (tmp_path / "hf/generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert prepared("web.jsonl", "hf") != before
 
 
 @pytest.mark.parametrize("count", [2, 3, 12])
