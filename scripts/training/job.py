@@ -91,6 +91,7 @@ def prepare_job(flags: Flags) -> Job:
     overfit, dataset = flags.mode == "overfit", flags.dataset
     if not overfit:
         dataset = _prepared(flags)
+        wait_for_all("the data set is prepared")  # all: where files differ, one process may have nothing to prepare
     notes: list[str] = []  # said once all input is known to be good, so that an error is the only line
     corpus = (
         overfit_corpus()
@@ -130,9 +131,7 @@ def _prepared(flags: Flags) -> str:
     _build_or_explain(dataclasses.replace(flags, model=dataclasses.replace(flags.model, vocab_size=ANY_VOCABULARY)))
     if flags.held_out is not None:
         open_stores(flags.held_out)
-    dataset = prepare_into_cache(flags.dataset, sources, flags.init_from or flags.tokenizer or "char", say)
-    wait_for_all("the data set is prepared")
-    return dataset
+    return prepare_into_cache(flags.dataset, sources, flags.init_from or flags.tokenizer or "char", say)
 
 
 def _build_or_explain(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
