@@ -23,7 +23,7 @@ class Flags:
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Score only what train.py holds out of this data set: of a single text its last tenth, of documents the last tenth
-    of them, of a store what it holds out."""
+    of them, of a store what it holds out. Text of more than 64 MiB is trained on as a store: give that."""
     window: int | None = None
     """Tokens that the model sees at once; by default as in its training, or 1024 where that is not known."""
     stride: int | None = None

@@ -26,6 +26,7 @@ from parallelism.strategy import Strategy
 from scripts.common.command_line import tell
 from scripts.common.placement import place_model
 from scripts.evaluation.flags import Flags
+from scripts.preparing.automatic import find_unprepared
 
 USUAL_WINDOW = 1024
 TEXT_ALONE = "holds no plain text to count the bytes of; give plain text, or a store that prepare.py makes of it"
@@ -53,6 +54,9 @@ def evaluate(flags: Flags) -> dict[str, Any]:
     settings = read_settings(open_folder(flags.checkpoint))
     if os.path.isfile(os.path.expanduser(flags.dataset)) and not is_plain(Path(flags.dataset)):
         raise ValueError(f"dataset {flags.dataset} {TEXT_ALONE}")
+    if flags.held_out and find_unprepared(flags.dataset, tell):
+        rule = f"--held-out of {flags.dataset} is what its store holds out, which train.py makes in the cache"
+        raise ValueError(f"{rule}; give that store as --dataset, or leave --held-out out")
     config = config_from_dict(settings["model"])
     window, stride = _sizes(flags, config, settings)
     strategy = place_model(config, flags.mesh, batch_size=flags.batch_size, seq_len=window)

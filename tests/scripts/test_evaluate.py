@@ -12,6 +12,7 @@ from parallax.model.transformer import TransformerLM
 from parallax.run_folder import load_run
 from parallax.tokenizers.plain import ByteTokenizer
 from scripts import convert, evaluate
+from scripts.preparing import automatic
 from tests.parallax.interop.folders import write_folder
 from tests.scripts.cases import read_cases
 from tests.scripts.untrained import one_layer, write_untrained
@@ -77,6 +78,12 @@ def test_a_mesh_gives_the_same_by_default_in_the_window_of_training_and_half_of_
 
 def test_only_the_held_out_tenth(score):
     assert score("--held-out")[1]["bytes"] == len(TEXT[int(len(TEXT) * 0.9) :].encode()) - 1
+
+
+def test_of_text_that_train_prepares_another_part_is_held_out(score, refuses, monkeypatch):
+    monkeypatch.setattr(automatic, "READ_WHOLE", 100)
+    words = ("--held-out of text.txt is what its store holds out", "give that store as --dataset")
+    refuses(evaluate, ["--checkpoint", "run", "--dataset", "text.txt", "--held-out"], *words)
 
 
 def test_documents_stand_alone_and_their_ends_are_scored(score, tmp_path):
