@@ -130,8 +130,8 @@ def test_what_layers_report_comes_in_their_order(loop, monkeypatch):
             return module
 
         class Reporting(type(module)):
-            def __call__(self, x_BTD):
-                return super().__call__(x_BTD)[0], {"total": jnp.sum(x_BTD)}
+            def __call__(self, x_BTD, *beside):
+                return super().__call__(x_BTD, *beside)[0], {"total": jnp.sum(x_BTD)}
 
         return Reporting(config, rngs=rngs)
 

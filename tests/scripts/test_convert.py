@@ -96,7 +96,7 @@ def test_what_no_architecture_computes_is_refused_before_parameters_are_read(con
     settings["model"]["logit_softcap"] = 30.0
     (tmp_path / "run/config.json").write_text(json.dumps(settings))
     shutil.rmtree(tmp_path / "run/checkpoints")
-    refuses(convert, ["export", "run", "back"], "logit_softcap=30.0 has no place")
+    refuses(convert, ["export", "run", "back"], "logit_softcap=30.0 is in no architecture of transformers")
 
 
 def test_a_mesh_reads_and_writes_the_same(converted, tmp_path):

@@ -38,7 +38,7 @@ CASES = """
 --strategy mesh --rules bytes.json | bytes.json | must be JSON ( | write an object such as
 --strategy mesh --rules list.json | list.json | list of mesh axes | write an object such as
 --strategy mesh --rules logical.json | 'channels' | known are act_embed | vocab
---strategy mesh --rules axis.json | 'mlp' | 'model' | known are data, fsdp, sequence, tensor
+--strategy mesh --rules axis.json | 'mlp' | 'model' | known are data, fsdp, expert, sequence, tensor
 --rules collision.json --mesh fsdp=8 | 'fsdp' | 'mlp' | 'embed' | remove it from one
 --reduction exact --mesh data=4,tensor=2 | reduction=exact | tensor=2 | try --mesh data=8
 --reduction exact --mesh data=2,fsdp=4 --batch-size 24 | 12 equal shards | data×fsdp=8 | try --batch-size 32

@@ -53,7 +53,7 @@ def test_the_three_places_of_dropout_use_different_keys():
     """With one key for the two residual sums, a dropped value of one would be dropped in the other too."""
     block, x = example(dropout_rate=0.5)
     block.attention = lambda x, *_: (jnp.ones_like(x), None)
-    block.mlp = lambda x: (jnp.ones_like(x), {})
+    block.mlp = lambda x, *_: (jnp.ones_like(x), {})
     added = block(x, POSITIONS, dropout_keys_B=jax.random.split(jax.random.key(0), B))[0] - x
     np.testing.assert_allclose(np.unique(np.round(added, 4)), [0, 2, 4])  # neither, one, both; scaled by 2
 

@@ -15,6 +15,7 @@ from parallax.layers.cache import KVCache
 from parallax.layers.dropout import dropout, split
 from parallax.model.stack import TransformerBlock
 from parallax.model.transformer import TransformerLM, init_params, param_axes
+from parallax.pattern import stacks
 from tests.parallax.inference.models import CONFIG, draw_params
 
 B, T, V, W = 2, 8, 13, 16
@@ -216,8 +217,10 @@ def test_untied_output_is_the_table_that_makes_the_logits():
 )
 def test_every_dim_of_every_parameter_has_one_known_name(config):
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    of_stack = {stack.name: len(stack.numbers) for stack in stacks(config)}
     sizes = {
-        "layers": config.num_layers,
+        "layers": of_stack.get(""),
+        "experts": config.experts.num_experts,
         "vocab": -(-config.vocab_size // 8) * 8,
         "embed": config.embed_dim,
         "heads": config.num_heads,
@@ -225,12 +228,18 @@ def test_every_dim_of_every_parameter_has_one_known_name(config):
         "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
     }
-    assert set(sizes) == PARAM_AXES - {"experts"}, "which no model has yet"
+    assert set(sizes) == PARAM_AXES
 
     def check(path, leaf, names):
         assert leaf.dtype == jnp.float32
-        assert len(set(names)) == len(names)
-        assert leaf.shape == tuple(sizes[name] for name in names)
+        named = [name for name in names if name]
+        assert len(set(named)) == len(named)
+        own = sizes | {"layers": of_stack.get(path[1].key, sizes["layers"])}
+        if "experts" in names:
+            own["mlp"] = config.expert_dim
+        router = path[-1].key in ("router", "router_bias", "balance_bias")
+        assert (len(named) < len(names)) == router, "no device needs a part of the router"
+        assert leaf.shape == tuple(own[name] if name else sizes["experts"] for name in names)
         assert (names[0] == "layers") == (path[0].key == "blocks")
 
     jax.tree_util.tree_map_with_path(check, shapes, param_axes(config))

@@ -11,6 +11,7 @@ import pytest
 from parallax.axes import Parameter
 from parallax.config import PRESETS, OptimizerConfig, TransformerConfig
 from parallax.model.transformer import parameters
+from parallax.pattern import stacks
 from parallax.training.optimizer import make_optimizer
 
 CONFIG = TransformerConfig(
@@ -28,7 +29,8 @@ MUON = {  # summed and resulting dims, after that of the layers
     "query": ((1,), (2, 3)), "key": ((1,), (2, 3)), "value": ((1,), (2, 3)), "out": ((1, 2), (3,)),
     "gate": ((1,), (2,)), "up": ((1,), (2,)), "down": ((1,), (2,)),
 }  # fmt: skip
-NOT_DECAYED = {"scale", "balance_bias", "query_bias", "key_bias", "value_bias", "out_bias"}
+NOT_DECAYED = {"scale", "sinks"}
+"""Beside all biases."""
 
 
 def matrix(*shape):
@@ -84,10 +86,10 @@ def test_every_parameter_has_the_labels_that_its_updates_follow_from(config):
         hidden, behind = known.role == "hidden", "experts" in known.names  # then another dim comes first
         dims = MUON.get(name_of(path))
         expected = tuple(tuple(dim + behind for dim in part) for part in dims) if dims else None
-        assert known.decays == (name_of(path) not in NOT_DECAYED), path
+        assert known.decays == (not name_of(path).endswith(("bias", *NOT_DECAYED))), path
         assert ((known.input_dims, known.output_dims) if hidden else None) == expected, path
     outputs = [name_of(path) for path, known in leaves if known.role == "output"]
-    routers = ["router"] if config.experts.num_experts else []
+    routers = ["router" for stack in stacks(config) if stack.config.feed_forward == "experts"]
     assert outputs == routers + ([] if config.tie_embeddings else ["table"])
 
 
