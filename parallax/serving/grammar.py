@@ -38,10 +38,12 @@ class Grammars:
         given = {"type": "object"} if schema is None else schema
         grammar = llguidance.LLMatcher.grammar_from_json_schema(given, overrides=OPTIONS)
         first = JsonMatcher(llguidance.LLMatcher(self._tokenizer, grammar), self._size)
-        if fault := first.fault():
-            raise ValueError(f"the schema cannot be followed ({fault}); leave that out, or ask for json_object")
-        if not first.allowed().any():
+        fault = first.fault()
+        # llguidance panics where the tokenizer raises: it cannot spell a text that must come next.
+        if "panic" in fault or not (fault or first.allowed().any()):
             raise ValueError("this model's tokenizer spells no answer of this schema; ask for text")
+        if fault:
+            raise ValueError(f"the schema cannot be followed ({fault}); leave that out, or ask for json_object")
         return lambda: JsonMatcher(llguidance.LLMatcher(self._tokenizer, grammar), self._size)
 
 
