@@ -5,6 +5,7 @@ alone.
 """
 
 import asyncio
+import os
 import sys
 import tempfile
 import time
@@ -76,8 +77,8 @@ def main() -> None:
     lines = [
         f"# {CHATS} chats at once with a shared system prompt",
         "",
-        f"Written by `python tests/claims/chats.py`: {CONFIG.num_params():,} parameters of random weights on CPU cores",
-        f"that other programs use too, a system prompt of {SYSTEM_TOKENS} tokens, answers of at most {ANSWER_TOKENS},",
+        f"Written by `python tests/claims/chats.py`: {CONFIG.num_params():,} parameters of random weights on",
+        f"{os.cpu_count()} CPU cores, a system prompt of {SYSTEM_TOKENS} tokens, answers of at most {ANSWER_TOKENS},",
         "16 slots. Seconds, the two servers by turns:",
         "",
         f"| the shared beginning is | {' | '.join(rounds)} |",
