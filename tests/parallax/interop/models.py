@@ -8,7 +8,12 @@ import numpy as np
 from tests.parallax.interop.tokenizers import byte_level
 
 FAMILIES = ("llama", "smollm", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "phi3")
-CLASSES = {"smollm": ("Llama", "Llama"), "gemma3_text": ("Gemma3Text", "Gemma3")}
+CLASSES = {
+    "smollm": ("Llama", "Llama"),
+    "gemma3_text": ("Gemma3Text", "Gemma3"),
+    "qwen3_moe": ("Qwen3Moe", "Qwen3Moe"),
+    "gpt_oss": ("GptOss", "GptOss"),
+}
 """How those of the config and of the model begin, where that is not the family's name with a capital."""
 
 
@@ -90,14 +95,14 @@ def random_rope(rng):
     }
 
 
-def make_model(family, values, seed, dtype="float32"):
+def make_model(family, values, seed, dtype="float32", **settings):
     """A model of transformers in float32, whose weights are rounded to dtype."""
     import torch
     import transformers
 
     of_config, of_model = CLASSES.get(family, (family.capitalize(),) * 2)
     config = getattr(transformers, f"{of_config}Config")(
-        **values, bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager"
+        **values, bos_token_id=None, eos_token_id=None, pad_token_id=None, attn_implementation="eager", **settings
     )
     model = getattr(transformers, f"{of_model}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(seed)
