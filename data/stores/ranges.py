@@ -34,7 +34,7 @@ class Files:
         Raises ValueError if it is on gs:// and the variable that bounds its pieces holds no number.
         """
         self._folder, self._is_remote = folder, is_remote(folder)
-        self._opened = lru_cache(OPEN_FILES)(_Opened)
+        self._opened = lru_cache(OPEN_FILES)(lambda name: _Opened(os.fspath(folder / name)))
         self._pieces = Pieces(sha256, size) if self._is_remote else None
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
@@ -50,7 +50,7 @@ class Files:
     def _read_local(self, wanted: Range) -> bytes | Exception:
         name, start, stop = wanted
         try:
-            return os.pread(self._opened(os.fspath(self._folder / name)).descriptor, stop - start, start)
+            return os.pread(self._opened(name).descriptor, stop - start, start)
         except OSError as error:
             return error
 
