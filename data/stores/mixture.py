@@ -24,6 +24,7 @@ from data.samples import Batch, Samples
 from data.stores.order import shuffled
 from data.stores.rows import PACKINGS, StoreRows
 from data.stores.store import TokenStore, open_store
+from parallax.storage import is_remote
 
 BLOCK = 1000
 """Samples in a block, or the next multiple of what the weights' decimals need."""
@@ -225,7 +226,7 @@ def load_stores(name: str) -> Stores | None:
     """What `--dataset` says where it names several stores: a list with weights, or a JSON file with stages.
 
     None where it says something else. Raises ValueError if the weights do not add up to 1, a stage or a store cannot be
-    read, or the stores have different tokenizers.
+    read, one store is spelled in two ways, or the stores have different tokenizers.
     """
     path = Path(name).expanduser()
     if os.path.exists(path):  # that of pathlib raises for a name that is too long, as a list may be
@@ -236,6 +237,11 @@ def load_stores(name: str) -> Stores | None:
         return None
     names = list(dict.fromkeys(store for _, weights in stages for store in weights))
     stores = tuple(open_store(os.path.expanduser(each)) for each in names)
+    places: dict[str, str] = {}
+    for each, store in zip(names, stores, strict=True):
+        place = str(store.folder) if is_remote(store.folder) else os.path.realpath(store.folder)
+        if (first := places.setdefault(place, each)) != each:
+            raise ValueError(f"stores of a mixture must be several, and {first} and {each} are one; spell it one way")
     for store in stores[1:]:
         first, other = (each.manifest["tokenizer"] for each in (stores[0], store))
         if first["sha256"] != other["sha256"]:

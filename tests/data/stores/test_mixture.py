@@ -125,6 +125,7 @@ BAD = {
     "web.store:x,code.store:0.5": "weight 'x' of web.store in web.store:x,code.store:0.5 must be a number",
     "web.store:0.5,web.store:0.5": "must give each store once",
     "web.store:0.5,code.store": "must give each store once",
+    "web.store:0.5,code.store/../web.store:0.5": "web.store and code.store/../web.store are one; spell it one way",
     "web.store:0.1234567,code.store:0.8765433": "at most 6 decimals",
     ",".join(f"{'long' * 9}{i}.store:0.1" for i in range(10)): "0.store must hold a manifest.json",
     "web.store:0.5,none.store:0.5": "store none.store must hold a manifest.json",
