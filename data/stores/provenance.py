@@ -40,7 +40,7 @@ def pieces_of_step(training: Samples, batch_size: int, seed: int, step: int) -> 
             store = int(training.source_of(sample_id))
             sample_id -= int(training.starts[store])
         rows = stores[store]
-        for span in rows.spans(sample_id):
+        for span in rows.spans([sample_id])[0]:
             for first, document in rows.tokens.documents_in(span.start, span.stop):
                 end = first + document.tokens
                 yield Piece(row, store, document, max(span.start - first, 0), min(span.stop, end) - first)

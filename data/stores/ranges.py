@@ -39,6 +39,8 @@ class Files:
 
     def read(self, ranges: Sequence[Range]) -> list[bytes]:
         """The bytes of each range. Raises Damaged."""
+        if not ranges:
+            return []
         if self._pieces is None:
             found = map(self._read_local, ranges)
         elif self._pieces.are_kept:

@@ -51,8 +51,8 @@ class StoreRows(ABC):
     has_segments: bool = False
 
     @abstractmethod
-    def spans(self, row: int) -> Sequence[Span]:
-        """What a row holds."""
+    def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
+        """What each of these rows holds."""
 
     @abstractmethod
     def rows_of(self, start: int, stop: int) -> Iterable[int]:
@@ -72,9 +72,10 @@ class StoreRows(ABC):
         shape = (len(sample_ids), self.seq_len)
         inputs, targets = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         segments = np.zeros(shape, np.int32)
-        rows = [self.spans(row) if row >= 0 else () for row in sample_ids.tolist()]
+        present = np.flatnonzero(sample_ids >= 0).tolist()
+        rows = self.spans(sample_ids[present].tolist())
         read = iter(self.tokens.read_spans([(span.start, span.stop) for spans in rows for span in spans]))
-        for row, spans in enumerate(rows):
+        for row, spans in zip(present, rows, strict=True):
             at = 0
             for segment, span in enumerate(spans, start=1):
                 tokens, end = next(read), at + span.length
@@ -104,9 +105,9 @@ class Windows(StoreRows):
         self.num_targets = len(tokens) - 1
         self.order = Shuffled(-(-self.num_targets // seq_len))
 
-    def spans(self, row: int) -> Sequence[Span]:
-        start = row * self.seq_len
-        return (Span(start, min(self.seq_len, self.num_targets - start), True),)
+    def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
+        starts = [row * self.seq_len for row in rows]
+        return [(Span(start, min(self.seq_len, self.num_targets - start), True),) for start in starts]
 
     def rows_of(self, start: int, stop: int) -> range:
         first = max(0, -(-start // self.seq_len) - 1)
@@ -135,7 +136,10 @@ class PackedBlocks(StoreRows):
         self.order = ShuffledByBlocks(-(-len(tokens) // seq_len), self._rows, GROUP)
         self._packed = lru_cache(2 * GROUP)(self._pack)
 
-    def spans(self, row: int) -> Sequence[Span]:
+    def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
+        return [self._spans(row) for row in rows]
+
+    def _spans(self, row: int) -> Sequence[Span]:
         block, place = divmod(row, self._rows)
         starts, lengths, goes_on, firsts = self._packed(block)
         at = slice(firsts[place], firsts[place + 1])
@@ -175,14 +179,17 @@ class SingleDocuments(StoreRows):
         self.tokens, self.seq_len = tokens, seq_len
         self.order = Shuffled(tokens.num_documents)
 
-    def spans(self, row: int) -> Sequence[Span]:
-        start, stop = self.tokens.span_of(row)
-        length = min(stop - start - 1, self.seq_len)
-        return (Span(start, length, True),) if length > 0 else ()
+    def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
+        found: list[Sequence[Span]] = []
+        for start, stop in self.tokens.spans_of(rows):
+            length = min(stop - start - 1, self.seq_len)
+            found.append((Span(start, length, True),) if length > 0 else ())
+        return found
 
     def rows_of(self, start: int, stop: int) -> Iterable[int]:
-        for row in range(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1):
-            if any(span.start < stop and span.stop > start for span in self.spans(row)):
+        rows = range(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1)
+        for row, spans in zip(rows, self.spans(rows), strict=True):
+            if any(span.start < stop and span.stop > start for span in spans):
                 yield row
 
     def epochs(self, count: int) -> float:

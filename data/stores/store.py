@@ -127,7 +127,7 @@ class TokenSide:
                 ranges.append((name, (start - first) * size, (min(stop, end) - first) * size))
                 start, shard = min(stop, end), shard + 1
             counts.append(len(ranges) - before)
-        contents = iter(self._files.read(ranges) if ranges else [])
+        contents = iter(self._files.read(ranges))
         joined = [b"".join(next(contents) for _ in range(count)) for count in counts]
         return [np.frombuffer(content, self._type).astype(np.int32) for content in joined]
 
@@ -135,15 +135,19 @@ class TokenSide:
     def num_documents(self) -> int:
         return int(self._numbers[-1])
 
-    def span_of(self, number: int) -> tuple[int, int]:
-        """The first token of a document and the one behind its last; documents are numbered from 0."""
-        shard = int(np.searchsorted(self._numbers, number, "right")) - 1
-        row, size = number - int(self._numbers[shard]), DOCUMENT.itemsize
-        last = row + 1 == self._documents[shard]
-        wanted = (file_name(shard, self._side, "documents"), row * size, (row + 2 - last) * size)
-        rows = np.frombuffer(self._files.read([wanted])[0], DOCUMENT)
-        before, end = self._starts[shard : shard + 2].tolist()
-        return before + int(rows[0]["start"]), end if last else before + int(rows[1]["start"])
+    def spans_of(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Of each document, numbered from 0, the first token and the one behind its last; read at the same time."""
+        shards = [int(np.searchsorted(self._numbers, number, "right")) - 1 for number in numbers]
+        ranges, size = [], DOCUMENT.itemsize
+        for number, shard in zip(numbers, shards, strict=True):
+            row = number - int(self._numbers[shard])
+            stop = min(row + 2, self._documents[shard])
+            ranges.append((file_name(shard, self._side, "documents"), row * size, stop * size))
+        spans = []
+        for shard, content in zip(shards, self._files.read(ranges), strict=True):
+            starts, (before, end) = np.frombuffer(content, DOCUMENT)["start"], self._starts[shard : shard + 2].tolist()
+            spans.append((before + int(starts[0]), before + int(starts[1]) if len(starts) > 1 else end))
+        return spans
 
     def number_at(self, position: int) -> int:
         """The number of the document that holds a token."""

@@ -72,6 +72,10 @@ def test_a_document_a_row_is_its_first_tokens(store):
         assert batch["targets"][row].tolist() == [*range(start + 1, start + length + 1), *[-1] * (SEQ_LEN - length)]
     assert (batch["targets"][-1] == -1).all()
     assert "segments" not in batch
+    read, files = [], samples.tokens._files
+    files.read = lambda ranges, read_all=files.read: read.append(len(ranges)) or read_all(ranges)
+    samples.gather(samples.all_ids()[:9])
+    assert read == [9, 9]  # the bounds of documents, then their tokens, each at the same time
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "none"])
