@@ -23,6 +23,8 @@ def main() -> int:
 
         keep_compiled_programs()
         result = evaluate(flags)
+        for name, of in result.get("sources", {}).items():
+            print(f"{name}: perplexity {of['perplexity']:.4f} a token, {of['bits_per_byte']:.4f} bits per byte")
         print(
             f"perplexity {result['perplexity']:.4f} a token, {result['bits_per_byte']:.4f} bits per byte: "
             f"{result['tokens']:,} tokens of {result['bytes']:,} bytes, window {result['window']}, "

@@ -18,7 +18,8 @@ class Flags:
     checkpoint: str
     """The run folder that train.py or convert.py wrote, local or on gs://."""
     dataset: str
-    """tiny_shakespeare, or a path to a text file, a folder of text files, or a store of the run's tokenizer."""
+    """tiny_shakespeare, or a path to a text file, a folder of text files, or a store of the run's tokenizer. Of a
+    mixture each store is scored, and all of their documents together, whatever the weights."""
     data_dir: str | None = None
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False

@@ -4,9 +4,10 @@ Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whateve
 """
 
 import dataclasses
+import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from data.corpus import Corpus, is_plain, load_corpus
 from data.pipeline import held_out, require_same_tokenizer
+from data.samples import Batch
 from data.stores.mixture import Stores
 from data.stores.store import TokenStore
 from parallax.config import TransformerConfig, config_from_dict
@@ -22,7 +24,6 @@ from parallax.run_folder import load_run, read_settings, trained_length
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer, encode_checked
 from parallax.training.loss import NO_TARGET, make_evaluation
-from parallelism.strategy import Strategy
 from scripts.common.command_line import tell
 from scripts.common.placement import place_model
 from scripts.evaluation.flags import Flags
@@ -30,6 +31,18 @@ from scripts.preparing.automatic import find_unprepared
 
 USUAL_WINDOW = 1024
 TEXT_ALONE = "holds no plain text to count the bytes of; give plain text, or a store that prepare.py makes of it"
+
+
+class Score(NamedTuple):
+    """Summed nats of scored tokens, their number, and the bytes of text that they stand for."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    def rates(self) -> dict[str, Any]:
+        perplexity, bits = math.exp(self.nats / self.tokens), self.nats / math.log(2) / self.bytes
+        return {"perplexity": perplexity, "bits_per_byte": bits, **self._asdict()}
 
 
 class Text(NamedTuple):
@@ -65,20 +78,20 @@ def evaluate(flags: Flags) -> dict[str, Any]:
     corpus = load_corpus(flags.dataset, flags.data_dir, notify=tell)
     run = load_run(flags.checkpoint, flags.step, lambda _: strategy.abstract().params, flags.param_dtype)
     if corpus.stores is None:
-        documents, lengths, size = _of_texts(corpus, run.tokenizer, only_held_out=flags.held_out)
+        texts = {flags.dataset: _of_texts(corpus, run.tokenizer, only_held_out=flags.held_out)}
     else:
-        documents, lengths, size = _of_store(corpus.stores, run.tokenizer, only_held_out=flags.held_out)
-    total = -(-count_windows(lengths, window, stride) // flags.batch_size)
-    rows = windows(documents, window, stride)
-    nats, tokens = _score(strategy, config, run.params, batches(rows, flags.batch_size, window), total)
-    if not size:  # then there is no token either, but perhaps the ends of texts
-        raise ValueError(f"dataset {flags.dataset} has no token to score; give a longer text")
-    return {
-        "perplexity": math.exp(nats / tokens),
-        "bits_per_byte": nats / math.log(2) / size,
-        "nats": nats,
-        "tokens": tokens,
-        "bytes": size,
+        texts = _of_stores(corpus.stores, run.tokenizer, only_held_out=flags.held_out)
+    compiled = strategy.compile_evaluation(make_evaluation(config))
+    scores: dict[str, Score] = {}
+    for name, text in texts.items():
+        if not text.bytes:  # then there is no token either, but perhaps the ends of texts
+            raise ValueError(f"dataset {name} has no token to score; give a longer text")
+        total = -(-count_windows(text.lengths, window, stride) // flags.batch_size)
+        given = batches(windows(text.documents, window, stride), flags.batch_size, window)
+        scores[name] = Score(*_score(functools.partial(compiled, run.params), given, total), text.bytes)
+    sources = {name: score.rates() for name, score in scores.items()}
+    return Score(*map(sum, zip(*scores.values(), strict=True))).rates() | {
+        **({"sources": sources} if len(sources) > 1 else {}),
         "window": window,
         "stride": stride,
         "trained_length": trained_length(settings),
@@ -119,17 +132,16 @@ def _of_texts(corpus: Corpus, tokenizer: Tokenizer, *, only_held_out: bool) -> T
     return Text(documents, [len(tokens) for tokens in documents], size)
 
 
-def _of_store(stores: Stores, tokenizer: Tokenizer, *, only_held_out: bool) -> Text:
-    """Documents that are read when they are scored. Raises ValueError if they are of another tokenizer."""
-    store, *others = require_same_tokenizer(stores, tokenizer).stores
-    if others:
-        raise ValueError(f"dataset {stores.title} must be one store to be scored; give one after the other")
-    sides = ["held_out"] if only_held_out else ["train", "held_out"]
-    lengths, size = [], sum(store.manifest[side]["bytes"] for side in sides)
-    for tokens in _documents(store, sides):
-        lengths.append(len(tokens))
-        size -= _first_bytes(tokens, tokenizer)
-    return Text(_documents(store, sides), lengths, size)
+def _of_stores(stores: Stores, tokenizer: Tokenizer, *, only_held_out: bool) -> dict[str, Text]:
+    """Of each store its documents, read when they are scored. Raises ValueError if they are of another tokenizer."""
+    sides, texts = ["held_out"] if only_held_out else ["train", "held_out"], {}
+    for name, store in zip(stores.short_names, require_same_tokenizer(stores, tokenizer).stores, strict=True):
+        lengths, size = [], sum(store.manifest[side]["bytes"] for side in sides)
+        for tokens in _documents(store, sides):
+            lengths.append(len(tokens))
+            size -= _first_bytes(tokens, tokenizer)
+        texts[name] = Text(_documents(store, sides), lengths, size)
+    return texts
 
 
 def _documents(store: TokenStore, sides: Sequence[str]) -> Iterator[np.ndarray]:
@@ -143,18 +155,15 @@ def _first_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
     return sum(len(tokenizer.token_bytes(int(token))) for token in tokens[:1])
 
 
-def _score(
-    strategy: Strategy, config: TransformerConfig, params: Any, given: Iterator[dict[str, np.ndarray]], total: int
-) -> tuple[float, int]:
+def _score(evaluation: Callable[[Batch], Any], given: Iterator[Batch], total: int) -> tuple[float, int]:
     """Summed nats and number of the targets, with a bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
-    compiled = strategy.compile_evaluation(make_evaluation(config))
     nats, tokens = 0.0, 0
     console = Console(stderr=True)
     for batch in track(given, "windows", total, console=console, disable=not console.is_terminal, transient=True):
-        loss, count = jax.device_get(compiled(params, batch))
+        loss, count = jax.device_get(evaluation(batch))
         nats, tokens = nats + float(loss), tokens + int(count)
     return nats, tokens
 
@@ -184,7 +193,7 @@ def count_windows(lengths: Sequence[int], window: int, stride: int) -> int:
     return sum((length > 1) + -(-more // stride) for length, more in zip(lengths, rest, strict=True))
 
 
-def batches(rows: Iterator[tuple[np.ndarray, np.ndarray]], size: int, window: int) -> Iterator[dict[str, np.ndarray]]:
+def batches(rows: Iterator[tuple[np.ndarray, np.ndarray]], size: int, window: int) -> Iterator[Batch]:
     """Windows by the batch; the last batch is filled up with rows in which nothing is scored."""
     batch: list[tuple[np.ndarray, np.ndarray]] = []
     padding = (np.zeros(window, np.int32), np.full(window, NO_TARGET, np.int32))
@@ -197,6 +206,6 @@ def batches(rows: Iterator[tuple[np.ndarray, np.ndarray]], size: int, window: in
         yield _stacked(batch + [padding] * (size - len(batch)))
 
 
-def _stacked(batch: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+def _stacked(batch: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
     inputs, targets = zip(*batch, strict=True)
     return {"inputs": np.stack(inputs), "targets": np.stack(targets)}

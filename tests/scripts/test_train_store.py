@@ -3,9 +3,10 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
-from data.pipeline import evaluation_batches
+from data.pipeline import evaluation_batches, training_batches
 from data.preparing.preparation import Preparation, Settings
 from data.preparing.sources import find_sources
 from data.stores.store import open_store
@@ -38,13 +39,19 @@ def losses(run):
 
 
 def test_one_curve_on_another_layout_and_when_resumed(call, refuses, tmp_path, store, monkeypatch):
-    bounds = []
+    bounds, learned = [], {}
+
+    def recorded(samples, *, start, **keywords):
+        for k, batch in enumerate(training_batches(samples, start=start, **keywords), start=start):
+            learned[k + 1] = batch
+            yield batch
 
     def watched(*args, most_tokens, **keywords):
         bounds.append(most_tokens)
         return evaluation_batches(*args, most_tokens=most_tokens, **keywords)
 
     monkeypatch.setattr(attempt, "evaluation_batches", watched)
+    monkeypatch.setattr(attempt, "training_batches", recorded)
     status, _, err = call(train, *FLAGS, "--checkpoint-interval", "6", "--output-dir", "alone")
     assert status == 0, err
     assert f"dataset store web.store: 80 documents, {store.manifest['tokens']:,} tokens" in err
@@ -57,20 +64,38 @@ def test_one_curve_on_another_layout_and_when_resumed(call, refuses, tmp_path, s
     assert "\nresume    from step 6" in err
     for one, two in zip(losses(tmp_path / "alone"), losses(tmp_path / "other"), strict=True):
         assert one == pytest.approx(two, abs=1e-5)
-    check_seen(call, refuses, store)
+    status, _, err = call(
+        train, "--resume", "--strategy", "mesh", "--mesh", "data=8", "--steps", "15", "--output-dir", "other"
+    )
+    assert status == 0, err
+    check_seen(call, refuses, store, learned)
 
 
-def check_seen(call, refuses, store):
-    """What the run resumed on another layout says of its steps and its documents."""
-    _, out, _ = call(prepare, "--seen", "other", "--step", "11")
-    assert {int(line.split()[1]) for line in out.splitlines()} == set(range(16))
-    place = out.splitlines()[0].split()[2]
-    _, out, _ = call(prepare, "--seen", "other", "--document", place)
-    assert "11" in out.partition(" tokens: steps ")[2].strip().split(", ")
+def check_seen(call, refuses, store, learned):
+    """What a run of three layouts says of its steps and its documents, beside the batches that it learned from."""
+    documents = [document for document, _ in store.train.documents()]
+    owners = np.repeat(np.arange(len(documents)), [document.tokens for document in documents])
+    tokens, truth = store.train.read(0, len(store.train)), set()
+    for step in range(1, 16):
+        for row, sample_id in enumerate(learned[step]["sample_ids"].tolist()):
+            shown = slice(sample_id * 16, sample_id * 16 + 17)
+            window = tokens[shown]
+            np.testing.assert_array_equal(learned[step]["inputs"][row][: len(window) - 1], window[:-1])
+            truth |= {(step, f"{documents[place].path}:{documents[place].line}") for place in owners[shown].tolist()}
+    for step in range(1, 16):
+        _, out, _ = call(prepare, "--seen", "other", "--step", str(step))
+        assert {int(line.split()[1]) for line in out.splitlines()} == set(range(16))
+        assert {(step, line.split()[2]) for line in out.splitlines()} == {pair for pair in truth if pair[0] == step}
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        step, document = int(rng.integers(1, 16)), documents[rng.integers(len(documents))]
+        _, out, _ = call(prepare, "--seen", "other", "--document", f"{document.path}:{document.line}")
+        steps = out.partition(" tokens: steps ")[2].strip().split(", ")
+        assert (str(step) in steps) == ((step, f"{document.path}:{document.line}") in truth)
     held, _ = next(store.held_out.documents())
     _, out, _ = call(prepare, "--seen", "other", "--document", f"{held.path}:{held.line}")
     assert out.endswith("tokens: held out\n")
-    refuses(prepare, ["--seen", "other", "--step", "13"], "--step 13 must not exceed the 12 steps of other")
+    refuses(prepare, ["--seen", "other", "--step", "16"], "--step 16 must not exceed the 15 steps of other")
     refuses(prepare, ["--seen", "other", "--document", "a.jsonl"], "--document a.jsonl must be FILE:LINE")
     refuses(prepare, ["--seen", "other", "--document", "a.jsonl:1"], "no document of web.store is from a.jsonl:1")
 
@@ -91,6 +116,17 @@ def test_a_mixture_says_what_it_took_of_each_source(call, tmp_path, store):
     sources = json.loads((tmp_path / "run/summary.json").read_text())["sources"]
     assert sources["code"] == {"weight": 0.25, "tokens": last["tokens/code"], "epochs": last["epochs/code"]}
     assert last["epochs/web"] == pytest.approx(last["tokens/web"] / (len(store.train) - 1), abs=1e-5)
+    results = []
+    for dataset in (flags[1], "code.store"):
+        status, out, err = call(evaluate, "--checkpoint", "run", "--dataset", dataset, "--held-out", "--json", "a")
+        assert status == 0, err
+        results.append((out.splitlines(), json.loads((tmp_path / "a").read_text())))
+    (lines, both), (_, alone) = results
+    assert [line.split(" ")[0] for line in lines] == ["web:", "code:", "perplexity"]
+    assert both["sources"]["code"] == {name: alone[name] for name in both["sources"]["code"]}
+    for name in ("nats", "tokens", "bytes"):
+        assert both[name] == pytest.approx(sum(source[name] for source in both["sources"].values()))
+    assert "sources" not in alone
 
 
 def test_packed_documents_and_a_store_that_is_held_out(call, refuses, tmp_path, store):
@@ -123,8 +159,6 @@ def test_refusals(refuses, call, tmp_path):
     refuses(train, [*FLAGS, "--eval-tokens", "0"], "--eval-tokens 0 must be at least 1")
     refuses(train, [*FLAGS, "--seq-len", "4000"], "held-out side of web.store has", "--held-out")
     assert call(train, *FLAGS, "--steps", "1", "--output-dir", "run")[0] == 0
-    mixed = "web.store:0.5,web.store/../web.store:0.5"
-    refuses(evaluate, ["--checkpoint", "run", "--dataset", mixed], "must be one store to be scored")
     path = write_jsonl(tmp_path / "b.jsonl", texts(80, seed=2))
     shutil.rmtree(tmp_path / "web.store")
     status, _, err = call(
