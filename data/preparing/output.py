@@ -2,7 +2,8 @@
 
 Invariant: the journal names a shard only when the shard is whole where the store is to be. A local folder is written in
 place, by one process at a time. The files of one on gs:// are written to a temporary folder and sent when they are
-whole; two processes that write the same store there write the same bytes, since a store follows from its command.
+whole. Of processes that find nothing there one begins; those that go on write the same bytes, since a store follows
+from its command and the tokenizer in its folder.
 """
 
 import contextlib
@@ -40,9 +41,10 @@ class Output:
         """
         self._is_remote = is_remote(address)
         self.folder = open_folder(address) if self._is_remote else Path(address)
-        self.path, self._journal = Path(address), b""
+        self.path, self._journal, self._tokenizer = Path(address), b"", b""
         self._found = self._look()
         self.is_finished = self._found[0]
+        self._is_mine = self._found[1] > 0
 
     def _look(self) -> tuple[bool, int]:
         """Whether the folder holds a manifest, and the bytes of its journal."""
@@ -112,19 +114,46 @@ class Output:
 
     def _require_unchanged(self) -> None:
         if self._look() != self._found:
-            raise ValueError(f"store {self.folder} changed meanwhile; give the same command again")
+            raise self._changed()
 
     def begin(self, command: dict[str, Any], tokenizer: Tokenizer) -> None:
-        """Writes the first line of the journal, and the tokenizer. Raises OSError."""
-        self._write_journal(_line(command))
+        """Writes the first line of the journal, and the tokenizer.
+
+        Raises OSError if they cannot be written, ValueError if another process began meanwhile.
+        """
+        write_atomically(self.path / JOURNAL, _line(command))
         sync_folder(self.path)  # what follows is known for a store's by the journal alone
+        if self._is_remote:
+            self._claim()
         save_tokenizer(tokenizer, self.path / TOKENIZER)
+        self._tokenizer = (self.path / TOKENIZER).read_bytes()
         self._send(TOKENIZER)
         sync_folder(self.path)
+
+    def _claim(self) -> None:
+        """Puts the journal on gs://, where one process alone can, since the object must not be there yet."""
+        try:
+            self._send(JOURNAL, mode="create")
+        except FileExistsError:
+            raise self._changed() from None
+        self._is_mine = True
+        if self._exists(MANIFEST):  # another process finished meanwhile, and removed its journal after that
+            (self.folder / JOURNAL).unlink()
+            raise self._changed()
+
+    def _require_mine(self) -> None:
+        """Raises ValueError if another process began the store on gs:// again, before this one had a shard there."""
+        if self._is_remote and (self.folder / TOKENIZER).read_bytes() != self._tokenizer:
+            self._is_mine = False
+            raise self._changed()
+
+    def _changed(self) -> ValueError:
+        return ValueError(f"store {self.folder} changed meanwhile; give the same command again")
 
     def go_on(self) -> None:
         """Cuts off what a kill left behind the last whole line of the journal. Raises OSError."""
         if self._is_remote:
+            self._tokenizer = (self.folder / TOKENIZER).read_bytes()
             write_atomically(self.path / JOURNAL, self._journal)
         else:
             os.truncate(self.path / JOURNAL, len(self._journal))
@@ -132,6 +161,7 @@ class Output:
     def add_shard(self, number: int, value: dict[str, Any]) -> None:
         """Takes the files of a shard that is whole, and then its line in the journal. Raises OSError."""
         names = [file_name(number, side, kind) for side, kind in FILES]
+        self._require_mine()
         self._send(*names)
         with (self.path / JOURNAL).open("ab") as file:
             file.write(_line(value))
@@ -144,6 +174,7 @@ class Output:
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Writes the manifest, which makes a store of it. Raises OSError."""
+        self._require_mine()
         write_json(self.path / MANIFEST, manifest)
         self._send(MANIFEST)
         sync_folder(self.path)
@@ -153,30 +184,29 @@ class Output:
     def remove_drafts(self, *, all: bool) -> None:
         """Removes what is not whole, or `all` of a store that holds no shard yet; nothing of anybody else.
 
-        On gs:// files of shards are left, and the journal with them: they may be those of a process that goes on.
+        On gs:// files of shards are left, and the journal with them: they may be those of a process that goes on. So is
+        the journal that another process began.
         """
         if not self._exists(""):
             return
         with _as_os_errors():
             # The journal goes last: without it the rest would be taken for somebody else's.
             found = sorted(self.folder.iterdir(), key=lambda path: path.name == JOURNAL)
-            all = all and not (self._is_remote and any(OF_SHARD.fullmatch(path.name) for path in found))
+            others = not self._is_mine or any(OF_SHARD.fullmatch(path.name) for path in found)
+            all = all and not (self._is_remote and others)
             for path in found:
                 if DRAFT.fullmatch(path.name) or (
                     all and (path.name in (JOURNAL, TOKENIZER) or OF_SHARD.fullmatch(path.name))
                 ):
                     path.unlink()
+            self._is_mine &= not all
 
-    def _write_journal(self, content: bytes) -> None:
-        write_atomically(self.path / JOURNAL, content)
-        self._send(JOURNAL)
-
-    def _send(self, *names: str) -> None:
-        """To gs://, where an object appears when it is whole. Raises OSError."""
+    def _send(self, *names: str, mode: str = "overwrite") -> None:
+        """To gs://, where an object appears when it is whole. Raises OSError, with `create` also where one is there."""
         if self._is_remote:
             with _as_os_errors():
                 for name in names:
-                    bucket_files().put_file(str(self.path / name), os.fspath(self.folder / name))
+                    bucket_files().put_file(str(self.path / name), os.fspath(self.folder / name), mode=mode)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """A store on gs://, in an emulator of Google's storage: described, verified, and trained on by two processes."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from data.stores.store import open_store, verify
-from parallax.storage import open_folder
+from parallax.storage import bucket_files, open_folder
 from tests.data.small_stores import prepared, texts, write_jsonl
 from tests.scripts.runs import ROOT, SHORT, SMALL, Training, pmap, rows, run_script, single
 
@@ -36,14 +37,16 @@ def address(tmp_path, bucket):
 
 
 def test_two_processes_train_to_the_same_curve_as_from_disk(tmp_path, address, monkeypatch):
+    """A mixture in two stages, of a store on gs:// and of one on disk."""
+    prepared(tmp_path / "code.store", write_jsonl(tmp_path / "b.jsonl", texts(50, 1)), held_out=0.2)
+    for name, web in (("alone", "web.store"), ("both", address)):
+        stages = [{"until_step": 3, "weights": {web: 1}}, {"weights": {web: 0.25, "code.store": 0.75}}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"stages": stages}))
     flags = [*SMALL, *SHORT, "--steps", "6", "--print-param-hash", "--dataset"]
-    Training(tmp_path, "alone", single(), [*flags, "web.store"]).finish()
-    Training(tmp_path, "both", pmap(2, 2), [*flags, address]).finish()
-    mixed = f"{address}:0.5,web.store:0.5"
-    Training(tmp_path, "mixed", single(), [*flags, mixed]).finish()
+    Training(tmp_path, "alone", single(), [*flags, "alone.json"]).finish()
+    Training(tmp_path, "both", pmap(2, 2), [*flags, "both.json"]).finish()
     for one, two in zip(rows(tmp_path / "alone"), rows(tmp_path / "both"), strict=True):
         assert one == pytest.approx(two, abs=1e-5)
-    assert rows(tmp_path / "mixed")[-1]["step"] == 6
     # What was read is kept, and read without the bucket, which was not asked for more than that.
     store = open_store(address)
     tokens = store.train.read(0, len(store.train))
@@ -70,6 +73,8 @@ def test_a_store_is_made_from_gs_and_on_gs(tmp_path, bucket):
     assert local.returncode == 0, local.stderr
     expected = open_store(tmp_path / "local.store")
     sources, target = [f"{bucket}/made/web", f"{bucket}/made/c.par*"], f"{bucket}/made/remote.store"
+    with pytest.raises(FileExistsError):  # so one process alone can begin a store
+        bucket_files().put_file(str(tmp_path / "c.parquet"), f"{bucket}/made/c.parquet", mode="create")
     killed = prepare(tmp_path, *sources, *settings, "--output", target, env=os.environ | {"DIES": "3"})
     assert killed.returncode == -9
     with pytest.raises(ValueError, match="is not finished; give the prepare"):

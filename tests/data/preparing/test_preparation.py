@@ -2,10 +2,13 @@
 
 import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from data.preparing.preparation import Preparation, Settings
 from data.preparing.sources import find_sources
 from data.stores import store as store_module
 from data.stores.store import open_store, verify
-from parallax.tokenizers.plain import ByteTokenizer
+from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from tests.data.small_stores import decoded, prepared, texts, write_jsonl
 
 ROOT = Path(__file__).parents[3]
@@ -242,7 +245,6 @@ def test_a_source_that_changes_meanwhile_is_refused(tmp_path, sources, refused):
 
 def test_two_processes_never_write_one_store(tmp_path, sources, refused):
     import fcntl
-    import os
 
     found = find_sources([str(path) for path in sources])
     preparation = Preparation(tmp_path / "store", found, Settings(), "byte")
@@ -299,7 +301,51 @@ def test_on_gs_the_shards_of_another_process_are_left(tmp_path, monkeypatch):
     prepared(tmp_path / "web.store", write_jsonl(tmp_path / "a.jsonl", texts(9)))
     late.remove_drafts(all=True)
     verify(open_store(tmp_path / "web.store"))
-    for path in (tmp_path / "web.store").glob("0*"):
-        path.unlink()
-    late.remove_drafts(all=True)
-    assert [path.name for path in (tmp_path / "web.store").iterdir()] == ["manifest.json"]
+
+
+@pytest.fixture
+def on_gs(tmp_path, monkeypatch):
+    """Makes preparations that all look at the same moment at a folder which stands for one on gs://."""
+
+    def put_file(path, target, mode):
+        if mode == "create" and os.path.exists(target):
+            raise FileExistsError
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        shutil.copy(path, target)
+
+    monkeypatch.setattr(output, "is_remote", lambda folder: True)
+    monkeypatch.setattr(output, "bucket_files", lambda: SimpleNamespace(put_file=put_file))
+    monkeypatch.setattr(output.Output, "_require_unchanged", lambda self: None)
+    sources = find_sources([str(write_jsonl(tmp_path / "a.jsonl", ["ab", "ba", "aab"]))])
+    return lambda: Preparation(tmp_path / "web.store", sources, Settings(held_out=0.0, shard_tokens=5), "given")
+
+
+def test_on_gs_one_of_two_processes_begins(tmp_path, on_gs, refused):
+    first, second, third = (on_gs() for _ in range(3))
+
+    def observe(progress):
+        if not progress.documents:
+            with refused("web.store changed meanwhile; give the same command again"):
+                second.run(CharTokenizer("abc", True))
+
+    verify(first.run(ByteTokenizer(), observe=observe))
+    with refused("web.store changed meanwhile"):
+        third.run(CharTokenizer("abc", True))
+    store = open_store(tmp_path / "web.store")
+    verify(store)
+    assert [text for *_, text in decoded(store)] == ["ab", "ba", "aab"]
+    assert not (tmp_path / "web.store/journal.jsonl").exists()
+
+
+def test_on_gs_a_store_without_a_shard_is_begun_again_and_no_mixture_of_two(tmp_path, on_gs, refused):
+    slow, tokenizer = on_gs(), CharTokenizer("abc", True)
+
+    def observe(progress):
+        if not progress.documents:
+            on_gs().run(tokenizer)
+
+    with refused("web.store changed meanwhile"):
+        slow.run(ByteTokenizer(), observe=observe)
+    store = open_store(tmp_path / "web.store")
+    verify(store)
+    assert [text for *_, text in decoded(store, tokenizer)] == ["ab", "ba", "aab"]
