@@ -120,6 +120,14 @@ def write_whole(file: epath.Path, text: str) -> None:
         write_atomically(Path(file), text.encode())
 
 
+def is_of_bucket(error: BaseException) -> bool:
+    """Whether gcsfs raised this, or what it stands on; many of their errors are no OSError.
+
+    gcsfs has tried again by then, several times and for half a minute, where the error may pass.
+    """
+    return type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests")
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of what went wrong."""
     if isinstance(error, OSError) and error.strerror:

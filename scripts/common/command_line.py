@@ -83,6 +83,13 @@ def errors_in_one_line() -> Iterator[None]:
         raise SystemExit(141) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        from parallax.storage import is_of_bucket, reason_of  # late: help needs no file system
+
+        if not is_of_bucket(error):
+            raise
+        print(f"error: gs:// must answer and does not ({reason_of(error)}); try again", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def late(module: str, name: str) -> Callable[[Sequence[str]], int]:
