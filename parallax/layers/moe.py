@@ -14,7 +14,7 @@ from parallax.axes import constrain, local, param, read
 from parallax.config import ExpertsConfig, TransformerConfig
 from parallax.layers.dispatch import on_devices_of_experts
 from parallax.layers.feedforward import ACTIVATIONS, GatedFeedForward
-from parallax.layers.grouped import grouped_matmul
+from parallax.layers.grouped import grouped_matmul, order_by_group
 
 Aux = dict[str, jax.Array]
 """Sums over the counted tokens of a batch, in float32: `balance_loss` and `router_z_loss` with their weights, as parts
@@ -163,11 +163,9 @@ def mixture(
     """
     E, (n, k) = gate_EDF.shape[0], ids_nk.shape
     ids_m = ids_nk.reshape(-1)
-    order_m = jnp.argsort(ids_m, stable=True)
-    back_m = jnp.argsort(order_m)
-    sizes_E = jnp.sum(ids_m[:, None] == jnp.arange(E)[None], axis=0, dtype=jnp.int32)
+    order_m, back_m, sizes_E = order_by_group(ids_m, E)
     x_mD = _spread(x_nD, order_m, back_m, k)
-    gate_mF, up_mF = (grouped_matmul(x_mD, w, sizes_E) for w in (gate_EDF, up_EDF))
+    gate_mF, up_mF = grouped_matmul(x_mD, (gate_EDF, up_EDF), sizes_E)
     if biases_EF:
         expert_m, wide = ids_m[order_m], gates_nk.dtype
         # In float32, as the gradient of a bias is summed: it is a sum over all tokens of its expert.
@@ -175,7 +173,7 @@ def mixture(
             (h.astype(wide) + bias.astype(wide)[expert_m]).astype(h.dtype)
             for h, bias in zip((gate_mF, up_mF), biases_EF, strict=True)
         )
-    y_mD = grouped_matmul(activate(gate_mF, up_mF, clamp, activation), down_EFD, sizes_E)
+    (y_mD,) = grouped_matmul(activate(gate_mF, up_mF, clamp, activation), (down_EFD,), sizes_E)
     y_nkD = _collect(y_mD, order_m, back_m).reshape(n, k, -1)
     return jnp.sum(gates_nk[..., None] * y_nkD.astype(gates_nk.dtype), axis=1).astype(x_nD.dtype)
 
