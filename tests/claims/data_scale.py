@@ -2,17 +2,19 @@
 
     python tests/claims/data_scale.py --output docs/evidence/data.md
 
-2 GB take about twenty minutes on two cores, and five times their size on the disk of --folder. Contenders take turns,
+2 GB take about a quarter of an hour on two cores, and five times their size on the disk of --folder. Contenders take turns,
 each a process of its own with all cores; what is shown holds for this machine. `datasets` must be installed, which the
 extra `bench` brings.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -30,16 +32,18 @@ import numpy as np
 
 from data.corpus import load_corpus
 from data.pipeline import prepare, tokenizer_for, training_batches
-from data.stores.store import file_name, manifest_sha256, open_store
+from data.stores.store import file_name, manifest_sha256, open_store, verify
 from parallax.tokenizers.bpe import train_bpe
 from parallax.tokenizers.registry import load_tokenizer, save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VOCABULARY, BATCH_SIZE, SEQ_LEN = 32_000, 32, 2048
-CLAIMED = 10**13
+CLAIMED, SHARDS = 10**13, 2048
+KILLS = 10
 SLICE = 200 * 10**6
 """Bytes of the text, at its start and at its end, on which the tokenizer alone is timed."""
-ROUND_SECONDS, ROUNDS = 15, 3
+KILLED_BYTES = 30 * 10**6
+ROUND_SECONDS, ROUNDS = 10, 3
 """What the tokenizer alone takes of the text of a comparison, and how often all contenders have their turn."""
 FLAGS = ["--config", "tiny", "--steps", "1", "--batch-size", "8", "--seq-len", "256", "--eval-tokens", "2048"]
 
@@ -48,8 +52,8 @@ def write_text(path: Path, size: int) -> None:
     """Documents of sentences over 60,000 words with Zipf's frequencies, until there are `size` bytes."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randrange(2, 10))) for _ in range(60_000)]
-    weights = [1 / (rank + 1) for rank in range(len(words))]
-    sentences = [" ".join(rng.choices(words, weights, k=rng.randrange(5, 25))) + "." for _ in range(20_000)]
+    sums = list(itertools.accumulate(1 / (rank + 1) for rank in range(len(words))))
+    sentences = [" ".join(rng.choices(words, cum_weights=sums, k=rng.randrange(5, 25))) + "." for _ in range(20_000)]
     with path.open("w") as file:
         for number in range(10**9):
             text = " ".join([f"Document {number}.", *rng.choices(sentences, k=rng.randrange(5, 60))])
@@ -188,17 +192,70 @@ def train_once(store: Path, folder: Path) -> Measured:
         return measure(ROOT / "scripts/train.py", "--dataset", store, *FLAGS, "--output-dir", Path(made, "run"))
 
 
+def train_nano(store: Path, folder: Path) -> float:
+    """Tokens a second that NANO learns from, once it is compiled."""
+    flags = ["--config", "nano", "--steps", "30", "--log-interval", "10", "--eval-tokens", "2048"]
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        measure(ROOT / "scripts/train.py", "--dataset", store, *flags, "--output-dir", Path(made, "run"))
+        rows = map(json.loads, Path(made, "run/metrics.jsonl").read_text().splitlines())
+        return max(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+
+
+def kill_often(text: Path, tokenizer: Path, folder: Path) -> int:
+    """Kills prepare.py KILLS times and lets it end; how many of them were between the renames of a shard's files.
+
+    The first kills wait for such a moment, the others come at random. Ends the program if the store is not the one that
+    is made undisturbed, or opens before it is finished.
+    """
+    command = [sys.executable, ROOT / "scripts/prepare.py", text, "--tokenizer", tokenizer, "--shard-tokens", "300000"]
+    whole, target, rng, renamed = folder / "whole.store", folder / "killed.store", random.Random(0), 0
+    began = time.perf_counter()
+    subprocess.run([*command, "--output", whole], check=True, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - began
+    for kill in range(KILLS):
+        limit = time.perf_counter() + (seconds if kill < 2 else rng.uniform(0, seconds / 2))
+        with subprocess.Popen([*command, "--output", target], stderr=subprocess.DEVNULL) as process:
+            while time.perf_counter() < limit and process.poll() is None:
+                if kill < 2 and is_half_renamed(target):
+                    renamed += 1
+                    break
+            process.kill()
+        if process.returncode == 0:
+            shutil.rmtree(target)
+        elif is_open(target):
+            raise SystemExit("a store opens that is not finished")
+    subprocess.run([*command, "--output", target], check=True, stderr=subprocess.DEVNULL)
+    verify(open_store(target))
+    if open_store(target).sha256 != open_store(whole).sha256:
+        raise SystemExit("kills changed the store")
+    return renamed
+
+
+def is_half_renamed(store: Path) -> bool:
+    """Whether some of a shard's files have their names and others are drafts."""
+    names = set(os.listdir(store)) if store.exists() else set()
+    drafts = {name[1:6] for name in names if name.endswith(".draft")}
+    return any(name[:5] in drafts for name in names)
+
+
+def is_open(store: Path) -> bool:
+    try:
+        return bool(open_store(store))
+    except ValueError:
+        return False
+
+
 def write_holes(store: Path, target: Path) -> None:
     """A store that claims 10 trillion tokens, over files that are holes."""
     manifest = json.loads(json.dumps(open_store(store).manifest))
     shard = manifest["shards"][0]
-    shard["train"]["tokens"] = CLAIMED // 64
-    manifest["shards"] = [shard] * 64
+    shard["train"]["tokens"] = CLAIMED // SHARDS
+    manifest["shards"] = [shard] * SHARDS
     manifest["sha256"] = manifest_sha256(manifest)
     target.mkdir()
     (target / "manifest.json").write_text(json.dumps(manifest))
     (target / "tokenizer.json").write_bytes((store / "tokenizer.json").read_bytes())
-    for number in range(64):
+    for number in range(SHARDS):
         for side in ("train", "held_out"):
             with (target / file_name(number, side, "tokens")).open("wb") as file:
                 file.truncate(shard[side]["tokens"] * np.dtype(manifest["dtype"]).itemsize)
@@ -232,6 +289,10 @@ def work(folder: Path, size: int) -> str:
     runs = [(train_once(store, folder), train_once(small, folder)) for _ in range(ROUNDS)]
     later = statistics.median(large.seconds - little.seconds for large, little in runs)
     larger = statistics.median(large.memory - little.memory for large, little in runs)
+    nano = train_nano(store, folder)
+    tell("kills")
+    cut(text, folder / "few.jsonl", 0, KILLED_BYTES)
+    renamed = kill_often(folder / "few.jsonl", folder, folder)
     tell("the comparison")
     cut(text, folder / "some.jsonl", 0, int(ROUND_SECONDS * speed * 1e6))
     rows = compare(folder / "some.jsonl", folder, folder)
@@ -250,11 +311,15 @@ def work(folder: Path, size: int) -> str:
             f"| `train.py` of one step, beyond that on a store of 1 MB | {later:.2f} s, {larger / 1e6:,.0f} MB | "
             "at most 3 s, 100 MB |",
             f"| first batch; batch 10^7, as a resumed run takes it | {first:.2f} s; {far:.2f} s | |",
-            f"| the same of a store that claims 10^13 tokens | {first_of_holes:.2f} s; {far_of_holes:.2f} s | "
-            "less than 1 s each |",
+            f"| the same of a store that claims 10^13 tokens in {SHARDS:,} shards | {first_of_holes:.2f} s; "
+            f"{far_of_holes:.2f} s | less than 1 s each |",
             f"| the same with `--packing best-fit` | {packed_first:.2f} s; {packed_far:.2f} s | |",
             f"| batches of {BATCH_SIZE} × {SEQ_LEN} | {drawn / 1e6:.1f} M tokens/s | at least 5 M |",
             f"| the same with `--packing best-fit` | {packed / 1e6:.1f} M tokens/s | |",
+            f"| the same, as a multiple of what training NANO takes | {drawn / nano:,.0f} × {nano:,.0f} tokens/s | "
+            "at least 20 |",
+            f"| kills of `prepare.py`, those between renames of a shard's files | {KILLS}, {renamed}: the store is the "
+            "undisturbed one | |",
             "",
             f"## The same tokens of {megabytes(folder / 'some.jsonl'):,.0f} MB, {ROUNDS} rounds",
             "",
