@@ -2,9 +2,9 @@
 
     python tests/claims/data_scale.py --output docs/evidence/data.md
 
-2 GB take about a quarter of an hour on two cores, and five times their size on the disk of --folder. Contenders take turns,
-each a process of its own with all cores; what is shown holds for this machine. `datasets` must be installed, which the
-extra `bench` brings.
+2 GB take about a quarter of an hour on two cores, and five times their size on the disk of --folder. Contenders take
+turns, each a process of its own with all cores; what is shown holds for this machine. `datasets` must be installed,
+which the extra `bench` brings.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from parallax.run_folder import read_settings
 from parallax.storage import open_folder
 from parallax.tokenizers.registry import load_tokenizer
 from scripts import evaluate, prepare, train
+from scripts.launching.local import free_port, local_environment
 from scripts.preparing import automatic
 from scripts.preparing.automatic import find_unprepared, prepare_into_cache
 from tests.data.small_stores import decoded, texts, write_jsonl
@@ -137,6 +139,60 @@ if __name__ == "__main__":
     make.SMALL_BYTES = 2000
     print(prepare_into_cache("web.jsonl", find_unprepared("web.jsonl", print), "byte", print))
 """
+
+
+HOST = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from parallelism.hosts import Cluster, join
+from scripts.training import job
+from scripts.training.flags import read_flags
+
+number, port = int(sys.argv.pop(1)), sys.argv.pop(1)
+os.environ["XDG_CACHE_HOME"] = "cache"
+os.chdir(f"host-{{number}}")
+join(Cluster(f"127.0.0.1:{{port}}", 2, number))
+prepare, wait, waits = job.prepare_into_cache, job.wait_for_all, Path("../waits")
+
+def prepare_late(*arguments):
+    while not waits.exists():
+        time.sleep(0.01)
+    return prepare(*arguments)
+
+def wait_told(what):
+    waits.touch()
+    wait(what)
+    print(len(list(Path("../host-0").rglob("manifest.json"))))
+
+if number == 0:
+    job.prepare_into_cache = prepare_late
+else:
+    job.wait_for_all = wait_told
+print(job.prepare_job(read_flags()).corpus.sha256)
+"""
+
+
+def test_a_host_waits_for_another_that_prepares(tmp_path, cache):
+    """Two that share no cache each prepare their own, to the same bits."""
+    for number in (0, 1):
+        write_jsonl(tmp_path / f"host-{number}/web.jsonl", texts(80))
+    (tmp_path / "host.py").write_text(HOST.format(root=str(ROOT)))
+    flags = ["--dataset", "web.jsonl", "--tokenizer", "byte", "--strategy", "pmap", *SMALL, *SHORT]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "host.py", str(number), str(port), *flags],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=local_environment(os.environ, 1),
+        )
+        for port in [free_port()]
+        for number in (0, 1)
+    ]
+    said = [host.communicate(timeout=300)[0].splitlines() for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0]
+    assert (said[1][0], said[1][-1]) == ("1", said[0][-1])
 
 
 def test_one_process_prepares_while_others_wait_and_workers_import_no_script(tmp_path, cache):
