@@ -43,7 +43,8 @@ def prepare(
     One document is split by its characters, at the same place for every tokenizer, and trained on in random windows;
     several are split by whole documents, at least one to each side, and packed. The last ones are held out. With
     `held_out_fraction=0` both sides are the whole corpus. A store was split when it was made, and `packing` says how
-    its documents fill rows; None means concat. Where other stores are evaluated, text and records are trained on whole.
+    its documents fill rows; None means whole for conversations, and concat else. Where other stores are evaluated,
+    text and records are trained on whole.
 
     Raises ValueError if a text is shorter than one sequence, it holds a character that the tokenizer does not know, a
     store's tokens are of another tokenizer, or an argument or a record is out of range.
@@ -61,8 +62,8 @@ def prepare(
             alone = dataclasses.replace(corpus, evaluated=None)
             training, _ = prepare(alone, tokenizer, seq_len, held_out_fraction=0.0)
         else:
-            training = require_same_tokenizer(corpus.stores, tokenizer).training(seq_len, packing or "concat")
-        return training, require_same_tokenizer(evaluated, tokenizer).held_out(seq_len, packing or "concat")
+            training = require_same_tokenizer(corpus.stores, tokenizer).training(seq_len, packing)
+        return training, require_same_tokenizer(evaluated, tokenizer).held_out(seq_len, packing)
     if len(corpus.records or corpus.documents) > 1:
         return _prepare_documents(corpus, tokenizer, seq_len, held_out_fraction)
     return _prepare_text(corpus, tokenizer, seq_len, held_out_fraction)

@@ -15,6 +15,7 @@ from typing import Any
 
 from etils import epath
 
+from data.preparing.chats import ChatForm
 from data.preparing.output import Output
 from data.preparing.readers import Record, read_records
 from data.preparing.sources import Source, described, opened, spelled
@@ -47,6 +48,8 @@ class Settings:
         deduplicate: leave out a text that came before. Takes about 100 bytes of memory a document.
         held_out: the fraction of texts, by their hash, that is kept for evaluation.
         shard_tokens: a shard ends with the document that gives it so many.
+        chat: how conversations are written, and which of their tokens are learned; `field` is empty then. None where
+            documents are plain text.
     """
 
     field: str = "text"
@@ -55,14 +58,19 @@ class Settings:
     deduplicate: bool = False
     held_out: float = 0.01
     shard_tokens: int = 1 << 26
+    chat: ChatForm | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out <= 1:
             raise ValueError(f"held_out={self.held_out} must be from 0 to 1; try 0.01")
         if self.shard_tokens < 1:
             raise ValueError(f"shard_tokens={self.shard_tokens} must be at least 1; try {1 << 26}")
-        if not self.field:
+        if not self.field and self.chat is None:
             raise ValueError("field='' must name where the text is; try text")
+
+    def to_json(self) -> dict[str, Any]:
+        """As a manifest holds them; `chat` only where it is given."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "chat" or value is not None}
 
 
 @dataclasses.dataclass
@@ -97,7 +105,7 @@ class Preparation:
             "format": FORMAT,
             "version": VERSION,
             "tokenizer": tokenizer,
-            "settings": dataclasses.asdict(settings),
+            "settings": settings.to_json(),
             "sources": [dataclasses.astuple(source) for source in sources],
         }
         self.finished: TokenStore | None = None
@@ -185,7 +193,7 @@ class Preparation:
         self._progress.share = sum(sizes[: self._at[0]]) / max(1, sum(sizes))
         for side in SIDES:
             if self._settings.deduplicate:
-                kept = {"shards": self._shards, "sources": [], "dtype": _dtype(tokenizer), "sha256": ""}
+                kept = {"shards": self._shards, "sources": [], "dtype": self._dtype(tokenizer), "sha256": ""}
                 self._seen.update(TokenSide(TokenStore(self._output.folder, kept), side).digests())
             for shard in self._shards:
                 self._progress.documents += shard[side]["documents"]
@@ -195,8 +203,8 @@ class Preparation:
     def _tokenize(
         self, tokenizer: Tokenizer, workers: int, skip_unreadable: bool, observe: Callable[[Progress], None]
     ) -> None:
-        settings, dtype = self._settings, _dtype(tokenizer)
-        work = Work(tokenizer.to_json(), settings.field, dtype, settings.nfc, settings.min_chars)
+        settings, dtype = self._settings, self._dtype(tokenizer)
+        work = Work(tokenizer.to_json(), settings.field, dtype, settings.nfc, settings.min_chars, settings.chat)
         self._writer = ShardWriter(self._output.path, len(self._shards), dtype)
         observe(self._progress)
         try:
@@ -216,6 +224,10 @@ class Preparation:
             raise ValueError(
                 "the sources must hold a document and hold none that is kept; check --field and --min-chars"
             )
+
+    def _dtype(self, tokenizer: Tokenizer) -> str:
+        """Of the ids: four bytes where a bit of them says what is not learned."""
+        return "uint16" if tokenizer.vocab_size <= 1 << 16 and self._settings.chat is None else "uint32"
 
     def _records(self) -> Iterator[Record]:
         """What is behind the last whole shard."""
@@ -284,7 +296,7 @@ class Preparation:
         manifest |= {name: sum(totals[side][name] for side in SIDES) for name in ("documents", "tokens", "bytes")}
         manifest |= totals | {
             "max_id": max(shard[side]["max_id"] for shard in self._shards for side in SIDES),
-            "dtype": _dtype(tokenizer),
+            "dtype": self._dtype(tokenizer),
             "tokenizer": {
                 "given": self._command["tokenizer"],
                 "name": tokenizer.name,
@@ -308,10 +320,6 @@ def _command_of(manifest: dict[str, Any]) -> dict[str, Any]:
     sources = [[source["path"], source["format"], source["bytes"]] for source in manifest["sources"]]
     given = {"version": manifest["version"], "tokenizer": manifest["tokenizer"]["given"]}
     return given | {"settings": manifest["settings"], "sources": sources}
-
-
-def _dtype(tokenizer: Tokenizer) -> str:
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 def is_held_out(digest: bytes, fraction: float) -> bool:

@@ -52,8 +52,9 @@ def read_records(
 ) -> Iterator[Record]:
     """The records of a source, of which `file` is the open file and `place` the place in the list of sources.
 
-    A text file is a document; one of more than 1 MiB is several, cut at ends of lines. `observe` receives the share of
-    the file that was read, where that does not follow from the bytes.
+    A text file is a document; one of more than 1 MiB is several, cut at ends of lines. Where `field` is empty, a
+    document is a whole object, in JSON. `observe` receives the share of the file that was read, where that does not
+    follow from the bytes.
     """
     number, line = 0, 0
     try:
@@ -64,7 +65,7 @@ def read_records(
         else:
             found = READERS[source.format](decompressed(file, source.path), field)
         for line, offset, content, error in found:
-            yield Record(place, number, line, offset, content, source.format == "jsonl", error)
+            yield Record(place, number, line, offset, content, source.format == "jsonl" and field != "", error)
             number += 1
     except BROKEN as error:
         reason = f"the file cannot be read further: {' '.join(str(error).split()) or type(error).__name__}"
@@ -181,7 +182,7 @@ def _read_json(stream: io.BufferedIOBase, field: str) -> Found:
             yield number, 0, "", f"the element is not json ({reason}), and what follows cannot be read"
             return
         try:
-            yield number, 0, field_of(value, field), ""
+            yield number, 0, field_of(value, field) if field else json.dumps(value), ""
         except ValueError as error:
             yield number, 0, "", str(error)
         at = end
@@ -201,15 +202,15 @@ def _read_parquet(path: str, field: str, observe: Callable[[float], None]) -> Fo
     file: Any = RemoteFile(path) if is_remote(path) else path
     with pyarrow.parquet.ParquetFile(file, buffer_size=TEXT_BYTES) as table:
         columns = table.schema_arrow.names
-        if field.split(".")[0] not in columns:
+        if field and field.split(".")[0] not in columns:
             raise ValueError(f"there is no column {field!r} but {', '.join(columns[:8])}")
         total, row = max(1, table.metadata.num_rows), 0
-        for batch in table.iter_batches(TABLE_ROWS, columns=[field], use_threads=False):
+        for batch in table.iter_batches(TABLE_ROWS, columns=[field] if field else None, use_threads=False):
             for value in batch.to_pylist():
                 row += 1
                 try:
-                    yield row, 0, field_of(value, field), ""
-                except ValueError as error:
+                    yield row, 0, field_of(value, field) if field else json.dumps(value), ""
+                except (ValueError, TypeError) as error:  # what JSON has no word for
                     yield row, 0, "", str(error)
             observe(row / total)
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.preparing.chats import ChatForm, chat_encoder
 from data.preparing.readers import Record, field_of, read_records
 from data.preparing.sources import Source, opened
 from parallax.tokenizers.batches import Encode, document_encoder
@@ -42,6 +43,7 @@ class Work:
         dtype: of the ids.
         nfc: whether accents and letters are put together (NFC).
         min_chars: a text that is shorter gives no ids.
+        chat: how texts that are conversations in JSON are written; None where they are plain.
     """
 
     tokenizer: dict[str, Any]
@@ -49,6 +51,12 @@ class Work:
     dtype: str
     nfc: bool
     min_chars: int
+    chat: ChatForm | None = None
+
+    def encoder(self) -> Encode:
+        """What turns texts into ids."""
+        tokenizer = tokenizer_from_json(self.tokenizer)
+        return document_encoder(tokenizer) if self.chat is None else chat_encoder(tokenizer, self.chat)
 
 
 class Document(NamedTuple):
@@ -104,7 +112,7 @@ def tokenized(records: Iterable[Record], work: Work, workers: int) -> Generator[
     """
     chunks = chunks_of(records)
     if workers == 1:
-        encode = document_encoder(tokenizer_from_json(work.tokenizer))
+        encode = work.encoder()
         yield from (_tokenize(chunk, work, encode) for chunk in chunks)
         return
     context = multiprocessing.get_context("spawn")
@@ -156,7 +164,7 @@ def _serve(pipe: Connection, work: Work) -> None:
     """A worker: answers chunks until the other end of the pipe closes, as it does however that process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that gives the work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is a thread
-    encode = document_encoder(tokenizer_from_json(work.tokenizer))
+    encode = work.encoder()
     waiting: queue.SimpleQueue[list[Record] | None] = queue.SimpleQueue()
     # Received beside the work: else both ends could wait for the other to read.
     threading.Thread(target=_receive, args=(pipe, waiting), daemon=True).start()

@@ -22,7 +22,7 @@ from etils import epath
 
 from data.samples import Batch, Samples
 from data.stores.order import shuffled
-from data.stores.rows import PACKINGS, StoreRows
+from data.stores.rows import PACKINGS, Packing, Pairs, StoreRows
 from data.stores.store import TokenStore, open_store
 from parallax.storage import is_remote
 
@@ -91,15 +91,26 @@ class Stores:
         more = f", in {len(self.stages)} stages" if len(self.stages) > 1 else ""
         return f"mixture of {shares}{more}"
 
-    def training(self, seq_len: int, packing: str = "concat") -> "StoreRows | Mixture":
+    def training(self, seq_len: int, packing: str | None = None) -> "StoreRows | Mixture":
         """Rows to train on, filled as one of PACKINGS. Raises ValueError where a store has none."""
         sides = [(store.train, f"the training side of {store.folder}") for store in self.stores]
-        return self._joined([PACKINGS[packing](side, seq_len, what) for side, what in sides])
+        return self._joined([self._packing(packing)(side, seq_len, what) for side, what in sides])
 
-    def held_out(self, seq_len: int, packing: str = "concat") -> "StoreRows | Mixture":
+    def held_out(self, seq_len: int, packing: str | None = None) -> "StoreRows | Mixture":
         """Rows that are held out. Raises ValueError where a store has none."""
         sides = [(store.held_out, f"the held-out side of {store.folder}") for store in self.stores]
-        return self._joined([PACKINGS[packing](side, seq_len, what) for side, what in sides])
+        return self._joined([self._packing(packing)(side, seq_len, what) for side, what in sides])
+
+    def _packing(self, name: str | None) -> Packing:
+        """By default concat; conversations are kept apart, since one is no context of another.
+
+        Raises ValueError for pairs beside what is none.
+        """
+        if any(store.learned == "pairs" for store in self.stores):
+            if not all(store.learned == "pairs" for store in self.stores) or name is not None:
+                raise ValueError(f"{self.title} has pairs, which go with no other store and no --packing; leave it out")
+            return Pairs
+        return PACKINGS[name or ("whole" if any(store.learned for store in self.stores) else "concat")]
 
     def _joined(self, parts: list[StoreRows]) -> "StoreRows | Mixture":
         return parts[0] if len(parts) == 1 else Mixture(self.short_names, parts, self.stages)

@@ -62,6 +62,10 @@ class StoreRows(ABC):
     def epochs(self, count: int) -> float:
         """What `count` rows are in epochs."""
 
+    def count_cut(self) -> int:
+        """Of how many documents, or pairs, no row shows the end."""
+        return 0
+
     def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
         return self.order.rows(np.arange(k * batch_size, (k + 1) * batch_size), seed)
 
@@ -74,13 +78,13 @@ class StoreRows(ABC):
         segments = np.zeros(shape, np.int32)
         present = np.flatnonzero(sample_ids >= 0).tolist()
         rows = self.spans(sample_ids[present].tolist())
-        read = iter(self.tokens.read_spans([(span.start, span.stop) for spans in rows for span in spans]))
+        read = iter(self.tokens.read_learned([(span.start, span.stop) for spans in rows for span in spans]))
         for row, spans in zip(present, rows, strict=True):
             at = 0
             for segment, span in enumerate(spans, start=1):
-                tokens, end = next(read), at + span.length
+                (tokens, learned), end = next(read), at + span.length
                 inputs[row, at:end] = tokens[: span.length]
-                targets[row, at : at + len(tokens) - 1] = tokens[1:]
+                targets[row, at : at + len(tokens) - 1] = np.where(learned[1:], tokens[1:], -1)
                 segments[row, at:end] = segment
                 at = end
         # The lower bits tell rows of a batch apart, and the arrays of a batch are int32.
@@ -195,12 +199,114 @@ class SingleDocuments(StoreRows):
     def epochs(self, count: int) -> float:
         return count / self.order.size
 
+    def count_cut(self) -> int:
+        return _longer(self.tokens, self.seq_len + 1)
 
-PACKINGS: dict[str, type[Windows] | type[PackedBlocks] | type[SingleDocuments]] = {
+
+class WholeDocuments(StoreRows):
+    """Whole documents packed into rows with padding behind them; of one longer than a row its first T + 1 tokens.
+
+    All are packed at the start, by a table that takes some 40 bytes of memory a document.
+    """
+
+    has_segments = True
+
+    def __init__(self, tokens: TokenSide, seq_len: int, what: str) -> None:
+        """Raises ValueError where there is no token; `what` names them in it."""
+        _require_documents(tokens, what)
+        self.tokens, self.seq_len = tokens, seq_len
+        starts = tokens.starts_in(0, len(tokens))
+        lengths = np.diff(starts, append=len(tokens))
+        inputs = np.minimum(lengths - 1, seq_len)  # the last token is a target alone
+        shown = np.flatnonzero(inputs)
+        if not len(shown):
+            raise ValueError(f"{what} must hold a document of two tokens and holds none; prepare more documents")
+        packed = pack(shown, inputs[shown], seq_len)
+        self._starts = starts[packed.document]
+        self._lengths, self._firsts = packed.length, packed.row_start
+        self._row_of = np.full(len(lengths), -1, np.int32)
+        self._row_of[packed.document] = np.repeat(np.arange(packed.num_rows), np.diff(packed.row_start))
+        self.order = Shuffled(packed.num_rows)
+
+    def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
+        return [self._spans(row) for row in rows]
+
+    def _spans(self, row: int) -> Sequence[Span]:
+        at = slice(self._firsts[row], self._firsts[row + 1])
+        pairs = zip(self._starts[at].tolist(), self._lengths[at].tolist(), strict=True)
+        return [Span(start, length, True) for start, length in pairs]
+
+    def rows_of(self, start: int, stop: int) -> Iterable[int]:
+        documents = slice(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1)
+        for row in np.unique(self._row_of[documents]).tolist():
+            if row >= 0 and any(span.start < stop and span.stop > start for span in self._spans(row)):
+                yield row
+
+    def epochs(self, count: int) -> float:
+        return count / self.order.size
+
+    def count_cut(self) -> int:
+        return _longer(self.tokens, self.seq_len + 1)
+
+
+class Pairs(StoreRows):
+    """Two conversations a row, the preferred one first, each a segment of its own.
+
+    Of each at most T/2 tokens are read: of a longer one the first, so that its answer, which alone is learned, may be
+    cut off.
+    """
+
+    has_segments = True
+
+    def __init__(self, tokens: TokenSide, seq_len: int, what: str) -> None:
+        """Raises ValueError where there is no pair; `what` names them in it."""
+        _require_documents(tokens, what)
+        self.tokens, self.seq_len = tokens, seq_len
+        self.order = Shuffled(tokens.num_documents)
+
+    def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
+        most = self.seq_len // 2
+        return [[Span(begin, min(end - begin - 1, most), True) for begin, end in sides] for sides in self._sides(rows)]
+
+    def rows_of(self, start: int, stop: int) -> Iterable[int]:
+        rows = range(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1)
+        for row, spans in zip(rows, self.spans(rows), strict=True):
+            if any(span.start < stop and span.stop > start for span in spans):
+                yield row
+
+    def count_cut(self) -> int:  # reads all of them
+        most, count = self.seq_len // 2 + 1, 0
+        for first in range(0, self.order.size, BLOCK_ROWS):
+            for sides in self._sides(range(first, min(first + BLOCK_ROWS, self.order.size))):
+                count += any(end - begin > most for begin, end in sides)
+        return count
+
+    def _sides(self, rows: Sequence[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Of each row the tokens, from and to, of either conversation."""
+        found, spans = [], self.tokens.spans_of(rows)
+        for (start, stop), (_, learned) in zip(spans, self.tokens.read_learned(spans), strict=True):
+            # The first run of learned tokens ends the preferred one.
+            first = start + int(np.flatnonzero(np.diff(learned.astype(np.int8)) == -1)[0]) + 1
+            found.append(((start, first), (first, stop)))
+        return found
+
+    def epochs(self, count: int) -> float:
+        return count / self.order.size
+
+
+Packing = type[Windows] | type[PackedBlocks] | type[WholeDocuments] | type[SingleDocuments] | type[Pairs]
+PACKINGS: dict[str, Packing] = {
     "concat": Windows,
     "best-fit": PackedBlocks,
+    "whole": WholeDocuments,
     "none": SingleDocuments,
 }
+
+
+def _longer(tokens: TokenSide, most: int) -> int:
+    """How many documents have more tokens than `most`."""
+    lengths = np.diff(tokens.starts_in(0, len(tokens)), append=len(tokens))
+    return int(np.count_nonzero(lengths > most))
 
 
 def _require_documents(tokens: TokenSide, what: str) -> None:

@@ -35,6 +35,7 @@ DOCUMENT = np.dtype(
         ("digest", "u1", (16,)),  # the first bytes of the sha256 of its text
     ]
 )
+UNLEARNED = 1 << 31  # the bit beside an id of four bytes that says of its token that it is read and not learned
 READ_BYTES = 1 << 20
 
 
@@ -79,6 +80,11 @@ class TokenStore:
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     @property
+    def learned(self) -> str | None:
+        """What of its conversations is learned, as prepare.py --chat has it; None where documents are plain text."""
+        return self.manifest["settings"].get("chat", {}).get("learned")
+
+    @property
     def tokenizer_path(self) -> epath.Path:
         return self.folder / TOKENIZER
 
@@ -113,10 +119,10 @@ class TokenSide:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens start to stop - 1, int32 [stop - start]. Raises Damaged if a file is missing or cut short."""
-        return self.read_spans([(start, stop)])[0]
+        return self.read_learned([(start, stop)])[0][0]
 
-    def read_spans(self, spans: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """`read` of each span of tokens, all at the same time where they come over a network."""
+    def read_learned(self, spans: Sequence[tuple[int, int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`read` of each span, all at once over a network, and which tokens are learned, bool [stop - start]."""
         size = self._type.itemsize
         ranges, counts = [], []
         for start, stop in spans:
@@ -129,7 +135,8 @@ class TokenSide:
             counts.append(len(ranges) - before)
         contents = iter(self._files.read(ranges))
         joined = [b"".join(next(contents) for _ in range(count)) for count in counts]
-        return [np.frombuffer(content, self._type).astype(np.int32) for content in joined]
+        found = [np.frombuffer(content, self._type).astype(np.uint32) for content in joined]
+        return [((ids & ~np.uint32(UNLEARNED)).astype(np.int32), ids < UNLEARNED) for ids in found]
 
     @property
     def num_documents(self) -> int:
@@ -187,6 +194,10 @@ class TokenSide:
 
     def documents(self) -> Iterator[tuple[Document, np.ndarray]]:
         """Each document with its tokens, in order."""
+        return ((document, ids) for document, ids, _ in self.learned_documents())
+
+    def learned_documents(self) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
+        """`documents`, each with which of its tokens are learned, bool [length]."""
         for shard, count in enumerate(self._documents):
             if not count:
                 continue
@@ -194,7 +205,7 @@ class TokenSide:
             for row in range(count):
                 document, start = self._document(shard, table, row), int(table[row]["start"])
                 start += int(self._starts[shard])
-                yield document, self.read(start, start + document.tokens)
+                yield document, *self.read_learned([(start, start + document.tokens)])[0]
 
     def digests(self) -> Iterator[bytes]:
         """What tells one text from another, of each document in order."""
@@ -231,7 +242,7 @@ class ShardWriter:
         self.tokens = 0
 
     def add(self, side: str, ids: np.ndarray, *, size: int, source: int, line: int, offset: int, digest: bytes) -> None:
-        """Adds a document of `size` bytes of text. Raises OSError if it cannot be written."""
+        """Adds a document of `size` bytes of text, some of its ids perhaps UNLEARNED. Raises OSError."""
         counts, row = self._counts[side], np.zeros((), DOCUMENT)
         for name, value in (("start", counts["tokens"]), ("source", source), ("line", line), ("offset", offset)):
             row[name] = value
@@ -241,7 +252,7 @@ class ShardWriter:
         counts["tokens"] += len(ids)
         counts["documents"] += 1
         counts["bytes"] += size
-        counts["max_id"] = max(counts["max_id"], int(ids.max()) if len(ids) else -1)
+        counts["max_id"] = max(counts["max_id"], int((ids.astype(np.int64) & ~UNLEARNED).max()) if len(ids) else -1)
         self.tokens += len(ids)
 
     def finish(self) -> dict[str, Any]:

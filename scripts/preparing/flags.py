@@ -27,6 +27,12 @@ class Flags:
     """What the files are, whatever their names; of a folder, which of its files are meant."""
     field: str = "text"
     """Where the text is: a column, or a dotted path into an object such as meta.body."""
+    chat: Literal["assistant", "last", "all", "pairs"] | None = None
+    """Rows are conversations: `messages`, `prompt` and `completion`, or ShareGPT's `conversations`. Learned are the
+    assistant's turns, the last of these alone, or all that the chat template writes. pairs: rows have `chosen` and
+    `rejected` answers, and perhaps the `prompt`."""
+    chat_template: str = ""
+    """With --chat, another template than that of the --tokenizer folder: a file, or plain."""
     on_error: Literal["fail", "skip"] = "fail"
     """A document that cannot be read ends the command, or is left out, counted and named."""
     min_chars: int = 1
@@ -71,6 +77,14 @@ class Flags:
         if self.output is not None and not self.tokenizer:
             raise ValueError(
                 "--tokenizer is missing: char, byte, bpe:VOCABULARY or a folder; try --tokenizer bpe:32000"
+            )
+        if self.chat_template and self.chat is None:
+            raise ValueError(f"--chat-template {self.chat_template} goes with --chat; add --chat assistant")
+        if self.chat is not None and self.field != "text":
+            raise ValueError(f"--field {self.field} does not go with --chat, which reads whole rows; leave it out")
+        if self.chat is not None and (self.tokenizer or "").partition(":")[0] in ("char", "bpe"):
+            raise ValueError(
+                f"--chat needs the tokenizer of a model, not --tokenizer {self.tokenizer}; give the model's folder"
             )
         for name in ("min_chars", "shard_tokens", "workers", "step"):
             value = getattr(self, name)

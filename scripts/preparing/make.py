@@ -9,13 +9,17 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
+from data.preparing.chats import ChatForm
 from data.preparing.preparation import Preparation, Progress, Settings
 from data.preparing.sources import Source, find_sources
 from data.preparing.tokenizing import sample_texts
 from data.stores.store import TokenStore
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.chat import Learned
+from parallax.tokenizers.chat_template import choose_template, read_chat_template
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from parallax.tokenizers.registry import bpe_size, load_tokenizer, train_tokenizer
 from scripts.common.command_line import tell
@@ -33,7 +37,8 @@ def make(flags: Flags) -> int:
     """Makes the store, or goes on with it. Raises ValueError for whatever is wrong with the input."""
     output, given = flags.output or "", flags.tokenizer or ""
     settings = Settings(
-        field=flags.field,
+        field="" if flags.chat else flags.field,
+        chat=None if flags.chat is None else _chat_form(given, flags.chat_template, flags.chat),
         min_chars=flags.min_chars,
         nfc=flags.nfc,
         deduplicate=flags.deduplicate,
@@ -57,6 +62,16 @@ def make(flags: Flags) -> int:
             "held out   no document at all: train.py will ask for some; give a larger --held-out with another --output"
         )
     return 0
+
+
+def _chat_form(given: str, template: str, learned: Learned | Literal["pairs"]) -> ChatForm:
+    """Of --chat-template or the tokenizer's folder. Raises ValueError if there is neither."""
+    tokenizer = choose_tokenizer(given, [], Settings())
+    own = None if given == "byte" else read_chat_template(open_folder(given), tokenizer)
+    chosen = choose_template(template, own, tokenizer)
+    if chosen is None:
+        raise ValueError(f"{given} has no chat template; give one with --chat-template, a file or plain")
+    return ChatForm.of(chosen, learned)
 
 
 def run_preparation(

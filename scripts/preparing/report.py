@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import sys
 
+import numpy as np
 from etils import epath
 
 from data.corpus import load_corpus
@@ -11,6 +13,7 @@ from data.stores.provenance import pieces_of_step, steps_of_document
 from data.stores.store import open_store
 from data.stores.store import verify as verify_store
 from parallax.storage import open_folder
+from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.registry import load_tokenizer
 from scripts.common.command_line import tell
 from scripts.preparing.automatic import find_unprepared, prepare_into_cache
@@ -30,7 +33,8 @@ def describe(folder: str) -> int:
     print(f"documents  {manifest['documents']:,} of {manifest['bytes']:,} bytes of text")
     print(f"held out   {held['documents']:,} documents, {held['tokens']:,} tokens")
     print(f"left out   {', '.join(f'{count:,} {why}' for why, count in left_out.items())}")
-    print(f"settings   {', '.join(f'{name} {value}' for name, value in manifest['settings'].items())}")
+    settings = manifest["settings"] | ({"chat": manifest["settings"]["chat"]["learned"]} if store.learned else {})
+    print(f"settings   {', '.join(f'{name} {value}' for name, value in settings.items())}")
     print(f"shards     {len(manifest['shards']):,}")
     for source in manifest["sources"][:SHOWN_SOURCES]:
         facts = f"{source['format']}, {source['bytes']:,} bytes, sha256 {source['sha256']}"
@@ -38,10 +42,22 @@ def describe(folder: str) -> int:
     if len(manifest["sources"]) > SHOWN_SOURCES:
         print(f"           and {len(manifest['sources']) - SHOWN_SOURCES:,} more in {folder}/manifest.json")
     decoder = load_tokenizer(store.tokenizer_path)
-    for document, ids in itertools.islice(store.train.documents(), SHOWN_DOCUMENTS):
+    for document, ids, learned in itertools.islice(store.train.learned_documents(), SHOWN_DOCUMENTS):
+        place = f"document   {spelled(document.path)}:{document.line}, {document.tokens:,} tokens"
+        if store.learned:
+            print(f"{place}, {int(learned.sum()):,} learned:\n{_with_learned(ids, learned, decoder)}")
+            continue
         text = " ".join(decoder.decode(ids[: 4 * SHOWN_CHARS]).split())
-        print(f"document   {spelled(document.path)}:{document.line}, {document.tokens:,} tokens: {text[:SHOWN_CHARS]}")
+        print(f"{place}: {text[:SHOWN_CHARS]}")
     return 0
+
+
+def _with_learned(ids: np.ndarray, learned: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of a conversation with what is learned in green, or between brackets where there is no terminal."""
+    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[[", "]]")
+    cuts = np.flatnonzero(np.diff(learned)) + 1
+    runs = [tokenizer.decode(run) for run in np.split(ids, cuts)]
+    return "".join(f"{begin}{run}{end}" if learned[at] else run for at, run in zip([0, *cuts], runs, strict=True))
 
 
 def seen(run: str, step: int | None, document: str | None) -> int:

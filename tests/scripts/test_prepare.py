@@ -46,6 +46,19 @@ def test_a_store_is_made_described_and_verified(call, web, tokenizer):
     assert (status, err.startswith("finished   store already: 50 documents")) == (0, True)
 
 
+def test_conversations_are_made_and_shown_with_what_is_learned(call, tmp_path):
+    rows = [{"prompt": f"{a}+1?", "completion": str(a + 1)} for a in range(20)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plain = ["--tokenizer", "byte", "--chat", "assistant", "--chat-template", "plain", "--workers", "1"]
+    status, _, err = call(prepare, "chats.jsonl", "--output", "store", *plain)
+    assert status == 0, err
+    status, out, _ = call(prepare, "--describe", "store")
+    assert status == 0
+    assert "chat assistant" in out
+    assert "User: 0+1?\nAssistant:[[ 1" in out
+    assert call(prepare, "--verify", "store")[0] == 0
+
+
 def test_tokenizers_of_runs_and_of_stores(call, web, finished):
     status, _, err = call(prepare, "web", "--output", "first", "--tokenizer", "byte", "--workers", "1")
     assert status == 0, err

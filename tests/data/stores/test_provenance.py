@@ -48,7 +48,9 @@ def brute_force(corpus, training):
     for store, part in zip(corpus.stores.stores, parts, strict=True):
         listed = [document for document, _ in store.train.documents()]
         owners.append(np.repeat(np.arange(len(listed)), [document.tokens for document in listed]))
-        part.tokens.read_spans = lambda spans: [np.arange(*span) for span in spans]
+        part.tokens.read_learned = lambda spans: [
+            (np.arange(*span), np.ones(span[1] - span[0], bool)) for span in spans
+        ]
     steps = [set()]
     for k in range(STEPS):
         ids = training.draw(SIZE, SEED, k)
@@ -62,7 +64,7 @@ def brute_force(corpus, training):
             seen |= {(row, store, int(number)) for number in owners[store][shown]}
         steps.append(seen)
     for part in parts:
-        del part.tokens.read_spans
+        del part.tokens.read_learned
     return steps
 
 

@@ -29,9 +29,9 @@ def sides(store, packing):
 
 def positions(samples, ids):
     """The batch with positions in place of tokens."""
-    samples.tokens.read_spans = lambda spans: [np.arange(*span) for span in spans]
+    samples.tokens.read_learned = lambda spans: [(np.arange(*each), np.ones(each[1] - each[0], bool)) for each in spans]
     batch = samples.gather(ids)
-    del samples.tokens.read_spans
+    del samples.tokens.read_learned
     return batch
 
 
@@ -78,7 +78,24 @@ def test_a_document_a_row_is_its_first_tokens(store):
     assert read == [9, 9]  # the bounds of documents, then their tokens, each at the same time
 
 
-@pytest.mark.parametrize("packing", ["best-fit", "none"])
+def test_whole_documents_share_rows_and_none_is_cut(store):
+    samples, _ = sides(store, "whole")
+    batch = positions(samples, samples.all_ids())
+    shown, spans = batch["segments"] > 0, documents(samples.tokens).tolist()
+    lengths = [min(stop - start - 1, SEQ_LEN) for start, stop in spans]
+    assert sorted(batch["inputs"][shown].tolist()) == sorted(
+        start + at for (start, _), length in zip(spans, lengths, strict=True) for at in range(length)
+    )
+    assert (batch["targets"][shown] == batch["inputs"][shown] + 1).all()
+    assert (batch["targets"][~shown] == -1).all()
+    assert len(shown) < len(spans)
+    assert samples.count_cut() == sum(stop - start - 1 > SEQ_LEN for start, stop in spans) > 0
+    for start, stop in spans[:20]:
+        there = np.nonzero((batch["inputs"] == start) & shown)[0]
+        assert list(samples.rows_of(start, stop)) == there.tolist()
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "whole", "none"])
 def test_batches_depend_on_the_seed_and_k_alone_for_any_processes(store, packing):
     train, held_out = sides(store, packing)
     whole = list(islice(training_batches(train, batch_size=8, seed=5), 30))

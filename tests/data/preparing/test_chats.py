@@ -1,0 +1,149 @@
+"""Conversations in a store: every shape comes to the same tokens, and only what is learned is a target."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.preparing.chats import ChatForm, read_conversation
+from data.samples import Samples
+from data.stores.mixture import Stores
+from parallax.tokenizers.chat_template import plain_template
+from parallax.tokenizers.plain import ByteTokenizer
+from tests.data.small_stores import prepared
+
+TOKENIZER = ByteTokenizer()
+TURNS = [("user", "2+2?"), ("assistant", "4"), ("user", "3+3?"), ("assistant", "6")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
+
+
+def form(learned="assistant"):
+    return ChatForm.of(plain_template(TOKENIZER), learned)
+
+
+def store_of(folder, rows, name="chats.jsonl", **settings):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"field": "", "chat": form(), "held_out": 0.0} | settings
+    return prepared(folder / f"{name}.store", path, tokenizer=TOKENIZER, **settings)
+
+
+def learned_text(store):
+    (found,) = store.train.learned_documents()
+    _, ids, learned = found
+    cuts = np.flatnonzero(np.diff(learned)) + 1
+    return [TOKENIZER.decode(run) for at, run in zip([0, *cuts], np.split(ids, cuts), strict=True) if learned[at]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": MESSAGES},
+        {"prompt": MESSAGES[:3], "completion": MESSAGES[3:]},
+        {"conversations": [{"from": {"user": "human", "assistant": "gpt"}[r], "value": c} for r, c in TURNS]},
+    ],
+)
+def test_every_shape_comes_to_the_same_messages(row):
+    assert read_conversation(row) == (MESSAGES, None)
+
+
+def test_texts_are_a_turn_of_each():
+    messages, tools = read_conversation({"prompt": "2+2?", "completion": "4", "tools": '[{"name": "add"}]'})
+    assert messages == MESSAGES[:2]
+    assert tools == [{"name": "add"}]
+
+
+@pytest.mark.parametrize("learned", ["assistant", "last", "all"])
+def test_what_is_learned(tmp_path, learned):
+    store = store_of(tmp_path, [{"messages": MESSAGES}], chat=form(learned))
+    pieces = learned_text(store)
+    if learned == "all":
+        assert len(pieces) == 1
+        assert "2+2?" in pieces[0]
+    else:
+        answers = ["4", "6"][-len(pieces) :]
+        assert len(pieces) == (2 if learned == "assistant" else 1)
+        assert all(piece.strip().startswith(answer) for piece, answer in zip(pieces, answers, strict=True))
+        assert not any("?" in piece or "User" in piece for piece in pieces)
+    assert store.manifest["max_id"] < TOKENIZER.vocab_size
+
+
+def targets(samples: Samples) -> list[tuple[int, int]]:
+    """(input, target) of all that is learned."""
+    batch = samples.gather(samples.all_ids())
+    kept = batch["targets"] >= 0
+    return sorted(zip(batch["inputs"][kept].tolist(), batch["targets"][kept].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("packing", [None, "none"])
+def test_only_what_is_learned_is_a_target(tmp_path, packing):
+    rows = [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(20)]
+    store = store_of(tmp_path, rows)
+    samples = Stores((store,)).training(64, packing)
+    expected = []
+    for _, ids, learned in store.train.learned_documents():
+        expected += [(a, b) for a, b, kept in zip(ids, ids[1:], learned[1:], strict=False) if kept]
+    assert targets(samples) == sorted(expected)
+    assert len(expected) > 40
+
+
+def test_parquet_and_workers_make_the_same_store(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    answer = {"role": "assistant", "content": "yes"}
+    rows = [{"messages": [{"role": "user", "content": f"{a}?"}, answer]} for a in range(9)]
+    one = store_of(tmp_path, rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "chats.parquet")
+    settings = {"field": "", "chat": form(), "held_out": 0.0, "workers": 2}
+    other = prepared(tmp_path / "two.store", tmp_path / "chats.parquet", tokenizer=TOKENIZER, **settings)
+    assert [ids.tolist() for _, ids in one.train.documents()] == [ids.tolist() for _, ids in other.train.documents()]
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ([1], "must be an object"),
+        ({"text": "hello"}, "must have messages, prompt and completion, or conversations, and has text"),
+        ({"messages": []}, "must be a list of messages, and not empty"),
+        ({"messages": [{"content": "hello"}]}, "must be an object with 'role'"),
+        ({"messages": [{"role": "user"}]}, "has no 'content'"),
+        ({"messages": MESSAGES[:1]}, "no turn of the assistant"),
+    ],
+)
+def test_what_is_no_conversation_is_named(tmp_path, row, rule):
+    with pytest.raises(ValueError, match=rf"chats.jsonl:1: .*{rule}"):
+        store_of(tmp_path, [row])
+
+
+def test_a_pair_is_a_row_of_two_segments(tmp_path):
+    row = {"prompt": "2+2?", "chosen": "4", "rejected": "five"}
+    store = store_of(tmp_path, [row, row | {"prompt": "1+3?"}], chat=form("pairs"))
+    samples = Stores((store,)).training(64)
+    batch = samples.gather(np.array([0, -1]))
+    assert (batch["segments"][1] == 0).all()
+    ids, targets, segments = (batch[name][0] for name in ("inputs", "targets", "segments"))
+    for segment, answer in ((1, "4"), (2, "five")):
+        here = segments == segment
+        assert TOKENIZER.decode(ids[here]).startswith("User: 2+2?\nAssistant:")
+        assert TOKENIZER.decode(targets[here & (targets >= 0)]).strip().startswith(answer)
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ({"prompt": "2+2?", "chosen": "4"}, "must be an object with chosen and rejected"),
+        ({"prompt": "2+2?", "chosen": "4", "rejected": "4"}, "must differ"),
+        ({"chosen": MESSAGES[:2], "rejected": MESSAGES[2:]}, "must answer the same messages"),
+    ],
+)
+def test_what_is_no_pair_is_named(tmp_path, row, rule):
+    with pytest.raises(ValueError, match=rf"chats.jsonl:1: .*{rule}"):
+        store_of(tmp_path, [row], chat=form("pairs"))
+
+
+def test_pairs_go_with_no_packing(tmp_path):
+    row = {"prompt": "2+2?", "chosen": "4", "rejected": "five"}
+    store = store_of(tmp_path, [row], chat=form("pairs"))
+    with pytest.raises(ValueError, match="go with no other store and no --packing"):
+        Stores((store,)).training(64, "concat")
