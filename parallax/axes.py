@@ -17,7 +17,7 @@ from flax import nnx
 
 STACK_AXES = frozenset({"layers", "experts"})
 """Parameters are stacked along these, which are no dim of a matmul: each layer, and each expert, has its own."""
-PARAM_AXES = STACK_AXES | {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp"}
+PARAM_AXES = STACK_AXES | {"vocab", "embed", "heads", "kv_heads", "head_dim", "mlp", "rank"}
 ACTIVATION_AXES = frozenset({"batch", "length", "act_embed", "act_heads", "act_kv_heads", "act_mlp", "act_vocab"})
 LOGICAL_AXES = PARAM_AXES | ACTIVATION_AXES
 

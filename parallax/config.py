@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import chex
 
-from parallax.layer_config import ExpertsConfig, LayerSpec, RopeScaling, require, require_choices
+from parallax.layer_config import ExpertsConfig, LayerSpec, LoraConfig, RopeScaling, require, require_choices
 
 
 @chex.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class TransformerConfig:
     mlp_dim: int = 344
     """F: hidden width of the feed-forward."""
     experts: ExpertsConfig = ExpertsConfig()
+    lora: LoraConfig = LoraConfig()
     max_seq_len: int = 8192
     """Longest sequence the model accepts, in tokens."""
     dropout_rate: float = 0.0
@@ -97,7 +98,7 @@ class TransformerConfig:
         sizes = {"vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            holds = field.name not in sizes or value >= 1
+            holds = field.name not in (*sizes, "max_seq_len") or value >= 1
             require(holds, f"{field.name}={value} must be at least 1; try {field.default}")
         require(
             self.num_heads % self.num_kv_heads == 0,
@@ -105,7 +106,6 @@ class TransformerConfig:
             f"try {_largest_divisor(self.num_heads, self.num_kv_heads)}",
         )
         require(self.head_dim % 2 == 0, f"head_dim={self.head_dim} must be even; try {self.head_dim + 1}")
-        require(self.max_seq_len >= 1, f"max_seq_len={self.max_seq_len} must be at least 1; try 8192")
         require(0 <= self.dropout_rate < 1, f"dropout_rate={self.dropout_rate} must be in [0, 1); try 0.1")
         require(
             self.attention != "cudnn" or not (self.attention_softcap or self.attention_sinks),
@@ -170,8 +170,8 @@ class TransformerConfig:
         return self.experts.mlp_dim or self.mlp_dim
 
     def num_params(self, *, active: bool = False) -> int:
-        """Count of the parameters, from the sizes alone; equals the count of the initialised tree. If `active`, only as
-        many experts are counted as a token goes to."""
+        """Count of the parameters but adapters, from the sizes alone; equals the count of the initialised tree without
+        them. If `active`, only as many experts are counted as a token goes to."""
         tables = 1 if self.tie_embeddings else 2
         outside = tables * self.table_rows * self.embed_dim + self.embed_dim
         return sum(layer._layer_params(active) for layer in self.layers) + outside
@@ -373,7 +373,7 @@ def _plain(value: Any) -> Any:
 def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
     """The model config that `config_to_dict` wrote. Raises ValueError if a field is unknown or a rule is broken."""
     _refuse_unknown(values, TransformerConfig, "model config")
-    for name, kind in {"rope_scaling": RopeScaling, "experts": ExpertsConfig}.items():
+    for name, kind in {"rope_scaling": RopeScaling, "experts": ExpertsConfig, "lora": LoraConfig}.items():
         values = values | {name: _nested(values, name, kind)}
     for name in ("pattern", "first_layers"):
         values[name] = tuple(_layer_from_dict(each) for each in values.get(name) or ())
@@ -390,7 +390,7 @@ def _layer_from_dict(values: dict[str, Any]) -> LayerSpec:
 def _nested(values: dict[str, Any], name: str, kind: type) -> Any:
     given = values.get(name) or {}
     _refuse_unknown(given, kind, name)
-    return kind(**given)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
 def _refuse_unknown(values: dict[str, Any], kind: type, what: str) -> None:

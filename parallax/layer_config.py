@@ -1,4 +1,4 @@
-"""What of a layer is a config of its own: the scaling of its rotary embedding, and in what it differs from others.
+"""What of a layer is a config of its own: rotary scaling, experts, adapters, and in what it differs from other layers.
 
 Invariant: as with every config, one that exists is valid in itself.
 """
@@ -115,6 +115,52 @@ class ExpertsConfig:
             value = getattr(self, name)
             require(0 <= value < math.inf, f"experts.{name}={value} must be finite and not negative; 0 is off")
         require(0 < self.scaling < math.inf, f"experts.scaling={self.scaling} must be positive; try 1")
+
+
+ADAPTED = ("query", "key", "value", "out", "gate", "up", "down")
+"""The matrices of a layer that may have an adapter: of attention, and of a feed-forward."""
+
+
+@chex.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters beside frozen matrices, which alone are learned (Hu et al. 2021, arXiv:2106.09685).
+
+    A matrix W computes x W + s (x A) B, where A has `rank` columns and B, which begins at zero, as many rows. Experts
+    of a mixture, which a router chooses, have none; a feed-forward that all tokens go through beside them has.
+    """
+
+    rank: int = 0
+    """r: columns of A; 0 is without adapters, and everything is learned."""
+    alpha: float = 16.0
+    """s = alpha / rank."""
+    rslora: bool = False
+    """s = alpha / sqrt(rank), which keeps what a high rank learns as large (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dropout: float = 0.0
+    """Probability of dropping a value of x before A."""
+    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = ()
+    """The matrices with an adapter; by default all of attention and of dense feed-forwards."""
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the frozen parameters are held in; adapters are float32."""
+
+    def __post_init__(self):
+        require_choices(self, "lora.")
+        require(self.rank >= 0, f"lora.rank={self.rank} must not be negative; 0 is off")
+        require(0 < self.alpha < math.inf, f"lora.alpha={self.alpha} must be finite and positive; try 16")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout} must be in [0, 1); try 0.05")
+        unused = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        rule = f"lora.{''.join(unused[:1])} needs adapters, and lora.rank=0 is off; try lora.rank=16"
+        require(self.rank > 0 or not unused, rule)
+        for target in self.targets:
+            require(target in ADAPTED, f"lora.targets has {target!r}, which is not one of {', '.join(ADAPTED)}")
+
+    @property
+    def scale(self) -> float:
+        """s"""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def adapts(self, matrix: str) -> bool:
+        """Whether a matrix of this name has an adapter."""
+        return self.rank > 0 and (not self.targets or matrix in self.targets)
 
 
 @chex.dataclass(frozen=True)

@@ -7,19 +7,20 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 
 from parallax.config import TransformerConfig, config_from_dict
+from parallax.model.adapters import join, merge, take_adapters, take_base, without_adapters
 from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params, param_axes
-from parallax.storage import open_folder, reason_of
+from parallax.storage import is_remote, open_folder, reason_of
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.chat_template import ChatTemplate, read_chat_template
 from parallax.tokenizers.registry import load_tokenizer
-from parallax.training.checkpoint import Checkpointer
+from parallax.training.checkpoint import Checkpointer, to_stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,8 @@ def load_run(
 ) -> Run:
     """Reads a run with the parameters of `step`, by default those of its best checkpoint.
 
+    Adapters are merged into their base, which is read from its own run: what comes back is a model without them.
+
     Args:
       place: gives the tree of `init_params` as ShapeDtypeStructs with shardings; by default all on the first device.
       param_dtype: what parameters are read into and held in, of PARAM_DTYPES; by default as the checkpoint has them.
@@ -94,13 +97,93 @@ def load_run(
             f"vocab_size={config.vocab_size} in {folder / 'config.json'} must equal the {tokenizer.vocab_size} of "
             "tokenizer.json; restore the files that training wrote"
         )
-    abstract = place(config) if param_dtype is None else in_dtype(place(config), param_dtype)
-    checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False)
+    as_saved = param_dtype is None
+    abstract = place(config) if as_saved else in_dtype(place(config), param_dtype)
+    if not config.lora.rank:
+        params, source = read_checkpoint(folder, abstract, step, as_saved=as_saved)
+    else:
+        adapters, source = read_checkpoint(folder, take_adapters(abstract), step, as_saved=as_saved)
+        base, _ = read_base(folder, settings, take_base(abstract), as_saved=as_saved)
+        params = jax.jit(lambda base, adapters: merge(config, join(base, adapters)), donate_argnums=0)(base, adapters)
+        config = without_adapters(config)
+    return Run(folder, config, tokenizer, params, source.step, settings, read_chat_template(folder, tokenizer))
+
+
+class Source(NamedTuple):
+    """The checkpoint that parameters came from."""
+
+    run: str
+    """Its run folder, absolute."""
+    step: int
+    sha256: str
+    """As `Checkpointer.identity` gives it."""
+
+
+def read_checkpoint(
+    run: str | os.PathLike,
+    abstract: Params,
+    step: int | None = None,
+    *,
+    as_saved: bool = False,
+    notify: Callable[[str], None] = to_stderr,
+) -> tuple[Params, Source]:
+    """The parameters of `step` of a run, by default of its best checkpoint, as `abstract` has them, or `as_saved`.
+
+    `notify` takes one line about a checkpoint that cannot be trusted.
+
+    Raises ValueError if it has no such checkpoint that is intact, or one of other shapes.
+    """
+    folder = open_folder(run)
+    checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False, notify=notify)
     try:
-        found, params, _ = checkpoints.restore_params(abstract, step, as_saved=param_dtype is None)
+        found, params, _ = checkpoints.restore_params(abstract, step, as_saved=as_saved)
+        return params, Source(_whole_path(run), found, checkpoints.identity(found))
     finally:
         checkpoints.close()
-    return Run(folder, config, tokenizer, params, found, settings, read_chat_template(folder, tokenizer))
+
+
+def best_source(run: str | os.PathLike) -> Source:
+    """The best checkpoint of a run, whose arrays are not read. Raises ValueError if it has none."""
+    folder = open_folder(run)
+    checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False)
+    try:
+        step = checkpoints.best_step()
+        if step is None:
+            raise ValueError(f"{folder} must have a checkpoint and has none; give another run")
+        return Source(_whole_path(run), step, checkpoints.identity(step))
+    finally:
+        checkpoints.close()
+
+
+def _whole_path(run: str | os.PathLike) -> str:
+    return str(run) if is_remote(run) else os.path.abspath(open_folder(run))
+
+
+def read_base(
+    folder: Any, settings: dict[str, Any], abstract: Params, *, as_saved: bool = False
+) -> tuple[Params, Source]:
+    """The frozen parameters beside which the adapters of a run were learned.
+
+    Args:
+      settings: the config.json of the run, which names them as `base`.
+
+    Raises:
+      ValueError: they are not there, or are others by now.
+    """
+    if "base" not in settings:
+        raise ValueError(f"{folder / 'config.json'} must name the base of the adapters; restore the file")
+    named = Source(**settings["base"])
+    remedy = f"bring back checkpoint {named.step} of {named.run}"
+    beside = folder.parent / os.path.basename(named.run)  # both folders may have been moved together
+    places = [place for place in (named.run, beside) if (open_folder(place) / "checkpoints").exists()]
+    if not places:
+        raise ValueError(f"{folder} holds adapters alone, and their base {named.run} is not there; {remedy}")
+    params, found = read_checkpoint(places[0], abstract, named.step, as_saved=as_saved)
+    if found.sha256 != named.sha256:
+        raise ValueError(
+            f"{folder} has adapters of a base with sha256 {named.sha256}, and {named.run} has {found.sha256}; {remedy}"
+        )
+    return params, named
 
 
 def trained_length(settings: dict[str, Any]) -> int:

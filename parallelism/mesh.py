@@ -187,7 +187,7 @@ class MeshStrategy:
                     return of_rows(loss_fn)(params, batch, key)
 
             whole = PartitionSpec()
-            given, found = (specs, self._rows_spec, whole), (whole, whole, specs)
+            given, found = (specs, self._rows_spec, whole), (whole, whole, reduction.of_learned(loss_fn, specs))
             return jax.shard_map(on_device, mesh=self._mesh, in_specs=given, out_specs=found, check_vma=checked)
 
         return gradients

@@ -23,14 +23,16 @@ def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
     It is the block of that number among the equal ones that a global batch is cut into, by default all of it.
     """
 
-    def objective(params, batch, keys):
+    def objective(learned, params, batch, keys):
+        params = jax.tree.map(lambda held, given: held if given is None else given, params, learned)
         sums, tokens = loss_fn(params, batch, keys)
         return sums["loss"], (sums, tokens)
 
     @functools.partial(jax.jit, inline=True)  # traced once, for the shapes of the totals and for the loop
     def whole(params, batch, rows, key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-        (_, (sums, tokens)), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, keys)
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (_, (sums, tokens)), grads = gradient(of_learned(loss_fn, params), params, batch, keys)
         return sums, tokens, grads
 
     def in_parts(params, batch, rows, key):
@@ -49,6 +51,15 @@ def _of_sums(loss_fn: Callable, microbatches: int) -> Callable:
         return (whole if microbatches == 1 else in_parts)(params, batch, rows, key)
 
     return of_block
+
+
+def of_learned(loss_fn: Callable, tree: Any) -> Any:
+    """A tree like the parameters, or one that has something for each of them, with None for those that stay frozen.
+
+    A loss says as `learned`, a tree of bools, which have a gradient; by default all.
+    """
+    learned = getattr(loss_fn, "learned", None)
+    return tree if learned is None else jax.tree.map(lambda kept, leaf: leaf if kept else None, learned, tree)
 
 
 def _deal(x: jax.Array, parts: int) -> jax.Array:
@@ -96,7 +107,7 @@ def scatter(axis_names: tuple[str, ...], unreduced: Any, microbatches: int = 1) 
     def gradients(loss_fn, params, batch, key):
         sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key, jax.lax.axis_index(axis_names))
         leaves, structure = jax.tree.flatten(grads)
-        over = structure.flatten_up_to(unreduced)
+        over = structure.flatten_up_to(of_learned(loss_fn, unreduced))
         for group in filter(None, dict.fromkeys(over)):  # in one order in every process
             places = [place for place, each in enumerate(over) if each == group]
             for place, leaf in zip(places, _add_up([leaves[i] for i in places], group), strict=True):
@@ -146,8 +157,9 @@ def slices(axis_names: tuple[str, ...], shards: Any, specs: Any, microbatches: i
 
     def gradients(loss_fn, params, batch, key):
         sums, tokens, grads = _of_sums(loss_fn, microbatches)(params, batch, key, jax.lax.axis_index(axis_names))
-        sums, tokens, grads = jax.lax.psum((sums, tokens, place(grads, shards)), axis_names)
-        return sums, tokens, _divide(place(grads, specs), tokens)
+        cut, whole = of_learned(loss_fn, shards), of_learned(loss_fn, specs)
+        sums, tokens, grads = jax.lax.psum((sums, tokens, place(grads, cut)), axis_names)
+        return sums, tokens, _divide(place(grads, whole), tokens)
 
     return lambda loss_fn: functools.partial(gradients, loss_fn)
 

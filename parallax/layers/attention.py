@@ -19,6 +19,7 @@ from parallax.layers.attend_blocks import attend_by_blocks
 from parallax.layers.cache import LayerCache
 from parallax.layers.cudnn import attend_by_cudnn
 from parallax.layers.dropout import split
+from parallax.layers.lora import adapted, make_adapters
 from parallax.layers.normalization import RMSNorm
 from parallax.layers.rotary import frequencies, magnitude, rotate
 from parallax.layers.splash import attend_in_kernel
@@ -67,6 +68,7 @@ class Attention(nnx.Module):
         elif config.qk_norm:
             self.query_norm = RMSNorm((H, K), ("heads", "head_dim"), eps=config.norm_eps, rngs=rngs)
             self.key_norm = RMSNorm((G, K), ("kv_heads", "head_dim"), eps=config.norm_eps, rngs=rngs)
+        self.adapters = make_adapters(self, ("query", "key", "value", "out"), config.lora, rngs)
 
     def __call__(
         self,
@@ -86,7 +88,7 @@ class Attention(nnx.Module):
         if positions_BT is None:
             positions_BT = jnp.arange(x_BTD.shape[1], dtype=jnp.int32)[None, :]
         joined = cache is not None and cache.listed
-        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT, joined)
+        q_BTHK, k_BSGK, v_BSGK = self._project(x_BTD, positions_BT, joined, dropout_keys_B)
         key_positions = positions_BT
         if cache is not None:
             cache, k_BSGK, v_BSGK, key_positions = cache.extend(k_BSGK, v_BSGK, positions_BT, lengths_B)
@@ -95,6 +97,7 @@ class Attention(nnx.Module):
         else:
             heads_BTHK = self._attend(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions, segments_BT, dropout_keys_B)
         y_BTD = jnp.einsum("BTHK,HKD->BTD", heads_BTHK, read(self.out, x_BTD.dtype))
+        y_BTD = adapted(self.adapters, "out", heads_BTHK, y_BTD, dropout_keys_B)
         if self.config.attention_out_bias:
             y_BTD = _plus(y_BTD, self.out_bias)
         return y_BTD, cache
@@ -163,7 +166,7 @@ class Attention(nnx.Module):
         return jnp.broadcast_to(sinks_H[None], (q_BTHK.shape[0], len(sinks_H)))
 
     def _project(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, joined: bool
+        self, x_BTD: jax.Array, positions_BT: jax.Array, joined: bool, dropout_keys_B: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, K], scaled, and keys and values [B, T, G, K]; queries and keys are rotated.
 
@@ -175,6 +178,9 @@ class Attention(nnx.Module):
             q_BTHK, k_BTGK, v_BTGK = cpu.project_joined(x_BTD, weights)
         else:
             q_BTHK, k_BTGK, v_BTGK = (jnp.einsum("BTD,DHK->BTHK", x_BTD, weight) for weight in weights)
+        q_BTHK = adapted(self.adapters, "query", x_BTD, q_BTHK, dropout_keys_B)
+        k_BTGK = adapted(self.adapters, "key", x_BTD, k_BTGK, dropout_keys_B)
+        v_BTGK = adapted(self.adapters, "value", x_BTD, v_BTGK, dropout_keys_B)
         if self.config.attention_bias:
             q_BTHK = _plus(q_BTHK, self.query_bias)
             k_BTGK = _plus(k_BTGK, self.key_bias)

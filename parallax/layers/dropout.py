@@ -23,7 +23,7 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
     return jnp.where(kept, x / (1 - rate), jnp.zeros((), x.dtype))
 
 
-def fold_in(keys: jax.Array, number: jax.Array) -> jax.Array:
+def fold_in(keys: jax.Array, number: jax.Array | int) -> jax.Array:
     """Other keys for the same dims."""
     return _each(lambda key: jax.random.fold_in(key, number), keys)
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from parallax.axes import constrain, param, read
 from parallax.config import TransformerConfig
+from parallax.layers.lora import adapted, make_adapters
 
 
 @jax.custom_vjp
@@ -52,11 +53,15 @@ class GatedFeedForward(nnx.Module):
         self.gate = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
         self.up = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
         self.down = matrix(outward, rngs.params(), (F, D), ("mlp", "embed"), inputs=("mlp",))
+        self.adapters = make_adapters(self, ("gate", "up", "down"), config.lora, rngs)
 
-    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B, T, D] to [B, T, D], with nothing to report of any token."""
+    def __call__(
+        self, x_BTD: jax.Array, counted_BT: jax.Array | None = None, dropout_keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, T, D] to [B, T, D], with nothing to report of any token. The keys are for adapters."""
         dtype = x_BTD.dtype
-        gate_BTF = _project(x_BTD, read(self.gate, dtype))
-        up_BTF = _project(x_BTD, read(self.up, dtype))
+        gate_BTF = adapted(self.adapters, "gate", x_BTD, _project(x_BTD, read(self.gate, dtype)), dropout_keys_B)
+        up_BTF = adapted(self.adapters, "up", x_BTD, _project(x_BTD, read(self.up, dtype)), dropout_keys_B)
         hidden_BTF = constrain(ACTIVATIONS[self.activation](gate_BTF) * up_BTF, "batch", "length", "act_mlp")
-        return jnp.einsum("BTF,FD->BTD", hidden_BTF, read(self.down, dtype)), {}
+        y_BTD = jnp.einsum("BTF,FD->BTD", hidden_BTF, read(self.down, dtype))
+        return adapted(self.adapters, "down", hidden_BTF, y_BTD, dropout_keys_B), {}

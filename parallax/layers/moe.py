@@ -52,8 +52,13 @@ class Experts(nnx.Module):
         if experts.shared_mlp_dim:
             self.shared = GatedFeedForward(config, mlp_dim=experts.shared_mlp_dim, rngs=rngs)
 
-    def __call__(self, x_BTD: jax.Array, counted_BT: jax.Array | None = None) -> tuple[jax.Array, Aux]:
-        """[B, T, D] to [B, T, D], and what the router did with the tokens that are counted, by default all."""
+    def __call__(
+        self, x_BTD: jax.Array, counted_BT: jax.Array | None = None, dropout_keys_B: jax.Array | None = None
+    ) -> tuple[jax.Array, Aux]:
+        """[B, T, D] to [B, T, D], and what the router did with the tokens that are counted, by default all.
+
+        The keys are for adapters of the shared feed-forward.
+        """
         dtype = x_BTD.dtype
         wide = jnp.promote_types(dtype, jnp.float32)
         # A TPU would else round both sides to bfloat16, and choose other experts than the scores say.
@@ -71,7 +76,7 @@ class Experts(nnx.Module):
             chosen_BTE = jnp.sum(_one_hot(ids_BTk, self.experts, gates_BTk), axis=2)
             y_BTD = y_BTD + jnp.einsum("BTE,ED->BTD", chosen_BTE.astype(dtype), read(self.down_bias, dtype))
         if self.experts.shared_mlp_dim:
-            y_BTD = y_BTD + self.shared(x_BTD)[0]
+            y_BTD = y_BTD + self.shared(x_BTD, None, dropout_keys_B)[0]
         return y_BTD, aux
 
     def _mix(self, x_BTD: jax.Array, ids_BTk: jax.Array, gates_BTk: jax.Array) -> jax.Array:

@@ -37,8 +37,14 @@ def forward_flops(config: TransformerConfig, seq_len: int) -> float:
 
 
 def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> float:
-    """Floating-point operations of one training step: the backward pass costs twice the forward pass."""
-    return 3 * forward_flops(config, seq_len) * batch_size * seq_len
+    """Floating-point operations of one training step: the backward pass costs twice the forward pass.
+
+    A frozen matrix costs it once, for the gradient of its input alone.
+    """
+    per_token = 3 * forward_flops(config, seq_len)
+    if config.lora.rank:
+        per_token -= 2 * config.num_layers * _used(config, frozen=True) + _head(config)
+    return per_token * batch_size * seq_len
 
 
 @functools.lru_cache(maxsize=64)
@@ -56,10 +62,14 @@ def _of_experts(config: TransformerConfig) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _used(config: TransformerConfig) -> float:
-    """Of those, and of the router, the weights that a token is multiplied with: its own experts', not all."""
+def _used(config: TransformerConfig, *, frozen: bool = False) -> float:
+    """Of those, and of the router, the weights that a token is multiplied with: its own experts', not all.
+
+    With `frozen` of matrices that are not learned.
+    """
     share = config.experts.experts_per_token / max(1, config.experts.num_experts)
     matrices = [each for each in jax.tree.leaves(parameters(config)) if each.inputs and "vocab" not in each.names]
+    matrices = [each for each in matrices if not (frozen and each.learned)]
     return sum(each.size * (share if "experts" in each.names else 1) for each in matrices) / config.num_layers
 
 

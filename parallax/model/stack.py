@@ -64,7 +64,7 @@ class TransformerBlock(nnx.Module):
         normed_BTD = _normed(self.attention_norm, x_BTD)
         attended_BTD, cache = self.attention(normed_BTD, positions_BT, segments_BT, cache, keys[0], lengths_B)
         x_BTD = x_BTD + dropout(_normed(self.attention_post_norm, attended_BTD), self.dropout_rate, keys[1])
-        fed_BTD, aux = self.mlp(_normed(self.mlp_norm, x_BTD), counted_BT)
+        fed_BTD, aux = self.mlp(_normed(self.mlp_norm, x_BTD), counted_BT, dropout_keys_B)
         x_BTD = x_BTD + dropout(_normed(self.mlp_post_norm, fed_BTD), self.dropout_rate, keys[2])
         return constrain(x_BTD, "batch", "length", "act_embed"), cache, aux
 

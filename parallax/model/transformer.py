@@ -17,6 +17,7 @@ from parallax.config import TransformerConfig
 from parallax.layers.cache import KVCache
 from parallax.layers.dropout import dropout, split
 from parallax.layers.embedding import Embedding
+from parallax.layers.lora import freeze
 from parallax.layers.normalization import RMSNorm
 from parallax.model.stack import Aux, LayerStack, Params, is_listed, listed_blocks, stacked_blocks
 
@@ -31,6 +32,8 @@ class TransformerLM(nnx.Module):
         self.final_norm = RMSNorm(config.embed_dim, "embed", eps=config.norm_eps, rngs=rngs)
         if not config.tie_embeddings:
             self.output = Embedding(config, "output", rngs=rngs)
+        if config.lora.rank:
+            freeze(self, config.lora.base_dtype)
 
     @classmethod
     def from_params(cls, config: TransformerConfig, params: Params) -> "TransformerLM":
@@ -94,7 +97,7 @@ class TransformerLM(nnx.Module):
             known_BT = known_BT & (positions >= 0) & (positions < cache.capacity)
         tokens_BT = jnp.where(known_BT, tokens_BT, self.config.table_rows)  # beyond the table is NaN
         keys = None
-        if dropout_key is not None and self.config.dropout_rate:
+        if dropout_key is not None and (self.config.dropout_rate or self.config.lora.dropout):
             keys = self._layer_keys(dropout_key, tokens_BT.shape[0])
         x_BTD = self.embedding.embed(tokens_BT, table_WD)
         x_BTD = dropout(x_BTD, self.config.dropout_rate, None if keys is None else keys[-1])
@@ -159,7 +162,7 @@ class TransformerLM(nnx.Module):
 
 
 def init_params(config: TransformerConfig, key: jax.Array) -> Params:
-    """Fresh parameters, a nested dict of float32 arrays; layers share a leading dim N."""
+    """Fresh parameters, a nested dict of arrays, float32 unless frozen; layers share a leading dim N."""
     return nnx.to_pure_dict(nnx.state(TransformerLM(config, rngs=nnx.Rngs(params=key)), nnx.Param))
 
 

@@ -15,13 +15,14 @@ from parallax.pattern import stacks
 
 
 def make_balance(config: TransformerConfig) -> Callable[[Params, jax.Array], Params] | None:
-    """(params, load [layers with experts, E]) to params with other biases; None for a model without them.
+    """(params, load [layers with experts, E]) to params with other biases; None for a model without them, or whose
+    routers are frozen.
 
     b_e + rate · sign(mean load − load_e) (Wang et al. 2024, arXiv:2408.15664, algorithm 1).
     """
     rate = config.experts.balance_bias_rate
     numbers = [number for number, layer in enumerate(config.layers) if layer.feed_forward == "experts"]
-    if not rate or not numbers:
+    if not rate or not numbers or config.lora.rank:  # beside adapters all else is frozen
         return None
 
     def balance(params: Params, load_NE: jax.Array) -> Params:

@@ -7,6 +7,7 @@ by who reads it, once. It knows trees of arrays and JSON, but no model.
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -25,6 +26,11 @@ from parallax.training.checkpoint_folder import CheckpointFolder, damaged, read_
 from parallax.training.checkpoint_hashes import DamageError
 
 Documents = dict[str, dict[str, Any]]
+
+
+def to_stderr(line: str) -> None:
+    """What takes a line about a checkpoint where nobody else does."""
+    print(line, file=sys.stderr)
 
 
 class Restored(NamedTuple):
@@ -56,12 +62,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self,
-        directory: epath.PathLike,
-        *,
-        keep: int,
-        is_writer: bool = True,
-        notify: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+        self, directory: epath.PathLike, *, keep: int, is_writer: bool = True, notify: Callable[[str], None] = to_stderr
     ):
         if keep < 1:
             raise ValueError(f"keep={keep} must be at least 1; try 3")
@@ -185,6 +186,12 @@ class Checkpointer:
         if found is None:
             raise folder.missing(None)
         return found.step, found.state["params"], found.documents
+
+    def identity(self, step: int) -> str:
+        """The sha256 of what a trusted step holds: all of its files, by their own sha256, but not its evaluation."""
+        manifest = read_manifest(self._folder.path(self._folder.require(step)))
+        held = json.dumps({name: manifest[name] for name in ("arrays", "files")}, sort_keys=True)
+        return hashlib.sha256(held.encode()).hexdigest()
 
     def read_documents(self, step: int | None = None) -> Documents:
         """The JSON documents of `step`, by default of the best step, without its arrays.

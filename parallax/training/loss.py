@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from parallax.config import TrainConfig, TransformerConfig
 from parallax.layers.attention import KERNELS
 from parallax.model.stack import Aux
-from parallax.model.transformer import TransformerLM
+from parallax.model.transformer import TransformerLM, parameters
 
 NO_TARGET = -1
 """The target id of a position that is not learned from: padding."""
@@ -161,9 +161,16 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
         )
         return _with_experts(sums, aux), jnp.sum(is_target_BT)
 
+    return described(loss_fn, config)
+
+
+def described(loss_fn: Any, config: TransformerConfig) -> LossFn:
+    """The loss of a model, with what a gradient function must know of it: `has_kernels`, and perhaps `learned`."""
     # A shard_map that checks what differs between devices can hold no kernel: JAX cannot see into it.
-    kernels = config.attention in KERNELS or any(layer.feed_forward == "experts" for layer in config.layers)
-    loss_fn.has_kernels = kernels  # pyright: ignore[reportFunctionMemberAccess]
+    experts = any(layer.feed_forward == "experts" for layer in config.layers)
+    loss_fn.has_kernels = config.attention in KERNELS or experts
+    if config.lora.rank:
+        loss_fn.learned = jax.tree.map(lambda parameter: parameter.learned, parameters(config))
     return loss_fn
 
 

@@ -42,9 +42,9 @@ def train_step(
 
     Returns:
       The next state and scalar metrics: losses in nats a target token, `grad_norm` of the averaged gradient before
-      clipping, `param_norm` after the update, `learning_rate`, `tokens` (targets in the global batch), `bad_steps`. Of
-      experts also `balance_loss` and `router_z_loss`, `router_entropy` in nats, and `fullest_expert`: the largest share
-      of a layer's tokens that one of its experts got.
+      clipping, `param_norm` of what is not frozen after the update, `learning_rate`, `tokens` (targets in the global
+      batch), `bad_steps`. Of experts also `balance_loss` and `router_z_loss`, `router_entropy` in nats, and
+      `fullest_expert`: the largest share of a layer's tokens that one of its experts got.
     """
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), DROPOUT)
     sums, tokens, grads = gradients(loss_fn)(state.params, batch, key)
@@ -53,7 +53,9 @@ def train_step(
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(state.step)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda param, update: param + rate * update, state.params, updates)
+    params = jax.tree.map(  # what is frozen has neither gradient nor update
+        lambda param, update: param if update is None else param + rate * update, state.params, updates
+    )
     if balance is not None and load_NE is not None:
         params = balance(params, load_NE)
 
@@ -64,7 +66,7 @@ def train_step(
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     metrics = losses | {
         "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(jax.tree.map(lambda param, grad: None if grad is None else param, params, grads)),
         "learning_rate": rate,
         "tokens": tokens,
         "bad_steps": bad_steps,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from parallax.config import PRESETS, TrainConfig, TransformerConfig
+from parallax.layer_config import LoraConfig
 from parallax.model.cost import StepCost, forward_flops, step_flops
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.training.loss import make_loss
@@ -63,6 +64,15 @@ def test_deeper_costs_as_much_again():
 def test_a_step_costs_three_forward_passes_of_the_batch():
     config = TransformerConfig(**SIZES)
     assert step_flops(config, 6, 20) == pytest.approx(3 * 6 * 20 * forward_flops(config, 20))
+
+
+def test_a_frozen_matrix_costs_two_of_them():
+    config = TransformerConfig(**SIZES, lora=LoraConfig(rank=2))
+    base = dataclasses.replace(config, lora=LoraConfig())
+    adapters = 2 * (4 * (64 + 64) + 3 * (64 + 256))
+    matrices = base.num_params() - 3 * 64  # as above
+    attended = forward_flops(base, 20) - 2 * matrices
+    assert step_flops(config, 6, 20) == pytest.approx(6 * 20 * (2 * 2 * matrices + 3 * 2 * adapters + 3 * attended))
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
