@@ -3,17 +3,14 @@
 Invariant: a folder that exists is refused, and one that appears is whole.
 """
 
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
-import tyro
-
 from scripts.common.command_line import dispatch, parse, tell
+from scripts.converting.flags import ExportFlags, ImportFlags
 
 HELP = """usage: convert.py COMMAND ...
 
@@ -28,36 +25,6 @@ commands:
 convert.py COMMAND --help says more."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportFlags:
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HF_FOLDER")]
-    """The Hugging Face folder: config.json, tokenizer.json, and model.safetensors or several with their index."""
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The run folder to make."""
-    param_dtype: Literal["float32", "bfloat16"] | None = None
-    """What the parameters are stored in; by default as in the tensors."""
-    mesh: str = ""
-    """Read the parameters onto a mesh such as fsdp=8, of the visible devices; by default onto the first."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportFlags:
-    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-    """The run folder, local or on gs://."""
-    target: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="HF_FOLDER")]
-    """The Hugging Face folder to make."""
-    step: int | None = None
-    """Which checkpoint; by default the best."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the tensors are rounded to."""
-    context: Literal["crop", "extend"] = "crop"
-    """The longest text that the folder names. crop: what the model was trained at; extend: its max_seq_len."""
-    max_file_gb: float = 5.0
-    """Several files with an index where one would be larger than so many 10^9 bytes."""
-    mesh: str = ""
-    """Read the parameters onto a mesh such as fsdp=8, of the visible devices; by default onto the first."""
-
-
 def main() -> int:
     """Exit status: 0 done; 2 bad input."""
     return dispatch("convert.py", HELP, {"import": _import, "export": _export})
@@ -66,9 +33,12 @@ def main() -> int:
 def _import(args: Sequence[str]) -> int:
     flags = parse(ImportFlags, description="Make a run folder of a Hugging Face folder.", args=args)
     # Late, since these load JAX: help answers at once.
-    from parallax.interop.folders import import_model
+    from parallax.interop.folders import import_adapters, import_model
     from scripts.common.placement import place_params
 
+    if flags.base:
+        tell(import_adapters(Path(flags.source), flags.base, flags.run))
+        return 0
     tell(import_model(Path(flags.source), flags.run, place_params(flags.mesh), flags.param_dtype))
     return 0
 
@@ -77,9 +47,12 @@ def _export(args: Sequence[str]) -> int:
     flags = parse(ExportFlags, description="Make a Hugging Face folder of a run.", args=args)
     if not flags.max_file_gb > 0:
         raise ValueError(f"--max-file-gb {flags.max_file_gb} must be positive; try 5")
-    from parallax.interop.folders import export_model
+    from parallax.interop.folders import export_adapters, export_model
     from scripts.common.placement import place_params
 
+    if flags.adapter:
+        tell(export_adapters(flags.run, flags.target, step=flags.step))
+        return 0
     size, place = int(flags.max_file_gb * 10**9), place_params(flags.mesh)
     options = {"step": flags.step, "dtype": flags.dtype, "context": flags.context}
     tell(export_model(flags.run, flags.target, **options, max_file_bytes=size, place=place))

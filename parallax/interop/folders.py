@@ -15,17 +15,28 @@ from typing import Any, Literal
 
 from etils import epath
 
-from parallax.config import TransformerConfig, config_to_dict
+from parallax.config import TransformerConfig, config_from_dict, config_to_dict
 from parallax.interop.hf_config import config_from_hf, config_to_hf
+from parallax.interop.peft import read_adapters, write_adapters
 from parallax.interop.reading import TensorFiles, read_params
 from parallax.interop.writing import MAX_FILE_BYTES, write_params
+from parallax.model.adapters import take_adapters, without_adapters
 from parallax.model.transformer import Params
-from parallax.run_folder import Run, abstract_params, in_dtype, load_run
-from parallax.storage import is_remote, write_json
+from parallax.run_folder import (
+    Run,
+    abstract_params,
+    best_source,
+    in_dtype,
+    load_run,
+    read_checkpoint,
+    read_settings,
+    trained_length,
+)
+from parallax.storage import is_remote, open_folder, write_json
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.chat_template import CONFIG, ChatTemplate, read_chat_template, write_chat_template
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer, tokenizer_from_hf, tokenizer_to_hf
-from parallax.tokenizers.registry import save_tokenizer
+from parallax.tokenizers.registry import load_tokenizer, save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 
 Place = Callable[[TransformerConfig], Params]
@@ -122,7 +133,7 @@ def export_model(
     """
 
     def checked(config: TransformerConfig) -> Params:
-        config_to_hf(config)  # refuses before parameters are read
+        config_to_hf(without_adapters(config))  # refuses before parameters are read
         return place(config)
 
     with _made(target) as draft:
@@ -134,6 +145,60 @@ def export_model(
         _write_tokenizer(loaded.tokenizer, loaded.chat_template, draft)
         write_json(draft / "config.json", values)
     return f"exported  {run}, step {loaded.step}: {values['model_type']}, {dtype}; folder: {target}"
+
+
+def import_adapters(source: Path, base: str | Path, run: str | Path) -> str:
+    """Makes the run folder `run` of a PEFT folder: checkpoint 0 holds the adapters, and names that of their base.
+
+    Args:
+      base: the run folder of the model that they are beside; its best checkpoint is meant.
+
+    Returns:
+      a line for the person who watches.
+
+    Raises:
+      ValueError: `source` holds no adapters of this base, `base` is no run, or `run` exists.
+    """
+    _check_folder(source)
+    above = open_folder(base)
+    settings = read_settings(above)
+    config, adapters = read_adapters(source, without_adapters(config_from_dict(settings["model"])))
+    tokenizer = load_tokenizer(above / "tokenizer.json")
+    with _made(run) as draft:
+        named = best_source(base)._asdict()
+        imported = {"folder": source.resolve().name, "model_type": "adapters"}
+        kept = {"model": config_to_dict(config), "trained_length": trained_length(settings)}
+        settings = kept | {"imported": imported, "base": named}
+        if template := read_chat_template(above, tokenizer):
+            write_chat_template(template, draft)
+        write_json(draft / "config.json", settings)
+        save_tokenizer(tokenizer, draft / "tokenizer.json")
+        checkpoints = Checkpointer(draft / "checkpoints", keep=1)
+        try:
+            documents = {"config": settings, "tokenizer": tokenizer.to_json()}
+            checkpoints.save(0, {"params": adapters}, documents)
+        finally:
+            checkpoints.close()
+    return f"imported  {source}: adapters of rank {config.lora.rank} for {base}; run folder: {run}"
+
+
+def export_adapters(run: str, target: str | Path, *, step: int | None = None) -> str:
+    """Makes the PEFT folder `target` of the adapters of the best checkpoint, or of `step`.
+
+    Returns:
+      a line for the person who watches.
+
+    Raises:
+      ValueError: `run` has no adapters, or `target` exists.
+    """
+    folder = open_folder(run)
+    config = config_from_dict(read_settings(folder)["model"])
+    if not config.lora.rank:
+        raise ValueError(f"{run} has no adapters, but all of its parameters; leave out --adapter")
+    with _made(target) as draft:
+        adapters, source = read_checkpoint(folder, take_adapters(abstract_params(config)), step)
+        write_adapters(adapters, config, draft)
+    return f"exported  {run}, step {source.step}: adapters of rank {config.lora.rank}; folder: {target}"
 
 
 @contextlib.contextmanager

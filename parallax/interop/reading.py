@@ -32,7 +32,7 @@ WITHOUT_HEAD = ("embed_tokens.", "layers.", "norm.", "rotary_emb.")
 before them."""
 
 OTHER_FILES = {
-    "adapter_model.safetensors": "an adapter; merge it into its model with peft's merge_and_unload",
+    "adapter_model.safetensors": "an adapter; import it with --base RUN, the run of its model",
     "pytorch_model*.bin": "pickled weights; load the model with transformers and save it with save_pretrained",
     "consolidated*.safetensors": "weights under the names of their first authors; take the files for transformers",
     "*.gguf": "weights for llama.cpp; take the files for transformers",
