@@ -77,6 +77,7 @@ def evaluate(flags: Flags) -> dict[str, Any]:
         config = dataclasses.replace(config, attention="blocks")  # which gives what that kernel gives
     corpus = load_corpus(flags.dataset, flags.data_dir, notify=tell)
     run = load_run(flags.checkpoint, flags.step, lambda _: strategy.abstract().params, flags.param_dtype)
+    config = dataclasses.replace(config, lora=run.config.lora)  # adapters are merged by now
     if corpus.stores is None:
         texts = {flags.dataset: _of_texts(corpus, run.tokenizer, only_held_out=flags.held_out)}
     else:
@@ -136,6 +137,8 @@ def _of_stores(stores: Stores, tokenizer: Tokenizer, *, only_held_out: bool) -> 
     """Of each store its documents, read when they are scored. Raises ValueError if they are of another tokenizer."""
     sides, texts = ["held_out"] if only_held_out else ["train", "held_out"], {}
     for name, store in zip(stores.short_names, require_same_tokenizer(stores, tokenizer).stores, strict=True):
+        if store.learned:
+            raise ValueError(f"store {name} has conversations, and {TEXT_ALONE}")
         lengths, size = [], sum(store.manifest[side]["bytes"] for side in sides)
         for tokens in _documents(store, sides):
             lengths.append(len(tokens))

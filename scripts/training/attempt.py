@@ -4,21 +4,23 @@ Invariant: a run goes on from its folder alone, and always leaves word there of 
 """
 
 import contextlib
-import dataclasses
 import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from data.pipeline import evaluation_batches, training_batches
+from data.samples import Samples
 from data.stores.mixture import by_source
 from parallax.model.cost import step_flops
-from parallax.storage import open_folder, reason_of, write_json
+from parallax.storage import reason_of, write_json
+from parallax.tokenizers.chat_template import FILE, write_chat_template
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.loop import Best, Diverged, Observer, Row, train
@@ -30,10 +32,12 @@ from parallelism import sentinel
 from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, status_of
 from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
+from scripts.training.base import Base
 from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
 from scripts.training.overfit import report_overfit
+from scripts.training.references import Referred, keep, refer
 from scripts.training.resuming import Earlier, describe_remedy, resume_command
 from scripts.training.summary import Summary, describe_time
 from scripts.training.watchdog import Watchdog
@@ -66,6 +70,8 @@ class Attempt:
         self._changed: dict[str, Any] = {}
         self._evaluation_due = False  # that of the last step, which a stop cut short
         self._best = Best()
+        self._base = Base(job)
+        self._references: dict[str, np.ndarray] = {}  # of pairs
         self._unsaved: OSError | None = None
         self._terminal: Terminal | None = None
 
@@ -75,7 +81,7 @@ class Attempt:
         Raises ValueError if the folder's checkpoints are all damaged, or it cannot be written.
         """
         job, strategy = self._job, self._job.strategy
-        restored = self._checkpoints.restore(strategy.abstract()) if job.flags.resume else None
+        restored = self._checkpoints.restore(self._base.without(strategy.abstract())) if job.flags.resume else None
         if strategy.is_writer and (job.folder / "config.json").exists():
             earlier = Earlier(job.folder)
             self._changed = earlier.changes(job.flags)
@@ -89,44 +95,33 @@ class Attempt:
                     f"--steps {steps} must be at least {done}, the steps that {job.folder} has done; try --steps {done}"
                 )
             say(f"resume    from step {done} of {job.folder}")
-            state, self._start = strategy.adopt(restored.state), done
+            state, self._start = strategy.adopt(self._base.restore(restored)), done
             progress = restored.documents["progress"]
             found = Best() if restored.eval_loss is None else Best(done, restored.eval_loss)
             # The documents know nothing of an evaluation that was made up for, older ones of no best checkpoint.
             self._evaluation_due = restored.eval_loss is None and progress.get("evaluation_due", False)
             self._best = min(Best(**progress.get("best", {})), found, key=lambda best: best.loss)
         else:
-            state = strategy.init() if job.flags.init_from is None else self._begin_from(job.flags.init_from)
+            state = strategy.init() if job.flags.init_from is None else self._base.begin(job.flags.init_from)
         self._step = self._start
+        self._references = refer(job, state, self._start) if job.has_pairs else {}
         if strategy.is_writer:
             description = describe_run(job)
             try:
                 self._workspace.fetch()
                 # In this order: --resume takes a folder with a config, and makes the tokenizer that is not there yet.
-                write_json(self._workspace.path / "config.json", description)
+                write_json(self._workspace.path / "config.json", description | self._base.describe())
                 save_tokenizer(job.tokenizer, self._workspace.path / "tokenizer.json")
+                if self._references and not self._start:
+                    keep(self._references, self._workspace.path)
+                if job.chat_template and not (self._workspace.path / FILE).exists():
+                    write_chat_template(job.chat_template, self._workspace.path)
                 self._workspace.send()
             except OSError as error:
                 raise ValueError(
                     f"--output-dir {job.folder} cannot be written: {reason_of(error)}; choose another"
                 ) from None
         return state
-
-    def _begin_from(self, run: str) -> TrainState:
-        """The first state, with the parameters of another run's best checkpoint in it.
-
-        Raises ValueError if it has no intact checkpoint, or one of other shapes.
-        """
-        strategy = self._job.strategy
-        # Moments begin at zero, whatever the parameters; these go before the others come.
-        first = dataclasses.replace(strategy.canonical(strategy.init()), params=None)
-        checkpoints = Checkpointer(open_folder(run) / "checkpoints", keep=1, is_writer=False, notify=say)
-        try:
-            step, params, _ = checkpoints.restore_params(strategy.abstract().params)
-        finally:
-            checkpoints.close()
-        say(f"from      step {step} of {run}")
-        return strategy.adopt(dataclasses.replace(first, params=params))
 
     def run(self, state: TrainState) -> int:
         """Trains to the last step, a request to stop, or a failure; returns the exit status."""
@@ -214,7 +209,7 @@ class Attempt:
         evaluate = strategy.compile_evaluation(job.evaluate)
         rows = strategy.rows(settings.batch_size)
         batches = training_batches(
-            job.training, batch_size=settings.batch_size, seed=settings.seed, rows=rows, start=self._start
+            self._samples("training"), batch_size=settings.batch_size, seed=settings.seed, rows=rows, start=self._start
         )
         return train(
             state,
@@ -260,12 +255,12 @@ class Attempt:
         self._evaluation_due = eval_loss is None and (step == settings.steps or step % settings.eval_interval == 0)
         progress = {"next_batch": step} | ({"best": best._asdict()} if best.step else {})
         documents = {
-            "config": describe_run(self._job),
+            "config": describe_run(self._job) | self._base.describe(),
             "tokenizer": self._job.tokenizer.to_json(),
             "progress": progress | ({"evaluation_due": True} if self._evaluation_due else {}),
         }
         self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
-        self._checkpoints.save(step, self._job.strategy.canonical(state), documents, eval_loss)
+        self._checkpoints.save(step, self._base.without(self._job.strategy.canonical(state)), documents, eval_loss)
         self._write_summary()
         self._workspace.send()
 
@@ -291,7 +286,7 @@ class Attempt:
         size = settings.batch_size * max(1, EVALUATED_TOKENS // (settings.batch_size * settings.seq_len))
         canonical = job.strategy.canonical(state)
         most = job.flags.eval_tokens
-        rows, parts = job.strategy.rows(size), by_source(job.held_out)
+        rows, parts = job.strategy.rows(size), by_source(self._samples("held_out"))
         row, nats, tokens = Row(), 0.0, 0
         for name, part in parts.items():
             share = None if most is None else most // len(parts)
@@ -311,6 +306,11 @@ class Attempt:
             row |= {f"{fact}/{name}": value for fact, value in facts.items() if len(sources) > 1}
         self._evaluation_due = False
         return {"eval_loss": nats / tokens, **row}
+
+    def _samples(self, side: Literal["training", "held_out"]) -> Samples:
+        """Those of a side, pairs with what the reference has for them."""
+        own = getattr(self._job, side)
+        return Referred(own, self._references[side]) if self._references else own
 
     def _sources(self, step: int) -> dict[str, dict[str, float]]:
         """Of each store: its weight at this step, and the tokens and epochs of it that were learned from."""

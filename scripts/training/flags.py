@@ -6,6 +6,7 @@ takes every default from the run it continues.
 
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -16,6 +17,7 @@ from etils import epath
 from parallax.config import PRESETS, OptimizerConfig, TrainConfig, TransformerConfig, config_from_dict, config_to_dict
 from parallax.run_folder import read_settings
 from parallax.storage import open_folder
+from parallax.training.preference import PreferenceConfig
 from scripts.common import layer_words
 from scripts.common.command_line import parse
 
@@ -56,9 +58,10 @@ class Flags:
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     tokenizer: str | None = None
     """char (the default), byte, or bpe[:VOCABULARY], trained on the data set."""
-    packing: Literal["concat", "best-fit", "none"] | None = None
+    packing: Literal["concat", "best-fit", "whole", "none"] | None = None
     """How documents of a store fill rows. concat, the default: one after the other, in windows across their ends.
-    best-fit: whole where they fit, and apart from each other. none: a document a row, cut off at --seq-len."""
+    best-fit: whole where they fit, apart from each other, and cut to fill gaps. whole, the default for conversations:
+    the same with padding in the gaps. none: a document a row. Both cut off what is longer than --seq-len."""
     held_out: str | None = None
     """Evaluate on what this store, or mixture, holds out, and on nothing of --dataset."""
     eval_tokens: int | None = None
@@ -96,6 +99,7 @@ class Flags:
     """Short for --model.remat."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
     learning: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
+    dpo: PreferenceConfig = PreferenceConfig()
     model: Annotated[TransformerConfig, tyro.conf.FlagConversionOff] = PRESETS["tiny"]
 
 
@@ -104,7 +108,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
 
     Raises ValueError if a flag is unknown, breaks a rule, contradicts another, or differs from the run that is resumed.
     """
-    args = list(sys.argv[1:] if args is None else args)
+    args = [re.sub(r"^--lora\.", "--model.lora.", arg) for arg in (sys.argv[1:] if args is None else args)]
     saved = _saved_flags(args)
     default = saved or Flags(model=_first_model(args))
     if saved is None and flag_value(args, "--mode") == "overfit":
@@ -123,6 +127,7 @@ def flags_to_dict(flags: Flags) -> dict[str, Any]:
         "run": {name: getattr(flags, name) for name in plain},
         "train": config_to_dict(flags.train),
         "optimizer": config_to_dict(flags.learning),
+        "dpo": config_to_dict(flags.dpo),
         "model": config_to_dict(flags.model),
     }
 
@@ -134,6 +139,7 @@ def flags_from_dict(values: dict[str, Any]) -> Flags:
         **values["run"],
         train=train,
         learning=OptimizerConfig(**values["optimizer"]).settled(train.steps),
+        dpo=PreferenceConfig(**values.get("dpo", {})),
         model=config_from_dict(values["model"]),
     )
 
@@ -154,7 +160,7 @@ def changes(saved: Flags, flags: Flags) -> Iterator[Change]:
     for part, values in before.items():
         for name, value in values.items():
             if after[part][name] != value:
-                prefix = "model." if part == "model" else ""
+                prefix = f"{part}." if part in ("model", "dpo") else ""
                 yield Change(part, f"--{prefix}{name.replace('_', '-')}", value, after[part][name])
 
 
@@ -188,7 +194,12 @@ def _first_model(args: list[str]) -> TransformerConfig:
             raise ValueError(
                 f"{flag} {flag_value(args, flag)} does not go with --init-from, which brings its own; leave one out"
             )
-    return config_from_dict(read_settings(open_folder(source))["model"])
+    model = config_from_dict(read_settings(open_folder(source))["model"])
+    if model.lora.rank:
+        raise ValueError(
+            f"--init-from {source} holds adapters alone; merge them with convert.py export, and import what that makes"
+        )
+    return model
 
 
 def _saved_flags(args: list[str]) -> Flags | None:
@@ -236,6 +247,11 @@ def _settle(flags: Flags) -> Flags:
     if short:
         model = dataclasses.replace(model, **short)
     check_length(flags.train.seq_len, model)
+    if model.lora.rank and flags.init_from is None:
+        raise ValueError(
+            f"--lora.rank {model.lora.rank} learns beside a model that is there, and --init-from names none; "
+            "try --init-from RUN"
+        )
     learning = flags.learning.settled(flags.train.steps)
     strategy = flags.strategy or default
     return dataclasses.replace(flags, strategy=strategy, model=model, learning=learning, dtype=None, remat=None)

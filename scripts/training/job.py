@@ -9,20 +9,24 @@ import importlib.metadata
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
 
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
+from data.preparing.chats import ChatForm
 from data.samples import Samples
-from data.stores.mixture import open_stores
+from data.stores.mixture import open_stores, rows_by_store
+from parallax.config import config_to_dict
 from parallax.run_folder import read_settings, trained_length
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
+from parallax.tokenizers.chat_template import ChatTemplate, read_chat_template
 from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.loss import make_evaluation
+from parallax.training.preference import PreferenceConfig, make_preference_evaluation
 from parallelism.hosts import agree, require_same, wait_for_all
 from parallelism.planning.hardware import attention_of
 from parallelism.strategies import get_strategy
@@ -66,6 +70,13 @@ class Job:
     notes: list[str]
     trained_length: int
     """The longest sequence, in tokens, that the parameters will have learned from."""
+    chat_template: ChatTemplate | None = None
+    """How the conversations that it learns are written, or those of the run it starts from."""
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it learns from pairs of answers, which one is preferred."""
+        return _has_pairs(self.corpus)
 
     def describe(self) -> None:
         """Says what is about to be trained."""
@@ -110,9 +121,13 @@ def prepare_job(flags: Flags) -> Job:
     training, held_out = prepare(
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=fraction, packing=flags.packing
     )
-    layout, strategy, step, evaluate = _build_or_explain(flags)
+    _require_pairs(flags, corpus)
+    notes += _say_cut(corpus, training, flags.train.seq_len)
+    layout, strategy, step, evaluate = _build_or_explain(flags, pairs=_has_pairs(corpus))
     length = _trained_length(flags, folder)
-    job = Job(flags, corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes, length)
+    template = _chat_template(flags, corpus, tokenizer)
+    what = (corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes, length, template)
+    job = Job(flags, *what)
     if jax.process_count() == 1:
         return job
     require_same(facts(job))
@@ -134,10 +149,42 @@ def _prepared(flags: Flags) -> str:
     return prepare_into_cache(flags.dataset, sources, flags.init_from or flags.tokenizer or "char", say)
 
 
-def _build_or_explain(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
+def _say_cut(corpus: Corpus, training: Samples, seq_len: int) -> Iterator[str]:
+    """A line about conversations that are too long for a row, if there are some."""
+    stores = () if corpus.stores is None else corpus.stores.stores
+    if not any(store.learned for store in stores):
+        return
+    if cut := sum(part.count_cut() for part in rows_by_store(training)):
+        documents = sum(store.train.num_documents for store in stores)
+        yield f"cut       {cut:,} of {documents:,} conversations, for which --seq-len {seq_len} is too short"
+
+
+def _require_pairs(flags: Flags, corpus: Corpus) -> None:
+    """Raises ValueError if flags of preferences are given and there are none."""
+    for name, value in config_to_dict(flags.dpo).items():
+        if value != getattr(PreferenceConfig(), name) and not _has_pairs(corpus):
+            raise ValueError(
+                f"--dpo.{name.replace('_', '-')} {value} needs pairs, and {corpus.name} has none; "
+                "prepare some with prepare.py --chat pairs, or leave it out"
+            )
+
+
+def _has_pairs(corpus: Corpus) -> bool:
+    """Raises ValueError if only one of what is trained on and what is evaluated has pairs."""
+    found = {
+        all(store.learned == "pairs" for store in stores.stores)
+        for stores in (corpus.stores, corpus.evaluated or corpus.stores)
+        if stores is not None
+    }
+    if len(found) > 1:
+        raise ValueError("--held-out and --dataset must both have pairs, or neither; leave out --held-out")
+    return found == {True}
+
+
+def _build_or_explain(flags: Flags, *, pairs: bool = False) -> tuple[Layout, Strategy, Callable, Callable]:
     """As `build`; where the flags at fault are those of a run that is resumed, the error says what else to change."""
     try:
-        return build(flags)
+        return build(flags, pairs=pairs)
     except ValueError as error:
         rule, _, remedy = str(error).rpartition("; ")
         if flags.resume and not all(map(may_change, re.findall(r"--[a-z][\w.-]*", remedy))):
@@ -150,7 +197,7 @@ def facts(job: Job) -> dict[str, tuple[str, str]]:
     flags, settings = job.flags, job.flags.train
     found = {f"package {name}": (importlib.metadata.version(name), "") for name in PACKAGES}
     for part, values in flags_to_dict(flags).items():
-        prefix = "model." if part == "model" else ""
+        prefix = f"{part}." if part in ("model", "dpo") else ""
         for name in values.keys() - PATHS:
             found[f"--{prefix}{name.replace('_', '-')}"] = (json.dumps(values[name]), "")
     for name in COLLECTIVE:
@@ -191,6 +238,14 @@ def _tokenizer(flags: Flags, folder: epath.Path, corpus: Corpus, spec: str | Non
     return tokenizer_for(corpus, spec)
 
 
+def _chat_template(flags: Flags, corpus: Corpus, tokenizer: Tokenizer) -> ChatTemplate | None:
+    """That of conversations that were prepared, else of the run it starts from."""
+    for store in corpus.stores.stores if corpus.stores is not None else ():
+        if store.learned:
+            return ChatForm(**store.manifest["settings"]["chat"]).chat_template()
+    return None if flags.init_from is None else read_chat_template(open_folder(flags.init_from), tokenizer)
+
+
 def _trained_length(flags: Flags, folder: epath.Path) -> int:
     """That of the run, or of its sequences and of those of the run it starts from."""
     for run in (folder, flags.init_from and open_folder(flags.init_from)):
@@ -211,7 +266,7 @@ def _with_sizes(flags: Flags, tokenizer: Tokenizer, corpus: Corpus) -> Flags:
     return dataclasses.replace(flags, train=train, model=model)
 
 
-def build(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
+def build(flags: Flags, *, pairs: bool = False) -> tuple[Layout, Strategy, Callable, Callable]:
     """The settled layout, the strategy, the step with everything bound but state and batch, and the evaluation.
 
     Raises ValueError if the layout does not fit the devices, the batch or the model.
@@ -228,8 +283,10 @@ def build(flags: Flags) -> tuple[Layout, Strategy, Callable, Callable]:
             "reduction=exact with optimizer=muon needs whole parameters, since Muon multiplies them, and fsdp splits "
             f"them; try --mesh data={len(strategy.devices)}"
         )
-    step = bind_step(model, flags.train, flags.learning, strategy.gradients)
-    return layout, strategy, step, make_evaluation(model)
+    preference = flags.dpo if pairs else None
+    step = bind_step(model, flags.train, flags.learning, strategy.gradients, preference)
+    evaluate = make_evaluation(model) if preference is None else make_preference_evaluation(model, preference)
+    return layout, strategy, step, evaluate
 
 
 def settle_layout(flags: Flags) -> Layout:

@@ -11,6 +11,7 @@ from parallax.model.transformer import parameters
 from parallax.training.balance import make_balance
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_learning_rate, make_optimizer
+from parallax.training.preference import PreferenceConfig, make_preference_loss
 from parallax.training.state import TrainState, make_init, state_axes
 from parallax.training.step import train_step
 
@@ -23,14 +24,20 @@ def bind_state(
     return init_state, state_axes(model, init_state)
 
 
-def bind_step(model: TransformerConfig, train: TrainConfig, learning: OptimizerConfig, gradients: Callable) -> Callable:
-    """The step, (state, batch) -> (state, metrics), with a strategy's gradient function.
+def bind_step(
+    model: TransformerConfig,
+    train: TrainConfig,
+    learning: OptimizerConfig,
+    gradients: Callable,
+    preference: PreferenceConfig | None = None,
+) -> Callable:
+    """The step, (state, batch) -> (state, metrics), with a strategy's gradient function; of pairs with a preference.
 
     Raises ValueError if the warm-up is longer than the run.
     """
     return functools.partial(
         train_step,
-        loss_fn=make_loss(model, train),
+        loss_fn=make_loss(model, train) if preference is None else make_preference_loss(model, preference),
         optimizer=make_optimizer(learning, parameters(model)),
         learning_rate=make_learning_rate(learning, train.steps),
         gradients=gradients,

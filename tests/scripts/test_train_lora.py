@@ -1,0 +1,70 @@
+"""train.py --lora.*: adapters beside a run that is there, gone on with, merged where they are read, and refused."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from parallax.run_folder import load_run
+from parallax.training.checkpoint import Checkpointer
+from scripts import convert, train
+from tests.scripts.runs import SHORT
+
+FLAGS = ["--dataset", "text.txt", "--init-from", "run", *SHORT, "--checkpoint-interval", "6"]
+
+
+@pytest.fixture
+def tuned(call, finished):
+    """A run of adapters beside a finished run."""
+    status, _, err = call(train, *FLAGS, "--lora.rank", "2", "--learning-rate", "1e-2", "--output-dir", "tuned")
+    assert status == 0, err
+    return finished.parent / "tuned"
+
+
+def arrays_of(run):
+    manifest = json.loads((run / "checkpoints/12/manifest.json").read_text())
+    return manifest["arrays"]
+
+
+def test_checkpoints_hold_adapters_alone_and_name_their_base(call, tuned):
+    names = [name for name in arrays_of(tuned) if name.startswith(("params/", "opt_state/")) and "[]" not in name]
+    assert names
+    assert all("/adapters/" in name for name in names if "float32[]" not in name and not name.endswith("count"))
+    base = json.loads((tuned / "config.json").read_text())["base"]
+    assert base["run"] == str(tuned.parent / "run")
+    assert base["sha256"] == Checkpointer(tuned.parent / "run/checkpoints", keep=1).identity(base["step"])
+
+    merged, plain = load_run("tuned"), load_run("run")
+    assert merged.config == plain.config
+    same = jax.tree.map(np.array_equal, merged.params, plain.params)
+    assert not same["blocks"]["attention"]["query"]
+    assert same["embedding"]["table"]
+    assert same["blocks"]["mlp_norm"]["scale"]
+
+
+def test_a_run_of_adapters_is_gone_on_with(call, tuned):
+    shutil.copytree(tuned, tuned.parent / "again")
+    shutil.rmtree(tuned.parent / "again/checkpoints/12")
+    status, _, err = call(train, "--resume", "--output-dir", "again")
+    assert status == 0, err
+    assert "\nresume    from step 6" in err
+    jax.tree.map(np.testing.assert_array_equal, load_run("again").params, load_run("tuned").params)
+
+
+def test_adapters_go_out_and_in(call, tuned):
+    assert call(convert, "export", "tuned", "peft", "--adapter")[0] == 0
+    assert call(convert, "import", "peft", "back", "--base", "run")[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, load_run("back").params, load_run("tuned").params)
+
+
+def test_what_cannot_be_is_refused(call, refuses, tuned):
+    refuses(train, ["--dataset", "text.txt", "--lora.rank", "2"], "--init-from names none")
+    refuses(train, ["--dataset", "text.txt", "--init-from", "tuned"], "holds adapters alone")
+    refuses(convert, ["export", "run", "peft", "--adapter"], "has no adapters")
+    (tuned.parent / "run").rename(tuned.parent / "moved")
+    with pytest.raises(ValueError, match="is not there; bring back checkpoint 12"):
+        load_run("tuned")
+    status, _, err = call(train, "--resume", "--output-dir", "tuned", "--steps", "14")
+    assert (status, err.splitlines()[-1].startswith("error: ")) == (2, True)

@@ -1,0 +1,82 @@
+"""train.py on pairs of answers: it begins at the reference, prefers what was chosen, and can be gone on with."""
+
+import json
+import math
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from data.preparing.chats import ChatForm
+from data.preparing.preparation import Preparation, Settings
+from data.preparing.sources import find_sources
+from parallax.run_folder import load_run
+from parallax.tokenizers.chat_template import plain_template
+from parallax.tokenizers.plain import ByteTokenizer
+from scripts import train
+from tests.scripts.runs import SMALL
+
+FLAGS = [
+    "--batch-size",
+    "8",
+    "--seq-len",
+    "64",
+    "--log-interval",
+    "1",
+    "--eval-interval",
+    "6",
+    "--learning-rate",
+    "1e-2",
+]
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A store of pairs, of which the right answer is preferred."""
+    rows = [{"prompt": f"{a}+1?", "chosen": str(a + 1), "rejected": "no"} for a in range(80)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form = ChatForm.of(plain_template(ByteTokenizer()), "pairs")
+    settings = Settings(field="", chat=form, held_out=0.2)
+    found = find_sources([str(tmp_path / "pairs.jsonl")])
+    Preparation(tmp_path / "pairs.store", found, settings, "byte").run(ByteTokenizer())
+    (tmp_path / "text.txt").write_text("User: 1+1?\nAssistant: 2\n" * 100)
+    return tmp_path
+
+
+def test_a_run_prefers_what_was_chosen_and_is_gone_on_with(call, pairs):
+    before = [
+        "--dataset",
+        "text.txt",
+        "--tokenizer",
+        "byte",
+        *SMALL,
+        "--steps",
+        "2",
+        "--batch-size",
+        "8",
+        "--seq-len",
+        "64",
+    ]
+    status, _, err = call(train, *before, "--output-dir", "base")
+    assert status == 0, err
+    command = ["--dataset", "pairs.store", "--init-from", "base", "--lora.rank", "2", *FLAGS, "--steps", "12"]
+    status, _, err = call(train, *command, "--checkpoint-interval", "6", "--output-dir", "tuned")
+    assert status == 0, err
+    rows = [json.loads(line) for line in (pairs / "tuned/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-4)
+    assert rows[-1]["reward_margin"] > 0.1
+    assert rows[-1]["reward_accuracy"] > 0.9
+
+    shutil.copytree(pairs / "tuned", pairs / "again")
+    shutil.rmtree(pairs / "again/checkpoints/12")
+    status, _, err = call(train, "--resume", "--output-dir", "again")
+    assert status == 0, err
+    jax.tree.map(np.testing.assert_array_equal, load_run("again").params, load_run("tuned").params)
+
+    (pairs / "again/references.npz").unlink()
+    shutil.rmtree(pairs / "again/checkpoints/12")
+    status, _, err = call(train, "--resume", "--output-dir", "again")
+    assert (status, "references.npz cannot be read" in err) == (2, True)
