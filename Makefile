@@ -65,8 +65,8 @@ test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" 
 	@$(DEV) python -m pytest -m external tests/scripts/benchmarks
 
 test-parity: ## compare imported models to transformers on torch, which it installs the first time
-	@$(DEV) python -c "import importlib.util as u; exit(not (u.find_spec('torch') and u.find_spec('transformers')))" || $(DEV) .ci/add-extra parity
-	@$(DEV) python -m pytest -m external $(TEST_FLAGS) tests/parallax/interop/test_llama_parity.py tests/parallax/interop/test_experts_parity.py tests/parallax/tokenizers/test_chat_parity.py
+	@$(DEV) python -c "import importlib.util as u; exit(not all(map(u.find_spec, ('torch', 'transformers', 'peft'))))" || $(DEV) .ci/add-extra parity
+	@$(DEV) python -m pytest -m external $(TEST_FLAGS) tests/parallax/interop/test_llama_parity.py tests/parallax/interop/test_experts_parity.py tests/parallax/interop/test_peft_parity.py tests/parallax/tokenizers/test_chat_parity.py
 
 test-terraform: ## test terraform/ (needs terraform, and registry.terraform.io for its providers)
 	@command -v terraform >/dev/null || { echo "error: nothing in terraform/ was checked: terraform is not here; install 1.9 or later from developer.hashicorp.com/terraform/install" >&2; exit 2; }
