@@ -31,6 +31,7 @@ from parallax.serving.errors import CLIENT_GONE, Refusal, json_response, say_ref
 from parallax.serving.openapi import describe_server
 from parallax.serving.request import Ask, CompletionForm
 from parallax.tokenizers.chat import Chat
+from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
 
 FOLDER = Path(__file__).resolve().parent / "page"
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -186,8 +187,10 @@ def _always(path: str, response: Response) -> Route:
 
 
 def _describe_run(run: Run, model: str, limits: Limits, capacity: int) -> dict[str, Any]:
-    """What /run says: the model's shape, how it was trained, its loss curves as [step, loss], and what may be asked."""
-    rows = _rows(run)
+    """What /run says: the model's shape, how it was trained, its loss curves as [step, loss], samples of the last
+    evaluation as [prompt, text], and what may be asked.
+    """
+    rows = _rows(run, METRICS_FILE)
     return {
         "model": model,
         "step": run.step,
@@ -199,14 +202,15 @@ def _describe_run(run: Run, model: str, limits: Limits, capacity: int) -> dict[s
         "chat": run.chat_template is not None,
         "loss": _curve(rows, "loss"),
         "eval_loss": _curve(rows, "eval_loss"),
+        "samples": _of_last(_rows(run, SAMPLES_FILE)),
         "config": _finite(run.settings),
     }
 
 
-def _rows(run: Run) -> list[dict[str, Any]]:
-    """The whole rows of metrics.jsonl; none where the file is not there."""
+def _rows(run: Run, name: str) -> list[dict[str, Any]]:
+    """The whole rows of a file; none where it is not there."""
     try:
-        text = (run.folder / "metrics.jsonl").read_text("utf-8")
+        text = (run.folder / name).read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         return []
     rows = []
@@ -218,6 +222,11 @@ def _rows(run: Run) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def _of_last(samples: list[dict[str, Any]]) -> list[list[str]]:
+    """Of the newest step."""
+    return [[str(row["prompt"]), str(row["text"])] for row in samples if row["step"] == samples[-1]["step"]]
 
 
 def _curve(rows: Iterable[dict[str, Any]], name: str) -> list[list[float]]:

@@ -1,4 +1,4 @@
-"""A run's record: metrics.jsonl, one JSON object a line, and the same numbers as TensorBoard events.
+"""A run's record: metrics.jsonl and samples.jsonl, one JSON object a line, and the same as TensorBoard events.
 
 Invariant: each line is complete standard JSON and steps never go back, so the record of a run that was cut off and
 resumed equals that of one which never stopped, the fields that time it excepted.
@@ -10,11 +10,14 @@ import math
 import os
 import pathlib
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+"""What a model made of fixed prompts, as {"step", "prompt", "text"}."""
 TIMING_FIELDS = frozenset({"tokens_per_second", "step_time", "mfu"})
 """What differs between two runs of the same curve."""
 
@@ -22,7 +25,8 @@ Row = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends rows to `run_dir/metrics.jsonl` and scalars to `run_dir/events.out.tfevents.*`.
+    """Appends rows to `run_dir/metrics.jsonl`, texts to `run_dir/samples.jsonl`, and both to
+    `run_dir/events.out.tfevents.*`.
 
     Args:
       run_dir: made if it does not exist.
@@ -37,15 +41,11 @@ class MetricsWriter:
     def __init__(self, run_dir: str | os.PathLike, *, resume_step: int | None):
         folder = pathlib.Path(run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / METRICS_FILE
         first = 0 if resume_step is None else resume_step + 1
-        kept = [row for row in read_metrics(path) if row["step"] < first] if first else []
-        draft = path.with_name(f"{METRICS_FILE}.draft")
-        draft.write_text("".join(map(_line, kept)), encoding="utf-8")
-        draft.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _continued(folder / METRICS_FILE, first)
+        self._samples = _continued(folder / SAMPLES_FILE, first) if (folder / SAMPLES_FILE).exists() else None
         self._folder, self._first = folder, first
-        self._events: _Events | None = None
+        self._made: _Events | None = None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Appends {"step": step, **values} and flushes it.
@@ -57,15 +57,35 @@ class MetricsWriter:
         self._file.write(_line({"step": int(step), **numbers}))
         self._file.flush()
         finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
-        if self._events is None:  # not before: tensorboardX is slow to import, and the first step need not wait for it
-            self._events = _Events(self._folder, self._first)
         self._events.write(int(step), finite)
 
+    def write_samples(self, step: int, texts: Mapping[str, str]) -> None:
+        """Appends what each prompt was continued with, and flushes it."""
+        self._samples = self._samples or _continued(self._folder / SAMPLES_FILE, 0)
+        for number, (prompt, text) in enumerate(texts.items()):
+            self._samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+            self._events.write_text(step, f"sample/{number}", f"{prompt}\n{text}")
+        self._samples.flush()
+
+    @property
+    def _events(self) -> "_Events":
+        """Made when it is used: tensorboardX is slow to import, and the first step need not wait for it."""
+        self._made = self._made or _Events(self._folder, self._first)
+        return self._made
+
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        """Flushes and closes all files."""
+        for file in filter(None, (self._file, self._samples, self._made)):
+            file.close()
+
+
+def _continued(path: pathlib.Path, first: int) -> TextIO:
+    """A file of rows to append to, of which those of step `first` and later are gone."""
+    kept = [row for row in read_metrics(path) if row["step"] < first] if first else []
+    draft = path.with_name(f"{path.name}.draft")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    draft.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 class _Events:
@@ -78,10 +98,12 @@ class _Events:
         with _hidden("torch"):  # tensorboardX imports it where it is, which takes seconds
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto import event_pb2, summary_pb2
+            from tensorboardX.summary import text
 
         # Generated modules: their classes are made at import, where no type checker sees them.
         self._event: Any = event_pb2
         self._summary: Any = summary_pb2
+        self._text: Any = text
         # Event files are named by the second; the suffix keeps a quick restart from writing over the last one.
         self._writer = EventsWriter(str(folder / "events"), f".{first}")
         self._append(first, session_log=self._event.SessionLog(status=self._event.SessionLog.START))
@@ -89,6 +111,9 @@ class _Events:
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         values = [self._summary.Summary.Value(tag=name, simple_value=number) for name, number in numbers.items()]
         self._append(step, summary=self._summary.Summary(value=values))
+
+    def write_text(self, step: int, tag: str, text: str) -> None:
+        self._append(step, summary=self._text(tag, textwrap.indent(text, "    ")))  # code, in Markdown
 
     def close(self) -> None:
         self._writer.close()

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -24,8 +23,6 @@ from parallax.tokenizers.chat_template import FILE, write_chat_template
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
 from parallax.training.loop import Best, Diverged, Observer, Row, train
-from parallax.training.metrics import MetricsWriter
-from parallax.training.plot import plot_loss
 from parallax.training.progress import Profiler, Terminal
 from parallax.training.state import TrainState, params_sha256
 from parallelism import sentinel
@@ -37,6 +34,7 @@ from scripts.training.flags import flags_to_dict
 from scripts.training.job import Job, say
 from scripts.training.output_dir import Workspace
 from scripts.training.overfit import report_overfit
+from scripts.training.record import Files
 from scripts.training.references import Referred, keep, refer
 from scripts.training.resuming import Earlier, describe_remedy, resume_command
 from scripts.training.summary import Summary, describe_time
@@ -72,6 +70,7 @@ class Attempt:
         self._best = Best()
         self._base = Base(job)
         self._references: dict[str, np.ndarray] = {}  # of pairs
+        self._texts: dict[str, str] = {}  # of the last evaluation
         self._unsaved: OSError | None = None
         self._terminal: Terminal | None = None
 
@@ -198,7 +197,8 @@ class Attempt:
         folder, flags = self._workspace.path, self._job.flags
         observers: list[Any] = []
         if self._job.strategy.is_writer:
-            files, self._terminal = Files(folder, self._start), Terminal(self._start, flags.train.steps)
+            self._terminal = Terminal(self._start, flags.train.steps)
+            files = Files(folder, self._start, lambda: self._texts)
             observers += [files, self._terminal]
         if flags.profile:
             observers.append(Profiler(folder / "profile", self._start))
@@ -304,6 +304,9 @@ class Attempt:
         sources = self._sources(int(jax.device_get(canonical.step)))
         for name, facts in sources.items():
             row |= {f"{fact}/{name}": value for fact, value in facts.items() if len(sources) > 1}
+        if job.prompts is not None:
+            self._texts = job.prompts.texts(canonical.params)
+            self._stopwatch.beat()
         self._evaluation_due = False
         return {"eval_loss": nats / tokens, **row}
 
@@ -370,26 +373,6 @@ def _verdict(failure: Exception) -> tuple[int, str]:
         if error is not None and isinstance(error, jax.errors.JaxRuntimeError):
             return explain(error)
     return FAILED if isinstance(failure, Diverged) else OUTSIDE_FAILURE, " ".join(str(failure).split())
-
-
-class Files:
-    """metrics.jsonl, TensorBoard events and, at each evaluation, loss.png."""
-
-    def __init__(self, folder: Path, start: int):
-        self._folder = folder
-        self._writer = MetricsWriter(folder, resume_step=start)
-
-    def step(self, step: int, metrics: Row) -> None:
-        pass
-
-    def row(self, row: Row) -> None:
-        self._writer.write(int(row["step"]), {name: value for name, value in row.items() if name != "step"})
-        if "eval_loss" in row:
-            plot_loss(self._folder)
-
-    def close(self) -> None:
-        self._writer.close()
-        plot_loss(self._folder)
 
 
 def describe_run(job: Job) -> dict[str, Any]:

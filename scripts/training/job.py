@@ -20,6 +20,8 @@ from data.preparing.chats import ChatForm
 from data.samples import Samples
 from data.stores.mixture import open_stores, rows_by_store
 from parallax.config import config_to_dict
+from parallax.model.adapters import take_adapters
+from parallax.model.transformer import parameters
 from parallax.run_folder import read_settings, trained_length
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
@@ -35,11 +37,12 @@ from scripts.preparing.automatic import find_unprepared, prepare_into_cache
 from scripts.training.choices import choose_accumulate, choose_attention, choose_eval_tokens, choose_layer_loop
 from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
+from scripts.training.prompts import Prompts
 from scripts.training.step import bind_state, bind_step
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 """Those that decide what a step computes, or how processes meet in a save."""
-PATHS = {"dataset", "held_out", "init_from", "rules"}
+PATHS = {"dataset", "held_out", "init_from", "rules", "sample_prompts"}
 """Flags that name files, of which each machine may have its own."""
 ANY_VOCABULARY = 2**8 * 3**2 * 5 * 7
 """Stands for one that is not known yet: the axes of a mesh divide it."""
@@ -72,6 +75,8 @@ class Job:
     """The longest sequence, in tokens, that the parameters will have learned from."""
     chat_template: ChatTemplate | None = None
     """How the conversations that it learns are written, or those of the run it starts from."""
+    prompts: Prompts | None = None
+    """What is continued at each evaluation."""
 
     @property
     def has_pairs(self) -> bool:
@@ -83,6 +88,9 @@ class Job:
         model, settings = self.flags.model, self.flags.train
         say(f"run       {self.folder}")
         say(f"model     {model_name(self.flags)}: {model.num_params():,} parameters, {model.dtype}")
+        if model.lora.rank:
+            learned = sum(each.size for each in jax.tree.leaves(take_adapters(parameters(model))))
+            say(f"adapters  rank {model.lora.rank}: {learned:,} parameters, which alone are learned")
         for note in self.notes:
             say(note)
         say(f"tokens    {self.tokenizer.name}, vocabulary of {self.tokenizer.vocab_size}")
@@ -126,8 +134,9 @@ def prepare_job(flags: Flags) -> Job:
     layout, strategy, step, evaluate = _build_or_explain(flags, pairs=_has_pairs(corpus))
     length = _trained_length(flags, folder)
     template = _chat_template(flags, corpus, tokenizer)
+    prompts = flags.sample_prompts and Prompts(flags.sample_prompts, flags.model, tokenizer, template)
     what = (corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes, length, template)
-    job = Job(flags, *what)
+    job = Job(flags, *what, prompts or None)
     if jax.process_count() == 1:
         return job
     require_same(facts(job))

@@ -10,17 +10,29 @@ import pytest
 from parallax.run_folder import load_run
 from parallax.training.checkpoint import Checkpointer
 from scripts import convert, train
-from tests.scripts.runs import SHORT
+from tests.scripts.conftest import write_text
+from tests.scripts.runs import SHORT, run_script
 
 FLAGS = ["--dataset", "text.txt", "--init-from", "run", *SHORT, "--checkpoint-interval", "6"]
+ADAPTERS = ["--lora.rank", "2", "--learning-rate", "1e-2", "--sample-prompts", "prompts.txt", "--output-dir", "tuned"]
+
+
+@pytest.fixture(scope="module")
+def first(template, tmp_path_factory):
+    """A run of adapters beside a finished run, trained once in a process of its own."""
+    folder = tmp_path_factory.mktemp("tuned")
+    write_text(folder)
+    (folder / "prompts.txt").write_text("king and \n\nthe night")
+    shutil.copytree(template, folder / "run")
+    run_script("train.py", *FLAGS, *ADAPTERS, cwd=folder).check_returncode()
+    return folder
 
 
 @pytest.fixture
-def tuned(call, finished):
-    """A run of adapters beside a finished run."""
-    status, _, err = call(train, *FLAGS, "--lora.rank", "2", "--learning-rate", "1e-2", "--output-dir", "tuned")
-    assert status == 0, err
-    return finished.parent / "tuned"
+def tuned(first, call, tmp_path):
+    """A copy of it, beside its base."""
+    shutil.copytree(first, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "tuned"
 
 
 def arrays_of(run):
@@ -28,12 +40,12 @@ def arrays_of(run):
     return manifest["arrays"]
 
 
-def test_checkpoints_hold_adapters_alone_and_name_their_base(call, tuned):
+def test_checkpoints_hold_adapters_alone_and_name_their_base(first, tuned):
     names = [name for name in arrays_of(tuned) if name.startswith(("params/", "opt_state/")) and "[]" not in name]
     assert names
     assert all("/adapters/" in name for name in names if "float32[]" not in name and not name.endswith("count"))
     base = json.loads((tuned / "config.json").read_text())["base"]
-    assert base["run"] == str(tuned.parent / "run")
+    assert base["run"] == str(first / "run")
     assert base["sha256"] == Checkpointer(tuned.parent / "run/checkpoints", keep=1).identity(base["step"])
 
     merged, plain = load_run("tuned"), load_run("run")
@@ -51,6 +63,13 @@ def test_a_run_of_adapters_is_gone_on_with(call, tuned):
     assert status == 0, err
     assert "\nresume    from step 6" in err
     jax.tree.map(np.testing.assert_array_equal, load_run("again").params, load_run("tuned").params)
+    samples = (tuned / "samples.jsonl").read_text()
+    assert (tuned.parent / "again/samples.jsonl").read_text() == samples
+    kept = [json.loads(line) for line in samples.splitlines()]
+    assert [(row["step"], row["prompt"]) for row in kept] == [
+        (s, p) for s in (6, 12) for p in ("king and ", "the night")
+    ]
+    assert all(row["text"] for row in kept)
 
 
 def test_adapters_go_out_and_in(call, tuned):
@@ -63,6 +82,11 @@ def test_what_cannot_be_is_refused(call, refuses, tuned):
     refuses(train, ["--dataset", "text.txt", "--lora.rank", "2"], "--init-from names none")
     refuses(train, ["--dataset", "text.txt", "--init-from", "tuned"], "holds adapters alone")
     refuses(convert, ["export", "run", "peft", "--adapter"], "has no adapters")
+    refuses(train, ["--dataset", "text.txt", "--sample-prompts", "none.txt"], "none.txt cannot be read")
+    settings = json.loads((tuned / "config.json").read_text())
+    settings["base"]["run"] = str(tuned.parent / "elsewhere/run")
+    (tuned / "config.json").write_text(json.dumps(settings))
+    assert load_run("tuned").step == 12, "a base beside the run is found"
     (tuned.parent / "run").rename(tuned.parent / "moved")
     with pytest.raises(ValueError, match="is not there; bring back checkpoint 12"):
         load_run("tuned")

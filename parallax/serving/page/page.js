@@ -184,6 +184,8 @@ async function introduce() {
   if (run.chat) talk.open(run);
   limitTokens(Math.min(run.max_tokens, run.capacity - 1));
   drawLoss(run, $("loss"), $("loss-words"));
+  $("kept").hidden = !run.samples.length;
+  $("samples").replaceChildren(...run.samples.flatMap(([prompt, text]) => [cell("dt", prompt), cell("dd", text)]));
   $("config").replaceChildren(...entries(run.config).flatMap(([name, value]) => [cell("dt", name), cell("dd", value)]));
 }
 

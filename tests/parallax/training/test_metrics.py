@@ -52,6 +52,27 @@ def test_rows_are_readable_the_moment_they_are_written(tmp_path):
     writer.close()
 
 
+def test_samples_go_on_as_metrics_do_and_tensorboard_shows_them(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(resume_step, steps):
+        writer = MetricsWriter(tmp_path, resume_step=resume_step)
+        for step in steps:
+            writer.write_samples(step, {"Who?": f"<b> {step}\n"})
+        writer.close()
+
+    write(None, (2, 4, 6))
+    write(4, (6, 8))
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert rows == [{"step": step, "prompt": "Who?", "text": f"<b> {step}\n"} for step in (2, 4, 6, 8)]
+    accumulator = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    shown = {each.step: each.tensor_proto.string_val[0] for each in accumulator.Tensors("sample/0/text_summary")}
+    assert shown == {step: f"    Who?\n    <b> {step}\n".encode() for step in (2, 4, 6, 8)}
+    write(None, (1,))
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 1
+
+
 def test_device_scalars_keep_every_bit(tmp_path):
     writer = MetricsWriter(tmp_path, resume_step=None)
     loss = jnp.float32(1) / 3
