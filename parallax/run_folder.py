@@ -13,7 +13,7 @@ import jax
 from etils import epath
 
 from parallax.config import TransformerConfig, config_from_dict
-from parallax.model.adapters import join, merge, take_adapters, take_base, without_adapters
+from parallax.model.adapters import beside, join, merge, take_adapters, take_base, without_adapters
 from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params, param_axes
 from parallax.storage import is_remote, open_folder, reason_of
@@ -107,6 +107,36 @@ def load_run(
         params = jax.jit(lambda base, adapters: merge(config, join(base, adapters)), donate_argnums=0)(base, adapters)
         config = without_adapters(config)
     return Run(folder, config, tokenizer, params, source.step, settings, read_chat_template(folder, tokenizer))
+
+
+def load_adapters(folder: str | os.PathLike, base: Run) -> Run:
+    """Reads a run of adapters beside a base that is read already and whose arrays it shares: they are not merged.
+
+    Raises ValueError if it has no adapters, or they were learned beside another checkpoint.
+    """
+    folder = open_folder(folder)
+    settings = read_settings(folder)
+    config = config_from_dict(settings["model"])
+    if not config.lora.rank:
+        raise ValueError(f"{folder} must hold adapters and holds a whole model; serve it by itself")
+    if settings["base"]["sha256"] != identity_of(base.folder, base.step):
+        named = f"step {settings['base']['step']} of {settings['base']['run']}"
+        raise ValueError(
+            f"{folder} has adapters for {named}, which step {base.step} of {base.folder} is not; give their own base"
+        )
+    adapters, source = read_checkpoint(folder, take_adapters(abstract_params(config)))
+    params = beside(config, base.params, adapters)
+    template = read_chat_template(folder, base.tokenizer)
+    return Run(folder, config, base.tokenizer, params, source.step, settings, template)
+
+
+def identity_of(run: epath.Path, step: int) -> str:
+    """What tells the checkpoint of a step from others. Raises ValueError if it cannot be trusted."""
+    checkpoints = Checkpointer(run / "checkpoints", keep=1, is_writer=False)
+    try:
+        return checkpoints.identity(step)
+    finally:
+        checkpoints.close()
 
 
 class Source(NamedTuple):

@@ -29,6 +29,7 @@ def main() -> int:
         return serve(
             flags.checkpoint,
             listener,
+            adapters=flags.adapters,
             step=flags.step,
             param_dtype=flags.param_dtype,
             slots=flags.slots,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from parallax.config import TransformerConfig
 from parallax.layer_config import LoraConfig
 from parallax.layers.lora import ADAPTERS
-from parallax.model.stack import Params
+from parallax.model.stack import Params, is_listed, list_blocks
 
 
 def without_adapters(config: TransformerConfig) -> TransformerConfig:
@@ -39,6 +39,11 @@ def join(base: Params, adapters: Params) -> Params:
     """The tree that `take_base` and `take_adapters` took apart."""
     joined = {name: join(each, adapters[name]) if name in adapters else each for name, each in base.items()}
     return joined | {name: each for name, each in adapters.items() if name not in base}
+
+
+def beside(config: TransformerConfig, base: Params, adapters: Params) -> Params:
+    """`join` with a base that `prepare` may have left listed; its arrays are shared, not copied."""
+    return join(base, {"blocks": list_blocks(config, adapters["blocks"])} if is_listed(base) else adapters)
 
 
 def merge(config: TransformerConfig, params: Params) -> Params:

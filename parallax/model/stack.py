@@ -209,13 +209,15 @@ def prepare(config: TransformerConfig, params: Params) -> Params:
     """
     if is_listed(params) or not lists_layers(config.num_layers, params):
         return params
-    return params | {"blocks": _list_blocks(config, params["blocks"])}
+    return params | {"blocks": list_blocks(config, params["blocks"])}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _list_blocks(config: TransformerConfig, blocks: Params) -> dict[int, Params]:
+def list_blocks(config: TransformerConfig, blocks: Params) -> dict[int, Params]:
+    """Stacked blocks, or of each stack some parameters or none, one by one."""
     return {
         number: jax.tree.map(lambda x, n=n: x[n], stack.of(blocks))
         for stack in stacks(config)
+        if not stack.name or stack.name in blocks
         for n, number in enumerate(stack.numbers)
     }

@@ -7,10 +7,11 @@ elsewhere and runs no other script.
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from parallax.serving.chat_request import ChatForm
 from parallax.serving.engine import Counts, Engine
 from parallax.serving.errors import CLIENT_GONE, Refusal, json_response, say_refusal
 from parallax.serving.openapi import describe_server
-from parallax.serving.request import Ask, CompletionForm
+from parallax.serving.request import Ask, CompletionForm, Schema, model_of, unknown_model
 from parallax.tokenizers.chat import Chat
 from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
 
@@ -47,45 +48,60 @@ MAX_POINTS = 400
 NO_CHAT = "this model has no chat template and takes no messages; serve it with --chat-template FILE, or plain"
 
 
-def application(
-    run: Run, engine: Engine, slots: int, capacity: int, limits: Limits, names: frozenset[str] | None, key: str
-) -> Guard:
-    """The whole server of one model, and of its chats where it has a template for them.
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A model that a server answers for."""
+
+    name: str
+    run: Run
+    engine: Engine
+    capacity: int
+    """The tokens that an answer may hold, with its prompt."""
+
+
+def application(models: Sequence[Served], slots: int, limits: Limits, names: frozenset[str] | None, key: str) -> Guard:
+    """The whole server of some models, and of their chats where they have a template for them.
 
     Args:
-      slots, capacity: how many answers are computed at once, and the tokens that each may hold.
+      models: the first is the one that the page talks to; all have its tokenizer.
+      slots: how many answers of a model are computed at once.
       names, key: as `Guard` takes them.
     """
-    model = run.folder.name or Path.cwd().name  # --checkpoint . has no name
-    counts, limits = Counts(engine, slots), limits.within(capacity)
-    form = CompletionForm(model, run.tokenizer, limits)
-    chat = ChatForm(model, Chat(run.chat_template, run.tokenizer), limits, capacity) if run.chat_template else None
-    card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "parallax"}
+    counts, known = Counts([each.engine for each in models], slots), [each.name for each in models]
+    desks = {each.name: _Desk(each, known, limits.within(each.capacity)) for each in models}
+    first, created = desks[known[0]], int(time.time())
+    cards = {name: {"id": name, "object": "model", "created": created, "owned_by": "parallax"} for name in known}
+
+    async def take(request: Request) -> tuple[_Desk, bytes]:
+        body = await _read_body(request, limits)
+        # A body that names no model of these is refused at the first desk.
+        return (first if len(desks) == 1 else desks.get(model_of(body) or "", first)), body
 
     async def complete(request: Request) -> Response:
-        return await reply(request, Answer, form.read(await _read_body(request, limits)))
+        desk, body = await take(request)
+        return await reply(request, desk, Answer, desk.form.read(body))
 
     async def talk(request: Request) -> Response:
-        body = await _read_body(request, limits)
-        if chat is None:
+        desk, body = await take(request)
+        if desk.chat is None:
             raise Refusal(404, NO_CHAT, code="no_chat_template")
         # In a thread: a template may take its time.
-        return await reply(request, ChatAnswer, await asyncio.to_thread(chat.read, body))
+        return await reply(request, desk, ChatAnswer, await asyncio.to_thread(desk.chat.read, body))
 
-    async def reply(request: Request, kind: type[Answer], ask: Ask) -> Response:
-        job = engine.submit(ask.completions(run.tokenizer.end_ids))
-        answer = kind(ask, job, run.tokenizer, model, counts)
+    async def reply(request: Request, desk: _Desk, kind: type[Answer], ask: Ask) -> Response:
+        tokenizer = desk.model.run.tokenizer
+        job = desk.model.engine.submit(ask.completions(tokenizer.end_ids))
+        answer = kind(ask, job, tokenizer, desk.model.name, counts)
         return EventStream(answer) if ask.stream else await _unless_gone(request, answer)
 
     async def one_model(request: Request) -> Response:
-        if (asked := request.path_params["model"]) != model:
-            message = f"model={asked!r} is not served here; try {model!r}"
-            raise Refusal(404, message, param="model", code="model_not_found")
-        return json_response(card)
+        if (asked := request.path_params["model"]) not in cards:
+            raise unknown_model(asked, known)
+        return json_response(cards[asked])
 
     async def health(_: Request) -> Response:
-        status, word = (503, "degraded") if engine.degraded else (200, "ok")
-        return json_response({"status": word, "model": model}, status)
+        degraded = any(each.engine.degraded for each in models)
+        return json_response({"status": "degraded" if degraded else "ok", "model": known[0]}, 503 if degraded else 200)
 
     async def metrics(_: Request) -> Response:
         return Response(counts.text(), media_type="text/plain; version=0.0.4")
@@ -102,12 +118,12 @@ def application(
         routes=[
             Route("/v1/completions", complete, methods=["POST"]),
             Route("/v1/chat/completions", talk, methods=["POST"]),
-            _fixed("/v1/models", {"object": "list", "data": [card]}),
+            _fixed("/v1/models", {"object": "list", "data": [*cards.values()]}),
             Route("/v1/models/{model:path}", one_model, methods=["GET"]),
             Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
-            _fixed("/run", _describe_run(run, model, limits, capacity)),
-            _fixed("/openapi.json", describe_server(model, form.schema, chat and chat.schema, with_key=bool(key))),
+            _fixed("/run", _describe_run(first.model, limits.within(first.model.capacity))),
+            _fixed("/openapi.json", describe_server(known, *first.schemas, with_key=bool(key))),
             *assets,
         ],
         exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), say_refusal),
@@ -115,6 +131,20 @@ def application(
     app.router.redirect_slashes = False
     open_paths = frozenset({"/healthz", *(route.path for route in assets)})
     return Guard(app, names, key, open_paths, lambda status: counts.requests.labels(str(status)).inc())
+
+
+class _Desk:
+    """Where requests to one model are read."""
+
+    def __init__(self, model: Served, known: Sequence[str], limits: Limits):
+        run, template = model.run, model.run.chat_template
+        self.model, self.form = model, CompletionForm(known, run.tokenizer, limits)
+        self.chat = ChatForm(known, Chat(template, run.tokenizer), limits, model.capacity) if template else None
+
+    @property
+    def schemas(self) -> tuple[Schema, Schema | None]:
+        """Of completions, and of chats where there are some."""
+        return self.form.schema, self.chat and self.chat.schema
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:
@@ -186,17 +216,17 @@ def _always(path: str, response: Response) -> Route:
     return Route(path, answer, methods=["GET"])
 
 
-def _describe_run(run: Run, model: str, limits: Limits, capacity: int) -> dict[str, Any]:
+def _describe_run(model: Served, limits: Limits) -> dict[str, Any]:
     """What /run says: the model's shape, how it was trained, its loss curves as [step, loss], samples of the last
     evaluation as [prompt, text], and what may be asked.
     """
-    rows = _rows(run, METRICS_FILE)
+    run, rows = model.run, _rows(model.run, METRICS_FILE)
     return {
-        "model": model,
+        "model": model.name,
         "step": run.step,
         "parameters": run.config.num_params(),
         "tokenizer": run.tokenizer.name,
-        "capacity": capacity,
+        "capacity": model.capacity,
         "max_prompt_tokens": limits.max_prompt_tokens,
         "max_tokens": limits.max_tokens,
         "chat": run.chat_template is not None,

@@ -6,7 +6,7 @@ the conversation, the tokenizer can spell it, and it leaves room for an answer.
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,8 @@ JSON_OBJECT: Schema = {"type": "object"}
 class ChatForm(Form):
     """Args: capacity: the tokens of a slot, which prompt and answer share."""
 
-    def __init__(self, model: str, chat: Chat, limits: Limits, capacity: int):
-        super().__init__(model, _schema(model, chat, limits))
+    def __init__(self, models: Sequence[str], chat: Chat, limits: Limits, capacity: int):
+        super().__init__(models, _schema(models, chat, limits))
         self._chat, self._limits, self._capacity = chat, limits, capacity
 
     def read(self, body: bytes) -> Ask:
@@ -99,7 +99,7 @@ def _read_arguments(call: dict[str, Any]) -> Any:
     return value if isinstance(value, dict) else text
 
 
-def _schema(model: str, chat: Chat, limits: Limits) -> Schema:
+def _schema(models: Sequence[str], chat: Chat, limits: Limits) -> Schema:
     text: Schema = {"type": "string", **spellable(chat.tokenizer, limits)}
     part = _closed(["type", "text"], type={"const": "text"}, text=text)
     call = _closed(
@@ -151,7 +151,7 @@ def _schema(model: str, chat: Chat, limits: Limits) -> Schema:
         "store": {"enum": [None, False]},
         "modalities": {"enum": [None, ["text"]]},
     }
-    return body_schema("messages", common_schema(model, limits) | own)
+    return body_schema("messages", common_schema(models, limits) | own)
 
 
 def _closed(required: list[str], **properties: Schema) -> Schema:

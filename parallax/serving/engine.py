@@ -7,6 +7,7 @@ with an error and `on_failure` is called: nothing waits for ever.
 """
 
 import asyncio
+import functools
 import itertools
 import queue
 import threading
@@ -239,9 +240,14 @@ SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class Counts:
-    """The numbers of one server, in a registry of its own, so that two servers in one process count apart."""
+    """The numbers of one server, in a registry of its own, so that two servers in one process count apart.
 
-    def __init__(self, engine: Engine, slots: int):
+    Args:
+      engines: of all of its models.
+      slots: that each of them has.
+    """
+
+    def __init__(self, engines: Sequence[Engine], slots: int):
         self._registry = registry = CollectorRegistry()
         self.requests = Counter("parallax_requests", "Requests answered.", ["status"], registry=registry)
         self.answers = Counter(
@@ -255,13 +261,14 @@ class Counts:
             "parallax_first_token_seconds", "From the request to its first token.", buckets=SECONDS, registry=registry
         )
         for name, words, value in (
-            ("slots", "Slots that there are.", lambda: slots),
-            ("slots_busy", "Slots in use.", lambda: engine.busy),
-            ("answers_waiting", "Completions that wait for a slot.", lambda: engine.waiting),
-            ("prompt_tokens_reused", "Tokens of prompts that were in memory already.", lambda: engine.reused),
-            ("answers_open", "Completions that wait or are under way.", lambda: engine.under_way),
+            ("slots", "Slots that there are.", lambda engine: slots),
+            ("slots_busy", "Slots in use.", lambda engine: engine.busy),
+            ("answers_waiting", "Completions that wait for a slot.", lambda engine: engine.waiting),
+            ("prompt_tokens_reused", "Tokens of prompts that were in memory already.", lambda engine: engine.reused),
+            ("answers_open", "Completions that wait or are under way.", lambda engine: engine.under_way),
         ):
-            Gauge(f"parallax_{name}", words, registry=registry).set_function(value)
+            gauge = Gauge(f"parallax_{name}", words, registry=registry)
+            gauge.set_function(functools.partial(lambda value: sum(map(value, engines)), value))
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

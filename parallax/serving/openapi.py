@@ -3,12 +3,13 @@
 Invariant: the schemas of bodies are those that requests are checked against.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from parallax.serving.request import Schema
 
 COMMON = {"401": "No key, or the wrong one.", "403": "A foreign Host or Origin."}
-UNKNOWN_MODEL = {"404": "Another model than the one served."}
+UNKNOWN_MODEL = {"404": "A model that is not served."}
 ERRORS_OF_COMPLETIONS = {
     **UNKNOWN_MODEL,
     "400": "The body breaks a rule, which the message names.",
@@ -25,13 +26,15 @@ FINISH = {"enum": ["stop", "length", None]}
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset", "token_ids", "top_token_ids")
 
 
-def describe_server(model: str, completion: Schema, chat: Schema | None, *, with_key: bool) -> dict[str, Any]:
+def describe_server(
+    models: Sequence[str], completion: Schema, chat: Schema | None, *, with_key: bool
+) -> dict[str, Any]:
     """OpenAPI 3.1.
 
     Args:
       completion, chat: the schemas of the bodies; no chat where the model has no template.
     """
-    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": [model]}}
+    name = {"name": "model", "in": "path", "required": True, "schema": {"type": "string", "enum": [*models]}}
     json = {"application/json": {}}
     one, all_models = ({"application/json": _named(schema)} for schema in ("Model", "Models"))
     described: dict[str, Any] = {
@@ -39,9 +42,8 @@ def describe_server(model: str, completion: Schema, chat: Schema | None, *, with
         "info": {"title": "Parallax", "version": "1"},
         "paths": {
             "/v1/completions": _post("Continues a prompt.", "complete", completion, "Completion", "Completion"),
-            "/v1/models": _get("The model that is served.", all_models),
-            "/v1/models/{model}": _get("The model, if it is the one served.", one, UNKNOWN_MODEL)
-            | {"parameters": [name]},
+            "/v1/models": _get("The models that are served.", all_models),
+            "/v1/models/{model}": _get("The model, if it is served.", one, UNKNOWN_MODEL) | {"parameters": [name]},
             "/healthz": _get("Whether the server lives and computes.", json),
             "/metrics": _get("Counts, for Prometheus.", {"text/plain": {}}),
             "/run": _get("The run that the model came from.", json),

@@ -69,10 +69,10 @@ class Ask:
 
 
 class Form:
-    """What the body of a request to one model may hold; `schema` is that of the body."""
+    """What the body of a request to one of the models may hold; `schema` is that of the body."""
 
-    def __init__(self, model: str, schema: Schema):
-        self.schema, self._model = schema, model
+    def __init__(self, models: Sequence[str], schema: Schema):
+        self.schema, self._models = schema, models
         properties = schema["properties"]
         self._outline = Draft202012Validator(schema | {"properties": {name: {} for name in properties}})
         self._fields = {
@@ -95,9 +95,8 @@ class Form:
             message = f"body={reprlib.repr(data)} must be a JSON object; send fields such as model and prompt"
             raise Refusal(400, message)
         given = data.get("model")
-        if isinstance(given, str) and given != self._model:
-            message = f"model={reprlib.repr(given)} is not served here; the one that is, is {self._model!r}"
-            raise Refusal(404, message, param="model", code="model_not_found")
+        if isinstance(given, str) and given not in self._models:
+            raise unknown_model(given, self._models)
         if error := _first_error(self._outline, data):
             raise self._refusal([], error)
         for name, value in data.items():
@@ -135,8 +134,8 @@ class Form:
 class CompletionForm(Form):
     """The body of POST /v1/completions."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, limits: Limits):
-        super().__init__(model, _schema(model, tokenizer, limits))
+    def __init__(self, models: Sequence[str], tokenizer: Tokenizer, limits: Limits):
+        super().__init__(models, _schema(models, tokenizer, limits))
         self._tokenizer, self._limits = tokenizer, limits
 
     def read(self, body: bytes) -> Ask:
@@ -184,7 +183,23 @@ def common_of(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
+def unknown_model(given: str, models: Sequence[str]) -> Refusal:
+    served = "the one that is, is" if len(models) == 1 else "those that are, are"
+    message = f"model={reprlib.repr(given)} is not served here; {served} {', '.join(map(repr, models))}"
+    return Refusal(404, message, param="model", code="model_not_found")
+
+
+def model_of(body: bytes) -> str | None:
+    """The model that a request asks for, of a body that may break any rule; None where it names none."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    named = value.get("model") if isinstance(value, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def _schema(models: Sequence[str], tokenizer: Tokenizer, limits: Limits) -> Schema:
     text: Schema = {"type": "string", "minLength": 0 if len(tokenizer.encode("")) else 1}
     text |= spellable(tokenizer, limits)
     token = {"type": "integer", "minimum": 0, "maximum": tokenizer.vocab_size - 1}
@@ -203,14 +218,14 @@ def _schema(model: str, tokenizer: Tokenizer, limits: Limits) -> Schema:
         "best_of": {"enum": [None, 1]},
         "suffix": {"enum": [None, ""]},
     }
-    return body_schema("prompt", common_schema(model, limits) | properties)
+    return body_schema("prompt", common_schema(models, limits) | properties)
 
 
-def common_schema(model: str, limits: Limits) -> dict[str, Schema]:
+def common_schema(models: Sequence[str], limits: Limits) -> dict[str, Schema]:
     """The fields that requests of every kind have."""
     stop = {"type": "string", "minLength": 1, "maxLength": 256}
     return {
-        "model": {"type": "string", "enum": [model], "examples": [model]},
+        "model": {"type": "string", "enum": [*models], "examples": [models[0]]},
         **{name: optional(TYPES[each.kind], each.off, **each.bounds) for name, each in SETTINGS.items()},
         "n": optional("integer", 1, minimum=1, maximum=limits.max_answers),
         "stream": optional("boolean", False),

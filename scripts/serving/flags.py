@@ -21,6 +21,9 @@ KEY_VARIABLE = "PARALLAX_API_KEY"
 class Flags:
     checkpoint: str
     """The run folder that train.py wrote, local or on gs://."""
+    adapters: tuple[str, ...] = ()
+    """Runs of adapters beside the model (train.py --lora.rank): each is a model of its own in requests, by the name of
+    its folder. They share the model's parameters, and each has --slots."""
     step: int | None = None
     """Which checkpoint; by default the best."""
     param_dtype: Literal["float32", "bfloat16"] | None = None

@@ -78,10 +78,10 @@ def json_of(body):
 def test_an_empty_prompt_is_taken_where_the_model_begins_a_text():
     definition, begin, end, _ = byte_level()
     body = json.dumps({"model": "m", "prompt": ""}).encode()
-    ask = CompletionForm("m", HuggingFaceTokenizer(definition, 300, [end]), Limits()).read(body)
+    ask = CompletionForm(["m"], HuggingFaceTokenizer(definition, 300, [end]), Limits()).read(body)
     assert [ids.tolist() for ids in ask.prompts] == [[begin]]
     with pytest.raises(Refusal, match="prompt"):
-        CompletionForm("m", ByteTokenizer(), Limits()).read(body)
+        CompletionForm(["m"], ByteTokenizer(), Limits()).read(body)
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: repr(body[:16]))
