@@ -63,10 +63,7 @@ def _of_experts(config: TransformerConfig) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _used(config: TransformerConfig, *, frozen: bool = False) -> float:
-    """Of those, and of the router, the weights that a token is multiplied with: its own experts', not all.
-
-    With `frozen` of matrices that are not learned.
-    """
+    """Of those, or of the frozen ones alone, and of the router, what a token is multiplied with: its own experts'."""
     share = config.experts.experts_per_token / max(1, config.experts.num_experts)
     matrices = [each for each in jax.tree.leaves(parameters(config)) if each.inputs and "vocab" not in each.names]
     matrices = [each for each in matrices if not (frozen and each.learned)]

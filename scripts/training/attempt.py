@@ -39,6 +39,7 @@ from scripts.training.references import Referred, keep, refer
 from scripts.training.resuming import Earlier, describe_remedy, resume_command
 from scripts.training.summary import Summary, describe_time
 from scripts.training.watchdog import Watchdog
+from scripts.training.weights_and_biases import WeightsAndBiases
 
 EVALUATED_TOKENS = 8192
 """Tokens evaluated at a time, unless a training batch has more."""
@@ -200,6 +201,8 @@ class Attempt:
             self._terminal = Terminal(self._start, flags.train.steps)
             files = Files(folder, self._start, lambda: self._texts)
             observers += [files, self._terminal]
+            if flags.wandb:
+                observers.append(WeightsAndBiases(flags.wandb, folder, self._job.folder.name, describe_run(self._job)))
         if flags.profile:
             observers.append(Profiler(folder / "profile", self._start))
         return observers

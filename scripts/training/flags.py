@@ -27,7 +27,7 @@ LAYOUT = ("mode", "strategy", "mesh", "rules")
 """A command's, not a run's: a resumed run has those that it is given, or the defaults."""
 FREE = (
     *(*LAYOUT, "accumulate", "steps", "attention", "layer_loop", "remat", "keep", "max_bad_steps"),
-    *("log_interval", "eval_interval", "checkpoint_interval", "check_interval", "sample_prompts"),
+    *("log_interval", "eval_interval", "checkpoint_interval", "check_interval", "sample_prompts", "wandb"),
     *("learning_rate", "warmup_steps", "schedule_steps", "final_rate", "dtype"),
 )
 """What a resumed run may change: nothing of the curve up to `max_bad_steps`; what changes it is named, and recorded in
@@ -70,6 +70,9 @@ class Flags:
     sample_prompts: str | None = None
     """A file of prompts, one a line, that are continued at each evaluation, greedily: into samples.jsonl, TensorBoard
     and the page of serve.py. Of a run on conversations a line is what the user says."""
+    wandb: str | None = None
+    """A project of Weights & Biases that gets the metrics too (pip install wandb). WANDB_MODE=offline
+    keeps them on this machine. Without this flag nothing is sent anywhere."""
     config: Preset = "tiny"
     """Preset of the model; --model.* flags change it."""
     init_from: str | None = None
@@ -124,7 +127,7 @@ def read_flags(args: list[str] | None = None) -> Flags:
 
 def flags_to_dict(flags: Flags) -> dict[str, Any]:
     """Everything that decides a run, as JSON-ready values: what config.json holds."""
-    data = ("dataset", "tokenizer", "packing", "held_out", "eval_tokens", "sample_prompts")
+    data = ("dataset", "tokenizer", "packing", "held_out", "eval_tokens", "sample_prompts", "wandb")
     plain = ("mode", "strategy", "mesh", "rules", *data, "config", "init_from")
     return {
         "run": {name: getattr(flags, name) for name in plain},

@@ -39,6 +39,7 @@ from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.prompts import Prompts
 from scripts.training.step import bind_state, bind_step
+from scripts.training.weights_and_biases import check_wandb
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint")
 """Those that decide what a step computes, or how processes meet in a save."""
@@ -107,6 +108,8 @@ def prepare_job(flags: Flags) -> Job:
 
     Raises ValueError for whatever is wrong with the input.
     """
+    if flags.wandb:
+        check_wandb(flags.wandb)
     overfit, dataset = flags.mode == "overfit", flags.dataset
     if not overfit:
         dataset = _prepared(flags)

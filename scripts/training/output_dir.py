@@ -26,8 +26,9 @@ from parallax.storage import is_remote, open_folder, reason_of
 from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
 from scripts.training.lease import LEASE_FILE, Lease, Owner
 from scripts.training.summary import SUMMARY_FILE
+from scripts.training.weights_and_biases import FILE as WANDB_FILE
 
-CONTINUED = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE)
+CONTINUED = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, WANDB_FILE)
 """Files that an attempt goes on with; the others it writes again, or under another name."""
 PATIENCE = 5.0
 """Seconds that a process which was just killed has to let go of its folder."""
