@@ -37,10 +37,7 @@ def forward_flops(config: TransformerConfig, seq_len: int) -> float:
 
 
 def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> float:
-    """Floating-point operations of one training step: the backward pass costs twice the forward pass.
-
-    A frozen matrix costs it once, for the gradient of its input alone.
-    """
+    """Floating-point operations of one training step: the backward pass costs two forward passes, one where frozen."""
     per_token = 3 * forward_flops(config, seq_len)
     if config.lora.rank:
         per_token -= 2 * config.num_layers * _used(config, frozen=True) + _head(config)
@@ -48,17 +45,17 @@ def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> floa
 
 
 @functools.lru_cache(maxsize=64)
-def _weights(config: TransformerConfig) -> int:
-    """Of the matrices of one block, on average."""
-    leaves = jax.tree.leaves(parameters(config))
-    return sum(each.size for each in leaves if each.role == "hidden") // config.num_layers
+def _weights(config: TransformerConfig, *, of_experts: bool = False) -> int:
+    """Of the matrices of one block, or of its experts alone, on average."""
+    matrices = [each for each in jax.tree.leaves(parameters(config)) if each.role == "hidden"]
+    return sum(each.size for each in matrices if "experts" in each.names or not of_experts) // config.num_layers
 
 
 @functools.lru_cache(maxsize=64)
-def _of_experts(config: TransformerConfig) -> int:
-    """Of those, the weights of experts."""
+def _learned(config: TransformerConfig) -> float:
+    """The share of all weights that have a gradient."""
     leaves = jax.tree.leaves(parameters(config))
-    return sum(each.size for each in leaves if each.role == "hidden" and "experts" in each.names) // config.num_layers
+    return sum(each.size for each in leaves if each.learned) / sum(each.size for each in leaves)
 
 
 @functools.lru_cache(maxsize=64)
@@ -125,6 +122,11 @@ class StepCost:
     def item(self) -> int:
         """Bytes of a number in the compute dtype."""
         return 2 if self.config.dtype == "bfloat16" else 4
+
+    @property
+    def _casts(self) -> bool:
+        """Whether what parameters are held in is wider than the compute dtype."""
+        return self.item < 4 and self.config.lora.base_dtype == "float32"
 
     @property
     def embed_dim(self) -> int:
@@ -212,7 +214,7 @@ class StepCost:
         """What a device's main memory holds beside state and batch at the fullest moment of a step.
 
         Args:
-          parameter_bytes: of a device's float32 parameters in the layout of its memory; its gradients take as much.
+          parameter_bytes: of a device's parameters in the layout of its memory; gradients take as much where learned.
           on_chip: bytes of its memory on the chip, which take as much of what is no gradient.
         """
         config, e, sizes = self.config, self.item, whole_axes(sizes)
@@ -220,11 +222,11 @@ class StepCost:
         rows = _rows(sizes)
         tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
         saved, working = self._block_bytes(tensor, sizes.get("sequence", 1))
-        gradients = parameter_bytes * (1 + (self.microbatches > 1))
+        gradients = parameter_bytes * _learned(config) * (1 + (self.microbatches > 1))
         if fsdp == 1:
             # XLA for GPUs casts a block's weights as it needs them, and adds gradients up in place.
             whole = parameter_bytes * self.tiled
-            weights, gathered, sums = whole * (e < 4) / 2, 0.0, whole * (rows > 1)
+            weights, gathered, sums = whole * self._casts / 2, 0.0, whole * _learned(config) * (rows > 1)
         else:
             # Two blocks, the next is gathered while one is computed, and the gradients of one.
             weights, gathered, sums = self._cast_bytes(sizes), 3 * e * self._whole_block(sizes), 0.0
@@ -254,23 +256,21 @@ class StepCost:
         """What a device's memory holds beside the state while a whole batch is evaluated, at most.
 
         There are no microbatches, gradients or arrays kept for them: one block at a time, then a chunk of the logits.
-
-        Args:
-          parameter_bytes: of a device's float32 parameters in the layout of its memory.
+        `parameter_bytes` as in a step.
         """
         config, e, sizes = self.config, self.item, whole_axes(sizes)
         tensor, fsdp, sequence = (sizes.get(axis, 1) for axis in ("tensor", "fsdp", "sequence"))
         tokens = self.batch_size * self.seq_len / (_rows(sizes) * sequence)
         bare = dataclasses.replace(self, config=dataclasses.replace(config, remat="full"))
         _, working = bare._block_bytes(tensor, sequence)
-        weights = parameter_bytes * (e < 4) / 2 if fsdp == 1 else 2 * e * self._whole_block(sizes)
+        weights = parameter_bytes * self._casts / 2 if fsdp == 1 else 2 * e * self._whole_block(sizes)
         table, logits = self._head_bytes(tokens, sizes)
         working = tokens * working + self._expert_bytes(tokens, sizes) / 2
         return weights + table + tokens * e * config.embed_dim + max(working, logits)
 
     def _whole_block(self, sizes: Mapping[str, int]) -> float:
         """Weights of a block that a device has while it computes it: all but those of other devices' experts."""
-        experts = _of_experts(self.config)
+        experts = _weights(self.config, of_experts=True)
         return (_weights(self.config) - experts + experts / sizes.get("expert", 1)) / sizes.get("tensor", 1)
 
     def _expert_bytes(self, tokens: float, sizes: Mapping[str, int]) -> float:
@@ -360,7 +360,7 @@ class StepCost:
         slices, fsdp_slices = sizes.get("data.dcn", 1), sizes.get("fsdp.dcn", 1)
         expert, blocks = sizes.get("expert", 1), config.num_layers * self._whole_block(sizes)
         tables = sum(_tables(config)) / tensor
-        shared = config.num_layers * (_weights(config) - _of_experts(config)) / tensor + tables
+        shared = config.num_layers * (_weights(config) - _weights(config, of_experts=True)) / tensor + tables
         tokens = self.batch_size * self.seq_len / (_rows(sizes) * sequence * slices * fsdp_slices)
         vectors = tokens * config.embed_dim * e
         keys = 2 * tokens * sequence * config.num_kv_heads * config.head_dim * e / tensor

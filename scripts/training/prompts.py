@@ -5,6 +5,7 @@ Invariant: a text depends on the parameters alone: each token is the most probab
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -40,18 +41,21 @@ class Prompts:
             raise ValueError(f"--sample-prompts {path} must have a prompt a line and has none; leave it out")
         try:
             self._request = request_of(self._lines, tokenizer, template)
-            self._arrays, self._capacity = self._request.arrays(config)
+            self._arrays, capacity = self._request.arrays(config)
         except ValueError as error:
             raise ValueError(f"--sample-prompts {path}: {error}") from None
         self._tokenizer, self._stops = tokenizer, () if template is None else template.stops
-        self._whole = functools.partial(whole, config, capacity=self._capacity)
+        self._whole = functools.partial(whole, config, capacity=capacity)
+        self._compiled: Callable | None = None
 
     def texts(self, params: Params) -> dict[str, str]:
         """The continuation of each prompt. The devices that hold the parameters work together."""
-        sharding = jax.tree.leaves(params)[0].sharding
-        if isinstance(sharding, NamedSharding):  # all of it on each, so that each process can read it
-            sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        tokens, lengths = jax.device_get(jax.jit(self._whole, out_shardings=sharding)(params, self._arrays))
+        if self._compiled is None:
+            sharding = jax.tree.leaves(params)[0].sharding
+            if isinstance(sharding, NamedSharding):  # all of it on each device, so that each process can read it
+                sharding = NamedSharding(sharding.mesh, PartitionSpec())
+            self._compiled = jax.jit(self._whole, out_shardings=sharding)
+        tokens, lengths = jax.device_get(self._compiled(params, self._arrays))
         rows = zip(self._lines, self._request.prompts, tokens, lengths, strict=True)
         return {
             line: "".join(decode(row[len(prompt) : length].tolist(), self._tokenizer, self._stops))
