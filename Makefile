@@ -17,13 +17,14 @@ DEV = .ci/venv "$(PYTHON)" requirements-dev.lock
 GCS = .ci/venv "$(PYTHON)" requirements-gcs.lock
 PLAN = .ci/venv "$(PYTHON)" requirements-plan.lock
 PLAN_GPU = .ci/venv "$(PYTHON)" requirements-plan-gpu.lock
+EVAL = .ci/venv "$(PYTHON)" requirements-eval.lock
 BROWSER = .ci/venv "$(PYTHON)" requirements-browser.lock
 
-EXTRAS = dev gcs plan browser plan-gpu
+EXTRAS = dev gcs plan browser plan-gpu eval
 COMPILE = uv pip compile pyproject.toml --group build --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --custom-compile-command "make lock" --quiet $(UPGRADE)
 
-.PHONY: help train demo test test-bench test-browser test-gcs test-parity test-plan test-plan-gpu test-terraform lint clean lock
+.PHONY: help train demo test test-bench test-browser test-eval test-gcs test-parity test-plan test-plan-gpu test-terraform lint clean lock
 
 help: ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.13]"
@@ -65,8 +66,13 @@ test-bench: ## test benchmark.py against torch (needs pip install -e ".[bench]" 
 	@$(DEV) python -m pytest -m external tests/scripts/benchmarks
 
 test-parity: ## compare imported models to transformers on torch, which it installs the first time
-	@$(DEV) python -c "import importlib.util as u; exit(not all(map(u.find_spec, ('torch', 'transformers', 'peft'))))" || $(DEV) .ci/add-extra parity
+	@$(DEV) python -c "import importlib.util as u; exit(not all(map(u.find_spec, ('torch', 'lm_eval', 'peft'))))" || $(DEV) .ci/add-extra parity
 	@$(DEV) python -m pytest -m external $(TEST_FLAGS) tests/parallax/interop/test_llama_parity.py tests/parallax/interop/test_experts_parity.py tests/parallax/interop/test_peft_parity.py tests/parallax/tokenizers/test_chat_parity.py
+
+test-eval: ## compare scores in tasks of lm_eval to those of its own backends, on torch
+	@$(DEV) true
+	@$(EVAL) python -c "import importlib.util as u; exit(not all(map(u.find_spec, ('torch', 'lm_eval', 'peft'))))" || $(DEV) .ci/add-extra parity
+	@$(DEV) python -m pytest -m external tests/scripts/evaluation/test_harness.py
 
 test-terraform: ## test terraform/ (needs terraform, and registry.terraform.io for its providers)
 	@command -v terraform >/dev/null || { echo "error: nothing in terraform/ was checked: terraform is not here; install 1.9 or later from developer.hashicorp.com/terraform/install" >&2; exit 2; }

@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a model on text, or go on with a run",
     "prepare": "text files of any size into a store of tokens to train on",
     "generate": "continue a prompt",
-    "evaluate": "perplexity and bits per byte of a text",
+    "evaluate": "perplexity of a text, or scores in benchmarks",
     "convert": "weights of Llama, Mistral and Qwen models in and out",
     "serve": "an OpenAI-compatible server, and a page to talk to it",
     "plan": "what a run takes on TPUs that are not here",

@@ -96,8 +96,8 @@ class Model:
             )
         width = min(max(SMALLEST_WIDTH, round_up(len(inputs))), limit)  # few widths, few compilations
         padding = 0, width - len(inputs)
-        log_probs = self._log_probs(self.params, np.pad(inputs, padding), np.pad(targets, padding))
-        return Score(targets, np.array(log_probs)[: len(targets)])
+        log_probs, _ = self._log_probs(self.params, np.pad(inputs, padding)[None], np.pad(targets, padding)[None])
+        return Score(targets, np.array(log_probs)[0, : len(targets)])
 
 
 def load(
@@ -142,20 +142,31 @@ def _is_hugging_face(folder: str | os.PathLike) -> bool:
     return isinstance(settings, dict) and "model_type" in settings
 
 
-def token_log_probs(config: TransformerConfig, params: Params, inputs_T: jax.Array, targets_T: jax.Array) -> jax.Array:
-    """log p(target | inputs up to its place), float32 [T]. Padding at the end changes nothing."""
+def token_log_probs(
+    config: TransformerConfig, params: Params, inputs_BT: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target | inputs of its row up to its place), and whether it is the most probable there.
+
+    Returns:
+      float32 [B, T], in nats, and bool [B, T]. Padding at the end of rows changes nothing.
+    """
     # By blocks, memory stays linear in the length, on all devices.
     config = dataclasses.replace(config, attention="blocks", dropout_rate=0.0)
     model = TransformerLM.from_params(config, params)
-    x_1TD, _, _ = model.hidden(inputs_T[None])
-    T = len(inputs_T)
-    table_WD, chunk = model.head.whole(), min(LOGITS_OF, T)
+    x_BTD, _, _ = model.hidden(inputs_BT)
+    B, T = inputs_BT.shape
+    table_WD, chunk = model.head.whole(), min(max(1, LOGITS_OF // B), T)
 
-    def of_chunk(arrays: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_CD, targets_C = arrays
-        logits_CW = model.head.logits(table_WD, x_CD[None])[0]
-        return jnp.take_along_axis(jax.nn.log_softmax(logits_CW), targets_C[:, None], axis=1)[:, 0]
+    def of_chunk(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_BCD, targets_BC = arrays
+        logits_BCW = model.head.logits(table_WD, x_BCD)
+        log_probs_BC1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BCW), targets_BC[..., None], axis=-1)
+        return log_probs_BC1[..., 0], jnp.argmax(logits_BCW, axis=-1) == targets_BC
 
-    x_TD, targets_T = jnp.pad(x_1TD[0], ((0, -T % chunk), (0, 0))), jnp.pad(targets_T, (0, -T % chunk))
-    chunks = x_TD.reshape(-1, chunk, x_TD.shape[-1]), targets_T.reshape(-1, chunk)
-    return jax.lax.map(of_chunk, chunks).reshape(-1)[:T]
+    def by_chunks(array_BT: jax.Array) -> jax.Array:
+        padded = jnp.pad(array_BT, ((0, 0), (0, -T % chunk), *[(0, 0)] * (array_BT.ndim - 2)))
+        return padded.reshape(B, -1, chunk, *array_BT.shape[2:]).swapaxes(0, 1)
+
+    scored = jax.lax.map(of_chunk, (by_chunks(x_BTD), by_chunks(targets_BT)))
+    log_probs_BT, greedy_BT = (array.swapaxes(0, 1).reshape(B, -1)[:, :T] for array in scored)
+    return log_probs_BT, greedy_BT

@@ -1,6 +1,6 @@
-"""Perplexity and bits per byte of a text under a model: `python scripts/evaluate.py --help`.
+"""Perplexity of a text under a model, or its scores in benchmarks: `python scripts/evaluate.py --help`.
 
-Invariant: each token is scored once, with at least window - stride tokens of context or all that there are.
+Invariant: a score is that of all the tokens or questions that were asked for, or there is none.
 """
 
 import sys
@@ -19,17 +19,18 @@ def main() -> int:
         # Late, since these load JAX: help and bad flags answer at once.
         from parallax.storage import write_json
         from scripts.common.jax_process import keep_compiled_programs
-        from scripts.evaluation.score import evaluate
 
         keep_compiled_programs()
-        result = evaluate(flags)
-        for name, of in result.get("sources", {}).items():
-            print(f"{name}: perplexity {of['perplexity']:.4f} a token, {of['bits_per_byte']:.4f} bits per byte")
-        print(
-            f"perplexity {result['perplexity']:.4f} a token, {result['bits_per_byte']:.4f} bits per byte: "
-            f"{result['tokens']:,} tokens of {result['bytes']:,} bytes, window {result['window']}, "
-            f"stride {result['stride']}, trained at {result['trained_length']}"
-        )
+        if flags.tasks:
+            from scripts.evaluation.harness import evaluate_tasks, table
+
+            result = evaluate_tasks(flags)
+            print(table(result))
+        else:
+            from scripts.evaluation.score import describe, evaluate
+
+            result = evaluate(flags)
+            print(describe(result))
         if flags.json is not None:
             try:
                 write_json(Path(flags.json), result)

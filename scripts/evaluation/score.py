@@ -1,6 +1,7 @@
 """A run and a text to perplexity and bits per byte.
 
-Invariant: bits per byte = nats / ln 2 / UTF-8 bytes of the scored text, whatever the tokenizer.
+Invariant: each token is scored once, with at least window - stride tokens of context or all that there are; bits per
+byte = nats / ln 2 / UTF-8 bytes of the scored text, whatever the tokenizer.
 """
 
 import dataclasses
@@ -101,6 +102,20 @@ def evaluate(flags: Flags) -> dict[str, Any]:
         "checkpoint": str(run.folder),
         "step": run.step,
     }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """What `evaluate` gives, on a line, after one for each store of several."""
+    lines = [
+        f"{name}: perplexity {of['perplexity']:.4f} a token, {of['bits_per_byte']:.4f} bits per byte"
+        for name, of in result.get("sources", {}).items()
+    ]
+    lines.append(
+        f"perplexity {result['perplexity']:.4f} a token, {result['bits_per_byte']:.4f} bits per byte: "
+        f"{result['tokens']:,} tokens of {result['bytes']:,} bytes, window {result['window']}, "
+        f"stride {result['stride']}, trained at {result['trained_length']}"
+    )
+    return "\n".join(lines)
 
 
 def _sizes(flags: Flags, config: TransformerConfig, settings: dict[str, Any]) -> tuple[int, int]:
