@@ -1,34 +1,16 @@
 """Token documents in ArrayRecord files: a document a record, little-endian int32 ids, a `tokenizer.json`.
 
-Invariant: a document is read back as it was written, in the order of the files and of the records in them.
+Invariant: documents come in the order of the files and of the records in them.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from parallax.storage import replacing
-
 READ_AT_ONCE = 8192
 """Records: a read costs time in the number of records in the file, however few of them it reads."""
-
-
-def write_token_records(path: str | Path, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
-    """Writes documents of token ids as one ArrayRecord file, without end-of-text ids: the pipeline adds them.
-
-    Raises ValueError if a document is empty, or an id is negative or does not fit into 32 bits.
-    """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    with replacing(Path(path)) as temporary:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")  # single records are read at random
-        try:
-            for number, document in enumerate(documents):
-                writer.write(_encode(number, np.asarray(document)))
-        finally:
-            writer.close()
 
 
 class TokenRecords(Sequence[np.ndarray]):
@@ -93,16 +75,6 @@ class TokenRecords(Sequence[np.ndarray]):
         """All numbers, READ_AT_ONCE at a time."""
         for first in range(0, len(self), READ_AT_ONCE):
             yield range(first, min(first + READ_AT_ONCE, len(self)))
-
-
-def _encode(number: int, ids: np.ndarray) -> bytes:
-    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu":
-        found = f"{ids.dtype} {list(ids.shape)}"
-        raise ValueError(f"document {number} must be a row of integer ids, got {found}; leave it out")
-    if ids.min() < 0 or ids.max() >= 2**31:
-        found = f"{ids.min()} to {ids.max()}"
-        raise ValueError(f"document {number} must hold ids from 0 to 2147483647, got {found}; encode it again")
-    return ids.astype("<i4").tobytes()
 
 
 def _count(number: int, record: bytes, vocab_size: int) -> int:

@@ -4,7 +4,6 @@ Invariant: what is read is what stands there now; a write appears whole or not a
 writers racing for one path one leaves a whole file; no bucket is ever made.
 """
 
-import contextlib
 import errno
 import importlib.util
 import json
@@ -12,7 +11,6 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,27 +78,20 @@ def file_sizes(folder: epath.Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; what is written there takes the place of `path` on success.
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` to `path`, whose folder is made, so that a reader finds all of it or nothing new.
 
-    Raises OSError if the folder cannot be made or written.
+    Raises OSError if that cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        yield temporary
+        temporary.write_bytes(content)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # the rename must not reach the disk before the bytes do
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` so that a reader finds all of it or nothing new."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

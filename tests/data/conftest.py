@@ -9,10 +9,10 @@ import pytest
 
 from data import tiny_shakespeare
 from data.corpus import Corpus, load_corpus
-from data.records import write_token_records
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer
 from tests.data.editions import CANONICAL_TEXT, CUT_OFF, PLAY, STAND_IN, sha256, write_wheel
+from tests.data.small_stores import write_token_records
 
 
 @pytest.fixture

@@ -1,8 +1,11 @@
-"""Stores for tests: small sources, and their preparation in this process."""
+"""Stores and records for tests: small sources, and their preparation in this process."""
 
 import json
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from data.preparing.preparation import Preparation, Settings
 from data.preparing.sources import find_sources
@@ -22,6 +25,16 @@ def write_jsonl(path: Path, documents: list[str], field: str = "text") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(documents)))
     return path
+
+
+def write_token_records(path: Path, documents: Iterable[Sequence[int] | np.ndarray]) -> None:
+    """Documents of ids as an ArrayRecord file."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for document in documents:
+        writer.write(np.asarray(document, "<i4").tobytes())
+    writer.close()
 
 
 def prepared(

@@ -7,9 +7,9 @@ import pytest
 
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import prepare, tokenizer_for
-from data.records import write_token_records
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer
+from tests.data.small_stores import write_token_records
 
 
 def ignore(line):
@@ -208,10 +208,3 @@ def test_damaged_or_orphaned_records_are_refused(record_folder, refused):
     (folder / "tokenizer.json").unlink()
     with refused("need a tokenizer", "tokenizer.json"):
         load_corpus(str(folder), notify=ignore)
-
-
-@pytest.mark.parametrize("document", [[], [0.5], [[1, 2]], [-1], [2**31]])
-def test_records_that_are_no_row_of_ids_are_not_written(tmp_path, refused, document):
-    with refused("document 1 must"):
-        write_token_records(tmp_path / "a.array_record", [[1], document])
-    assert not list(tmp_path.iterdir())

@@ -9,9 +9,9 @@ import pytest
 
 from data.corpus import Corpus, load_corpus, overfit_corpus
 from data.pipeline import evaluation_batches, prepare, tokenizer_for, training_batches
-from data.records import write_token_records
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer, train_tokenizer
+from tests.data.small_stores import write_token_records
 
 SEQ_LEN = 16
 

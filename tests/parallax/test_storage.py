@@ -1,5 +1,6 @@
 """Addresses refused before anything is asked of the network, and local files written whole."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -8,16 +9,7 @@ import pwd
 
 import pytest
 
-from parallax.storage import (
-    cache_folder,
-    file_sizes,
-    is_remote,
-    open_folder,
-    replacing,
-    write_atomically,
-    write_json,
-    write_whole,
-)
+from parallax.storage import cache_folder, file_sizes, is_remote, open_folder, write_atomically, write_json, write_whole
 
 
 def test_local_paths_stay_as_they_are(tmp_path):
@@ -67,17 +59,16 @@ def test_json_holds_names_of_files_that_are_not_utf_8(tmp_path):
     assert "Ünicode 🙂" in (tmp_path / "file.json").read_text("utf-8")
 
 
-def test_failure_half_way_changes_nothing(tmp_path):
+def test_failure_half_way_changes_nothing(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_bytes(b"before")
 
-    def fail_half_way():
-        with replacing(path) as temporary:
-            temporary.write_bytes(b"hal")
-            raise RuntimeError("stopped")
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(RuntimeError, match="stopped"):
-        fail_half_way()
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"half")
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -13,9 +13,9 @@ from data.preparing import readers
 from data.preparing.readers import read_records
 from data.preparing.sources import SourceFile, find_sources
 from data.preparing.tokenizing import read_text
-from data.records import write_token_records
 from parallax.tokenizers.plain import ByteTokenizer
 from parallax.tokenizers.registry import save_tokenizer
+from tests.data.small_stores import write_token_records
 
 TEXTS = ["one\ntwo", "drei, ü", 'a "quoted" word', "[1, 2]"]
 
