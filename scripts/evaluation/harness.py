@@ -25,14 +25,16 @@ from parallelism.placement import on_mesh
 from scripts.common.placement import place_model
 from scripts.evaluation.flags import Flags
 
-if importlib.util.find_spec("lm_eval") is None:
-    raise ValueError('--tasks needs lm_eval, which is not installed; pip install "parallax-lm[eval]"')
+IS_INSTALLED = importlib.util.find_spec("lm_eval") is not None
 
-lm_eval: Any = importlib.import_module("lm_eval")  # by name, so that types are the same with it and without
-models: Any = importlib.import_module("lm_eval.models.utils")
-utils: Any = importlib.import_module("lm_eval.utils")
-TemplateLM: Any = importlib.import_module("lm_eval.api.model").TemplateLM
-TaskManager: Any = importlib.import_module("lm_eval.tasks").TaskManager
+
+def _module(name: str) -> Any:
+    """A module of lm_eval, by name, so that types are the same with it and without; None where it is not installed."""
+    return importlib.import_module(name) if IS_INSTALLED else None
+
+
+lm_eval, models, utils = _module("lm_eval"), _module("lm_eval.models.utils"), _module("lm_eval.utils")
+TemplateLM: Any = _module("lm_eval.api.model").TemplateLM if IS_INSTALLED else object
 
 Request = TypeVar("Request")
 Answer = TypeVar("Answer")
@@ -44,11 +46,13 @@ Scored: TypeAlias = tuple[float, bool]
 def evaluate_tasks(flags: Flags) -> dict[str, Any]:
     """What lm_eval reports: scores with their standard errors, and how they were taken.
 
-    Raises ValueError if the model, the mesh or a task cannot be used.
+    Raises ValueError if lm_eval is not installed, or the model, the mesh or a task cannot be used.
     """
+    if not IS_INSTALLED:
+        raise ValueError('--tasks needs lm_eval, which is not installed; pip install "parallax-lm[eval]"')
     if flags.task_dir is not None and not Path(flags.task_dir).is_dir():
         raise ValueError(f"--task-dir {flags.task_dir} must be a folder; check the path")
-    tasks, known = flags.tasks.split(","), TaskManager(include_path=flags.task_dir)
+    tasks, known = flags.tasks.split(","), _module("lm_eval.tasks").TaskManager(include_path=flags.task_dir)
     for task in tasks:
         if not known.match_tasks([task]):
             raise ValueError(f"--tasks {task} is not known to lm_eval; see lm_eval ls tasks, or name a --task-dir")
