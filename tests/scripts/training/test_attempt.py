@@ -17,7 +17,7 @@ from parallax.training.checkpoint import Checkpointer
 from parallax.training.checkpoint_folder import CheckpointFolder
 from parallelism import sentinel
 from scripts import train
-from scripts.training import attempt
+from scripts.training import attempt, record
 from tests.scripts.runs import SHORT, SMALL, Training, checkpoints, reached, rows, single
 
 
@@ -161,7 +161,7 @@ def full_at(monkeypatch):
         if step in full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
 
-    monkeypatch.setattr(attempt, "plot_loss", lambda folder: None)  # for which there would be no room either
+    monkeypatch.setattr(record, "plot_loss", lambda folder: None)  # for which there would be no room either
     monkeypatch.setattr(Checkpointer, "wait", waited)
     monkeypatch.setattr(CheckpointFolder, "make_room", made_room)
     yield full.update
