@@ -324,9 +324,8 @@ GEMMA3_4B_CONFIG = TransformerConfig(
     qk_norm=True, activation="gelu_tanh", embedding_scale=2560**0.5,
     pattern=5 * (LayerSpec(sliding_window=1024, rope_theta=10_000.0, rope_scaling=RopeScaling()),) + (LayerSpec(),),
 )  # fmt: skip
-NANO_MOE_CONFIG = TransformerConfig(
-    mlp_dim=176, experts=ExpertsConfig(num_experts=8, balance_loss=0.01, router_z_loss=1e-3),
-)  # fmt: skip
+_EIGHT = ExpertsConfig(num_experts=8, balance_loss=0.01, router_z_loss=1e-3)
+NANO_MOE_CONFIG = TransformerConfig(mlp_dim=176, experts=_EIGHT)
 MIXTRAL_8X7B_CONFIG = TransformerConfig(
     vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
     rope_theta=1e6, tie_embeddings=False, experts=ExpertsConfig(num_experts=8, balance_loss=0.01),
@@ -376,15 +375,16 @@ def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
     for name, kind in {"rope_scaling": RopeScaling, "experts": ExpertsConfig, "lora": LoraConfig}.items():
         values = values | {name: _nested(values, name, kind)}
     for name in ("pattern", "first_layers"):
-        values[name] = tuple(_layer_from_dict(each) for each in values.get(name) or ())
+        specs = values.get(name) or ()
+        require(isinstance(specs, list | tuple), f"{name}={specs!r} must be a list of layers; restore the file")
+        values[name] = tuple(map(_layer_from_dict, specs))
     return TransformerConfig(**values)
 
 
 def _layer_from_dict(values: dict[str, Any]) -> LayerSpec:
     _refuse_unknown(values, LayerSpec, "layer of a pattern")
-    if values.get("rope_scaling") is not None:
-        values = values | {"rope_scaling": _nested(values, "rope_scaling", RopeScaling)}
-    return LayerSpec(**values)
+    given = {} if values.get("rope_scaling") is None else {"rope_scaling": _nested(values, "rope_scaling", RopeScaling)}
+    return LayerSpec(**values | given)
 
 
 def _nested(values: dict[str, Any], name: str, kind: type) -> Any:
@@ -393,8 +393,8 @@ def _nested(values: dict[str, Any], name: str, kind: type) -> Any:
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
 
 
-def _refuse_unknown(values: dict[str, Any], kind: type, what: str) -> None:
+def _refuse_unknown(values: Any, kind: type, what: str) -> None:
+    require(isinstance(values, dict), f"{what} must be an object, and is {values!r}; restore the file")
     known = sorted(field.name for field in dataclasses.fields(kind))
     unknown = ", ".join(sorted(set(values) - set(known)))
-    if unknown:
-        raise ValueError(f"{what} has unknown field {unknown}; known are {', '.join(known)}")
+    require(not unknown, f"{what} has unknown field {unknown}; known are {', '.join(known)}")

@@ -228,8 +228,11 @@ def test_missing_fields_take_their_defaults():
         ({"embed_dim": 8, "b": 1, "a": 2}, "a, b.*known are"),
         ({"rope_scaling": {"kind": "linear", "factr": 2.0}}, "factr.*known are .*factor"),
         ({"num_kv_heads": 3}, "num_kv_heads=3"),
+        ({"pattern": 5}, "pattern=5 must be a list of layers"),
+        ({"first_layers": [5]}, "layer of a pattern must be an object, and is 5"),
+        ({"experts": 5}, "experts must be an object, and is 5"),
     ],
-    ids=["unknown", "several", "nested", "rule"],
+    ids=["unknown", "several", "nested", "rule", "pattern", "layer", "experts"],
 )
 def test_what_a_file_may_not_say(values, message):
     with pytest.raises(ValueError, match=message) as raised:
