@@ -123,13 +123,17 @@ def route(
     ids_BTk = local(lambda ranked: jax.lax.top_k(ranked, k)[1], [rows], rows)(jax.lax.stop_gradient(ranked_BTE))
     hits_BTkE = _one_hot(ids_BTk, experts, jnp.ones(ids_BTk.shape, dtype))
     gates_BTk = jnp.sum(hits_BTkE * scores_BTE[:, :, None], axis=-1)
-    if experts.renormalize:
+    if experts.renormalize and experts.scores == "softmax":
         gates_BTk = gates_BTk / jnp.sum(gates_BTk, axis=-1, keepdims=True)
+    elif experts.renormalize:
+        # The same by logarithms: below -100 all scores may be 0.
+        chosen_BTk = jnp.sum(hits_BTkE * jax.nn.log_sigmoid(logits_BTE)[:, :, None], axis=-1)
+        gates_BTk = jax.nn.softmax(chosen_BTk, axis=-1)
 
     counts_BT = jnp.ones(ids_BTk.shape[:2], dtype) if counted_BT is None else counted_BT.astype(dtype)
     shares_BTE = scores_BTE
     if experts.scores == "sigmoid":
-        shares_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+        shares_BTE = jax.nn.softmax(jax.nn.log_sigmoid(logits_BTE), axis=-1)
     load_BE = jnp.einsum("BTkE,BT->BE", hits_BTkE, counts_BT)
     share_BE = jnp.einsum("BTE,BT->BE", shares_BTE, counts_BT)
     length_B1 = jnp.maximum(jnp.sum(counts_BT, axis=1, keepdims=True), 1)

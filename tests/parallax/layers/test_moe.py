@@ -153,7 +153,7 @@ def test_an_expert_alone_is_the_feed_forward_of_its_weights(x64, activation):
     for name in ("gate", "up", "down"):
         getattr(dense, name)[...] = getattr(experts, name)[...][0]
     x = jnp.asarray(np.random.default_rng(6).normal(size=(B, T, D)))
-    np.testing.assert_allclose(experts(x)[0], dense(x)[0], rtol=1e-10)
+    np.testing.assert_allclose(jax.jit(lambda x: experts(x)[0])(x), dense(x)[0], rtol=1e-10)
 
 
 def test_gradients_of_biases_are_added_up_in_float32():
@@ -167,3 +167,18 @@ def test_gradients_of_biases_are_added_up_in_float32():
 
     for found, wanted in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
         np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0.03)  # a few roundings at 2⁻⁸
+
+
+def test_sigmoids_that_are_all_zero_still_have_weights():
+    """In float32 that of -200 is 0, and so is the sum of the chosen."""
+    experts = dataclasses.replace(PLAIN, scores="sigmoid")
+    logits = -200 - jnp.arange(E, dtype=jnp.float32)[None, None]
+
+    def total(logits):
+        _, gates, aux = route(logits, experts)
+        return jnp.sum(gates**2) + aux["balance_loss"], gates
+
+    grads, gates = jax.grad(total, has_aux=True)(logits)
+    np.testing.assert_allclose(gates[0, 0], jax.nn.softmax(jnp.array([0.0, -1.0])), rtol=1e-6)
+    assert np.isfinite(grads).all()
+    assert np.abs(grads).max() > 0
