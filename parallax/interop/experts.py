@@ -55,8 +55,10 @@ def experts_from_hf(values: Values) -> ExpertsConfig:
     Losses of the router are left at 0: they change no logits, and transformers adds them only where it is asked for
     router logits. Raises ValueError if a number is missing, or the experts compute what these cannot.
     """
-    _refuse_what_differs(values)
     kind = values["model_type"]
+    _refuse_what_differs(
+        values, of_all={"decoder_sparse_step": 1, "mlp_only_layers": []} if kind != "qwen3_moe" else {}
+    )
     # transformers writes the one name or the other.
     count = "num_local_experts" if values.get("num_local_experts") is not None else "num_experts"
     return ExpertsConfig(
@@ -81,10 +83,22 @@ def experts_to_hf(config: TransformerConfig, kind: str) -> Values:
         # There is no other activation there, and 0 is a limit: a model without a clamp is refused for the difference.
         values |= {"swiglu_limit": experts.clamp or CLAMP, "swiglu_alpha": SLOPE}
     if kind == "qwen3_moe":
-        values |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": config.expert_dim}
+        dense = [number for number, layer in enumerate(config.layers) if layer.feed_forward == "dense"]
+        values |= {"decoder_sparse_step": 1, "mlp_only_layers": dense, "moe_intermediate_size": config.expert_dim}
     else:
         values["intermediate_size"] = config.expert_dim
     return values
+
+
+def dense_layers(values: Values) -> list[bool]:
+    """Which layers of a Qwen 3 MoE have one network for all tokens: those that it lists, and all but each `step`-th."""
+    depth, only = whole_number(values, "num_hidden_layers"), values.get("mlp_only_layers") or []
+    step = 1 if values.get("decoder_sparse_step") is None else whole_number(values, "decoder_sparse_step")
+    if step < 1:
+        raise ValueError(f"decoder_sparse_step={step} in config.json must be at least 1; restore the model's file")
+    if not isinstance(only, list) or not all(type(each) is int for each in only):
+        raise ValueError(f"mlp_only_layers={only!r} in config.json must be a list of numbers; restore the model's file")
+    return [number in only or (number + 1) % step != 0 for number in range(depth)]
 
 
 def _clamp(values: Values) -> float:
@@ -97,9 +111,9 @@ def _clamp(values: Values) -> float:
     return limit
 
 
-def _refuse_what_differs(values: Values) -> None:
-    supported = {"clip_qkv": None, "decoder_sparse_step": 1, "mlp_only_layers": [], "swiglu_alpha": SLOPE}
-    for name, plain in supported.items():
+def _refuse_what_differs(values: Values, of_all: Values) -> None:
+    """Refuses other values than these, and what no family has."""
+    for name, plain in {"clip_qkv": None, "swiglu_alpha": SLOPE, **of_all}.items():
         found = values.get(name)
         if found is not None and found != plain:
             raise ValueError(

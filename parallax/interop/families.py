@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from parallax.config import LayerSpec, TransformerConfig
-from parallax.interop.experts import experts_from_hf, experts_to_hf
+from parallax.interop.experts import dense_layers, experts_from_hf, experts_to_hf
 from parallax.interop.hf_rope import LIMIT, rope_from_hf, rope_to_hf
 from parallax.interop.hf_values import Values, flag, number, whole_number
 
@@ -53,7 +53,8 @@ def _mixtral(values: Values) -> Values:
 
 def _qwen3_moe(values: Values) -> Values:
     windowed = _windows(values, [True] * _depth(values)) if flag(values, "use_sliding_window") else {}
-    return {"experts": experts_from_hf(values), "qk_norm": True} | _llama(values) | windowed
+    layers = _layers([LayerSpec(feed_forward="dense") if dense else LayerSpec() for dense in dense_layers(values)])
+    return {"experts": experts_from_hf(values), "qk_norm": True} | _llama(values) | windowed | layers
 
 
 def _olmoe(values: Values) -> Values:
@@ -165,9 +166,20 @@ def _windows(values: Values, sliding: Sequence[bool], own: LayerSpec = LayerSpec
         return {}
     if all(sliding):
         return local.given()
-    specs = [local if windowed else LayerSpec() for windowed in sliding]
-    period = next(p for p in range(1, len(specs) + 1) if all(spec == specs[n % p] for n, spec in enumerate(specs)))
-    return {"pattern": tuple(specs[:period])}
+    return _layers([local if windowed else LayerSpec() for windowed in sliding])
+
+
+def _layers(specs: Sequence[LayerSpec]) -> Values:
+    """The first layers and the pattern that these layers are, as short as can be; neither where all are the model's."""
+    depth = len(specs)
+    first, period = next(
+        (first, length - first)
+        for length in range(1, depth + 1)
+        for first in range(length)
+        if all(specs[n] == specs[n + length - first] for n in range(first, depth + first - length))
+    )
+    found = {"first_layers": tuple(specs[:first]), "pattern": tuple(specs[first : first + period])}
+    return found if any(spec.given() for spec in specs) else {}
 
 
 def _biases(config: TransformerConfig) -> Values:

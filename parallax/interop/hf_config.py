@@ -115,6 +115,8 @@ def _computed(layer: TransformerConfig) -> dict[str, Any]:
         losses = {"balance_loss": 0.0, "router_z_loss": 0.0}
         experts = dataclasses.replace(layer.experts, mlp_dim=layer.expert_dim, **losses)
         fields |= {"experts": experts, "mlp_dim": 0}
+    else:
+        fields["experts"] = None
     omega = frequencies(layer.head_dim, layer.rope_theta, layer.rope_scaling)
     return fields | {
         "attention_scale": layer.attention_scale or layer.head_dim**-0.5,

@@ -86,7 +86,9 @@ def test_biases_without_the_clamp_are_refused_by_name():
     ("kind", "changes", "message"),
     [
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0 in config.json is not supported, None alone is"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] in config.json is not supported"),
+        ("olmoe", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] in config.json is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": 0.5}, "mlp_only_layers=0.5 in config.json must be a list of numbers"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0 in config.json must be at least 1"),
         ("gpt_oss", {"swiglu_alpha": 1.5}, "swiglu_alpha=1.5 in config.json is not supported, 1.702 alone is"),
         ("gpt_oss", {"swiglu_limit": 0.0}, "swiglu_limit=0.0 in config.json must be positive"),
         ("mixtral", {"num_experts_per_tok": None}, "num_experts_per_tok=None in config.json must be a whole number"),
@@ -95,3 +97,25 @@ def test_biases_without_the_clamp_are_refused_by_name():
 def test_what_cannot_be_computed_is_refused_by_name(kind, changes, message):
     with pytest.raises(ValueError, match=message):
         config_from_hf(config_to_hf(CONFIGS[kind]) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense", "first", "period"),
+    [
+        ({"mlp_only_layers": [0]}, [0], 1, 1),
+        ({"decoder_sparse_step": 2}, [0, 2, 4], 0, 2),
+        ({"decoder_sparse_step": 3, "mlp_only_layers": [2]}, [0, 1, 2, 3, 4], 0, 6),
+    ],
+)
+def test_some_layers_of_a_qwen_have_no_experts(changes, dense, first, period):
+    """It comes out as the list, whatever it came in as, and the dense layers have the model's own width."""
+    there = config_to_hf(CONFIGS["qwen3_moe"]) | {"num_hidden_layers": 6, "intermediate_size": 28} | changes
+    config = config_from_hf(there)
+    assert [number for number, layer in enumerate(config.layers) if layer.feed_forward == "dense"] == dense
+    assert (len(config.first_layers), config.period) == (first, period)
+    back = config_to_hf(dataclasses.replace(config, experts=dataclasses.replace(config.experts, balance_loss=0.1)))
+    assert back == there | {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    names = named(config)
+    own = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    assert {name for name in names if ".0.mlp." in name} == own
+    assert names["model.layers.0.mlp.gate_proj.weight"][0].shape_there == (28, 12)

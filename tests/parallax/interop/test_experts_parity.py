@@ -47,6 +47,9 @@ def random_values(family, seed):
         values["sliding_window"] = [None, 5, 40][seed]
     if family == "qwen3_moe":
         values |= {"moe_intermediate_size": 4 * int(rng.integers(5, 22)), "use_sliding_window": False}
+        # In the second model some layers have no experts, and in the third all but each other one.
+        depth, own = values["num_hidden_layers"], [{}, {"mlp_only_layers": [0]}, {"decoder_sparse_step": 2}]
+        values |= {"num_hidden_layers": max(2, depth), **own[seed]} if seed else {}
     if family == "gpt_oss":
         values |= {"sliding_window": 7, "swiglu_limit": float(rng.choice([0.5, 7.0]))}
     return values

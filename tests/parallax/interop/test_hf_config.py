@@ -59,7 +59,7 @@ def test_what_llama_2_leaves_out_has_its_defaults():
         ({"model_type": "mistral", "sliding_window": 7}, {"sliding_window": 7}),
         ({**QWEN, "max_window_layers": 0}, {"sliding_window": 9}),
         ({**QWEN, "max_window_layers": 3}, {"sliding_window": 0}),
-        ({**QWEN, "max_window_layers": 1}, {"sliding_window": 0, "pattern": (FULL, LOCAL, LOCAL)}),
+        ({**QWEN, "max_window_layers": 1}, {"first_layers": (FULL,), "pattern": (LOCAL,)}),
         ({"model_type": "phi3"}, {"sliding_window": 0, "norm_eps": 1e-5}),
         ({"model_type": "olmo2"}, {"norms": "after", "qk_norm": True, "qk_norm_over": "heads", "norm_eps": 1e-5}),
         ({"model_type": "gemma2", "sliding_window": 9}, {"pattern": (LOCAL, FULL), "attention_softcap": 50.0}),
