@@ -83,6 +83,18 @@ def _attention(config: TransformerConfig, keys: float) -> float:
     return 4 * config.num_heads * config.head_dim * keys
 
 
+@functools.lru_cache(maxsize=64)
+def _hidden(config: TransformerConfig, routed: float | None = None) -> float:
+    """Hidden units of a layer, on average: of its feed-forward, or of so many experts beside the shared one.
+
+    By default those of a token, of its own experts.
+    """
+    experts = config.experts
+    of_experts = (experts.experts_per_token if routed is None else routed) * config.expert_dim + experts.shared_mlp_dim
+    units = [of_experts if layer.feed_forward == "experts" else config.mlp_dim for layer in config.layers]
+    return sum(units) / config.num_layers
+
+
 def _head(config: TransformerConfig) -> int:
     return 2 * _tables(config)[-1]
 
@@ -200,12 +212,12 @@ class StepCost:
 
         In each block two norms and two residual sums over D, a rotation of queries and keys, and the product of the
         hidden units with their gate, each fused into one pass; backward twice as much. Of the logits four passes in
-        float32.
+        float32. Hidden units are those that a token has, of each of its experts.
         """
         config, e, tensor = self.config, self.item, whole_axes(sizes).get("tensor", 1)
         rows = math.prod(size for axis, size in sizes.items() if axis != "tensor")
         heads = (config.num_heads + config.num_kv_heads) * config.head_dim / tensor
-        a_block = 10 * config.embed_dim + 2 * heads + 3 * config.mlp_dim / tensor
+        a_block = 10 * config.embed_dim + 2 * heads + 3 * _hidden(config) / tensor
         passes = 3 + (config.remat != "none")
         numbers = e * passes * config.num_layers * a_block + 4 * 4 * config.table_rows / tensor
         return numbers * self.batch_size * self.seq_len / rows
@@ -248,7 +260,7 @@ class StepCost:
         counts = [each.size for each in jax.tree.leaves(parameters(config))]
         loose = parameter_bytes * max(counts) / sum(counts)
         if sizes.get("fsdp", 1) > 1:
-            loose += tokens * (8 * config.embed_dim + 2 * self.item * config.mlp_dim / tensor)
+            loose += tokens * (8 * config.embed_dim + 2 * self.item * _hidden(config, routed=0) / tensor)
             loose += config.tie_embeddings * 4 * config.table_rows * config.embed_dim / tensor
         return loose
 
@@ -301,13 +313,14 @@ class StepCost:
             return 0.0
         rows, lanes = (4, 128) if self.tiled else (1, 1)
         tiled_heads = sum(max(rows, count / tensor) for count in (config.num_heads, config.num_kv_heads))
-        a_row = 2 * tiled_heads * max(lanes, config.head_dim) + 3 * config.mlp_dim / tensor
+        own = config.experts.num_experts / sizes.get("expert", 1)
+        a_row = 2 * tiled_heads * max(lanes, config.head_dim) + 3 * _hidden(config, routed=own) / tensor
         return self.item * config.num_layers * config.embed_dim / fsdp * a_row
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
         """A token's bytes that one block keeps for the backward pass, and of what one block at a time recomputes."""
         config, e = self.config, self.item
-        D, F = config.embed_dim, config.mlp_dim / tensor
+        D, F = config.embed_dim, _hidden(config, None if config.remat == "none" else 0) / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
         kernel = config.attention in KERNELS
