@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 import jax
 
 from data.pipeline import training_batches
-from parallax.model.cost import step_flops
+from parallax.model.flops import step_flops
 from parallax.model.overview import parameter_overview
 from parallelism.hosts import Cluster, fix_cpu_rounding, join, run_process
 from scripts.common.command_line import errors_in_one_line

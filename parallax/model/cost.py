@@ -1,13 +1,12 @@
-"""What a config costs, as plain numbers: operations, bytes held, bytes sent.
+"""What a step costs, as plain numbers: operations, bytes held, bytes sent.
 
-Invariant: nothing is computed or allocated. `forward_flops` and `step_flops` count the arithmetic of the model, as
-utilisation wants it; everything on `StepCost` counts what this implementation executes and holds.
+Invariant: nothing is computed or allocated. It counts what this implementation executes and holds; `flops` counts the
+arithmetic of the model.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 
@@ -16,87 +15,18 @@ from parallax.layers.attend_blocks import LARGEST, blocks
 from parallax.layers.attention import CHUNK, KERNELS
 from parallax.layers.dispatch import LARGEST as ROUND
 from parallax.layers.dispatch import ROUNDS, even_share
+from parallax.model.flops import (
+    attention_flops,
+    block_weights,
+    head_flops,
+    hidden_units,
+    learned_share,
+    over_layers,
+    step_flops,
+    table_sizes,
+    used_weights,
+)
 from parallax.model.transformer import parameters
-
-
-def forward_flops(config: TransformerConfig, seq_len: int) -> float:
-    """Floating-point operations a token of one forward pass at this sequence length, in context of its own length.
-
-    Two operations a weight of each matrix (the output table included, the input look-up not), and for each head
-    2·2·K a visible key. Causal attention sees half of the keys on average (Kaplan et al. 2020, arXiv:2001.08361,
-    table 1, counts all of them).
-    """
-
-    def seen(window: int) -> float:
-        if not 0 < window < seq_len:
-            return (seq_len + 1) / 2
-        # The first `window` queries see 1 … window keys, the others see window.
-        return window - window * (window - 1) / (2 * seq_len)
-
-    return config.num_layers * (2 * _used(config) + _attention(config, _mean(config, seen))) + _head(config)
-
-
-def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> float:
-    """Floating-point operations of one training step: the backward pass costs two forward passes, one where frozen."""
-    per_token = 3 * forward_flops(config, seq_len)
-    if config.lora.rank:
-        per_token -= 2 * config.num_layers * _used(config, frozen=True) + _head(config)
-    return per_token * batch_size * seq_len
-
-
-@functools.lru_cache(maxsize=64)
-def _weights(config: TransformerConfig, *, of_experts: bool = False) -> int:
-    """Of the matrices of one block, or of its experts alone, on average."""
-    matrices = [each for each in jax.tree.leaves(parameters(config)) if each.role == "hidden"]
-    return sum(each.size for each in matrices if "experts" in each.names or not of_experts) // config.num_layers
-
-
-@functools.lru_cache(maxsize=64)
-def _learned(config: TransformerConfig) -> float:
-    """The share of all weights that have a gradient."""
-    leaves = jax.tree.leaves(parameters(config))
-    return sum(each.size for each in leaves if each.learned) / sum(each.size for each in leaves)
-
-
-@functools.lru_cache(maxsize=64)
-def _used(config: TransformerConfig, *, frozen: bool = False) -> float:
-    """Of those, or of the frozen ones alone, and of the router, what a token is multiplied with: its own experts'."""
-    share = config.experts.experts_per_token / max(1, config.experts.num_experts)
-    matrices = [each for each in jax.tree.leaves(parameters(config)) if each.inputs and "vocab" not in each.names]
-    matrices = [each for each in matrices if not (frozen and each.learned)]
-    return sum(each.size * (share if "experts" in each.names else 1) for each in matrices) / config.num_layers
-
-
-@functools.lru_cache(maxsize=64)
-def _tables(config: TransformerConfig) -> tuple[int, ...]:
-    """Weights of each table of embeddings; the last is the head."""
-    return tuple(each.size for each in jax.tree.leaves(parameters(config)) if "vocab" in each.names)
-
-
-def _mean(config: TransformerConfig, keys: Callable[[int], float]) -> float:
-    """Of what layers have for their windows."""
-    return sum(keys(layer.sliding_window) for layer in config.layers) / config.num_layers
-
-
-def _attention(config: TransformerConfig, keys: float) -> float:
-    """Operations a token of scores and weighted values, over that many keys."""
-    return 4 * config.num_heads * config.head_dim * keys
-
-
-@functools.lru_cache(maxsize=64)
-def _hidden(config: TransformerConfig, routed: float | None = None) -> float:
-    """Hidden units of a layer, on average: of its feed-forward, or of so many experts beside the shared one.
-
-    By default those of a token, of its own experts.
-    """
-    experts = config.experts
-    of_experts = (experts.experts_per_token if routed is None else routed) * config.expert_dim + experts.shared_mlp_dim
-    units = [of_experts if layer.feed_forward == "experts" else config.mlp_dim for layer in config.layers]
-    return sum(units) / config.num_layers
-
-
-def _head(config: TransformerConfig) -> int:
-    return 2 * _tables(config)[-1]
 
 
 def _rows(sizes: Mapping[str, int]) -> int:
@@ -157,8 +87,8 @@ class StepCost:
         config, sizes = self.config, whole_axes(sizes)
         kernel = config.attention in KERNELS
         # Masked scores are computed all the same, but for those of blocks that are skipped.
-        attention = 0.0 if kernel else _attention(config, self._computed_keys())
-        block = 2 * _used(config) + attention
+        attention = 0.0 if kernel else attention_flops(config, self._computed_keys())
+        block = 2 * used_weights(config) + attention
         # A block's last matmul is not needed again, but the experts' is, for the gradient of their weights.
         dense = sum(layer.feed_forward == "dense" for layer in config.layers) / config.num_layers
         whole = block - dense * 2 * config.embed_dim * config.mlp_dim
@@ -167,7 +97,7 @@ class StepCost:
             again += 1.5 * attention  # a chunk's scores twice more, its weighted values once
         elif config.attention == "blocks" and config.remat == "none":
             again += 0.5 * attention  # a block's scores once; recomputation has them anyway
-        a_token = 3 * (config.num_layers * block + _head(config)) + config.num_layers * again
+        a_token = 3 * (config.num_layers * block + head_flops(config)) + config.num_layers * again
         return a_token * self.batch_size * self.seq_len
 
     def _computed_keys(self) -> float:
@@ -179,7 +109,7 @@ class StepCost:
             pairs = blocks(self.seq_len, window)
             return sum((q.stop - q.start) * (k.stop - k.start) for q, k in pairs) / self.seq_len
 
-        return _mean(self.config, computed)
+        return over_layers(self.config, computed)
 
     def kernel_flops(self) -> float:
         """Operations inside the attention kernel, by whole blocks of scores that are not all masked.
@@ -193,9 +123,9 @@ class StepCost:
         largest, backward = {"splash": (512, 3.5), "cudnn": (128, 2.5)}[config.attention]
         block = min(self.seq_len, largest)
         whole = (self.seq_len + block) / 2
-        keys = _mean(config, lambda window: min(whole, window + block) if window else whole)
+        keys = over_layers(config, lambda window: min(whole, window + block) if window else whole)
         runs = 1 + backward + (config.remat != "none")
-        return runs * config.num_layers * _attention(config, keys) * self.batch_size * self.seq_len
+        return runs * config.num_layers * attention_flops(config, keys) * self.batch_size * self.seq_len
 
     def expert_flops(self) -> float:
         """Those of `product_flops` that are inside experts, of which each has a part of the tokens."""
@@ -217,7 +147,7 @@ class StepCost:
         config, e, tensor = self.config, self.item, whole_axes(sizes).get("tensor", 1)
         rows = math.prod(size for axis, size in sizes.items() if axis != "tensor")
         heads = (config.num_heads + config.num_kv_heads) * config.head_dim / tensor
-        a_block = 10 * config.embed_dim + 2 * heads + 3 * _hidden(config) / tensor
+        a_block = 10 * config.embed_dim + 2 * heads + 3 * hidden_units(config) / tensor
         passes = 3 + (config.remat != "none")
         numbers = e * passes * config.num_layers * a_block + 4 * 4 * config.table_rows / tensor
         return numbers * self.batch_size * self.seq_len / rows
@@ -234,11 +164,11 @@ class StepCost:
         rows = _rows(sizes)
         tokens = self.batch_size * self.seq_len / (rows * sizes.get("sequence", 1) * self.microbatches)
         saved, working = self._block_bytes(tensor, sizes.get("sequence", 1))
-        gradients = parameter_bytes * _learned(config) * (1 + (self.microbatches > 1))
+        gradients = parameter_bytes * learned_share(config) * (1 + (self.microbatches > 1))
         if fsdp == 1:
             # XLA for GPUs casts a block's weights as it needs them, and adds gradients up in place.
             whole = parameter_bytes * self.tiled
-            weights, gathered, sums = whole * self._casts / 2, 0.0, whole * _learned(config) * (rows > 1)
+            weights, gathered, sums = whole * self._casts / 2, 0.0, whole * learned_share(config) * (rows > 1)
         else:
             # Two blocks, the next is gathered while one is computed, and the gradients of one.
             weights, gathered, sums = self._cast_bytes(sizes), 3 * e * self._whole_block(sizes), 0.0
@@ -260,7 +190,7 @@ class StepCost:
         counts = [each.size for each in jax.tree.leaves(parameters(config))]
         loose = parameter_bytes * max(counts) / sum(counts)
         if sizes.get("fsdp", 1) > 1:
-            loose += tokens * (8 * config.embed_dim + 2 * self.item * _hidden(config, routed=0) / tensor)
+            loose += tokens * (8 * config.embed_dim + 2 * self.item * hidden_units(config, routed=0) / tensor)
             loose += config.tie_embeddings * 4 * config.table_rows * config.embed_dim / tensor
         return loose
 
@@ -282,8 +212,8 @@ class StepCost:
 
     def _whole_block(self, sizes: Mapping[str, int]) -> float:
         """Weights of a block that a device has while it computes it: all but those of other devices' experts."""
-        experts = _weights(self.config, of_experts=True)
-        return (_weights(self.config) - experts + experts / sizes.get("expert", 1)) / sizes.get("tensor", 1)
+        experts = block_weights(self.config, of_experts=True)
+        return (block_weights(self.config) - experts + experts / sizes.get("expert", 1)) / sizes.get("tensor", 1)
 
     def _expert_bytes(self, tokens: float, sizes: Mapping[str, int]) -> float:
         """At work in one round of the tokens of a group: rows as many as may arrive, and what experts make of them.
@@ -314,13 +244,13 @@ class StepCost:
         rows, lanes = (4, 128) if self.tiled else (1, 1)
         tiled_heads = sum(max(rows, count / tensor) for count in (config.num_heads, config.num_kv_heads))
         own = config.experts.num_experts / sizes.get("expert", 1)
-        a_row = 2 * tiled_heads * max(lanes, config.head_dim) + 3 * _hidden(config, routed=own) / tensor
+        a_row = 2 * tiled_heads * max(lanes, config.head_dim) + 3 * hidden_units(config, routed=own) / tensor
         return self.item * config.num_layers * config.embed_dim / fsdp * a_row
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
         """A token's bytes that one block keeps for the backward pass, and of what one block at a time recomputes."""
         config, e = self.config, self.item
-        D, F = config.embed_dim, _hidden(config, None if config.remat == "none" else 0) / tensor
+        D, F = config.embed_dim, hidden_units(config, None if config.remat == "none" else 0) / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
         kernel = config.attention in KERNELS
@@ -372,8 +302,8 @@ class StepCost:
         data, fsdp, sequence, tensor = (sizes.get(axis, 1) for axis in ("data", "fsdp", "sequence", "tensor"))
         slices, fsdp_slices = sizes.get("data.dcn", 1), sizes.get("fsdp.dcn", 1)
         expert, blocks = sizes.get("expert", 1), config.num_layers * self._whole_block(sizes)
-        tables = sum(_tables(config)) / tensor
-        shared = config.num_layers * (_weights(config) - _weights(config, of_experts=True)) / tensor + tables
+        tables = sum(table_sizes(config)) / tensor
+        shared = config.num_layers * (block_weights(config) - block_weights(config, of_experts=True)) / tensor + tables
         tokens = self.batch_size * self.seq_len / (_rows(sizes) * sequence * slices * fsdp_slices)
         vectors = tokens * config.embed_dim * e
         keys = 2 * tokens * sequence * config.num_kv_heads * config.head_dim * e / tensor

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parallax.model.cost import step_flops
+from parallax.model.flops import step_flops
 from parallelism.strategies import STRATEGIES
 from scripts.benchmarks.report import begin, show, spread, write_report
 from scripts.benchmarks.rounds import BEFORE, TREE, Rounds, Timing, Worker, measure, ratio

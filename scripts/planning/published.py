@@ -14,7 +14,8 @@ from typing import Any
 
 from parallax.config import TransformerConfig
 from parallax.layer_config import ExpertsConfig, LayerSpec
-from parallax.model.cost import StepCost, step_flops
+from parallax.model.cost import StepCost
+from parallax.model.flops import step_flops
 from parallelism.planning.fitting import Run
 from parallelism.planning.hardware import GENERATIONS
 from parallelism.planning.network import collective_seconds, place, waits

@@ -17,7 +17,7 @@ import numpy as np
 from data.pipeline import evaluation_batches, training_batches
 from data.samples import Samples
 from data.stores.mixture import by_source
-from parallax.model.cost import step_flops
+from parallax.model.flops import step_flops
 from parallax.storage import reason_of, write_json
 from parallax.tokenizers.chat_template import FILE, write_chat_template
 from parallax.tokenizers.registry import save_tokenizer

@@ -9,7 +9,8 @@ import pytest
 
 from parallax.config import PRESETS, TrainConfig, TransformerConfig
 from parallax.layer_config import LoraConfig
-from parallax.model.cost import StepCost, forward_flops, step_flops
+from parallax.model.cost import StepCost
+from parallax.model.flops import forward_flops, step_flops
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.training.loss import make_loss
 from parallelism.planning.hlo_flops import read_flops

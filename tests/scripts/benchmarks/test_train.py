@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from parallax.model.cost import step_flops
+from parallax.model.flops import step_flops
 from scripts.benchmarks.rounds import TREE
 from scripts.benchmarks.settings import MODELS, SEED, read_setting, samples
 from scripts.benchmarks.train import check_work, result
