@@ -63,7 +63,9 @@ def prepare(
             training, _ = prepare(alone, tokenizer, seq_len, held_out_fraction=0.0)
         else:
             training = require_same_tokenizer(corpus.stores, tokenizer).training(seq_len, packing)
-        return training, require_same_tokenizer(evaluated, tokenizer).held_out(seq_len, packing)
+        if corpus.evaluated is not None:
+            require_same_tokenizer(evaluated, tokenizer)
+        return training, evaluated.held_out(seq_len, packing)
     if len(corpus.records or corpus.documents) > 1:
         return _prepare_documents(corpus, tokenizer, seq_len, held_out_fraction)
     return _prepare_text(corpus, tokenizer, seq_len, held_out_fraction)
