@@ -33,7 +33,10 @@ def describe(folder: str) -> int:
     print(f"documents  {manifest['documents']:,} of {manifest['bytes']:,} bytes of text")
     print(f"held out   {held['documents']:,} documents, {held['tokens']:,} tokens")
     print(f"left out   {', '.join(f'{count:,} {why}' for why, count in left_out.items())}")
-    settings = manifest["settings"] | ({"chat": manifest["settings"]["chat"]["learned"]} if store.learned else {})
+    settings = dict(manifest["settings"])
+    if store.learned:  # of whole rows, and no field of them
+        settings |= {"chat": store.learned}
+        del settings["field"]
     print(f"settings   {', '.join(f'{name} {value}' for name, value in settings.items())}")
     print(f"shards     {len(manifest['shards']):,}")
     for source in manifest["sources"][:SHOWN_SOURCES]:
