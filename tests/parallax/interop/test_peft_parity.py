@@ -1,6 +1,7 @@
 """Adapters learn here as they do under transformers and PEFT, and go back and forth between them."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from parallax.interop.peft import read_adapters, write_adapters
 from parallax.model.adapters import join, take_adapters
 from parallax.model.transformer import TransformerLM
 from parallax.run_folder import load_run
+from parallax.training.preference import REFERENCES, PreferenceConfig, make_log_probs
 from parallelism import reduction
 from scripts.training.step import bind_state, bind_step
 from tests.parallax.interop import models
@@ -20,7 +22,7 @@ from tests.parallax.interop.models import save
 
 pytestmark = pytest.mark.external
 FAMILIES = ("llama", "qwen3_moe", "gemma3_text")
-RATE, STEPS, SHAPE = 1e-3, 20, (4, 33)
+RATE, STEPS, SHAPE, PROMPT = 1e-3, 20, (4, 33), 9
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TRAIN = TrainConfig(steps=STEPS, batch_size=4, seq_len=32, z_loss=0.0)
 LEARNING = OptimizerConfig(
@@ -47,33 +49,50 @@ def batches(vocabulary):
 
 
 def our_losses(config, params):
+    rows = (
+        {"inputs": ids[:, :-1], "targets": np.where(learned, ids, -1)[:, 1:]}
+        for ids, learned in batches(config.vocab_size)
+    )
+    return our_steps(config, params, rows, "ce_loss")
+
+
+def our_steps(config, params, rows, name, preference=None):
+    """What the metric of that name is at each step, and the parameters after them."""
     init, _ = bind_state(config, TRAIN, LEARNING)
     state = dataclasses.replace(jax.jit(init)(), params=params)
-    step, losses = jax.jit(bind_step(config, TRAIN, LEARNING, reduction.mean())), []
-    for ids, learned in batches(config.vocab_size):
-        targets = np.where(learned, ids, -1)[:, 1:]
-        state, metrics = step(state, {"inputs": ids[:, :-1], "targets": targets})
-        losses.append(float(metrics["ce_loss"]))
+    step, losses = jax.jit(bind_step(config, TRAIN, LEARNING, reduction.mean(), preference)), []
+    for batch in rows:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics[name]))
     return losses, state.params
 
 
 def their_losses(model, vocabulary):
     import torch
 
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(learned, RATE, (0.9, 0.999), weight_decay=0.0)
-    losses = []
-    model.train()
-    for ids, kept in batches(vocabulary):
+    def loss_of(ids, kept):
         labels = torch.tensor(np.where(kept, ids, -100)).long()
         logits = model(torch.tensor(ids[:, :-1]).long()).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+    return their_steps(model, [functools.partial(loss_of, *batch) for batch in batches(vocabulary)])
+
+
+def their_steps(model, losses):
+    """What each loss is where a step of AdamW follows it."""
+    import torch
+
+    learned, found = [weight for weight in model.parameters() if weight.requires_grad], []
+    optimizer = torch.optim.AdamW(learned, RATE, (0.9, 0.999), weight_decay=0.0)
+    model.train()
+    for loss_of in losses:
+        loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        found.append(loss.item())
     model.eval()
-    return losses
+    return found
 
 
 def logits_of(model, ids):
@@ -92,6 +111,52 @@ def test_all_parameters_learn_as_under_transformers(family, tmp_path):
     run = load_run(tmp_path / "run")
     ours, _ = our_losses(run.config, run.params)
     np.testing.assert_allclose(ours, their_losses(theirs, run.config.vocab_size), rtol=0, atol=1e-4)
+
+
+def pairs(vocabulary):
+    """Chosen and rejected rows [B, S] behind the same prompts, of PROMPT tokens."""
+    rng = np.random.default_rng(1)
+    for _ in range(STEPS):
+        chosen, rejected = rng.integers(0, vocabulary, (2, *SHAPE)).astype(np.int32)
+        rejected[:, :PROMPT] = chosen[:, :PROMPT]
+        yield chosen, rejected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_preferences_are_learned_as_by_the_formula_under_transformers(family, tmp_path):
+    """Of Rafailov et al. 2023, eq. 7, as TRL has it."""
+    import torch
+
+    theirs, preference = made(family)(), PreferenceConfig(beta=0.2, label_smoothing=0.1)
+    save(theirs, tmp_path / "hf", "float32")
+    import_model(tmp_path / "hf", tmp_path / "run")
+    run = load_run(tmp_path / "run")
+
+    def batch_of(sides):
+        ids = np.concatenate([side[:, :-1] for side in sides], axis=1)
+        targets = np.concatenate([np.where(np.arange(SHAPE[1]) < PROMPT, -1, side)[:, 1:] for side in sides], axis=1)
+        segments = np.repeat([[1, 2]], SHAPE[1] - 1, axis=1).repeat(SHAPE[0], axis=0).astype(np.int32)
+        batch = {"inputs": ids, "targets": targets.astype(np.int32), "segments": segments}
+        return batch | dict(zip(REFERENCES, referred(run.params, batch, None), strict=True))
+
+    def log_prob(ids):
+        logits = theirs(torch.tensor(ids[:, :-1]).long()).logits.log_softmax(-1)
+        return logits.gather(-1, torch.tensor(ids[:, 1:, None]).long())[:, PROMPT - 1 :].sum((1, 2))
+
+    def loss_of(sides, before):
+        chosen, rejected = (log_prob(ids) - each for ids, each in zip(sides, before, strict=True))
+        margin = preference.beta * (chosen - rejected)
+        positive, negative = (torch.nn.functional.logsigmoid(each) for each in (margin, -margin))
+        return -(0.9 * positive + 0.1 * negative).mean()
+
+    referred, rows = jax.jit(make_log_probs(run.config)), list(pairs(run.config.vocab_size))
+    with torch.no_grad():
+        references = [[log_prob(ids) for ids in sides] for sides in rows]
+    ours, _ = our_steps(run.config, run.params, map(batch_of, rows), "loss", preference)
+    found = their_steps(theirs, [functools.partial(loss_of, *each) for each in zip(rows, references, strict=True)])
+    assert found[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert np.ptp(found) > 0.01
+    np.testing.assert_allclose(ours, found, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
