@@ -83,8 +83,7 @@ def read_conversation(value: Any) -> tuple[list[dict[str, Any]], list[dict[str, 
     """
     if not isinstance(value, dict):
         raise ValueError(f"a conversation must be an object with {SHAPES}, and is none")
-    tools = value.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools or None
+    tools = _tools(value.get("tools"))
     if value.get("messages") is not None:
         return _messages(value["messages"], "messages"), tools
     if value.get("prompt") is not None and value.get("completion") is not None:
@@ -101,17 +100,20 @@ def read_conversation(value: Any) -> tuple[list[dict[str, Any]], list[dict[str, 
 def read_pair(value: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]] | None]:
     """The preferred conversation of an object, the other one, and the tools that go with them.
 
-    It holds `chosen` and `rejected`, and `prompt` where these are answers alone; each a text or a list of messages.
-    Raises ValueError for anything else, and where they do not differ.
+    It holds `chosen` and `rejected`, and `prompt` where these are answers alone; each a text or a list of messages. A
+    prompt that they hold themselves is not put before them again. Raises ValueError for anything else, and where they
+    do not differ.
     """
     if not isinstance(value, dict) or any(value.get(name) is None for name in ("chosen", "rejected")):
         raise ValueError("a pair must be an object with chosen and rejected, and perhaps prompt, and is none")
-    tools = value.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools or None
+    tools = _tools(value.get("tools"))
     prompt = [] if value.get("prompt") is None else _side(value["prompt"], "prompt", "user")
-    chosen, rejected = (prompt + _side(value[name], name, "assistant") for name in ("chosen", "rejected"))
+    sides = [_side(value[name], name, "assistant") for name in ("chosen", "rejected")]
+    chosen, rejected = (side if all(said in side for said in prompt) else prompt + side for side in sides)
     if chosen == rejected:
         raise ValueError("chosen and rejected must differ")
+    if any(side[-1]["role"] != "assistant" for side in (chosen, rejected)):
+        raise ValueError("chosen and rejected must end with a message of the assistant")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected must answer the same messages, and differ before their last one")
     return chosen, rejected, tools
@@ -121,13 +123,28 @@ def _side(value: Any, name: str, role: str) -> list[dict[str, Any]]:
     return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, name)
 
 
+def _tools(value: Any) -> list[dict[str, Any]] | None:
+    """Raises ValueError unless these are a list, or one in JSON."""
+    try:
+        tools = json.loads(value) if isinstance(value, str) and value else value
+    except ValueError as error:
+        raise ValueError(f"tools must be JSON ({error})") from None
+    if tools and not isinstance(tools, list):
+        raise ValueError("tools must be a list of objects")
+    return tools or None
+
+
 def _messages(value: Any, name: str, role: str = "role", content: str = "content") -> list[dict[str, Any]]:
-    """Raises ValueError unless these are objects with a role; one that calls tools may have no content."""
+    """Raises ValueError unless these are objects with a role and a text, or parts of one.
+
+    A message that calls tools may have no `content`, which None stands for too.
+    """
     if not isinstance(value, list) or not value:
         raise ValueError(f"{name} must be a list of messages, and not empty")
     for number, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get(role), str):
             raise ValueError(f"message {number} of {name} must be an object with {role!r} and {content!r}")
-        if content not in message and "tool_calls" not in message:
-            raise ValueError(f"message {number} of {name} has no {content!r}")
+        text, calls = message.get(content), content == "content" and message.get("tool_calls")
+        if not isinstance(text, str | list) and not (text is None and calls):
+            raise ValueError(f"message {number} of {name} has no {content!r} that is a text")
     return value

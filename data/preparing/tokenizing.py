@@ -189,7 +189,7 @@ def _tokenize(chunk: list[Record], work: Work, encode: Encode) -> list[Document]
     texts = [text for (text, _), keep in zip(documents, kept, strict=True) if text is not None and keep]
     try:
         ids = iter(encode(texts))
-    except ValueError:  # one of them has a character that the tokenizer does not know
+    except (ValueError, RecursionError):  # one of them cannot be written in this tokenizer's ids
         ids = (_encode_alone(text, encode) for text in texts)
     return [
         _with_ids(document, next(ids), work.dtype) if keep else document
@@ -200,7 +200,7 @@ def _tokenize(chunk: list[Record], work: Work, encode: Encode) -> list[Document]
 def _encode_alone(text: str, encode: Encode) -> np.ndarray | str:
     try:
         return encode([text])[0]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of JSON that is nested too deep
         return str(error)
 
 
@@ -219,6 +219,8 @@ def read_text(record: Record, field: str, nfc: bool) -> tuple[str | None, Docume
         text = record.content if isinstance(record.content, str) else record.content.decode("utf-8")
         if record.is_json:
             text = field_of(json.loads(text), field)
+        if nfc and not field:  # an object, in which JSON may spell letters by escapes
+            text = json.dumps(json.loads(text), ensure_ascii=False)
         if nfc:
             text = unicodedata.normalize("NFC", text)
         content = text.encode("utf-8")

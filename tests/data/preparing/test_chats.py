@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data.preparing.chats import ChatForm, read_conversation
+from data.preparing.chats import ChatForm, read_conversation, read_pair
 from data.samples import Samples
 from data.stores.mixture import Stores
 from parallax.tokenizers.chat_template import plain_template
@@ -108,12 +108,35 @@ def test_parquet_and_workers_make_the_same_store(tmp_path):
         ({"messages": []}, "must be a list of messages, and not empty"),
         ({"messages": [{"content": "hello"}]}, "must be an object with 'role'"),
         ({"messages": [{"role": "user"}]}, "has no 'content'"),
+        ({"messages": [{"role": "user", "content": None}, *MESSAGES]}, "message 0 of messages has no 'content'"),
+        ({"messages": [{"role": "user", "content": 4}, *MESSAGES]}, "has no 'content' that is a text"),
+        ({"conversations": [{"from": "gpt", "tool_calls": [{}]}]}, "message 0 of conversations has no 'value'"),
+        ({"messages": MESSAGES, "tools": 5}, "tools must be a list"),
+        ({"messages": MESSAGES, "tools": "["}, "tools must be JSON"),
         ({"messages": MESSAGES[:1]}, "no turn of the assistant"),
     ],
 )
 def test_what_is_no_conversation_is_named(tmp_path, row, rule):
     with pytest.raises(ValueError, match=rf"chats.jsonl:1: .*{rule}"):
         store_of(tmp_path, [row])
+
+
+def test_what_is_nested_too_deep_is_named(tmp_path):
+    (tmp_path / "chats.jsonl").write_text('{"messages":' + "[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match=r"chats.jsonl:1: maximum recursion depth"):
+        prepared(tmp_path / "deep", tmp_path / "chats.jsonl", tokenizer=TOKENIZER, field="", chat=form())
+
+
+def test_letters_are_composed_however_json_spells_them(tmp_path):
+    store = store_of(tmp_path, [{"prompt": "e\u0301?", "completion": "4"}], nfc=True)
+    assert "\u0301" in json.loads((tmp_path / "chats.jsonl").read_text())["prompt"]
+    (found,) = store.train.documents()
+    assert "\u00e9?" in TOKENIZER.decode(found[1])
+
+
+def test_a_prompt_that_both_answers_hold_is_there_once():
+    row = {"chosen": MESSAGES, "rejected": [*MESSAGES[:3], {"role": "assistant", "content": "7"}]}
+    assert read_pair(row | {"prompt": "2+2?"}) == read_pair(row) == (row["chosen"], row["rejected"], None)
 
 
 def test_a_pair_is_a_row_of_two_segments(tmp_path):
@@ -135,6 +158,7 @@ def test_a_pair_is_a_row_of_two_segments(tmp_path):
         ({"prompt": "2+2?", "chosen": "4"}, "must be an object with chosen and rejected"),
         ({"prompt": "2+2?", "chosen": "4", "rejected": "4"}, "must differ"),
         ({"chosen": MESSAGES[:2], "rejected": MESSAGES[2:]}, "must answer the same messages"),
+        ({"chosen": MESSAGES[:3], "rejected": MESSAGES[:1]}, "must end with a message of the assistant"),
     ],
 )
 def test_what_is_no_pair_is_named(tmp_path, row, rule):
