@@ -4,7 +4,7 @@ Invariant: a row holds both answers, each behind the prompt in a segment of its 
 Everything is a sum over pairs; whoever holds all shards divides by their global number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -63,9 +63,14 @@ def make_log_probs(config: TransformerConfig, *, length_normalized: bool = False
     return log_probs
 
 
-def _counted(batch: dict[str, jax.Array], segment: int) -> jax.Array:
+def _counted(batch: Mapping[str, Any], segment: int) -> jax.Array:
     """The targets of one segment, bool [B, T]."""
     return (batch["segments"] == segment) & (batch["targets"] != NO_TARGET)
+
+
+def is_pair(batch: Mapping[str, Any]) -> jax.Array:
+    """Which rows show a target of both answers, bool [B]: neither is cut off whole."""
+    return jnp.any(_counted(batch, CHOSEN), axis=1) & jnp.any(_counted(batch, REJECTED), axis=1)
 
 
 def _of_targets(model: TransformerLM, x_BTD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
@@ -109,7 +114,7 @@ def make_preference_loss(config: TransformerConfig, preference: PreferenceConfig
             "reward_margin": margin_B,
             "reward_accuracy": (margin_B > 0).astype(jnp.float32),
         }
-        is_pair_B = jnp.any(_counted(batch, CHOSEN), axis=1) & jnp.any(_counted(batch, REJECTED), axis=1)
+        is_pair_B = is_pair(batch)
         sums = {name: jnp.sum(jnp.where(is_pair_B, value, 0)) for name, value in found.items()}
         return jax.lax.stop_gradient(sums) | {"loss": sums["loss"]}, jnp.sum(is_pair_B)
 

@@ -15,11 +15,11 @@ import jax
 from etils import epath
 
 from data.corpus import Corpus, load_corpus, overfit_corpus
-from data.pipeline import prepare, tokenizer_for
+from data.pipeline import evaluation_batches, prepare, tokenizer_for
 from data.preparing.chats import ChatForm
 from data.samples import Samples
-from data.stores.mixture import open_stores, rows_by_store
-from parallax.config import config_to_dict
+from data.stores.mixture import by_source, open_stores, rows_by_store
+from parallax.config import TransformerConfig, config_to_dict
 from parallax.model.adapters import take_adapters
 from parallax.model.transformer import parameters
 from parallax.run_folder import read_settings, trained_length
@@ -27,8 +27,8 @@ from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.chat_template import ChatTemplate, read_chat_template
 from parallax.tokenizers.registry import load_tokenizer
-from parallax.training.loss import make_evaluation
-from parallax.training.preference import PreferenceConfig, make_preference_evaluation
+from parallax.training.loss import NO_TARGET, make_evaluation
+from parallax.training.preference import PreferenceConfig, is_pair, make_preference_evaluation
 from parallelism.hosts import agree, require_same, wait_for_all
 from parallelism.planning.hardware import attention_of
 from parallelism.strategies import get_strategy
@@ -133,6 +133,7 @@ def prepare_job(flags: Flags) -> Job:
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=fraction, packing=flags.packing
     )
     _require_pairs(flags, corpus)
+    _require_targets(flags, corpus, training, held_out)
     notes += _say_cut(corpus, training, flags.train.seq_len)
     layout, strategy, step, evaluate = _build_or_explain(flags, pairs=_has_pairs(corpus))
     length = _trained_length(flags, folder)
@@ -184,13 +185,28 @@ def _require_pairs(flags: Flags, corpus: Corpus) -> None:
 def _has_pairs(corpus: Corpus) -> bool:
     """Raises ValueError if only one of what is trained on and what is evaluated has pairs."""
     found = {
-        all(store.learned == "pairs" for store in stores.stores)
+        stores is not None and all(store.learned == "pairs" for store in stores.stores)
         for stores in (corpus.stores, corpus.evaluated or corpus.stores)
-        if stores is not None
     }
     if len(found) > 1:
         raise ValueError("--held-out and --dataset must both have pairs, or neither; leave out --held-out")
     return found == {True}
+
+
+def _require_targets(flags: Flags, corpus: Corpus, training: Samples, held_out: Samples) -> None:
+    """Raises ValueError where conversations are cut off before anything that is learned of them, all of a side."""
+    stores = [store for stores in (corpus.stores, corpus.evaluated) if stores is not None for store in stores.stores]
+    if not any(store.learned for store in stores):
+        return
+    pairs, parts = _has_pairs(corpus), by_source(held_out)
+    most = None if flags.eval_tokens is None else flags.eval_tokens // len(parts)
+    sides = [("training", training, None), *((f"held-out {name}".strip(), part, most) for name, part in parts.items())]
+    for side, samples, most_tokens in sides:
+        batches = evaluation_batches(samples, batch_size=flags.train.batch_size, most_tokens=most_tokens)
+        targets = (is_pair(batch) if pairs else batch["targets"] != NO_TARGET for batch in batches)
+        if not any(each.any() for each in targets):  # which mostly reads one batch
+            rule = f"seq_len={flags.train.seq_len} must reach tokens that are learned, and the {side} side shows none"
+            raise ValueError(f"{rule}; use a longer --seq-len, or prepare more conversations")
 
 
 def _build_or_explain(flags: Flags, *, pairs: bool = False) -> tuple[Layout, Strategy, Callable, Callable]:
@@ -220,6 +236,7 @@ def facts(job: Job) -> dict[str, tuple[str, str]]:
         "the text": (job.corpus.sha256, f"{job.corpus.edition} with sha256 {job.corpus.sha256}"),
         "the tokenizer": (_sha256(json.dumps(job.tokenizer.to_json()).encode()), job.tokenizer.name),
         **dict(sorted(found.items())),
+        "the sample prompts": (_sha256("\n".join(job.prompts.lines).encode()) if job.prompts else "", ""),
         "the layout": (_sha256("".join(shardings).encode()), job.strategy.describe()),
         "the first batch": (_sha256(b"".join(array.tobytes() for array in batch.values())), ""),
     }
@@ -286,9 +303,7 @@ def build(flags: Flags, *, pairs: bool = False) -> tuple[Layout, Strategy, Calla
     layout = settle_layout(flags)
     init_state, axes = bind_state(flags.model, flags.train, flags.learning)
     strategy = get_strategy(layout, init_state, axes)
-    fastest = attention_of(strategy.devices[0])
-    model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, fastest)
-    model = choose_layer_loop(model, strategy.devices[0].platform, flags.train.reduction)
+    model = settle_model(flags, strategy)
     split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(strategy.abstract().params))
     if flags.train.reduction == "exact" and flags.learning.optimizer == "muon" and split:
         raise ValueError(
@@ -299,6 +314,13 @@ def build(flags: Flags, *, pairs: bool = False) -> tuple[Layout, Strategy, Calla
     step = bind_step(model, flags.train, flags.learning, strategy.gradients, preference)
     evaluate = make_evaluation(model) if preference is None else make_preference_evaluation(model, preference)
     return layout, strategy, step, evaluate
+
+
+def settle_model(flags: Flags, strategy: Strategy) -> TransformerConfig:
+    """The model with the attention and the layer loop that are fastest on the devices, where these are open."""
+    fastest = attention_of(strategy.devices[0])
+    model = choose_attention(flags.model, flags.train.seq_len, strategy.length_parts, fastest)
+    return choose_layer_loop(model, strategy.devices[0].platform, flags.train.reduction)
 
 
 def settle_layout(flags: Flags) -> Layout:

@@ -29,18 +29,21 @@ TOKENS = 64
 class Prompts:
     """The prompts of a file, one a line; what a user says, where there is a chat template.
 
+    Attributes:
+      lines: of the file, those that hold something.
+
     Raises ValueError if the file cannot be read or has no line, or a line cannot be continued.
     """
 
     def __init__(self, path: str, config: TransformerConfig, tokenizer: Tokenizer, template: ChatTemplate | None):
         try:
-            self._lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+            self.lines = [line for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--sample-prompts {path} cannot be read: {reason_of(error)}; give a text file") from None
-        if not self._lines:
+        if not self.lines:
             raise ValueError(f"--sample-prompts {path} must have a prompt a line and has none; leave it out")
         try:
-            self._request = request_of(self._lines, tokenizer, template)
+            self._request = request_of(self.lines, tokenizer, template)
             self._arrays, capacity = self._request.arrays(config)
         except ValueError as error:
             raise ValueError(f"--sample-prompts {path}: {error}") from None
@@ -56,7 +59,7 @@ class Prompts:
                 sharding = NamedSharding(sharding.mesh, PartitionSpec())
             self._compiled = jax.jit(self._whole, out_shardings=sharding)
         tokens, lengths = jax.device_get(self._compiled(params, self._arrays))
-        rows = zip(self._lines, self._request.prompts, tokens, lengths, strict=True)
+        rows = zip(self.lines, self._request.prompts, tokens, lengths, strict=True)
         return {
             line: "".join(decode(row[len(prompt) : length].tolist(), self._tokenizer, self._stops))
             for line, prompt, row, length in rows

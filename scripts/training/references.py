@@ -3,6 +3,7 @@
 Invariant: the reference is what the run began with, or the base beside its adapters, and the same for all of the run.
 """
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from data.samples import Batch, Samples
 from parallax.model.adapters import take_base, without_adapters
 from parallax.training.preference import REFERENCES, make_log_probs
 from parallax.training.state import TrainState
-from scripts.training.job import Job, say
+from scripts.training.job import Job, say, settle_model
 
 FILE = "references.npz"
 SIDES = ("training", "held_out")
@@ -59,14 +60,14 @@ def _read(job: Job) -> Found:
     try:
         with path.open("rb") as file, np.load(file) as held:
             return {side: held[side] for side in SIDES}
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error}); bring it back, or begin another run") from None
 
 
 def _compute(job: Job, state: TrainState) -> Found:
     say("reference computing what it has for all pairs")
-    config = job.flags.model
-    of_pairs = make_log_probs(without_adapters(config), length_normalized=job.flags.dpo.length_normalized)
+    config = without_adapters(settle_model(job.flags, job.strategy))
+    of_pairs = make_log_probs(config, length_normalized=job.flags.dpo.length_normalized)
     compute = job.strategy.compile_evaluation(lambda params, batch: of_pairs(params, batch, None))
     base = take_base(job.strategy.canonical(state).params)
     return {side: _of_side(job, getattr(job, side), compute, base) for side in SIDES}

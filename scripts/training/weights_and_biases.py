@@ -26,6 +26,8 @@ class WeightsAndBiases:
 
     Args:
       config: what the run is, as config.json has it.
+
+    Raises ValueError if the library cannot begin, as where nobody is logged in.
     """
 
     def __init__(self, project: str, folder: Path, name: str, config: dict[str, Any]):
@@ -33,9 +35,13 @@ class WeightsAndBiases:
         if not place.exists():
             place.write_text(secrets.token_hex(8))
         wandb = importlib.import_module("wandb")
-        self._run = wandb.init(
-            project=project, id=place.read_text(), name=name, config=config, dir=str(folder), resume="allow"
-        )
+        try:
+            self._run = wandb.init(
+                project=project, id=place.read_text(), name=name, config=config, dir=str(folder), resume="allow"
+            )
+        except Exception as error:  # of kinds that the library names differently from version to version
+            remedy = "log in with wandb login, or set WANDB_MODE=offline"
+            raise ValueError(f"--wandb {project} cannot begin ({error}); {remedy}") from error
 
     def step(self, step: int, metrics: Row) -> None:
         pass

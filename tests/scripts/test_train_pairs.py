@@ -76,7 +76,14 @@ def test_a_run_prefers_what_was_chosen_and_is_gone_on_with(call, pairs):
     assert status == 0, err
     jax.tree.map(np.testing.assert_array_equal, load_run("again").params, load_run("tuned").params)
 
-    (pairs / "again/references.npz").unlink()
+    references = pairs / "again/references.npz"
+    references.write_bytes(references.read_bytes()[:-30])
     shutil.rmtree(pairs / "again/checkpoints/12")
     status, _, err = call(train, "--resume", "--output-dir", "again")
     assert (status, "references.npz cannot be read" in err) == (2, True)
+
+
+def test_what_holds_no_pair_is_refused(refuses, pairs):
+    tokenizer = ["--tokenizer", "byte", *SMALL]
+    refuses(train, ["--dataset", "pairs.store", *SMALL, "--seq-len", "16"], "seq_len=16", "training side shows none")
+    refuses(train, ["--dataset", "text.txt", "--held-out", "pairs.store", *tokenizer], "must both have pairs")

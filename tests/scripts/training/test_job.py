@@ -17,6 +17,7 @@ OTHERS = {
     "the layout": ["--strategy", "pmap"],
     "the first batch": ["--seed", "1"],
     "--learning-rate": ["--learning-rate", "0.5"],
+    "the sample prompts": ["--sample-prompts", "text.txt"],
     "--print-param-hash": ["--print-param-hash"],
 }
 

@@ -37,6 +37,12 @@ def test_another_run_is_another_one_there(library, tmp_path):
     assert len({call.kwargs["id"] for call in library.init.call_args_list}) == 2
 
 
+def test_a_library_that_cannot_begin_says_why_in_one_line(library, tmp_path):
+    library.init.side_effect = RuntimeError("api_key not configured")
+    with pytest.raises(ValueError, match=r"--wandb mine cannot begin \(api_key not configured\); log in"):
+        WeightsAndBiases("mine", tmp_path, "name", {})
+
+
 def test_without_the_library_it_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--wandb mine needs the package wandb; pip install"):
