@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from parallax import cpu
-from parallax.axes import Role, constrain, param, read
+from parallax.axes import Role, constrain, local, param, read
 from parallax.config import TransformerConfig
 from parallax.layers.attend import capped
 
@@ -86,9 +86,23 @@ def _look_up_forward(num_rows: int, table_WD: jax.Array, tokens_BT: jax.Array) -
 
 
 def _look_up_backward(num_rows: int, tokens_BT: jax.Array, g_BTD: jax.Array) -> tuple[jax.Array, None]:
-    wide = jnp.promote_types(g_BTD.dtype, jnp.float32)
-    of_table = jnp.zeros((num_rows, g_BTD.shape[-1]), wide).at[tokens_BT].add(g_BTD.astype(wide))
-    return of_table.astype(g_BTD.dtype), None
+    """Each device adds up its own tokens in float32 and rounds once; what devices send is in the compute dtype.
+
+    Left to the compiler the float32 sums would be what is added up among devices, apart from those of a tied head.
+    """
+
+    def add_up(ids_W: jax.Array, tokens_BT: jax.Array, g_BTD: jax.Array) -> jax.Array:
+        """[1, 1, W, D] of the rows with these ids, some of the tokens and their gradients."""
+        wide = jnp.promote_types(g_BTD.dtype, jnp.float32)
+        own_BT = tokens_BT - ids_W[0]
+        own_BT = jnp.where(own_BT < 0, ids_W.size, own_BT)  # beyond the rows, where nothing is added
+        zeros_WD = jax.lax.full_like(g_BTD, 0, wide, (ids_W.size, g_BTD.shape[-1]))
+        return zeros_WD.at[own_BT].add(g_BTD.astype(wide)).astype(g_BTD.dtype)[None, None]
+
+    tokens = ("batch", "length")
+    on_devices = local(add_up, [("act_vocab",), tokens, (*tokens, None)], (*tokens, "act_vocab", None))
+    of_devices = on_devices(jnp.arange(num_rows), tokens_BT, g_BTD)
+    return jax.lax.reduce(of_devices, jnp.zeros((), g_BTD.dtype), jax.lax.add, (0, 1)), None
 
 
 _look_up.defvjp(_look_up_forward, _look_up_backward)

@@ -24,7 +24,7 @@ CONFIGS = {
 LAYOUTS = {
     "one device": ("tied", "single", "", 1),
     "shards, microbatches": ("untied", "mesh", "fsdp=8", 2),
-    "tensor": ("tied", "mesh", "data=4,tensor=2", 1),
+    "sequence, tensor": ("tied", "mesh", "data=2,sequence=2,tensor=2", 1),
 }
 
 

@@ -13,7 +13,7 @@ from parallax.config import PRESETS
 from parallelism.mesh_shape import network_dims, parse_mesh
 from parallelism.planning.compiler import topology_devices
 from parallelism.planning.hardware import accelerator
-from parallelism.planning.hlo_collectives import read_collectives
+from parallelism.planning.hlo_collectives import crossed_axes, read_collectives
 from parallelism.planning.hlo_flops import read_flops
 from parallelism.planning.planner import Choice, compile_choice, estimate, held_bytes, tiled_size
 from parallelism.rules import load_rules
@@ -193,6 +193,16 @@ def test_bytes_of_parameters_and_optimizer_are_those_of_the_arrays_and_of_their_
     assert held_bytes(shapes, build.axes, rules, sizes) == held
     laid_out = lowered.compile().memory_analysis().argument_size_in_bytes
     assert held_bytes(shapes, build.axes, rules, sizes, tiled_size) == pytest.approx(laid_out, rel=0.02)
+
+
+def test_both_uses_of_a_tied_table_send_one_gradient_in_bfloat16():
+    """Although each device adds up the rows that it looked up in float32."""
+    model, sizes = PRESETS["tiny"].replace(vocab_size=2**17, num_layers=1), {"data": 8, "tensor": 2}
+    flags = Flags(topology="v5e-16", batch_size=16, model=model)
+    _, _, lowered = lower(flags, choice_of(flags, "data=8,tensor=2", sizes))
+    sums = [each for each in read_collectives(lowered.compile().as_text()) if crossed_axes(each, sizes) == ("data",)]
+    shard = 2 * 2**17 * model.embed_dim // 2
+    assert shard <= sum(each.bytes * each.count for each in sums) < 1.1 * shard
 
 
 def test_fsdp_over_the_network_scatters_gradients_and_reduces_none_whole():
