@@ -8,13 +8,10 @@ import hashlib
 import importlib.util
 import json
 import os
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -38,7 +35,6 @@ PATIENCE_HOURS = 24
 """How long processes wait for one that prepares data."""
 SHUTDOWN_SECONDS = 30
 """How long a process that is done waits for the others."""
-STOPPING = "stopping: this step is saved, then the run ends; a second Ctrl-C ends it at once, without saving\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,9 +280,14 @@ def run_process(main: Callable[[], int]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+    leave_together()
+    return status
+
+
+def leave_together() -> None:
+    """Waits for the other processes, which process 0 serves until all have come here."""
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
-    return status
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -309,53 +310,3 @@ def has_peers() -> bool:
         return jax.distributed.is_initialized() and jax.process_count() > 1
     except RuntimeError:  # there are no devices, and the others may be waiting for them
         return True
-
-
-class StopRequest:
-    """Turns the first SIGTERM or Ctrl-C into a question that the loop asks; a second Ctrl-C interrupts at once.
-
-    Over several processes JAX listens for SIGTERM itself, and all agree on the question at which they stop.
-    """
-
-    def __init__(self):
-        self._requested = False
-        self._asked = 0
-        self._together: Callable[[int], bool] | None = None
-
-    def listen(self, at_once: Callable[[], None] = lambda: None) -> None:
-        """Installs the handlers; call it from the main thread, once a run is about to train.
-
-        Args:
-          at_once: called in another thread at each signal, for the main thread may be in a call that no handler
-            interrupts, such as a compilation. It may end the process. Not over several processes.
-        """
-        if jax.process_count() > 1:  # a handler for SIGTERM would displace JAX's own
-            from jax.experimental import multihost_utils
-
-            self._together = multihost_utils.reached_preemption_sync_point
-            return
-        signal.signal(signal.SIGTERM, self._note)
-        signal.signal(signal.SIGINT, self._note)
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        threading.Thread(target=_watch, args=(reading, at_once), daemon=True).start()
-
-    def __call__(self) -> bool:
-        """Whether to stop now; several processes must all ask equally often. Of them, all get one True at once."""
-        self._asked += 1
-        return self._requested if self._together is None else self._together(self._asked)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        first, self._requested = not self._requested, True  # at once: another signal may come while this one is handled
-        if first:
-            os.write(2, STOPPING.encode())  # a handler may have interrupted a print
-        elif number == signal.SIGINT:
-            raise KeyboardInterrupt
-
-
-def _watch(reading: int, at_once: Callable[[], None]) -> None:
-    """Calls `at_once` for each signal that Python writes into this pipe, whatever the main thread does."""
-    while number := os.read(reading, 1):
-        if number[0] in (signal.SIGTERM, signal.SIGINT):
-            at_once()

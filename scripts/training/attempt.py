@@ -27,7 +27,7 @@ from parallax.training.progress import Profiler, Terminal
 from parallax.training.state import TrainState, params_sha256
 from parallelism import sentinel
 from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, status_of
-from parallelism.hosts import explain, fetch, has_peers
+from parallelism.hosts import explain, fetch, has_peers, leave_together
 from parallelism.planning.hardware import peak_flops
 from scripts.training.base import Base
 from scripts.training.flags import flags_to_dict
@@ -74,6 +74,9 @@ class Attempt:
         self._texts: dict[str, str] = {}  # of the last evaluation
         self._unsaved: OSError | None = None
         self._terminal: Terminal | None = None
+        self._summary: Summary | None = None
+        if has_peers():  # whose JAX has taken SIGTERM already
+            job.strategy.stop_requested.listen(self._end_at_once)
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -129,7 +132,8 @@ class Attempt:
             self._workspace.path, self._began, self._start, self._stopwatch, self._changed, self._sources
         )
         self._stopwatch.seconds["startup"] = time.time() - self._began
-        self._job.strategy.stop_requested.listen(self._end_at_once)
+        if not has_peers():
+            self._job.strategy.stop_requested.listen(self._end_at_once)
         observers: list[Any] = []
         failures: list[Exception] = []
 
@@ -180,14 +184,22 @@ class Attempt:
         self._step = self._checkpoints.latest_step() or 0
 
     def _end_at_once(self) -> None:
-        """At a signal while the step is compiled, which nothing interrupts: no step is done that could be lost."""
-        if self._stopwatch.current == "compile":
-            self._leave_terminal()
-            self._write_summary("stopped")
+        """At a signal while the step is compiled, which nothing interrupts: no step is done that could be lost.
+
+        Several processes end so at any moment before they first ask whether to stop.
+        """
+        if not has_peers() and self._stopwatch.current != "compile":
+            return
+        self._leave_terminal()
+        self._write_summary("stopped")
+        if self._summary is None:
+            say("stopped   before the first step")
+        else:
             self._workspace.send()
-            self._workspace.release()
             self._say_end()
-            os._exit(0)
+        self._workspace.release()
+        leave_together()
+        os._exit(0)
 
     def _leave_terminal(self) -> None:
         """Gives it its cursor back."""
@@ -327,7 +339,7 @@ class Attempt:
 
     def _write_summary(self, end: str = "", failure: str | None = None) -> None:
         """With what is saved by now: a save that is under way is in the next one."""
-        if self._job.strategy.is_writer:
+        if self._summary is not None and self._job.strategy.is_writer:
             saved = self._checkpoints.best_first()
             self._summary.write(max(saved, default=0), next(iter(saved), None), end, failure)
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from parallelism.hosts import STOPPING, StopRequest
+from parallelism.stopping import STOPPING, StopRequest
 
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 120
 STEPS = """
     import sys
-    from parallelism.hosts import StopRequest
+    from parallelism.stopping import StopRequest
 
     stop = StopRequest()
     stop.listen()
@@ -135,6 +135,29 @@ FAILING = """
 """
 
 
+STOPPED = """
+    import hashlib, os
+    from parallelism.hosts import leave_together
+    from parallelism.stopping import StopRequest
+
+    def end():
+        print("ended", flush=True)
+        leave_together()
+        os._exit(0)
+
+    def main():
+        join(cluster)
+        stop = StopRequest()
+        stop.listen(end)
+        print("begin", flush=True)
+        if number == 0:
+            HANG
+        multihost_utils.sync_global_devices("the step, which process 0 is still to compile")
+
+    raise SystemExit(run_process(main))
+"""
+
+
 @contextlib.contextmanager
 def started(script, *arguments, **variables):
     """A process that runs a script, with pipes for all that goes in and comes out."""
@@ -199,7 +222,8 @@ def test_a_second_interrupt_interrupts_at_once(child, first):
 
 STUCK = """
     import hashlib, os, threading
-    from parallelism.hosts import StopRequest, run_process
+    from parallelism.hosts import run_process
+    from parallelism.stopping import StopRequest
 
     def main():
         stop = StopRequest()
@@ -299,6 +323,16 @@ def test_what_must_be_the_same_and_is_not_is_refused_by_all_with_both_sides():
         "give them the same files, flags and packages\n"
     )
     assert [(process.returncode, err) for process, (_, err) in zip(processes, ended, strict=True)] == [(2, line)] * 2
+
+
+def test_a_stop_before_any_step_ends_all_processes_though_one_is_in_a_call_that_nothing_interrupts():
+    with pair(STOPPED.replace("HANG", HANG)) as processes:
+        assert [process.stdout.readline() for process in processes] == ["begin\n"] * 2
+        processes[1].send_signal(signal.SIGTERM)
+        ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
+    assert [(process.returncode, out) for process, (out, _) in zip(processes, ended, strict=True)] == [
+        (0, "ended\n")
+    ] * 2
 
 
 SLURM = {
