@@ -24,8 +24,11 @@ from etils import epath
 from parallax.training.checkpoint_arrays import array_handler, read_arrays
 from parallax.training.checkpoint_folder import CheckpointFolder, damaged, read_manifest
 from parallax.training.checkpoint_hashes import DamageError
+from parallax.training.checkpoint_together import Together
 
 Documents = dict[str, dict[str, Any]]
+PATIENCE_MS = 20 * 60_000
+"""How long processes that save wait for each other; Orbax's own default too."""
 
 
 def to_stderr(line: str) -> None:
@@ -71,6 +74,7 @@ class Checkpointer:
         self._keep = keep
         self._is_writer = is_writer
         self._saver: Any = None
+        self._saves: list[Together] = []  # the last two
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future] | None = None
 
@@ -81,7 +85,8 @@ class Checkpointer:
 
         Raises:
           ValueError: the folder is a file, or the documents are not JSON.
-          OSError: the folder cannot be made, this save could not start, or the one before failed in the background.
+          OSError: the folder cannot be made, this save could not start, or the one before failed in the background;
+            of a failure in one process all hear, though some only at the next `wait`.
         """
         import orbax.checkpoint as ocp
 
@@ -91,19 +96,23 @@ class Checkpointer:
         snapshot = json.loads(json.dumps(documents, allow_nan=False))
         # Numbers of the host are written as arrays too.
         state = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), state)
-        if self._is_writer:
-            with self._saving(step):
-                self._folder.make_room(step)
+        together = self._begin()
+        with self._saving(step):
+            with together.shared():
+                if self._is_writer:
+                    self._folder.make_room(step)
+            together.wait("room", PATIENCE_MS)
         if self._saver is None:
             _silence()
             handlers = {"state": array_handler(), "documents": ocp.JsonCheckpointHandler()}
-            self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+            waiting = ocp.AsyncOptions(barrier_sync_fn=lambda **point: self._saves[-1].wait(**point))
+            self._saver = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers), async_options=waiting)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), documents=ocp.args.JsonSave(snapshot))
-        with self._saving(step):
+        with self._saving(step), together.shared():
             self._saver.save(self._folder.path(step), args=items)
         measured = None if eval_loss is None or not math.isfinite(eval_loss) else float(eval_loss)
         facts = {"eval_loss": measured, "arrays": _signature(state)}
-        self._pending = step, self._background.submit(self._finish, step, facts)
+        self._pending = step, self._background.submit(self._finish, step, facts, together)
         return True
 
     def measured(self, step: int, eval_loss: float) -> None:
@@ -112,9 +121,12 @@ class Checkpointer:
         Raises OSError if it cannot be written, or the last save failed.
         """
         self.wait()
-        if self._is_writer and math.isfinite(eval_loss):
-            with self._saving(step):
-                self._folder.measure(step, float(eval_loss))
+        together = self._begin()
+        with self._saving(step):
+            with together.shared():
+                if self._is_writer and math.isfinite(eval_loss):
+                    self._folder.measure(step, float(eval_loss))
+            together.wait("measured", PATIENCE_MS)
 
     def wait(self) -> None:
         """Blocks until the last save is trusted and older steps are gone. Raises OSError if that failed."""
@@ -270,11 +282,20 @@ class Checkpointer:
 
         return dict(ocp.JsonCheckpointHandler().restore(self._folder.path(step) / "documents"))
 
-    def _finish(self, step: int, facts: dict[str, Any]) -> None:
+    def _finish(self, step: int, facts: dict[str, Any], together: Together) -> None:
         """Runs in the background: Orbax's commit, then the manifest, then the deletion of older steps."""
-        self._saver.wait_until_finished()
-        if self._is_writer:
-            self._folder.trust(step, facts, self._keep)
+        with together.shared():
+            self._saver.wait_until_finished()
+            if self._is_writer:
+                self._folder.trust(step, facts, self._keep)
+        together.wait("trusted", PATIENCE_MS)
+
+    def _begin(self) -> Together:
+        """For a save or a change of one. The one before has ended in this process, and those before that in all."""
+        while len(self._saves) > 1:
+            self._saves.pop(0).forget()
+        self._saves.append(Together())
+        return self._saves[-1]
 
     @contextlib.contextmanager
     def _saving(self, step: int) -> Iterator[None]:

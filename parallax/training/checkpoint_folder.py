@@ -183,9 +183,16 @@ class CheckpointFolder:
         self._notify(f"checkpoint {step} is damaged: {damage}{aside}")
 
     def make_room(self, step: int) -> None:
-        """Makes the root, and clears the way for a save of `step`. Raises OSError if one of them fails."""
+        """Makes the root, and clears the way for a save of `step`. Raises OSError if one of them fails.
+
+        Also if no folder can be made in it: other processes would wait for that until Orbax gives up.
+        """
         make_folder(self.root)
         self.remove_unfinished()
+        if not is_remote(self.root):
+            tried = self.root / f"{step}{_UNFINISHED}"
+            tried.mkdir()
+            tried.rmdir()
         if step in self.newest_first():
             self.first_intact([step], set_aside=True)
 

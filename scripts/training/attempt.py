@@ -255,13 +255,11 @@ class Attempt:
 
     @contextlib.contextmanager
     def _unsaved_noted(self) -> Iterator[None]:
-        """Keeps the failure of the newest save, and says it; in several processes, the others wait in it: raises."""
+        """Keeps the failure of the newest save, of which all processes hear, and says it."""
         self._unsaved = None
         try:
             yield
         except OSError as error:
-            if jax.process_count() > 1:
-                raise
             self._unsaved = error
             say(f"unsaved   {_verdict(error)[1]}; the next save tries again")
 

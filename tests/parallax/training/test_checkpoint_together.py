@@ -1,0 +1,52 @@
+"""Two real processes that save together: where it fails in one, it fails in both, and the next save goes well."""
+
+import json
+
+import pytest
+
+from tests.parallelism.test_hosts import HANG_SECONDS, pair
+
+SAVES = """
+    import resource
+    import jax.numpy as jnp
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from parallax.training.checkpoint import Checkpointer
+
+    def main():
+        join(cluster)
+        across = NamedSharding(Mesh(jax.devices(), "data"), PartitionSpec("data"))
+        state = {"params": jax.jit(lambda: jnp.arange(2.0**16), out_shardings=across)()}
+        checkpoints, said = Checkpointer(FOLDER, keep=3, is_writer=number == 0), {}
+        for step in (1, 2, 3):
+            if step == 2 and number == FULL:  # a file of 10 kB and more cannot be written
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            try:
+                checkpoints.save(step, state, {"progress": {}})
+                checkpoints.wait()
+            except OSError as error:
+                said[step] = str(error)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        checkpoints.measured(3, 0.5)
+        restored = checkpoints.restore({"params": jax.ShapeDtypeStruct((2**16,), np.float32, sharding=across)})
+        print(json.dumps([said, checkpoints.steps(), restored.step, restored.eval_loss]))
+        checkpoints.close()
+        return 0
+
+    raise SystemExit(run_process(main))
+"""
+
+
+@pytest.mark.parametrize("full", [0, 1], ids=["writer", "other"])
+def test_a_save_that_fails_in_one_process_fails_in_both_and_the_next_goes_well(tmp_path, full):
+    script = SAVES.replace("FOLDER", repr(str(tmp_path / "saved"))).replace("FULL", str(full))
+    with pair(script) as processes:
+        ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    for number, (out, _) in enumerate(ended):
+        said, *found = json.loads(out.splitlines()[-1])
+        assert found == [[1, 3], 3, 0.5]
+        reason = said.pop("2")
+        assert said == {}
+        assert reason.startswith(f"checkpoint 2 could not be saved in {tmp_path / 'saved'}: ")
+        assert "File too large" in reason
+        assert (f"process {full}: " in reason) == (number != full)
