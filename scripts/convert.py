@@ -34,8 +34,10 @@ def _import(args: Sequence[str]) -> int:
     flags = parse(ImportFlags, description="Make a run folder of a Hugging Face folder.", args=args)
     # Late, since these load JAX: help answers at once.
     from parallax.interop.folders import import_adapters, import_model
+    from scripts.common.jax_process import expect_no_gpu
     from scripts.common.placement import place_params
 
+    expect_no_gpu()
     if flags.base:
         tell(import_adapters(Path(flags.source), flags.base, flags.run))
         return 0
@@ -48,8 +50,10 @@ def _export(args: Sequence[str]) -> int:
     if not flags.max_file_gb > 0:
         raise ValueError(f"--max-file-gb {flags.max_file_gb} must be positive; try 5")
     from parallax.interop.folders import export_adapters, export_model
+    from scripts.common.jax_process import expect_no_gpu
     from scripts.common.placement import place_params
 
+    expect_no_gpu()
     if flags.adapter:
         tell(export_adapters(flags.run, flags.target, step=flags.step))
         return 0

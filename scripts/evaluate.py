@@ -18,8 +18,9 @@ def main() -> int:
         flags = parse(Flags, description=DESCRIPTION)
         # Late, since these load JAX: help and bad flags answer at once.
         from parallax.storage import write_json
-        from scripts.common.jax_process import keep_compiled_programs
+        from scripts.common.jax_process import expect_no_gpu, keep_compiled_programs
 
+        expect_no_gpu()
         keep_compiled_programs()
         if flags.tasks:
             from scripts.evaluation.harness import evaluate_tasks, table

@@ -19,10 +19,11 @@ def main() -> int:
         check(flags)
         # Late, since these load JAX: help and bad flags answer at once.
         from parallax.run_folder import load_run
-        from scripts.common.jax_process import keep_compiled_programs
+        from scripts.common.jax_process import expect_no_gpu, keep_compiled_programs
         from scripts.generation.prompt_loop import Talk, chat_of, converse
         from scripts.generation.writer import Writer
 
+        expect_no_gpu()
         keep_compiled_programs()
         run = load_run(flags.checkpoint, flags.step, param_dtype=flags.param_dtype).prepared()
         draft = load_run(flags.draft, param_dtype=flags.param_dtype).prepared() if flags.draft else None

@@ -23,8 +23,9 @@ def main() -> int:
         listener = listen(flags.host, flags.port, key)
         # Late, since it loads JAX: help and bad flags answer at once.
         from parallax.serving.process import serve
-        from scripts.common.jax_process import keep_compiled_programs
+        from scripts.common.jax_process import expect_no_gpu, keep_compiled_programs
 
+        expect_no_gpu()
         keep_compiled_programs()
         return serve(
             flags.checkpoint,

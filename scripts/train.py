@@ -20,7 +20,7 @@ from parallax.model.flops import step_flops
 from parallax.model.overview import parameter_overview
 from parallelism.hosts import Cluster, fix_cpu_rounding, join, run_process
 from scripts.common.command_line import errors_in_one_line
-from scripts.common.jax_process import keep_compiled_programs, keep_large_buffers
+from scripts.common.jax_process import expect_no_gpu, keep_compiled_programs, keep_large_buffers
 from scripts.training.attempt import Attempt
 from scripts.training.flags import read_flags
 from scripts.training.job import Job, prepare_job
@@ -32,6 +32,7 @@ gc.enable()
 def main() -> int:
     """Exit status: 0 finished, or stopped as asked; 1 failed, and would again; 2 bad input; 3 failed from
     outside; 4 lost a peer; 5 lost a device, or a step did not end; 130 interrupted twice."""
+    expect_no_gpu()
     keep_large_buffers()
     keep_compiled_programs()
     with errors_in_one_line():

@@ -1,4 +1,4 @@
-"""What every process that computes sets up before JAX does: the allocator, and a cache of compiled programs.
+"""What every process that computes sets up before JAX does: the allocator, a cache of compiled programs, its log.
 
 Invariant: no result changes. Memory use may grow to the peak of a step and stays there; what the user set for JAX's own
 cache stands, and a folder that cannot be written costs a compilation, no more.
@@ -6,6 +6,7 @@ cache stands, and a folder that cannot be written costs a compilation, no more.
 
 import contextlib
 import ctypes
+import logging
 import os
 from pathlib import Path
 
@@ -16,6 +17,20 @@ from parallax.storage import cache_folder
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 KEPT_BYTES = 2**31
 """Those that were read last stay. JAX's own limit is not used: a process killed at the wrong moment breaks it."""
+
+GPUS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg")
+"""What Linux has where there is an NVIDIA GPU; the others are a Jetson's and Windows's."""
+
+
+def expect_no_gpu() -> None:
+    """Call it before JAX finds its devices. Where the plugin for GPUs is installed and there is none, as after
+    `pip install -e ".[plan-gpu]"`, JAX logs a traceback of the plugin at each start, and goes on without it."""
+    if not any(os.path.exists(device) for device in GPUS):
+        logging.getLogger("jax._src.xla_bridge").addFilter(_is_no_missing_gpu)
+
+
+def _is_no_missing_gpu(record: logging.LogRecord) -> bool:
+    return not (record.msg.startswith("Jax plugin configuration error") and "xla_cuda" in record.getMessage())
 
 
 def keep_large_buffers() -> None:

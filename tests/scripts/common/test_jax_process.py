@@ -1,5 +1,6 @@
 """Compiled programs are kept between starts, and no more of them than asked; so are large buffers in a process."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.common.jax_process import remove_oldest
+from scripts.common import jax_process
+from scripts.common.jax_process import expect_no_gpu, remove_oldest
 
 ROOT = Path(__file__).resolve().parents[3]
 COMPILE = """
@@ -87,3 +89,16 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_a_second_round_of_large_temporaries_faults_no_pages_in():
     done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000  # one round without it: 20 × 8192 pages
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_plugin_for_gpus_complains_only_where_there_is_one(there, tmp_path, monkeypatch, caplog):
+    """As JAX logs it: with the plugin's traceback."""
+    log = logging.getLogger("jax._src.xla_bridge")
+    monkeypatch.setattr(log, "filters", [])
+    monkeypatch.setattr(jax_process, "GPUS", (str(tmp_path if there else tmp_path / "none"),))
+    expect_no_gpu()
+    for plugin in ("jax_plugins.xla_cuda13", "jax_plugins.other"):
+        log.error("Jax plugin configuration error: Exception when calling %s.initialize()", plugin)
+    log.error("something else")
+    assert len(caplog.records) == (3 if there else 2)
