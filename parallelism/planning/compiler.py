@@ -69,15 +69,23 @@ def topology_devices(accelerator: Machine) -> list[Any]:
 
     Raises ValueError if its compiler is not installed, or does not know the slice.
     """
+    check_compiler(accelerator)
     return _gpus(accelerator) if isinstance(accelerator, Gpus) else _tpus(accelerator)
 
 
+def check_compiler(accelerator: Machine) -> None:
+    """Raises ValueError if the compiler for a machine is not installed."""
+    if isinstance(accelerator, Gpus):
+        for module in ("jax_plugins.xla_cuda13", "jax_cuda13_plugin", "nvidia.cudnn"):
+            if not _is_installed(module):
+                raise ValueError(
+                    f'{module}, a part of the compiler for GPUs, is not installed; try pip install -e ".[plan-gpu]"'
+                )
+    elif not _is_installed("libtpu"):
+        raise ValueError('libtpu, the compiler for TPUs, is not installed; try pip install -e ".[plan]"')
+
+
 def _gpus(gpus: Gpus) -> list[Any]:
-    for module in ("jax_plugins.xla_cuda13", "jax_cuda13_plugin", "nvidia.cudnn"):
-        if not _is_installed(module):
-            raise ValueError(
-                f'{module}, a part of the compiler for GPUs, is not installed; try pip install -e ".[plan-gpu]"'
-            )
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # the compiler's plugin looks for no GPU
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # and does not say what a report says: that a step is too large
     from jax.experimental import topologies
@@ -102,8 +110,6 @@ def _is_installed(module: str) -> bool:
 
 
 def _tpus(accelerator: Accelerator) -> list[Any]:
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError('libtpu, the compiler for TPUs, is not installed; try pip install -e ".[plan]"')
     # Live beside other processes that use libtpu, and ask no metadata server for what is not here.
     asked = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v3-8"}
     for name, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **asked}.items():

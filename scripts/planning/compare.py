@@ -14,6 +14,7 @@ import matplotlib.figure
 from rich.console import Console
 from rich.table import Table
 
+from parallelism.planning.compiler import check_compiler
 from parallelism.planning.gpus import GIB
 from parallelism.planning.hardware import Machine, machine
 from parallelism.planning.planner import Row, name_of
@@ -37,6 +38,8 @@ def compare(flags: Flags) -> int:
     Raises ValueError if a machine cannot be planned for, or the files cannot be written.
     """
     console = Console(stderr=True)
+    for name in flags.compared:
+        check_compiler(machine(name))
     found = []
     for name in flags.compared:
         asked, sliced = dataclasses.replace(flags, topology=name), machine(name)

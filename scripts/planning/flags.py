@@ -106,6 +106,9 @@ class Flags:
             raise ValueError("--compare does not go with --maxtext, whose batch depends on the machine; leave one out")
         if len(set(names)) != len(names) or len(names) < 2:
             raise ValueError(f"compare={self.compare} must name machines, each once; try v5litepod-256,h100-64")
+        if self.output and Path(self.output).suffix == ".png":
+            other = Path(self.output).with_suffix(".json")
+            raise ValueError(f"--output {self.output} is what --compare names its drawing; try --output {other}")
         for name in names:
             machine(name)
 

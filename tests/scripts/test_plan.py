@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import shlex
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -13,6 +14,7 @@ from parallelism.planning.compiler import Report
 from parallelism.planning.planner import Choice
 from parallelism.strategy import Layout
 from scripts import plan
+from scripts.planning import compare as comparing
 from scripts.planning import plan as planning
 from scripts.planning.flags import Flags, first_flags
 from scripts.planning.prices import price_of
@@ -50,6 +52,7 @@ seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --compare v4-8 --tokens 1e9 | must name machines, each once | try v5litepod-256,h100-64
 --compare v4-8,v4-8 --tokens 1e9 | must name machines, each once
 --compare v4-8,h100-8 --topology v4-8 --tokens 1e9 | --topology v4-8 does not go with --compare | leave one out
+--compare v4-8,h100-8 --tokens 1e9 --output a.png | --output a.png is what --compare names its drawing | a.json
 --model.num-kv-heads 3 | num_kv_heads=3 | try 2
 --config tiny | libtpu | not installed | pip install -e ".[plan]"
 """
@@ -61,10 +64,17 @@ def test_bad_input_gives_one_line_and_status_2(refuses, monkeypatch, args, words
     refuses(plan, args, *words)
 
 
+def test_a_compiler_that_is_missing_is_found_before_another_has_begun(refuses, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Mock() if name == "libtpu" else None)
+    monkeypatch.setattr(planning, "topology_devices", Mock(side_effect=NotImplementedError))
+    refuses(plan, ["--compare", "v4-8,h100-8", "--tokens", "1e9"], "jax_plugins.xla_cuda13", "not installed")
+
+
 @pytest.fixture
 def planned(call, monkeypatch):
     """Rows of a plan, with a fake of libtpu, which takes every program and says that it is small."""
     monkeypatch.setattr(planning, "topology_devices", lambda sliced: [])
+    monkeypatch.setattr(comparing, "check_compiler", lambda sliced: None)
     monkeypatch.setattr(planning, "compile_choice", lambda *_: Report(state_bytes=1, temporary_bytes=1, flops=1))
 
     def planned(*flags):
