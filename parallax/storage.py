@@ -32,6 +32,8 @@ def open_folder(folder: str | os.PathLike) -> epath.Path:
         return epath.Path(address)
     if not address.startswith("gs://"):
         raise ValueError(f"folder {address} must be a local path or start with gs://; try gs://BUCKET/runs/NAME")
+    if not address.removeprefix("gs://").partition("/")[0]:
+        raise ValueError(f"folder {address} names no bucket; try gs://BUCKET/runs/NAME")
     if importlib.util.find_spec("gcsfs") is None:
         raise ValueError(f"{address} needs the package gcsfs, which is missing; try pip install -e '.[gcs]'")
     from fsspec.config import conf
