@@ -244,7 +244,7 @@ def read_settings(folder: epath.Path) -> dict[str, Any]:
         settings = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"run folder {folder} has no readable config.json ({reason_of(error)}); {remedy}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({error}); {remedy}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("model"), dict):
         raise ValueError(f"{path} must hold an object with a model config; {remedy}")

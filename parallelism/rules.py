@@ -53,7 +53,7 @@ def load_rules(name_or_path: str) -> Rules:
     form = 'write an object such as {"batch": ["data", "fsdp"], "mlp": ["tensor"]}'
     try:
         rules = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"rules file {path} must be JSON ({error}); {form}") from None
     if not isinstance(rules, dict) or not all(_is_names(axes) for axes in rules.values()):
         raise ValueError(f"rules file {path} must give each logical axis a list of mesh axes; {form}")

@@ -283,7 +283,7 @@ def _read_stages(path: Path) -> list[tuple[int | None, dict[str, Fraction]]] | N
         return None
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(values, dict) or "stages" not in values:
         return None

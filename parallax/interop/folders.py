@@ -226,7 +226,7 @@ def _made(folder: str | Path) -> Iterator[Path]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"{path} must be a JSON file ({reason}); restore the model's files") from None
     if not isinstance(values, dict):

@@ -92,7 +92,7 @@ class TensorFiles:
             raise ValueError(self._what_is_there())
         try:
             weight_map = dict(json.loads(path.read_text("utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ValueError(f"{path} must hold a weight_map ({error}); restore it") from None
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):

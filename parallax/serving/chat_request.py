@@ -94,7 +94,7 @@ def _read_arguments(call: dict[str, Any]) -> Any:
     text = call["function"]["arguments"]
     try:
         value = json.loads(text)
-    except ValueError:  # a model may have written anything
+    except (ValueError, RecursionError):  # a model may have written anything
         return text
     return value if isinstance(value, dict) else text
 

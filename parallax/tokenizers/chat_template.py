@@ -227,7 +227,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be JSON ({reason_of(error)}); restore the model's files") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold an object; restore the model's files")

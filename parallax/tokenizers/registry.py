@@ -59,7 +59,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         raise ValueError(
             f"tokenizer file {path} must be readable ({error.strerror or error}); check the path"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"tokenizer file {path} must be one that training wrote: {error}") from None
 
 

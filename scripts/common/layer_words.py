@@ -55,7 +55,7 @@ def _value(annotation: str, name: str, text: str) -> Any:
             return value
         if "bool" not in annotation and not isinstance(value, bool):
             return float(value) if "float" in annotation else int(value)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pass
     wanted = "true or false" if "bool" in annotation else "a number"
     raise ValueError(f"{name}={text} of a layer must be {wanted}; try {'true' if 'bool' in annotation else 1024}")

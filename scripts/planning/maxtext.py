@@ -152,7 +152,7 @@ def _word(word: str) -> tuple[str, Any]:
         raise ValueError(f"{word!r} behind --maxtext must be a key=value; try max_target_length=2048")
     try:
         return key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{word!r} behind --maxtext is no YAML ({' '.join(str(error).split())}); mend it") from None
 
 
@@ -161,7 +161,7 @@ def _load(path: Path) -> Values:
         values = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--maxtext {path} cannot be read ({error}); choose a .yml file") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--maxtext {path} is no YAML ({' '.join(str(error).split())}); mend it") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"--maxtext {path} must hold fields such as base_emb_dim: 4096; choose another file")

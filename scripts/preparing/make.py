@@ -118,7 +118,7 @@ def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> T
         raise ValueError(f"{rule}; try bpe:32000")
     try:
         values = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a tokenizer in JSON ({error}); choose another folder") from None
     if isinstance(values, dict) and "kind" in values:
         return load_tokenizer(path)

@@ -225,7 +225,7 @@ def _saved_flags(args: list[str]) -> Flags | None:
                 f"try --init-from {folder} with another --output-dir"
             )
         saved = flags_from_dict(values)
-    except (TypeError, KeyError, json.JSONDecodeError) as error:
+    except (TypeError, KeyError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not the config of a run ({error}); choose another --output-dir") from None
     layout = {name: getattr(Flags, name) for name in LAYOUT}
     layout |= {"mode": "overfit"} if saved.mode == "overfit" else {}

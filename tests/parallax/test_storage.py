@@ -26,6 +26,7 @@ def test_local_paths_stay_as_they_are(tmp_path):
             "s3://bucket/run",
             "folder s3://bucket/run must be a local path or start with gs://; try gs://BUCKET/runs/NAME",
         ),
+        ("gs:///run", "folder gs:///run names no bucket; try gs://BUCKET/runs/NAME"),
         ("gs://bucket/run", r"gs://bucket/run needs the package gcsfs, which is missing; try pip install -e '.[gcs]'"),
     ],
 )

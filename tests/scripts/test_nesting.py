@@ -1,0 +1,28 @@
+"""Files of JSON and YAML that are nested deeper than Python reads, which is no ValueError: one line, as for others."""
+
+import pytest
+
+from scripts import convert, evaluate, plan, prepare, train
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("script", "args", "file"),
+    [
+        (train, "--dataset text.txt --strategy mesh --rules deep/rules.json", "rules.json"),
+        (train, "--resume --output-dir deep", "config.json"),
+        (evaluate, "--dataset text.txt --checkpoint deep", "config.json"),
+        (convert, "import deep run", "config.json"),
+        (convert, "export deep hf", "config.json"),
+        (prepare, "text.txt --output store --tokenizer deep", "tokenizer.json"),
+        (plan, "--hf deep", "config.json"),
+        (plan, "--maxtext deep/model.yml", "model.yml"),
+    ],
+)
+def test_a_file_that_is_nested_too_deeply_is_refused_by_its_name(refuses, tmp_path, script, args, file):
+    (tmp_path / "text.txt").write_text("to be, or not to be. " * 500)
+    (tmp_path / "deep").mkdir()
+    for name in ("config.json", "rules.json", "tokenizer.json", "model.yml"):
+        (tmp_path / "deep" / name).write_text(DEEP)
+    refuses(script, args.split(), f"deep/{file}")
