@@ -7,6 +7,7 @@ bound is broken.
 """
 
 import argparse
+import dataclasses
 import os
 import platform
 import sys
@@ -56,7 +57,7 @@ def compare_layouts(config: TransformerConfig, tokens: int) -> Iterator[tuple[st
     params = jax.device_get(jax.jit(lambda: init_params(config, jax.random.key(0)))())
     batch = zipf_batch(config.vocab_size, tokens // LENGTH, LENGTH)
     exact = gradient(config, lambda: params, batch)
-    low = config.replace(dtype="bfloat16")
+    low = dataclasses.replace(config, dtype="bfloat16")
     for layout, where in LAYOUTS.items():
         yield layout, compare(gradient(low, lambda: params, batch, *where), exact)
 
@@ -89,7 +90,7 @@ def main() -> int:
     for tokens in TOKENS:
         for model, preset in MODELS.items():
             for variant, changes in VARIANTS.items():
-                config = preset.replace(attention="blocks", **changes)
+                config = dataclasses.replace(preset, attention="blocks", **changes)
                 for layout, errors in compare_layouts(config, tokens):
                     holds = holds and max(errors) < BOUND
                     cells = " | ".join(f"{100 * each:.2f}%" for each in errors)
