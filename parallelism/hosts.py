@@ -3,15 +3,18 @@
 Invariant: a run has one writer, process 0; and none outlives a peer that is gone.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -27,7 +30,6 @@ from parallelism.exit_status import (
     code_of,
     status_of,
 )
-from parallelism.sentinel import enumerated
 
 HEARTBEAT_SECONDS = 20
 """After this long without a sign of life a process counts as dead; JAX's default of 100 s leaves a pod waiting."""
@@ -35,6 +37,13 @@ PATIENCE_HOURS = 24
 """How long processes wait for one that prepares data."""
 SHUTDOWN_SECONDS = 30
 """How long a process that is done waits for the others."""
+STOPPING = "stopping: this step is saved, then the run ends; a second Ctrl-C ends it at once, without saving\n"
+NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+"""Where JAX's preemption service writes, for all processes, that one of them got SIGTERM."""
+FIRST_WORD = "parallax/first-word"
+"""Where it says "end" or "ask", whichever a process comes to first."""
+NOTICE_SECONDS = 0.5
+"""How often a process looks for it while it cannot ask."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,43 +225,6 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def require_same(facts: Mapping[str, tuple[str, str]]) -> None:
-    """Compares what the processes of a run have to have alike. All call it, with the same names.
-
-    Args:
-      facts: by name, what is compared, and words for it, or none where it says enough.
-
-    Raises:
-      ValueError: something differs; in every process alike, naming the first and who has what.
-    """
-    if jax.process_count() == 1:
-        return
-    from jax.experimental import multihost_utils
-
-    text = json.dumps(facts).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
-    if (multihost_utils.process_allgather(digest) == digest).all():
-        return
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.zeros(sizes.max(), np.uint8)
-    padded[: len(text)] = np.frombuffer(text, np.uint8)
-    rows = multihost_utils.process_allgather(padded)
-    everyone = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
-    for name in dict.fromkeys(name for one in everyone for name in one):
-        sides: dict[str, list[int]] = {}
-        for process, one in enumerate(everyone):
-            sides.setdefault(one.get(name, ("",))[0], []).append(process)
-        if len(sides) > 1:
-            said = [_who_has(processes, *everyone[processes[0]].get(name, ("", ""))) for processes in sides.values()]
-            rule = f"{name} must be the same in all processes of a run: {', '.join(said)}"
-            raise ValueError(f"{rule}; give them the same files, flags and packages")
-
-
-def _who_has(processes: list[int], value: str, words: str) -> str:
-    noun, verb = ("processes", "have") if len(processes) > 1 else ("process", "has")
-    return f"{noun} {enumerated([str(process) for process in processes])} {verb} {words or value or 'nothing'}"
-
-
 def run_process(main: Callable[[], int]) -> int:
     """Runs a script's main function. A process that fails ends at once; exit handlers do not run.
 
@@ -310,3 +282,89 @@ def has_peers() -> bool:
         return jax.distributed.is_initialized() and jax.process_count() > 1
     except RuntimeError:  # there are no devices, and the others may be waiting for them
         return True
+
+
+class StopRequest:
+    """Turns the first SIGTERM or Ctrl-C into a question that the loop asks; a second Ctrl-C interrupts at once.
+
+    Over several processes JAX listens for SIGTERM itself, and all agree on the question at which they stop. Until the
+    first question nothing is done that could be lost, and the main thread may be in a compilation, which nothing
+    interrupts: then they end without it.
+    """
+
+    def __init__(self):
+        self._requested = False
+        self._asked = 0
+        self._together: Callable[[int], bool] | None = None
+
+    def listen(self, at_once: Callable[[], None] = lambda: None) -> None:
+        """Installs the handlers; call it from the main thread, once a run is about to train.
+
+        Args:
+          at_once: called in another thread at each signal, for the main thread may be in a call that no handler
+            interrupts, such as a compilation. It may end the process. Over several processes it is called in all of
+            them, only if none has asked yet, and must end them.
+        """
+        if jax.process_count() > 1:  # a handler for SIGTERM would displace JAX's own
+            from jax.experimental import multihost_utils
+
+            self._together = multihost_utils.reached_preemption_sync_point
+            threading.Thread(target=self._watch_notice, args=(at_once,), daemon=True).start()
+            return
+        signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=_watch_signals, args=(reading, at_once), daemon=True).start()
+
+    def __call__(self) -> bool:
+        """Whether to stop now; several processes must all ask equally often. Of them, all get one True at once."""
+        self._asked += 1
+        if self._together is None:
+            return self._requested
+        if self._asked == 1 and _first_word("ask") != "ask":
+            threading.Event().wait()  # until the other thread ends this process, as all others end
+        return self._together(self._asked)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        first, self._requested = not self._requested, True  # at once: another signal may come while this one is handled
+        if first:
+            os.write(2, STOPPING.encode())  # a handler may have interrupted a print
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def _watch_notice(self, at_once: Callable[[], None]) -> None:
+        """Calls `at_once` in each process if one gets SIGTERM before any has asked whether to stop."""
+        while (word := _said(FIRST_WORD)) != "ask":
+            if word == "end" or (_said(NOTICE) and _first_word("end") == "end"):
+                at_once()
+                return
+            time.sleep(NOTICE_SECONDS)
+
+
+def _watch_signals(reading: int, at_once: Callable[[], None]) -> None:
+    """Calls `at_once` for each signal that Python writes into this pipe, whatever the main thread does."""
+    while number := os.read(reading, 1):
+        if number[0] in (signal.SIGTERM, signal.SIGINT):
+            at_once()
+
+
+def _first_word(word: str) -> str | None:
+    """The word of that process of the run which was the first to say one."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is one
+        _client().key_value_set(FIRST_WORD, word)
+    return _said(FIRST_WORD)
+
+
+def _said(key: str) -> str | None:
+    """What all processes of the run can read under that key, or None."""
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        return _client().key_value_try_get(key)
+    return None
+
+
+def _client() -> Any:
+    from jax._src import distributed  # JAX has no public name for what its processes say to each other
+
+    return distributed.global_state.client

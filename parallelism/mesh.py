@@ -15,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from parallax import axes
 from parallelism import reduction
 from parallelism.gathers import OnShards, ShardPlacement
+from parallelism.hosts import StopRequest
 from parallelism.mesh_shape import choose_mesh, count_slices, lay_out, parse_mesh, show_mesh
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
 from parallelism.rules import (
@@ -29,7 +30,6 @@ from parallelism.rules import (
     partition_spec,
     split_by,
 )
-from parallelism.stopping import StopRequest
 from parallelism.strategy import Layout, State, make_state
 
 RAGGED = ("TPU v5", "TPU v5p")

@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from parallax import axes
 from parallelism import reduction
+from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
-from parallelism.stopping import StopRequest
 from parallelism.strategy import Layout, State, make_state
 
 AXIS = "batch"

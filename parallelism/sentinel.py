@@ -3,12 +3,15 @@
 A step keeps replicas equal only if they were equal before it. A bit that flips in one device's memory, or a host that
 reads other data, shows in no metric at first, and in every checkpoint afterwards.
 
+Before the first step processes are asked what else they must have alike: text, flags, packages.
+
 Invariant: arrays are hashed where they are, and only 64 bits a leaf and device travel. Every process gets all of the
 hashes, so all come to the same verdict.
 """
 
 import functools
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -211,3 +214,40 @@ def enumerated(names: list[str], most: int = 8) -> str:
     if len(names) > most:
         names = [*names[: most - 1], f"{len(names) - most + 1} more"]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def require_same(facts: Mapping[str, tuple[str, str]]) -> None:
+    """Compares what the processes of a run have to have alike. All call it, with the same names.
+
+    Args:
+      facts: by name, what is compared, and words for it, or none where it says enough.
+
+    Raises:
+      ValueError: something differs; in every process alike, naming the first and who has what.
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(facts).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
+    if (multihost_utils.process_allgather(digest) == digest).all():
+        return
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    everyone = [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    for name in dict.fromkeys(name for one in everyone for name in one):
+        sides: dict[str, list[int]] = {}
+        for process, one in enumerate(everyone):
+            sides.setdefault(one.get(name, ("",))[0], []).append(process)
+        if len(sides) > 1:
+            said = [_who_has(processes, *everyone[processes[0]].get(name, ("", ""))) for processes in sides.values()]
+            rule = f"{name} must be the same in all processes of a run: {', '.join(said)}"
+            raise ValueError(f"{rule}; give them the same files, flags and packages")
+
+
+def _who_has(processes: list[int], value: str, words: str) -> str:
+    noun, verb = ("processes", "have") if len(processes) > 1 else ("process", "has")
+    return f"{noun} {enumerated([str(process) for process in processes])} {verb} {words or value or 'nothing'}"

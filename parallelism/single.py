@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from parallelism import reduction
+from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, check_dealing
-from parallelism.stopping import StopRequest
 from parallelism.strategy import Layout, State, make_state
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import numpy as np
 
+from parallelism.hosts import StopRequest
 from parallelism.rows import Batch
-from parallelism.stopping import StopRequest
 
 State: TypeAlias = Any
 """A dataclass of arrays, with the parameters in its field `params`."""

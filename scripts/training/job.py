@@ -29,8 +29,9 @@ from parallax.tokenizers.chat_template import ChatTemplate, read_chat_template
 from parallax.tokenizers.registry import load_tokenizer
 from parallax.training.loss import NO_TARGET, make_evaluation
 from parallax.training.preference import PreferenceConfig, is_pair, make_preference_evaluation
-from parallelism.hosts import agree, require_same, wait_for_all
+from parallelism.hosts import agree, wait_for_all
 from parallelism.planning.hardware import attention_of
+from parallelism.sentinel import require_same
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.preparing.automatic import find_unprepared, prepare_into_cache

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from parallelism.stopping import STOPPING, StopRequest
+from parallelism.hosts import STOPPING, StopRequest
 
 ROOT = Path(__file__).parents[2]
 HANG_SECONDS = 120
 STEPS = """
     import sys
-    from parallelism.stopping import StopRequest
+    from parallelism.hosts import StopRequest
 
     stop = StopRequest()
     stop.listen()
@@ -35,7 +35,8 @@ START = """
     import jax, numpy as np
     from jax.experimental import multihost_utils
     from parallelism import mesh_shape
-    from parallelism.hosts import Cluster, agree, fetch, join, require_same, run_process
+    from parallelism.hosts import Cluster, agree, fetch, join, run_process
+    from parallelism.sentinel import require_same
     from scripts.common.command_line import errors_in_one_line
     from tests.parallelism.conftest import Tiny
     number = int(sys.argv[2])
@@ -138,7 +139,7 @@ FAILING = """
 STOPPED = """
     import hashlib, os
     from parallelism.hosts import leave_together
-    from parallelism.stopping import StopRequest
+    from parallelism.hosts import StopRequest
 
     def end():
         print("ended", flush=True)
@@ -223,7 +224,7 @@ def test_a_second_interrupt_interrupts_at_once(child, first):
 STUCK = """
     import hashlib, os, threading
     from parallelism.hosts import run_process
-    from parallelism.stopping import StopRequest
+    from parallelism.hosts import StopRequest
 
     def main():
         stop = StopRequest()

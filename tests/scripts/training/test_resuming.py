@@ -13,7 +13,7 @@ import jax
 import pytest
 from etils import epath
 
-from parallelism.stopping import StopRequest
+from parallelism.hosts import StopRequest
 from scripts import train
 from scripts.training.flags import read_flags
 from scripts.training.lease import LEASE_FILE
