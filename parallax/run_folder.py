@@ -97,12 +97,13 @@ def load_run(
             f"vocab_size={config.vocab_size} in {folder / 'config.json'} must equal the {tokenizer.vocab_size} of "
             "tokenizer.json; restore the files that training wrote"
         )
+    placed = place(config)
     as_saved = param_dtype is None
-    abstract = place(config) if as_saved else in_dtype(place(config), param_dtype)
+    abstract = placed if as_saved else in_dtype(placed, param_dtype)
     if not config.lora.rank:
         params, source = read_checkpoint(folder, abstract, step, as_saved=as_saved)
-    else:
-        adapters, source = read_checkpoint(folder, take_adapters(abstract), step, as_saved=as_saved)
+    else:  # adapters stay in float32, so that a merged matrix is rounded once
+        adapters, source = read_checkpoint(folder, take_adapters(placed), step)
         base, _ = read_base(folder, settings, take_base(abstract), as_saved=as_saved)
         params = jax.jit(lambda base, adapters: merge(config, join(base, adapters)), donate_argnums=0)(base, adapters)
         config = without_adapters(config)
@@ -119,10 +120,11 @@ def load_adapters(folder: str | os.PathLike, base: Run) -> Run:
     config = config_from_dict(settings["model"])
     if not config.lora.rank:
         raise ValueError(f"{folder} must hold adapters and holds a whole model; serve it by itself")
-    if settings["base"]["sha256"] != identity_of(base.folder, base.step):
-        named = f"step {settings['base']['step']} of {settings['base']['run']}"
+    named = _base_of(folder, settings)
+    if named.sha256 != identity_of(base.folder, base.step):
         raise ValueError(
-            f"{folder} has adapters for {named}, which step {base.step} of {base.folder} is not; give their own base"
+            f"{folder} has adapters for step {named.step} of {named.run}, "
+            f"which step {base.step} of {base.folder} is not; give their own base"
         )
     adapters, source = read_checkpoint(folder, take_adapters(abstract_params(config)))
     params = beside(config, base.params, adapters)
@@ -200,9 +202,7 @@ def read_base(
     Raises:
       ValueError: they are not there, or are others by now.
     """
-    if "base" not in settings:
-        raise ValueError(f"{folder / 'config.json'} must name the base of the adapters; restore the file")
-    named = Source(**settings["base"])
+    named = _base_of(folder, settings)
     remedy = f"bring back checkpoint {named.step} of {named.run}"
     beside = folder.parent / os.path.basename(named.run)  # both folders may have been moved together
     places = [place for place in (named.run, beside) if (open_folder(place) / "checkpoints").exists()]
@@ -214,6 +214,14 @@ def read_base(
             f"{folder} has adapters of a base with sha256 {named.sha256}, and {named.run} has {found.sha256}; {remedy}"
         )
     return params, named
+
+
+def _base_of(folder: Any, settings: dict[str, Any]) -> Source:
+    """What the config.json of a run of adapters names as their base. Raises ValueError if it names none."""
+    try:
+        return Source(**settings["base"])
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / 'config.json'} must name the base of the adapters; restore the file") from None
 
 
 def trained_length(settings: dict[str, Any]) -> int:

@@ -162,7 +162,10 @@ def import_adapters(source: Path, base: str | Path, run: str | Path) -> str:
     _check_folder(source)
     above = open_folder(base)
     settings = read_settings(above)
-    config, adapters = read_adapters(source, without_adapters(config_from_dict(settings["model"])))
+    model = config_from_dict(settings["model"])
+    if model.lora.rank:
+        raise ValueError(f"--base {base} holds adapters alone; give the run of the model that they are beside")
+    config, adapters = read_adapters(source, model)
     tokenizer = load_tokenizer(above / "tokenizer.json")
     with _made(run) as draft:
         named = best_source(base)._asdict()

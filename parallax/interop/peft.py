@@ -29,9 +29,13 @@ USUAL = {"peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out
 """What other values of these would compute is not here."""
 EMPTY = (
     *("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform"),
-    *("target_parameters", "layer_replication"),
+    *("target_parameters", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
+    *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
 """The same of these, where they hold something."""
+RESIDUAL = ("pissa", "olora", "corda", "loftq")
+"""Beginnings of `init_lora_weights` by which PEFT changes the base, both before it trains adapters and when it reads
+them."""
 
 
 class _Adapter(NamedTuple):
@@ -152,6 +156,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in EMPTY:
         if values.get(name):
             raise ValueError(f"{name}={values[name]!r} of {path} must be empty; {remedy}")
+    if str(first := values.get("init_lora_weights")).lower().startswith(RESIDUAL):
+        raise ValueError(f"init_lora_weights={first!r} of {path} changes the base too; {remedy}")
     return values
 
 

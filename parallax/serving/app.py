@@ -30,7 +30,7 @@ from parallax.serving.chat_request import ChatForm
 from parallax.serving.engine import Counts, Engine
 from parallax.serving.errors import CLIENT_GONE, Refusal, json_response, say_refusal
 from parallax.serving.openapi import describe_server
-from parallax.serving.request import Ask, CompletionForm, Schema, model_of, unknown_model
+from parallax.serving.request import Ask, CompletionForm, model_of, unknown_model
 from parallax.tokenizers.chat import Chat
 from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
 
@@ -70,6 +70,7 @@ def application(models: Sequence[Served], slots: int, limits: Limits, names: fro
     counts, known = Counts([each.engine for each in models], slots), [each.name for each in models]
     desks = {each.name: _Desk(each, known, limits.within(each.capacity)) for each in models}
     first, created = desks[known[0]], int(time.time())
+    chat = next((desk.chat.schema for desk in desks.values() if desk.chat), None)  # adapters may have taught a base
     cards = {name: {"id": name, "object": "model", "created": created, "owned_by": "parallax"} for name in known}
 
     async def take(request: Request) -> tuple[_Desk, bytes]:
@@ -123,7 +124,7 @@ def application(models: Sequence[Served], slots: int, limits: Limits, names: fro
             Route("/healthz", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             _fixed("/run", _describe_run(first.model, limits.within(first.model.capacity))),
-            _fixed("/openapi.json", describe_server(known, *first.schemas, with_key=bool(key))),
+            _fixed("/openapi.json", describe_server(known, first.form.schema, chat, with_key=bool(key))),
             *assets,
         ],
         exception_handlers=dict.fromkeys((Refusal, HTTPException, ClientDisconnect, Exception), say_refusal),
@@ -140,11 +141,6 @@ class _Desk:
         run, template = model.run, model.run.chat_template
         self.model, self.form = model, CompletionForm(known, run.tokenizer, limits)
         self.chat = ChatForm(known, Chat(template, run.tokenizer), limits, model.capacity) if template else None
-
-    @property
-    def schemas(self) -> tuple[Schema, Schema | None]:
-        """Of completions, and of chats where there are some."""
-        return self.form.schema, self.chat and self.chat.schema
 
 
 async def _read_body(request: Request, limits: Limits) -> bytes:

@@ -45,20 +45,20 @@ class ChatTemplate:
       source: the template.
       special_tokens: spellings by the names of NAMES.
       with_tools: the template for conversations with tools, where the model has one of its own.
+
+    Attributes:
       stops: texts that end an answer, beside the ids that end one.
     """
 
-    def __init__(
-        self, source: str, special_tokens: Mapping[str, str], with_tools: str | None = None, stops: tuple[str, ...] = ()
-    ):
-        self.source, self.special_tokens = source, dict(special_tokens)
-        self.with_tools, self.stops = with_tools, stops
+    def __init__(self, source: str, special_tokens: Mapping[str, str], with_tools: str | None = None):
+        self.source, self.special_tokens, self.with_tools = source, dict(special_tokens), with_tools
+        self.stops = PLAIN_STOPS if source == PLAIN else ()
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
         """What a process of its own cannot be copied with."""
-        return ChatTemplate, (self.source, self.special_tokens, self.with_tools, self.stops)
+        return ChatTemplate, (self.source, self.special_tokens, self.with_tools)
 
     def check(self) -> None:
         """Raises ValueError for a template that can render no conversation: a fault of its syntax, or a hostile one."""
@@ -153,7 +153,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def plain_template(tokenizer: Tokenizer) -> ChatTemplate:
     """PLAIN, for any tokenizer."""
-    return ChatTemplate(PLAIN, special_tokens_of(tokenizer), stops=PLAIN_STOPS)
+    return ChatTemplate(PLAIN, special_tokens_of(tokenizer))
 
 
 def special_tokens_of(tokenizer: Tokenizer) -> dict[str, str]:

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.run_folder import load_run
+from parallax.config import config_from_dict
+from parallax.model.adapters import join, merge, take_adapters
+from parallax.run_folder import abstract_params, load_adapters, load_run, read_checkpoint, read_settings
 from parallax.training.checkpoint import Checkpointer
 from scripts import convert, train
 from tests.scripts.conftest import write_text
@@ -72,6 +74,13 @@ def test_a_run_of_adapters_is_gone_on_with(call, tuned):
     assert all(row["text"] for row in kept)
 
 
+def test_a_merged_matrix_is_rounded_once(tuned):
+    config = config_from_dict(read_settings(tuned)["model"])
+    adapters, _ = read_checkpoint("tuned", take_adapters(abstract_params(config)))
+    expected = merge(config, join(load_run("run", param_dtype="bfloat16").params, adapters))
+    jax.tree.map(np.testing.assert_array_equal, load_run("tuned", param_dtype="bfloat16").params, expected)
+
+
 def test_adapters_go_out_and_in(call, tuned):
     assert call(convert, "export", "tuned", "peft", "--adapter")[0] == 0
     assert call(convert, "import", "peft", "back", "--base", "run")[0] == 0
@@ -79,9 +88,11 @@ def test_adapters_go_out_and_in(call, tuned):
 
 
 def test_what_cannot_be_is_refused(refuses, tuned):
+    (tuned.parent / "peft").mkdir()
     refuses(train, ["--dataset", "text.txt", "--lora.rank", "2"], "--init-from names none")
     refuses(train, ["--dataset", "text.txt", "--init-from", "tuned"], "holds adapters alone")
     refuses(convert, ["export", "run", "peft", "--adapter"], "has no adapters")
+    refuses(convert, ["import", "peft", "back", "--base", "tuned"], "--base tuned holds adapters alone")
     refuses(train, ["--dataset", "text.txt", "--sample-prompts", "none.txt"], "none.txt cannot be read")
     settings = json.loads((tuned / "config.json").read_text())
     settings["base"]["run"] = str(tuned.parent / "elsewhere/run")
@@ -90,3 +101,7 @@ def test_what_cannot_be_is_refused(refuses, tuned):
     (tuned.parent / "run").rename(tuned.parent / "moved")
     with pytest.raises(ValueError, match="is not there; bring back checkpoint 12"):
         load_run("tuned")
+    del settings["base"]
+    (tuned / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="must name the base of the adapters"):
+        load_adapters("tuned", load_run("moved"))

@@ -62,6 +62,8 @@ def test_matrices_are_named_and_laid_out_as_of_linear_layers(tmp_path):
         ({"use_dora": True}, "use_dora=True .* must be False"),
         ({"peft_type": "IA3"}, "must be 'LORA'"),
         ({"rank_pattern": {"q_proj": 8}}, "must be empty"),
+        ({"alora_invocation_tokens": [1, 2]}, "must be empty"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' .* changes the base too"),
         ({"r": "two"}, "r='two' .* must be a number"),
     ],
 )

@@ -14,6 +14,7 @@ from parallax.model.adapters import take_adapters
 from parallax.model.transformer import init_params
 from parallax.run_folder import load_adapters, load_run
 from parallax.text import make_request
+from parallax.tokenizers.chat_template import plain_template, write_chat_template
 from tests.parallax.serving.server import LETTERS, serving, write_run
 from tests.scripts.untrained import one_layer
 
@@ -33,6 +34,7 @@ def folders(tmp_path_factory):
     (folder / "peft").mkdir()
     write_adapters(jax.tree.map(lambda leaf: rng.normal(0, 0.5, leaf.shape), shapes), config, folder / "peft")
     import_adapters(folder / "peft", base, folder / "tuned")
+    write_chat_template(plain_template(LETTERS), folder / "tuned")
     return folder
 
 
@@ -56,6 +58,7 @@ def test_a_base_and_its_adapters_answer_by_their_names(folders):
         assert wrong.status_code == 404
         assert "those that are, are 'base', 'tuned'" in wrong.json()["error"]["message"]
         assert server.gauge("answers_total") == 2
+        assert "/v1/chat/completions" in server.http.get("/openapi.json").json()["paths"], "the adapters chat"
 
 
 def test_adapters_share_the_arrays_of_their_base_and_need_it(folders, tmp_path):

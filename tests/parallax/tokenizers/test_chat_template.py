@@ -120,6 +120,11 @@ def test_the_plain_form():
     assert plain_template(CharTokenizer("ab")).render(HELLO) == "User: Hello, who are you?\n"
 
 
+def test_the_plain_form_of_a_folder_stops_where_the_user_would_go_on(tmp_path):
+    write_chat_template(plain_template(ByteTokenizer()), tmp_path)
+    assert read_chat_template(epath.Path(tmp_path), ByteTokenizer()).stops == ("\nUser:",)
+
+
 @pytest.mark.parametrize("layout", ["a file", "in the config", "in the config, by name", "beside another"])
 def test_where_models_keep_it(tmp_path, layout):
     config = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>", "unk_token": None}
