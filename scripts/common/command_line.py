@@ -59,7 +59,8 @@ def _first_message(box: str) -> str:
     title, *sections = re.split(r"^[ │]*[-─]{3,}[ │]*$", text, flags=re.MULTILINE)
     message = " ".join((sections or [title])[0].replace("│", " ").split()).rstrip(".")
     message = message.partition(". Got errors:")[0]
-    message = re.sub(r"^Error parsing [\w.-]*: (?=\w+=)", "", message)
+    # What a dataclass refuses by itself says its rule, and needs no name of the class or of its flag.
+    message = re.sub(r"^Error parsing (?:\w+|[\w.-]*(?=: \w+=)): ", "", message)
     return message if "; " in message else f"{message}; see --help"
 
 
