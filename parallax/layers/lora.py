@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from parallax.axes import describe, param, read
-from parallax.layer_config import ADAPTED, LoraConfig
+from parallax.layer_config import ADAPTED, LoraConfig, require
 from parallax.layers.dropout import dropout, fold_in
 
 ADAPTERS = "adapters"
@@ -60,9 +60,18 @@ def adapted(adapters: nnx.Dict, matrix: str, x: jax.Array, y: jax.Array, keys_B:
     return y + adapters[matrix](x, None if keys_B is None else fold_in(keys_B, KEYS + ADAPTED.index(matrix)))
 
 
-def freeze(model: nnx.Module, dtype: str) -> None:
-    """Has all parameters but those of adapters not learned, and held in `dtype`."""
+def freeze(model: nnx.Module, lora: LoraConfig) -> None:
+    """Has all parameters but those of adapters not learned, and held in `lora.base_dtype`.
+
+    Raises ValueError for a target that has no adapter in this model.
+    """
+    found = set()
     for path, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Param) and ADAPTERS not in path:
+        if isinstance(variable, nnx.Param) and ADAPTERS in path:
+            found.add(path[path.index(ADAPTERS) + 1])
+        elif isinstance(variable, nnx.Param):
             variable.set_metadata(learned=False)
-            variable.set_value(variable[...].astype(dtype))
+            variable.set_value(variable[...].astype(lora.base_dtype))
+    for target in lora.targets:
+        rule = f"lora.targets has {target!r}, which is a matrix of experts alone here, and these have no adapters"
+        require(target in found, f"{rule}; try query")

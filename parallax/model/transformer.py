@@ -33,7 +33,7 @@ class TransformerLM(nnx.Module):
         if not config.tie_embeddings:
             self.output = Embedding(config, "output", rngs=rngs)
         if config.lora.rank:
-            freeze(self, config.lora.base_dtype)
+            freeze(self, config.lora)
 
     @classmethod
     def from_params(cls, config: TransformerConfig, params: Params) -> "TransformerLM":

@@ -125,6 +125,13 @@ def test_experts_are_frozen_and_what_all_tokens_go_through_is_adapted():
     np.testing.assert_allclose(logits(plain, merge(config, params)), logits(config, params), atol=2e-5, rtol=2e-5)
 
 
+def test_a_target_that_experts_alone_have_is_refused():
+    config = dataclasses.replace(BASE, experts=ExpertsConfig(num_experts=4, mlp_dim=8), pattern=())
+    assert set(take_adapters(parameters(with_lora(config)))["blocks"]) == {"attention"}
+    with pytest.raises(ValueError, match=r"lora\.targets has 'up', which is a matrix of experts alone here"):
+        parameters(with_lora(config, targets=("query", "up")))
+
+
 def test_a_config_comes_in_as_it_went_out():
     config = with_lora(targets=("query", "up"), rslora=True)
     again = config_from_dict(json.loads(json.dumps(config_to_dict(config))))
