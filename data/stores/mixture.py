@@ -23,7 +23,7 @@ from etils import epath
 from data.samples import Batch, Samples
 from data.stores.order import shuffled
 from data.stores.rows import PACKINGS, Packing, Pairs, StoreRows
-from data.stores.store import TokenStore, open_store
+from data.stores.store import TokenSide, TokenStore, open_store
 from parallax.storage import is_remote
 
 BLOCK = 1000
@@ -94,15 +94,16 @@ class Stores:
     def training(self, seq_len: int, packing: str | None = None) -> "StoreRows | Mixture":
         """Rows to train on, filled as one of PACKINGS. Raises ValueError where a store has none."""
         sides = [(store.train, f"the training side of {store.folder}") for store in self.stores]
-        return self._joined([self._packing(packing)(side, seq_len, what) for side, what in sides])
+        return self._joined(seq_len, packing, sides)
 
     def held_out(self, seq_len: int, packing: str | None = None) -> "StoreRows | Mixture":
         """Rows that are held out. Raises ValueError where a store has none."""
         sides = [(store.held_out, f"the held-out side of {store.folder}") for store in self.stores]
-        return self._joined([self._packing(packing)(side, seq_len, what) for side, what in sides])
+        return self._joined(seq_len, packing, sides)
 
-    def _packing(self, name: str | None) -> Packing:
-        """By default concat; conversations are kept apart, since one is no context of another.
+    def _packing(self, name: str | None, store: TokenStore) -> Packing:
+        """By default concat; conversations are kept apart, since one is no context of another, and text beside them
+        too, which is cut and not cut off.
 
         Raises ValueError for pairs beside what is none.
         """
@@ -110,9 +111,17 @@ class Stores:
             if not all(store.learned == "pairs" for store in self.stores) or name is not None:
                 raise ValueError(f"{self.title} has pairs, which go with no other store and no --packing; leave it out")
             return Pairs
-        return PACKINGS[name or ("whole" if any(store.learned for store in self.stores) else "concat")]
+        beside = "best-fit" if any(store.learned for store in self.stores) else "concat"
+        return PACKINGS[name or ("whole" if store.learned else beside)]
 
-    def _joined(self, parts: list[StoreRows]) -> "StoreRows | Mixture":
+    def _joined(
+        self, seq_len: int, packing: str | None, sides: Sequence[tuple[TokenSide, str]]
+    ) -> "StoreRows | Mixture":
+        """The rows of a side of each store, which words name."""
+        parts: list[StoreRows] = [
+            self._packing(packing, store)(side, seq_len, what)
+            for store, (side, what) in zip(self.stores, sides, strict=True)
+        ]
         return parts[0] if len(parts) == 1 else Mixture(self.short_names, parts, self.stages)
 
     def seen(self, training: Samples, batch_size: int, seed: int, step: int) -> dict[str, dict[str, float]]:

@@ -168,8 +168,9 @@ def _say_cut(corpus: Corpus, training: Samples, seq_len: int) -> Iterator[str]:
     stores = () if corpus.stores is None else corpus.stores.stores
     if not any(store.learned for store in stores):
         return
-    if cut := sum(part.count_cut() for part in rows_by_store(training)):
-        documents = sum(store.train.num_documents for store in stores)
+    chats = [(store, rows) for store, rows in zip(stores, rows_by_store(training), strict=True) if store.learned]
+    if cut := sum(rows.count_cut() for _, rows in chats):
+        documents = sum(store.train.num_documents for store, _ in chats)
         yield f"cut       {cut:,} of {documents:,} conversations, for which --seq-len {seq_len} is too short"
 
 

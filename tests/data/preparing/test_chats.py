@@ -1,13 +1,14 @@
 """Conversations in a store: every shape comes to the same tokens, and only what is learned is a target."""
 
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from data.preparing.chats import ChatForm, read_conversation, read_pair
 from data.samples import Samples
-from data.stores.mixture import Stores
+from data.stores.mixture import Stage, Stores
 from parallax.tokenizers.chat_template import plain_template
 from parallax.tokenizers.plain import ByteTokenizer
 from tests.data.small_stores import prepared
@@ -85,6 +86,17 @@ def test_only_what_is_learned_is_a_target(tmp_path, packing):
         expected += [(a, b) for a, b, kept in zip(ids, ids[1:], learned[1:], strict=False) if kept]
     assert targets(samples) == sorted(expected)
     assert len(expected) > 40
+
+
+def test_text_beside_conversations_is_cut_and_not_cut_off(tmp_path):
+    chats = store_of(tmp_path, [{"prompt": f"{a}+{a}?", "completion": str(2 * a)} for a in range(20)])
+    (tmp_path / "text.txt").write_text("abcdefghij" * 50)
+    text = prepared(tmp_path / "text.store", tmp_path / "text.txt", tokenizer=TOKENIZER, held_out=0.0)
+    half = Fraction(1, 2)
+    mixture = Stores((chats, text), (Stage(None, (half, half)),)).training(64)
+    batch = mixture.gather(mixture.all_ids())
+    assert np.isin(batch["inputs"], text.train.read(0, 10)).sum() > 450, "the whole text, and not its first row"
+    assert (batch["segments"] > 0).any(axis=1).all()
 
 
 def test_parquet_and_workers_make_the_same_store(tmp_path):
