@@ -187,8 +187,10 @@ def row_to_json(row: Row, sliced: Machine, asked: Flags) -> dict[str, Any]:
 
 def commands(row: Row, sliced: Machine, asked: Flags) -> tuple[str, str]:
     """The train.py that runs a row on the machine, and the same rehearsed here on simulated devices."""
-    command = run_command(row.choice, asked)
-    return f"{environment(sliced)}{command}", f"JAX_NUM_CPU_DEVICES={sliced.devices} {command} --lower-only"
+    command = rehearsed = run_command(row.choice, asked)
+    if asked.model.lora.rank:  # adapters are learned beside a model that is there
+        command = command.replace(f"--config {asked.config}", "--init-from RUN")
+    return f"{environment(sliced)}{command}", f"JAX_NUM_CPU_DEVICES={sliced.devices} {rehearsed} --lower-only"
 
 
 def run_command(choice: Choice, asked: Flags) -> str:
@@ -218,5 +220,5 @@ def _changes(config: Any, default: Any, prefix: str) -> list[str]:
         if dataclasses.is_dataclass(value):
             words += _changes(value, usual, f"{name}.")
         elif value != usual:
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}", *(value if field.name == "targets" else [str(value)])]
     return words

@@ -253,7 +253,7 @@ def _settle(flags: Flags) -> Flags:
     if short:
         model = dataclasses.replace(model, **short)
     check_length(flags.train.seq_len, model)
-    if model.lora.rank and flags.init_from is None:
+    if model.lora.rank and flags.init_from is None and not flags.lower_only:
         raise ValueError(
             f"--lora.rank {model.lora.rank} learns beside a model that is there, and --init-from names none; "
             "try --init-from RUN"
