@@ -4,11 +4,13 @@ Invariant: bad input gives exactly one line on standard error, with rule, value 
 """
 
 import contextlib
+import errno
 import functools
 import importlib
 import io
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -82,6 +84,12 @@ def errors_in_one_line() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be flushed
         raise SystemExit(141) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # which even the question whether there is a file raises
+            raise
+        name = reprlib.repr(str(error.filename))
+        print(f"error: name {name} is longer than a file system takes; give a shorter one", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
