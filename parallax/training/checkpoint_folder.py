@@ -197,10 +197,14 @@ class CheckpointFolder:
             self.first_intact([step], set_aside=True)
 
     def remove_unfinished(self) -> None:
-        """Removes what a killed save left. No save may be under way."""
+        """Removes what a save left that was killed or failed. No save may be under way.
+
+        One that failed at one array may still write others: a folder that they fill meanwhile goes the next time.
+        """
         for entry in self.root.iterdir() if self.root.is_dir() else ():
             if self._is_unfinished(entry):
-                entry.rmtree()
+                with contextlib.suppress(OSError):
+                    entry.rmtree()
 
     def trust(self, step: int, facts: dict[str, Any], keep: int) -> None:
         """Writes the manifest of a saved step, then deletes older ones but the newest `keep` and the best."""

@@ -3,6 +3,7 @@
 import grp
 import hashlib
 import json
+import os
 import pathlib
 import pwd
 import shutil
@@ -74,6 +75,24 @@ def test_the_writer_removes_what_a_killed_save_left(tmp_path):
         (tmp_path / "30.orbax-checkpoint-tmp" / "part").write_text("half")
         act()
         assert not (tmp_path / "30.orbax-checkpoint-tmp").exists()
+
+
+def test_writes_that_a_failed_save_left_going_do_not_fail_the_next(tmp_path, monkeypatch):
+    """TensorStore's outlive the exception of the first that fails."""
+    left, rmdir = tmp_path / "6.orbax-checkpoint-tmp", os.rmdir
+    left.mkdir()
+
+    def late(folder, **how):
+        left.joinpath("late").write_text("")
+        rmdir(folder, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", late)
+        assert saved(tmp_path, [9]) == []
+    assert reader(tmp_path)[0].steps() == [9]
+    assert left.exists()
+    saved(tmp_path, [12])
+    assert not left.exists()
 
 
 def test_a_deletion_cut_short_is_not_trusted_and_is_completed_by_the_next_save(tmp_path, monkeypatch):
