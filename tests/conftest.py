@@ -10,13 +10,14 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compiling what then runs for milliseconds: without optimisation that takes half, without
-# the fusion emitters of jaxlib 0.10, which 0.12 has no flag for, an eighth. Programs of tests/claims do without this.
+# the fusion emitters of jaxlib 0.10, which 0.12 has no flag for, an eighth, and a quarter less in one module than cut
+# into 32 for as many threads. Programs of tests/claims do without this.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 if version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # Tests and the processes that they start compile the same programs again and again: they share them here.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest

@@ -101,7 +101,7 @@ class Training:
         script, *arguments = [*several, "--", *train] if layout.processes > 1 else ["train.py", *train]
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         }
         first = {"PYTHONPATH": str(path)} if path else {}
         with self.out.open("w") as out, self.err.open("w") as err:
