@@ -54,7 +54,7 @@ def test_memory_is_that_of_the_window(config, listed):
 
 @every
 @pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("parts", [(1,) * 24, (9, 1, 1, 9, 1, 1, 2)], ids=len)
+@pytest.mark.parametrize("parts", [(1,) * 24, (9, 1, 1, 9, 1, 1, 1, 1)], ids=len)
 def test_tokens_in_parts_of_any_size_give_what_the_whole_text_gives(config, listed, parts):
     params, expected = example(config)
     params = prepare(config, params) if listed else params

@@ -1,6 +1,7 @@
 """The mixture of experts: its definition, its gradients, and that no token is dropped."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ from flax import nnx
 from jax.test_util import check_grads
 
 from parallax.config import ExpertsConfig, TransformerConfig
+from parallax.layers import moe
 from parallax.layers.feedforward import GatedFeedForward
-from parallax.layers.moe import Experts, activate, mixture, route
+from parallax.layers.moe import Experts, activate, mixture
 
 B, T, D, E, K, F = 2, 5, 6, 4, 2, 3
 PLAIN = ExpertsConfig(num_experts=E, experts_per_token=K, mlp_dim=F, balance_loss=0.3, router_z_loss=0.2)
@@ -31,6 +33,14 @@ def example(experts, seed=0, dtype=np.float64):
     graph, state = nnx.split(nnx.eval_shape(lambda: Experts(config, rngs=nnx.Rngs(0))))
     weights = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.7, leaf.shape), dtype), state)
     return graph, weights, jnp.asarray(rng.normal(size=(B, T, D)), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(graph, weights, x):
+    return nnx.merge(graph, weights)(x)
+
+
+route = jax.jit(moe.route, static_argnums=1)
 
 
 def expected(experts, weights, x):
@@ -55,7 +65,7 @@ def expected(experts, weights, x):
 def test_value_is_that_of_the_definition(x64, experts):
     graph, weights, x = example(experts)
     module = nnx.merge(graph, weights)
-    y, _ = jax.jit(lambda weights, x: nnx.merge(graph, weights)(x))(weights, x)
+    y, _ = apply(graph, weights, x)
     of_experts = expected(experts, weights, np.asarray(x))
     np.testing.assert_allclose(y, of_experts + (module.shared(x)[0] if experts.shared_mlp_dim else 0), rtol=1e-10)
 
@@ -65,14 +75,14 @@ def test_gradients_match_finite_differences(x64, experts):
     """Of the result through scores and gates, and of both losses; no choice changes within a step of 1e-5."""
     graph, weights, x = example(experts, seed=1)
 
-    def apply(weights, x):
-        y, aux = nnx.merge(graph, weights)(x)
+    def results(weights, x):
+        y, aux = apply(graph, weights, x)
         return y, aux["balance_loss"], aux["router_z_loss"]
 
     if experts.balance_bias_rate:
-        of_bias = jax.grad(lambda weights: sum(map(jnp.sum, apply(weights, x))))(weights)["balance_bias"][...]
-        np.testing.assert_array_equal(of_bias, 0)
-    check_grads(jax.jit(apply), (weights, x), order=1, modes=["rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
+        gradients = jax.jit(jax.grad(lambda weights: sum(map(jnp.sum, results(weights, x)))))(weights)
+        np.testing.assert_array_equal(gradients["balance_bias"][...], 0)
+    check_grads(jax.jit(results), (weights, x), order=1, modes=["rev"], eps=1e-5, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("experts", KINDS.values(), ids=KINDS)
@@ -85,7 +95,7 @@ def test_no_token_is_dropped_where_all_choose_the_same(x64, experts):
     else:
         x = x.at[:, :, 0].set(1.0)
         weights["router"][...] = weights["router"][...].at[0].set(chosen)
-    y, aux = nnx.merge(graph, weights)(x)
+    y, aux = apply(graph, weights, x)
     module = nnx.merge(graph, weights)
     of_experts = expected(experts, weights, np.asarray(x))
     np.testing.assert_allclose(y, of_experts + (module.shared(x)[0] if experts.shared_mlp_dim else 0), rtol=1e-10)
@@ -138,10 +148,10 @@ def test_an_even_load_has_the_least_balance_loss():
 
 def test_bfloat16_stays_and_the_router_is_float32():
     graph, weights, x = example(PLAIN, dtype=np.float32)
-    y, aux = nnx.merge(graph, weights)(x.astype(jnp.bfloat16))
+    y, aux = apply(graph, weights, x.astype(jnp.bfloat16))
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype.name for leaf in aux.values()} == {"float32"}
-    near, _ = nnx.merge(graph, weights)(x.astype(jnp.bfloat16).astype(jnp.float32))
+    near, _ = apply(graph, weights, x.astype(jnp.bfloat16).astype(jnp.float32))
     np.testing.assert_allclose(y.astype(jnp.float32), near, atol=0.15)  # three matmuls at 2⁻⁸ each
 
 
@@ -149,11 +159,15 @@ def test_bfloat16_stays_and_the_router_is_float32():
 def test_an_expert_alone_is_the_feed_forward_of_its_weights(x64, activation):
     one = ExpertsConfig(num_experts=1, experts_per_token=1)
     config = TransformerConfig(embed_dim=D, mlp_dim=F, activation=activation, experts=one)
-    experts, dense = (kind(config, rngs=nnx.Rngs(0)) for kind in (Experts, GatedFeedForward))
-    for name in ("gate", "up", "down"):
-        getattr(dense, name)[...] = getattr(experts, name)[...][0]
-    x = jnp.asarray(np.random.default_rng(6).normal(size=(B, T, D)))
-    np.testing.assert_allclose(jax.jit(lambda x: experts(x)[0])(x), dense(x)[0], rtol=1e-10)
+
+    @jax.jit
+    def both(x):
+        experts, dense = (kind(config, rngs=nnx.Rngs(0)) for kind in (Experts, GatedFeedForward))
+        for name in ("gate", "up", "down"):
+            getattr(dense, name)[...] = getattr(experts, name)[...][0]
+        return experts(x)[0], dense(x)[0]
+
+    np.testing.assert_allclose(*both(np.random.default_rng(6).normal(size=(B, T, D))), rtol=1e-10)
 
 
 def test_gradients_of_biases_are_added_up_in_float32():
