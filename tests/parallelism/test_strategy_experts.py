@@ -19,13 +19,9 @@ EXPERTS = ExpertsConfig(
     num_experts=4, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
 )
 LAYOUTS = {
-    "accumulate": ("single", "", 4, {}),
-    "remat": ("single", "", 1, {"remat": "full"}),
     "unroll": ("single", "", 1, {"layer_loop": "unroll"}),
-    "pmap": ("pmap", "", 1, {}),
-    "fsdp": ("mesh", "data=2,fsdp=4", 2, {}),
-    "tensor": ("mesh", "fsdp=4,tensor=2", 1, {}),
-    "sequence": ("mesh", "data=4,sequence=2", 1, {}),
+    "pmap": ("pmap", "", 2, {}),
+    "fsdp": ("mesh", "data=2,fsdp=4", 1, {}),
     "expert": ("mesh", "data=2,expert=4", 2, {"remat": "full"}),
     "expert and others": ("mesh", "expert=2,sequence=2,tensor=2", 1, {}),
 }
@@ -91,16 +87,17 @@ from parallelism.hosts import fix_cpu_rounding
 fix_cpu_rounding()
 from parallax.training.state import params_sha256
 from tests.parallelism.test_strategy_experts import EXPERTS
-from tests.parallelism.test_reduction_exact import LAYOUTS, train
+from tests.parallelism.test_reduction_exact import train
 from tests.parallelism.conftest import Tiny
 tiny = Tiny(experts=EXPERTS)
-for layout in (*LAYOUTS[::2], ("mesh", "fsdp=2,expert=4", 1)):
-    losses, params = train(tiny, *layout, batch_size=16)
+for layout in (("single", ""), ("mesh", "data=2,fsdp=4"), ("mesh", "fsdp=2,expert=4")):
+    losses, params = train(tiny, *layout, 1, batch_size=8)
     print(json.dumps([losses, params_sha256(params)]))
 """
 
 
 def test_exact_reduction_has_the_same_bits_on_every_layout():
+    """Eight rows are a shard a device: a loop of one, which compilers like to dissolve, or of eight."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
