@@ -39,10 +39,10 @@ def kill_and_compare(folder: Path, kills: int, seed: int, steps: int = STEPS) ->
     run = folder / "killed"
     for number, step in enumerate(sorted(rng.sample(range(5, steps - 20), kills))):
         training = Training(folder, "killed", single(), [*flags, "--resume"])
-        if not training.wait_for((saving if number % 2 else reached)(run, step)):
+        if not training.wait_for((reached if number % 2 else saving)(run, step)):
             raise RuntimeError(f"the run ended before it could be killed\n{training.words()}")
         training.kill()
-        how = "in a save" if number % 2 else "between steps"
+        how = "between steps" if number % 2 else "in a save"
         report.append(f"killed {how} after step {rows(run)[-1]['step']}; checkpoints {checkpoints(run)}")
     found = Training(folder, "killed", single(), [*flags, "--resume"]).finish()
 

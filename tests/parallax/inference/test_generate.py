@@ -106,10 +106,10 @@ def test_a_stream_gives_the_first_tokens_before_it_computes_the_rest():
 
 @pytest.mark.parametrize(("longest", "max_tokens"), [(65, 1), (65, 20), (129, 40)])
 def test_a_prompt_that_is_padded_to_more_than_it_becomes(longest, max_tokens):
-    config, params, _ = model()
+    _, params, generator = model()
     asked = request(1, max_tokens, prompts=[prompt(longest)])
-    (tokens,) = Generator(config).generate(params, asked)
-    assert [token for _, token in Generator(config).stream(params, asked)] == tokens.tolist()
+    (tokens,) = generator.generate(params, asked)
+    assert [token for _, token in generator.stream(params, asked)] == tokens.tolist()
     assert len(tokens) == max_tokens
 
 
@@ -148,8 +148,7 @@ def test_eos_and_stops_end_a_row_where_they_first_occur():
     assert len(set(map(len, stopped))) > 3
 
 
-@pytest.mark.parametrize("variant", ["grouped", "window", "bfloat16"])
-@pytest.mark.parametrize("rows", [3, 24])
+@pytest.mark.parametrize(("variant", "rows"), [("window", 3), ("grouped", 24), ("bfloat16", 24)])
 def test_a_stack_of_layers_gives_the_texts_of_listed_ones(variant, rows):
     """With 24 rows the listed layers attend to a smaller cache at first, which row 3 outgrows before the others."""
     config, params, generator = model(variant)

@@ -76,14 +76,15 @@ def test_a_frozen_matrix_costs_two_of_them():
     assert step_flops(config, 6, 20) == pytest.approx(6 * 20 * (2 * 2 * matrices + 3 * 2 * adapters + 3 * attended))
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
 @pytest.mark.parametrize(
-    "changes",
+    ("remat", "changes"),
     [
-        {},
-        {"num_kv_heads": 1, "tie_embeddings": False, "vocab_size": 200},
-        {"attention": "blocks"},
-        {"attention": "blocks", "sliding_window": 40},
+        ("none", {}),
+        ("dots", {}),
+        ("full", {"num_kv_heads": 1, "tie_embeddings": False, "vocab_size": 200}),
+        ("none", {"attention": "blocks"}),
+        ("dots", {"attention": "blocks", "sliding_window": 40}),
+        ("full", {"attention": "blocks", "sliding_window": 40}),
     ],
     ids=str,
 )

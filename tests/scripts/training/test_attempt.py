@@ -175,7 +175,8 @@ def test_a_save_that_fails_takes_one_line_and_is_tried_again_at_the_next(train_s
     told = [line for line in err.splitlines() if "unsaved" in line]
     assert [line.split(" could")[0] for line in told] == ["unsaved   checkpoint 3", "unsaved   checkpoint 6"]
     assert all(line.endswith("; the next save tries again") for line in told)
-    assert len(err.splitlines()) == len(train_small("--output-dir", "other")[2].splitlines()) + 2
+    usual = {"run", "model", "dataset", "tokens", "steps", "strategy", "step", "finished", "time"}
+    assert {line.split()[0] for line in err.splitlines()} == {*usual, "unsaved"}
     assert checkpoints(text / "run") == [9, 12]
     assert (summary_of(text / "run")["step"], summary_of(text / "run")["finished"]) == (12, True)
 
@@ -221,13 +222,11 @@ def of_a_save(cause):
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
-        (FULL, 1, "allocating 9 bytes.; the devices' memory is too small for this run; try --remat full"),
-        (of_a_save(FULL), 1, "try --remat full"),
-        (jax.errors.JaxRuntimeError("UNIMPLEMENTED: not\non this device"), 1, "UNIMPLEMENTED: not on this device"),
+        (of_a_save(FULL), 1, "allocating 9 bytes.; the devices' memory is too small for this run; try --remat full"),
         (jax.errors.JaxRuntimeError("INTERNAL: core halted"), 5, "the run lost a device: INTERNAL: core halted"),
         (of_a_save(None), 3, "checkpoint 6 could not be saved"),
     ],
-    ids=["memory", "memory in a save", "unimplemented", "device", "disk"],
+    ids=["memory in a save", "device", "disk"],
 )
 def test_an_error_of_the_device_ends_the_run_with_its_words_and_a_status(
     error, status, words, train_small, text, monkeypatch
