@@ -43,6 +43,10 @@ class Parameter:
     role: Role
     learned: bool = True
     """Whether it follows its gradient; one that does not has no moments in the optimizer."""
+    multiplier: float = 1.0
+    """What µP would multiply by where the parameter is used; it is in the initial value, and its rate must follow."""
+    rate: float = 1.0
+    """By what its updates are multiplied, weight decay aside (`parallax/mup.py`)."""
 
     @property
     def size(self) -> int:
@@ -152,8 +156,9 @@ def param(
     decays: bool,
     role: Role,
     learned: bool = True,
+    multiplier: float = 1.0,
 ) -> nnx.Param:
-    """A float32 parameter `init(key, shape)` that carries what `Parameter` says of it as metadata.
+    """A float32 parameter `init(key, shape)`, times the multiplier, with what `Parameter` says of it as metadata.
 
     Raises:
       ValueError: a name is unknown, there is not one a dim, an input is no dim of a matmul, or the role is unknown.
@@ -166,8 +171,10 @@ def param(
         raise ValueError(f"inputs={tuple(inputs)} must be dims of one matrix; choose from {', '.join(map(str, dims))}")
     if role not in get_args(Role):
         raise ValueError(f"role={role!r} is not one of {', '.join(get_args(Role))}")
-    label = {"inputs": tuple(inputs), "decays": decays, "role": role, "learned": learned}
-    return nnx.Param(init(key, shape, jnp.float32), out_sharding=tuple(names), eager_sharding=False, **label)
+    label = {"inputs": tuple(inputs), "decays": decays, "role": role, "learned": learned, "multiplier": multiplier}
+    value = init(key, shape, jnp.float32)
+    value = value if multiplier == 1 else multiplier * value
+    return nnx.Param(value, out_sharding=tuple(names), eager_sharding=False, **label)
 
 
 def read(variable: nnx.Param, dtype: Any) -> jax.Array:
@@ -193,4 +200,5 @@ def describe(variable: nnx.Variable) -> Parameter:
     if missing := [label for label in labels if label not in known]:
         raise ValueError(f"a parameter of shape {variable.shape} lacks {', '.join(missing)}; make it with axes.param")
     values = (known[label] for label in labels[1:])
-    return Parameter(variable.shape, names_of(variable), *values, learned=known.get("learned", True))
+    more = {name: known[name] for name in ("learned", "multiplier") if name in known}
+    return Parameter(variable.shape, names_of(variable), *values, **more)

@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 import chex
 
-from parallax.layer_config import ExpertsConfig, LayerSpec, LoraConfig, RopeScaling, require, require_choices
+from parallax.layer_config import (
+    ExpertsConfig,
+    LayerSpec,
+    LoraConfig,
+    Parametrization,
+    RopeScaling,
+    require,
+    require_choices,
+)
 
 
 @chex.dataclass(frozen=True)
@@ -37,6 +45,7 @@ class TransformerConfig:
     """F: hidden width of the feed-forward."""
     experts: ExpertsConfig = ExpertsConfig()
     lora: LoraConfig = LoraConfig()
+    parametrization: Parametrization = Parametrization()
     max_seq_len: int = 8192
     """Longest sequence the model accepts, in tokens."""
     dropout_rate: float = 0.0
@@ -47,8 +56,7 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     norms: Literal["before", "after", "both"] = "before"
-    """Where a block normalises: what attention and the feed-forward read, what they add to the residual stream, or
-    both."""
+    """Where a block normalises: what its branches read, what they add to the residual stream, or both."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
     """Of the gate of the feed-forward, and of experts unless they have a clamp."""
     embedding_scale: float = 1.0
@@ -372,8 +380,8 @@ def _plain(value: Any) -> Any:
 def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
     """The model config that `config_to_dict` wrote. Raises ValueError if a field is unknown or a rule is broken."""
     _refuse_unknown(values, TransformerConfig, "model config")
-    for name, kind in {"rope_scaling": RopeScaling, "experts": ExpertsConfig, "lora": LoraConfig}.items():
-        values = values | {name: _nested(values, name, kind)}
+    kinds = {"rope_scaling": RopeScaling, "experts": ExpertsConfig, "lora": LoraConfig, "parametrization": Parametrization}
+    values = values | {name: _nested(values, name, kind) for name, kind in kinds.items()}
     for name in ("pattern", "first_layers"):
         specs = values.get(name) or ()
         require(isinstance(specs, list | tuple), f"{name}={specs!r} must be a list of layers; restore the file")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax import cpu
+from parallax import cpu, mup
 from parallax.axes import constrain, local, param, read
 from parallax.config import TransformerConfig
 from parallax.layers.attend import attend, attend_in_chunks
@@ -45,21 +45,24 @@ class Attention(nnx.Module):
         D, H, G, K = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
         inward = jax.nn.initializers.normal(D**-0.5)
-        outward = jax.nn.initializers.normal((2 * config.num_layers * H * K) ** -0.5)  # residual sum over 2N branches
+        outward, multiplier = (
+            jax.nn.initializers.normal(mup.branch_deviation(config, H * K)),
+            mup.branch_multiplier(config),
+        )
         matrix = functools.partial(param, decays=True, role="hidden")
         into_heads = functools.partial(matrix, inward, inputs=("embed",))
         self.query = into_heads(rngs.params(), (D, H, K), ("embed", "heads", "head_dim"))
         self.key = into_heads(rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
         self.value = into_heads(rngs.params(), (D, G, K), ("embed", "kv_heads", "head_dim"))
         names = ("heads", "head_dim", "embed")
-        self.out = matrix(outward, rngs.params(), (H, K, D), names, inputs=("heads", "head_dim"))
+        self.out = matrix(outward, rngs.params(), (H, K, D), names, inputs=names[:2], multiplier=multiplier)
         bias = functools.partial(param, jax.nn.initializers.zeros, inputs=(), decays=False, role="input")
         if config.attention_bias:
             self.query_bias = bias(rngs.params(), (H, K), ("heads", "head_dim"))
             self.key_bias = bias(rngs.params(), (G, K), ("kv_heads", "head_dim"))
             self.value_bias = bias(rngs.params(), (G, K), ("kv_heads", "head_dim"))
         if config.attention_out_bias:
-            self.out_bias = bias(rngs.params(), (D,), ("embed",))
+            self.out_bias = bias(rngs.params(), (D,), ("embed",), multiplier=multiplier)
         if config.attention_sinks:
             self.sinks = bias(rngs.params(), (H,), ("heads",))
         if config.qk_norm and config.qk_norm_over == "head":

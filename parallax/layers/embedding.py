@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from parallax import cpu
+from parallax import cpu, mup
 from parallax.axes import Role, constrain, local, param, read
 from parallax.config import TransformerConfig
 from parallax.layers.attend import capped
@@ -32,9 +32,9 @@ class Embedding(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
         self.softcap, self.scale = config.logit_softcap, config.embedding_scale
         self.vocab_size, rows = config.vocab_size, config.table_rows
-        deviation = 0.25 * config.embed_dim**-0.5
-        if role == "input":
-            deviation = max(deviation, 5 * config.norm_eps**0.5)
+        ratio = mup.width_ratio(config)
+        deviation = 0.25 * (config.embed_dim / ratio) ** -0.5
+        deviation = max(deviation, 5 * config.norm_eps**0.5) if role == "input" else deviation / ratio
         init = jax.nn.initializers.normal(deviation)
         shape, inputs = (rows, config.embed_dim), ("embed",) if role == "output" else ()
         self.table = param(init, rngs.params(), shape, ("vocab", "embed"), inputs=inputs, decays=True, role=role)

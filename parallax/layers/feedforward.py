@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from parallax import mup
 from parallax.axes import constrain, param, read
 from parallax.config import TransformerConfig
 from parallax.layers.lora import adapted, make_adapters
@@ -48,11 +49,12 @@ class GatedFeedForward(nnx.Module):
         D, F = config.embed_dim, mlp_dim or config.mlp_dim
         self.activation = config.activation
         inward = jax.nn.initializers.normal(D**-0.5)
-        outward = jax.nn.initializers.normal((2 * config.num_layers * F) ** -0.5)  # residual sum over 2N branches
+        outward = jax.nn.initializers.normal(mup.branch_deviation(config, F))
         matrix = functools.partial(param, decays=True, role="hidden")
         self.gate = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
         self.up = matrix(inward, rngs.params(), (D, F), ("embed", "mlp"), inputs=("embed",))
-        self.down = matrix(outward, rngs.params(), (F, D), ("mlp", "embed"), inputs=("mlp",))
+        multiplier = mup.branch_multiplier(config)
+        self.down = matrix(outward, rngs.params(), (F, D), ("mlp", "embed"), inputs=("mlp",), multiplier=multiplier)
         self.adapters = make_adapters(self, ("gate", "up", "down"), config.lora, rngs)
 
     def __call__(

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from parallax import mup
 from parallax.axes import constrain, local, param, read
 from parallax.config import ExpertsConfig, TransformerConfig
 from parallax.layers.dispatch import on_devices_of_experts
@@ -32,21 +33,22 @@ class Experts(nnx.Module):
         experts = config.experts
         D, E, F = config.embed_dim, experts.num_experts, config.expert_dim
         inward = jax.nn.initializers.normal(D**-0.5)
-        outward = jax.nn.initializers.normal((2 * config.num_layers * F) ** -0.5)  # residual sum over 2N branches
+        outward, multiplier = jax.nn.initializers.normal(mup.branch_deviation(config, F)), mup.branch_multiplier(config)
+        to_router = jax.nn.initializers.normal(D**-0.5 * mup.width_ratio(config) ** -0.5)
         matrix = functools.partial(param, decays=True, role="hidden")
         vector = functools.partial(param, jax.nn.initializers.zeros, inputs=(), decays=False, role="input")
         into, out = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         self.router = param(
-            inward, rngs.params(), (D, E), ("embed", None), inputs=("embed",), decays=True, role="output"
+            to_router, rngs.params(), (D, E), ("embed", None), inputs=("embed",), decays=True, role="output"
         )
         self.gate = matrix(inward, rngs.params(), (E, D, F), into, inputs=("embed",))
         self.up = matrix(inward, rngs.params(), (E, D, F), into, inputs=("embed",))
-        self.down = matrix(outward, rngs.params(), (E, F, D), out, inputs=("mlp",))
+        self.down = matrix(outward, rngs.params(), (E, F, D), out, inputs=("mlp",), multiplier=multiplier)
         if experts.bias:
             self.router_bias = vector(rngs.params(), (E,), (None,))
             self.gate_bias = vector(rngs.params(), (E, F), ("experts", "mlp"))
             self.up_bias = vector(rngs.params(), (E, F), ("experts", "mlp"))
-            self.down_bias = vector(rngs.params(), (E, D), ("experts", "embed"))
+            self.down_bias = vector(rngs.params(), (E, D), ("experts", "embed"), multiplier=multiplier)
         if experts.balance_bias_rate:
             self.balance_bias = vector(rngs.params(), (E,), (None,), learned=False)
         if experts.shared_mlp_dim:

@@ -3,6 +3,8 @@
 Invariant: statistics are taken in float32 whatever the compute dtype.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,13 +13,25 @@ from parallax.axes import param, read
 
 
 class RMSNorm(nnx.Module):
-    """y = x / sqrt(mean(x²) + ε) · g over the last dims (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+    """y = x / sqrt(mean(x²) + ε) · g over the last dims (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
 
-    def __init__(self, dims: int | tuple[int, ...], axes: str | tuple[str, ...], *, eps: float, rngs: nnx.Rngs):
+    g begins at 1, or at the multiplier that µP has for what comes out.
+    """
+
+    def __init__(
+        self,
+        dims: int | tuple[int, ...],
+        axes: str | tuple[str, ...],
+        *,
+        eps: float,
+        rngs: nnx.Rngs,
+        multiplier: float = 1.0,
+    ):
         self.eps = eps
         shape, names = (dims,) if isinstance(dims, int) else dims, (axes,) if isinstance(axes, str) else axes
         ones = jax.nn.initializers.ones
-        self.scale = param(ones, rngs.params(), shape, names, inputs=(), decays=False, role="input")
+        label: Any = {"inputs": (), "decays": False, "role": "input", "multiplier": multiplier}
+        self.scale = param(ones, rngs.params(), shape, names, **label)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dims] to [..., dims], in the dtype of x."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from parallax import mup
 from parallax.axes import constrain
 from parallax.config import TransformerConfig
 from parallax.cpu import lists_layers
@@ -44,10 +45,11 @@ class TransformerBlock(nnx.Module):
         before, after = config.norms != "after", config.norms != "before"
         self.attention_norm = norm() if before else None
         self.attention = Attention(config, rngs=rngs)
-        self.attention_post_norm = norm() if after else None
+        added = functools.partial(norm, multiplier=mup.branch_multiplier(config))
+        self.attention_post_norm = added() if after else None
         self.mlp_norm = norm() if before else None
         self.mlp = feed_forward(config, rngs=rngs)
-        self.mlp_post_norm = norm() if after else None
+        self.mlp_post_norm = added() if after else None
 
     def __call__(
         self,

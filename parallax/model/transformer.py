@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from parallax.axes import describe, is_bound
+from parallax import mup
+from parallax.axes import Parameter, describe, is_bound
 from parallax.config import TransformerConfig
 from parallax.layers.cache import KVCache
 from parallax.layers.dropout import dropout, split
@@ -29,7 +30,8 @@ class TransformerLM(nnx.Module):
         self.config = config
         self.embedding = Embedding(config, rngs=rngs)
         self.blocks = (listed_blocks if listed else stacked_blocks)(config, rngs)
-        self.final_norm = RMSNorm(config.embed_dim, "embed", eps=config.norm_eps, rngs=rngs)
+        multiplier = mup.output_multiplier(config) if config.tie_embeddings else 1.0
+        self.final_norm = RMSNorm(config.embed_dim, "embed", eps=config.norm_eps, rngs=rngs, multiplier=multiplier)
         if not config.tie_embeddings:
             self.output = Embedding(config, "output", rngs=rngs)
         if config.lora.rank:
@@ -169,7 +171,11 @@ def init_params(config: TransformerConfig, key: jax.Array) -> Params:
 def parameters(config: TransformerConfig) -> Params:
     """The tree of `init_params` with an `axes.Parameter` for each array; raises ValueError as `axes.describe`."""
     _, abstract = _abstract(config, False)
-    return nnx.to_pure_dict(jax.tree.map(describe, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+    def known(variable: nnx.Variable) -> Parameter:
+        return mup.with_rates(config, describe(variable))
+
+    return nnx.to_pure_dict(jax.tree.map(known, abstract, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
 def param_axes(config: TransformerConfig) -> Params:

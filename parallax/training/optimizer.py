@@ -13,6 +13,7 @@ import optax.contrib
 from parallax.axes import Parameter
 from parallax.config import OptimizerConfig
 from parallax.model.transformer import Params
+from parallax.mup import muon_rate
 
 Schedule = Callable[[jax.Array], jax.Array]
 """Step, int32 from 0, to learning rate."""
@@ -65,6 +66,13 @@ def make_optimizer(config: OptimizerConfig, labels: Params) -> optax.GradientTra
 def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decays = jax.tree.map(lambda parameter: parameter.decays, labels)
+    scaled = any(parameter.rate != 1 for parameter in jax.tree.leaves(labels))
+    if config.optimizer == "adamw" and scaled:
+        adam, decay = (
+            optax.adam(1.0, config.beta1, config.beta2),
+            optax.add_decayed_weights(-config.weight_decay, decays),
+        )
+        return optax.chain(clip, adam, _at_rates(labels, lambda parameter: parameter.rate), decay)
     if config.optimizer == "adamw":
         adamw = optax.adamw(1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decays)
         return optax.chain(clip, adamw)
@@ -76,7 +84,17 @@ def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransf
         consistent_rms=0.2,
     )
     # Its own decay would go by who updates a parameter, and leave out the tables.
-    return optax.chain(clip, muon, optax.add_decayed_weights(-config.weight_decay, decays))
+    rates = [_at_rates(labels, _muon_rate)] if scaled else []
+    return optax.chain(clip, muon, *rates, optax.add_decayed_weights(-config.weight_decay, decays))
+
+
+def _at_rates(labels: Params, rate: Callable[[Parameter], float]) -> optax.GradientTransformation:
+    """Multiplies each update by the rate of its parameter."""
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda x, own: x * rate(own), updates, labels))
+
+
+def _muon_rate(parameter: Parameter) -> float:
+    return muon_rate(parameter) if _muon_dims(parameter) else parameter.rate
 
 
 def _muon_dims(parameter: Parameter) -> optax.contrib.MuonDimensionNumbers | None:
