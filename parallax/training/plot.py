@@ -6,10 +6,12 @@ Invariant: the file on disk is always a whole picture, and drawing touches no gl
 import logging
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
 from parallax.training.metrics import METRICS_FILE, Row, read_metrics
+from parallax.training.prediction import Prediction, read_prediction
 
 LOSS_PLOT = "loss.png"
 _SMOOTHING = 0.04
@@ -39,6 +41,8 @@ def plot_loss(run_dir: str | os.PathLike) -> None:
         best = int(np.argmin(eval_losses))
         label = f"best: {eval_losses[best]:.4f} at step {eval_steps[best]:.0f}"
         axes.plot(eval_steps[best], eval_losses[best], "*", color="tab:red", markersize=13, zorder=3, label=label)
+    if (prediction := read_prediction(folder)) is not None:
+        _draw(axes, prediction, rows)
     axes.set(xlabel="step", ylabel="loss (nats/token)")
     axes.set_title(folder.resolve().name, parse_math=False)  # between two $ of a name it would look for a formula
     axes.grid(alpha=0.25)
@@ -47,6 +51,18 @@ def plot_loss(run_dir: str | os.PathLike) -> None:
     draft = folder / f"{LOSS_PLOT}.draft"
     FigureCanvasAgg(figure).print_png(draft)
     draft.replace(folder / LOSS_PLOT)
+
+
+def _draw(axes: Any, prediction: Prediction, rows: list[Row]) -> None:
+    """What was predicted before the run began: the curve up to its end, and the interval about it."""
+    lasts = [row["step"] / row["predicted_share"] for row in rows if row.get("predicted_share")]
+    if not lasts:
+        return
+    shares = np.linspace(prediction.first_share, 1, 50)
+    low, middle, high = np.array([prediction.at(share) for share in shares]).T
+    steps = shares * lasts[-1]
+    axes.plot(steps, middle, "--", color="tab:green", linewidth=1.2, label=f"predicted: {prediction.loss:.4f}")
+    axes.fill_between(steps, low, high, color="tab:green", alpha=0.15, linewidth=0)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -40,6 +40,13 @@ class Command:
     """All of its environment."""
 
 
+def tied(argv: Sequence[str]) -> list[str]:
+    """The command as one that dies with this process, on Linux."""
+    if sys.platform != "linux":
+        return list(argv)
+    return [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *argv]
+
+
 class Child:
     """A process in a session of its own, out of reach of the terminal's Ctrl-C.
 
@@ -52,9 +59,8 @@ class Child:
         self._selector = selector
         self._asked = self._finished = False
         self._kept: IO[bytes] | None = log.open("xb", buffering=0)
-        tied = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid())] if sys.platform == "linux" else []
         self._popen = subprocess.Popen(  # noqa: S603 - running what the caller says is its purpose
-            [*tied, *command.argv],
+            tied(command.argv),
             env=command.env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

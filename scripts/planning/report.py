@@ -15,6 +15,7 @@ from parallelism.planning.compiler import NOT_COUNTED
 from parallelism.planning.gpus import GIB, USED, Gpus
 from parallelism.planning.hardware import Machine
 from parallelism.planning.planner import Choice, Row, name_of
+from scripts.common.config_words import config_words
 from scripts.planning.flags import Flags
 from scripts.planning.prices import Price, hours, price_of
 
@@ -205,20 +206,7 @@ def run_command(choice: Choice, asked: Flags) -> str:
     # Said always: by itself a rehearsal on CPUs would take as many as suit them.
     words += ["--accumulate", str(layout.accumulate)]
     words += ["--dtype", choice.dtype, "--remat", choice.remat]
-    words += _changes(asked.optimizer, OptimizerConfig(), "")
+    words += config_words(asked.optimizer, OptimizerConfig())
     preset = PRESETS[asked.config]
     model = dataclasses.replace(asked.model, vocab_size=preset.vocab_size)  # the tokenizer's, in train.py
-    return shlex.join(words + _changes(model, preset, "model."))
-
-
-def _changes(config: Any, default: Any, prefix: str) -> list[str]:
-    """Flags for the fields that differ."""
-    words: list[str] = []
-    for field in dataclasses.fields(config):
-        value, usual = getattr(config, field.name), getattr(default, field.name)
-        name = f"{prefix}{field.name.replace('_', '-')}"
-        if dataclasses.is_dataclass(value):
-            words += _changes(value, usual, f"{name}.")
-        elif value != usual:
-            words += [f"--{name}", *(value if field.name == "targets" else [str(value)])]
-    return words
+    return shlex.join(words + config_words(model, preset, "model."))

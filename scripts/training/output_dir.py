@@ -24,12 +24,14 @@ from etils import epath
 
 from parallax.storage import is_remote, open_folder, reason_of
 from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
+from parallax.training.prediction import PREDICTION_FILE
 from scripts.training.lease import LEASE_FILE, Lease, Owner
 from scripts.training.summary import SUMMARY_FILE
 from scripts.training.weights_and_biases import FILE as WANDB_FILE
 
-CONTINUED = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, WANDB_FILE)
-"""Files that an attempt goes on with; the others it writes again, or under another name."""
+CONTINUED = (METRICS_FILE, SAMPLES_FILE, SUMMARY_FILE, PREDICTION_FILE, WANDB_FILE)
+"""Files that an attempt goes on with, or that were registered before it; the others it writes again, or
+under another name."""
 PATIENCE = 5.0
 """Seconds that a process which was just killed has to let go of its folder."""
 
@@ -53,10 +55,11 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
     folder = open_folder(output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output-dir {folder} must be a folder and is a file; choose another")
-    if folder.exists() and not resume:
-        raise ValueError(f"--output-dir {folder} exists already; add --resume, or choose another")
     names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-    if "config.json" not in names and any(name != LEASE_FILE and not name.startswith(".") for name in names):
+    if folder.exists() and not resume and names != [PREDICTION_FILE]:
+        raise ValueError(f"--output-dir {folder} exists already; add --resume, or choose another")
+    ours = LEASE_FILE, PREDICTION_FILE
+    if "config.json" not in names and any(name not in ours and not name.startswith(".") for name in names):
         raise ValueError(f"--output-dir {folder} holds files but no config.json of a run; choose another")
     if is_remote(folder):
         return folder  # nothing says beforehand what may be written there

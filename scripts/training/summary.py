@@ -13,6 +13,7 @@ from typing import Any
 from parallax.storage import write_json
 from parallax.training.loop import Stopwatch
 from parallax.training.metrics import METRICS_FILE
+from parallax.training.prediction import judge
 
 SUMMARY_FILE = "summary.json"
 
@@ -64,6 +65,7 @@ class Summary:
                 "goodput": round(total.get("step", 0.0) / wall_seconds, 4) if wall_seconds else 0.0,
                 "attempts": attempts,
                 **({"sources": sources} if sources else {}),
+                **({"prediction": judged} if (judged := judge(self._path.parent)) else {}),
             },
         )
 

@@ -1,0 +1,143 @@
+"""The flags of ladder.py's commands.
+
+Invariant: where train.py or plan.py has the same flag, it means the same.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from parallax.config import PRESETS, OptimizerConfig, TrainConfig, TransformerConfig
+from scripts.training.flags import Preset
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class DesignFlags:
+    output: str
+    """The ladder's folder, which is made."""
+    dataset: str = "tiny_shakespeare"
+    """As train.py's."""
+    data_dir: str | None = None
+    """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
+    tokenizer: str | None = None
+    """char (the default), byte, or bpe[:VOCABULARY], trained on the data set."""
+    packing: Literal["concat", "best-fit", "none"] | None = None
+    """How documents of a store fill rows."""
+    held_out: str | None = None
+    """Evaluate on what this store, or mixture, holds out, and on nothing of --dataset."""
+    config: Preset = "tiny"
+    """Preset of the target, the model whose loss is to be known; --model.* flags change it."""
+    minutes: float | None = None
+    """How long all runs may take on this machine, by steps that are timed now."""
+    flops: float | None = None
+    """Operations of all runs, in place of --minutes."""
+    sizes: int = 4
+    """How many sizes of the model, each about √2 as wide as the one before."""
+    largest: float = 0.5
+    """Width of the largest of them, as a share of the target's."""
+    lengths: int = 4
+    """How many numbers of tokens each size learns from, each twice the one before."""
+    seeds: int = 1
+    """Runs of each, from other initial weights and batches."""
+    parametrization: Literal["mup", "standard"] = "mup"
+    """mup: all sizes and the target share the best rate; its base is the smallest size, unless --model says another."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    learning: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
+    model: Annotated[TransformerConfig, tyro.conf.FlagConversionOff] = PRESETS["tiny"]
+
+    def __post_init__(self):
+        given = [value for value in (self.minutes, self.flops) if value is not None]
+        _require(len(given) == 1, "a ladder needs either --minutes or --flops; try --minutes 20")
+        _require(0 < given[0] < math.inf, f"{given[0]:g} minutes or FLOPs must be positive; try --minutes 20")
+        _require(self.sizes >= 3, f"sizes={self.sizes} must be at least 3; try 4")
+        _require(self.lengths >= 3, f"lengths={self.lengths} must be at least 3; try 4")
+        _require(self.seeds >= 1, f"seeds={self.seeds} must be at least 1; try 1")
+        _require(0 < self.largest <= 1, f"largest={self.largest} must be in (0, 1]; try 0.5")
+
+
+@dataclasses.dataclass(frozen=True)
+class LadderFlags:
+    ladder: tyro.conf.Positional[Path]
+    """The folder that design made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ForecastFlags:
+    ladder: tyro.conf.Positional[Path]
+    """The folder that design made."""
+    tokens: float | None = None
+    """That the run learns from, such as 20e9."""
+    share: float = 1.0
+    """Size of the model, as a share of the width of the ladder's target."""
+    topology: str | None = None
+    """A machine, as plan.py's; then hours and money come with the loss."""
+    batch_size: int = 256
+    """Sequences a step there."""
+    seq_len: int | None = None
+    """Tokens a sequence there; by default the ladder's."""
+    price: float | None = None
+    """US dollars for a chip or card and an hour, in place of the list price."""
+    register: Path | None = None
+    """A run folder that is not there yet: the forecast is written into it, and train.py holds the run against it."""
+    level: float = 0.8
+    """Probability that the interval holds the loss."""
+    output: Path | None = None
+    """Where forecast.json and forecast.png go; by default the ladder's folder."""
+
+    def __post_init__(self):
+        _require(self.tokens is not None, "a forecast needs --tokens; try --tokens 1e9")
+        _require(0 < (self.tokens or 0) < math.inf, f"tokens={self.tokens} must be positive; try 1e9")
+        _require(0 < self.share < math.inf, f"share={self.share} must be positive; try 1")
+        _require(0 < self.level < 1, f"level={self.level} must be between 0 and 1; try 0.8")
+        _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1; try 256")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckFlags:
+    output: Path
+    """Where coordinates.json and coordinates.png go."""
+    config: Preset = "tiny"
+    """Preset of the family; --model.* flags change it."""
+    widths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """embed_dim of its members, of which the first is the base of µP."""
+    steps: tuple[int, ...] = (1, 5, 10)
+    """After how many of them activations are measured."""
+    batch_size: int = 8
+    seq_len: int = 64
+    seed: int = 0
+    parametrization: Literal["mup", "standard"] = "mup"
+    learning: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
+    model: Annotated[TransformerConfig, tyro.conf.FlagConversionOff] = PRESETS["tiny"]
+
+    def __post_init__(self):
+        _require(len(self.widths) >= 2, f"widths={self.widths} must be at least two; try 64 256")
+        for width in self.widths:
+            K = self.model.head_dim
+            _require(width >= K and width % K == 0, f"width {width} must be a multiple of head_dim={K}; try {4 * K}")
+        _require(bool(self.steps) and min(self.steps) >= 1, f"steps={self.steps} must be at least 1; try 1 5 10")
+
+
+@dataclasses.dataclass(frozen=True)
+class TuneFlags:
+    ladder: tyro.conf.Positional[Path]
+    """The folder that design made; its smallest size is tried."""
+    rates: tuple[float, ...] = tuple(2.0**power for power in range(-11, -4))
+    """Learning rates to choose from."""
+    batch_sizes: tuple[int, ...] = ()
+    """Sequences a step to choose from, with as many tokens in all; by default the ladder's."""
+    weight_decays: tuple[float, ...] = ()
+    """Weight decays to choose from; by default the ladder's."""
+    keep: float = 0.5
+    """Share of the settings that goes on to twice the steps."""
+
+    def __post_init__(self):
+        _require(len(self.rates) >= 1 and min(self.rates) > 0, f"rates={self.rates} must be positive; try 1e-3 2e-3")
+        _require(0 < self.keep < 1, f"keep={self.keep} must be between 0 and 1; try 0.5")

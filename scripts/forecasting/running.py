@@ -1,0 +1,110 @@
+"""ladder.py run: the runs of a ladder, one after the other, each by train.py.
+
+Invariant: a run that is killed goes on from its last checkpoint and ends with the same bits, so a ladder that is killed
+anywhere is gone on with by the same command and gives the same fit.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from parallax.config import PRESETS, OptimizerConfig, TrainConfig
+from parallelism.exit_status import BAD_INPUT, FAILED
+from scripts.common.command_line import parse, tell
+from scripts.common.config_words import config_words
+from scripts.forecasting.flags import LadderFlags
+from scripts.forecasting.ladder import Ladder, Member, read_ladder, result_of
+from scripts.launching.child import tied
+
+DESCRIPTION = """Train all runs of a ladder that are not finished. What follows -- goes to train.py, as
+-- --strategy mesh --mesh data=4 does."""
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+EVALUATIONS = 10
+"""Of each run, from which the expected curve of a forecast is made."""
+CHECKPOINTS = 4
+
+
+def run(args: Sequence[str]) -> int:
+    """Exit status: 0 all are finished or failed by themselves, or a stop was asked for; else that of train.py."""
+    own, passed = split_words(args)
+    ladder = read_ladder(parse(LadderFlags, description=DESCRIPTION, args=own).ladder)
+    for number, member in enumerate(ladder.members, start=1):
+        result = result_of(ladder, member)
+        if result.loss is not None or result.failure:
+            continue
+        tell(f"ladder    run {number} of {len(ladder.members)}: {member.name}")
+        status = train_member(ladder, member, passed)
+        if status not in (0, FAILED):
+            return status
+        if status == 0 and result_of(ladder, member).loss is None:
+            tell(f"go on     python scripts/ladder.py run {ladder.folder}")
+            return 0
+    return _say_end(ladder)
+
+
+def split_words(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of a command, and those behind -- for train.py."""
+    words = list(args)
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at + 1 :]
+
+
+def train_member(ladder: Ladder, member: Member, passed: Sequence[str]) -> int:
+    """Trains a member to its end; where it failed by itself, that is noted, and it is not tried again."""
+    process = subprocess.Popen(  # noqa: S603 - our own script
+        tied([sys.executable, str(TRAIN), *train_words(ladder, member), *passed]), stderr=subprocess.PIPE, text=True
+    )
+    # Ctrl-C reaches train.py too, which saves and stops; SIGTERM comes here alone.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, _passer(process))
+    last = ""
+    try:
+        for line in process.stderr or ():
+            sys.stderr.write(line)
+            last = line.strip() or last
+        status = process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    if status == FAILED:
+        ladder.failure_file(member).write_text(last.removeprefix("error: "), encoding="utf-8")
+    return status if status >= 0 else BAD_INPUT if status == -signal.SIGPIPE else 128 - status
+
+
+def _passer(process: subprocess.Popen):
+    return lambda number, frame: os.kill(process.pid, number) if process.poll() is None else None
+
+
+def train_words(ladder: Ladder, member: Member) -> list[str]:
+    """What train.py is called with."""
+    preset = PRESETS["tiny"]
+    model = dataclasses.replace(member.model, vocab_size=preset.vocab_size)  # the tokenizer's
+    train = dataclasses.replace(
+        ladder.train,
+        steps=member.steps,
+        seed=member.seed,
+        eval_interval=max(1, member.steps // EVALUATIONS),
+        checkpoint_interval=max(1, member.steps // CHECKPOINTS),
+        keep=1,
+    )
+    data = [(f"--{name.replace('_', '-')}", value) for name, value in ladder.data.items() if value is not None]
+    return [
+        *("--output-dir", str(ladder.run_folder(member)), "--resume"),
+        *(word for pair in data for word in pair),
+        *("--config", "tiny", *config_words(model, preset, "model.")),
+        *config_words(train, TrainConfig()),
+        *config_words(ladder.learning, OptimizerConfig()),
+    ]
+
+
+def _say_end(ladder: Ladder) -> int:
+    results = [result_of(ladder, member) for member in ladder.members]
+    for result in results:
+        if result.failure:
+            tell(f"left out  {result.member.name}: {result.failure}")
+    finished = sum(result.loss is not None for result in results)
+    tell(f"finished  {finished} of {len(results)} runs; python scripts/ladder.py fit {ladder.folder}")
+    return 0
