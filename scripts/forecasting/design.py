@@ -50,8 +50,9 @@ class Timed:
 def design(args: Sequence[str]) -> int:
     """Writes the ladder and shows it. Exit status 0."""
     preset = PRESETS.get(flag_value(list(args), "--config"), PRESETS["tiny"])
-    default = DesignFlags(output="", minutes=1.0, model=preset)
+    default = DesignFlags(model=preset)
     flags = parse(DesignFlags, default=default, description=DESCRIPTION, args=args, registry=REGISTRY)
+    flags.check_whole()
     ladder = design_ladder(flags)
     ladder.write()
     show(ladder)

@@ -21,8 +21,8 @@ def _require(holds: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DesignFlags:
-    output: str
-    """The ladder's folder, which is made."""
+    output: str = ""
+    """The ladder's folder, which is made; needed."""
     dataset: str = "tiny_shakespeare"
     """As train.py's."""
     data_dir: str | None = None
@@ -54,13 +54,18 @@ class DesignFlags:
     model: Annotated[TransformerConfig, tyro.conf.FlagConversionOff] = PRESETS["tiny"]
 
     def __post_init__(self):
-        given = [value for value in (self.minutes, self.flops) if value is not None]
-        _require(len(given) == 1, "a ladder needs either --minutes or --flops; try --minutes 20")
-        _require(0 < given[0] < math.inf, f"{given[0]:g} minutes or FLOPs must be positive; try --minutes 20")
+        for name in ("minutes", "flops"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < math.inf, f"{name}={value} must be positive; try --minutes 20")
         _require(self.sizes >= 3, f"sizes={self.sizes} must be at least 3; try 4")
         _require(self.lengths >= 3, f"lengths={self.lengths} must be at least 3; try 4")
         _require(self.seeds >= 1, f"seeds={self.seeds} must be at least 1; try 1")
         _require(0 < self.largest <= 1, f"largest={self.largest} must be in (0, 1]; try 0.5")
+
+    def check_whole(self) -> None:
+        """Raises ValueError unless there are an output and one budget, which a default of these flags lacks."""
+        _require(bool(self.output), "a ladder needs a folder; try --output ladder")
+        _require((self.minutes is None) != (self.flops is None), "give either --minutes or --flops; try --minutes 20")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,7 @@ class LadderFlags:
 class ForecastFlags:
     ladder: tyro.conf.Positional[Path]
     """The folder that design made."""
-    tokens: float | None = None
+    tokens: float
     """That the run learns from, such as 20e9."""
     share: float = 1.0
     """Size of the model, as a share of the width of the ladder's target."""
@@ -93,8 +98,7 @@ class ForecastFlags:
     """Where forecast.json and forecast.png go; by default the ladder's folder."""
 
     def __post_init__(self):
-        _require(self.tokens is not None, "a forecast needs --tokens; try --tokens 1e9")
-        _require(0 < (self.tokens or 0) < math.inf, f"tokens={self.tokens} must be positive; try 1e9")
+        _require(0 < self.tokens < math.inf, f"tokens={self.tokens} must be positive; try 1e9")
         _require(0 < self.share < math.inf, f"share={self.share} must be positive; try 1")
         _require(0 < self.level < 1, f"level={self.level} must be between 0 and 1; try 0.8")
         _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1; try 256")

@@ -65,12 +65,10 @@ def forecast(args: Sequence[str]) -> int:
 
     Exit status: 0 done, 1 no plan fits the machine.
     """
-    default = ForecastFlags(ladder=Path(), tokens=1.0)
-    flags = parse(ForecastFlags, default=default, description=DESCRIPTION, args=args)
+    flags = parse(ForecastFlags, description=DESCRIPTION, args=args)
     fitted = fit_ladder(read_ladder(flags.ladder))
     model = at_share(fitted.ladder.target, flags.share)
-    tokens = flags.tokens or 0.0
-    own = tell_of(fitted, model, tokens, flags.level)
+    own = tell_of(fitted, model, flags.tokens, flags.level)
     best, doubled = (optimum(fitted, times * own.flops, flags.level) for times in (1, 2))
     cost = None if flags.topology is None else plan(fitted, model, flags)
     if flags.topology is not None and cost is None:
