@@ -1,0 +1,61 @@
+import json
+
+import pytest
+
+from scripts.forecasting.fitting import far_beyond, fit, fit_ladder, warnings
+from tests.scripts.forecasting.ladders import LAW, finish, finish_all, ladder_in
+
+
+def test_fits_what_is_finished_and_names_what_failed(tmp_path, capsys):
+    ladder = ladder_in(tmp_path / "ladder")
+    finish_all(ladder)
+    failed = ladder.members[-1]
+    ladder.failure_file(failed).write_text("5 steps in a row were not finite")
+    assert fit([str(ladder.folder)]) == 0
+    out = capsys.readouterr().out
+    assert f"warning: {failed.name} failed and is left out: 5 steps in a row were not finite" in out
+    written = json.loads((ladder.folder / "fit.json").read_text())
+    assert len(written["runs"]) == len(ladder.members) - 1
+    assert written["left_out"] == {failed.name: "5 steps in a row were not finite"}
+    assert written["ladder_sha256"] == ladder.sha256
+    member = failed
+    found = fit_ladder(ladder).fit.law.loss(member.params, ladder.tokens(member))
+    assert found == pytest.approx(LAW.loss(member.params, ladder.tokens(member)), rel=0.01)
+
+
+def test_the_same_ladder_gives_the_same_bits(tmp_path):
+    found = []
+    for name in ("one", "other"):
+        ladder = ladder_in(tmp_path / name)
+        finish_all(ladder)
+        fit([str(ladder.folder)])
+        found.append((ladder.folder / "fit.json").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_warns_of_few_tokens_of_repeats_and_of_a_bend(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder", unique=20_000)
+    finish_all(ladder)
+    said = " ".join(warnings(fit_ladder(ladder)))
+    assert "under-trained, with fewer than 5 tokens a parameter" in said
+    assert "repeat their data more than 4 times" in said
+    straight = ladder_in(tmp_path / "straight")
+    finish_all(straight)
+    assert "residuals bend" not in " ".join(warnings(fit_ladder(straight)))
+
+
+def test_warns_far_beyond_the_largest_run(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    finish_all(ladder)
+    fitted = fit_ladder(ladder)
+    largest = max(member.flops for member in ladder.members)
+    assert far_beyond(fitted, 29 * largest) is None
+    assert "40 times those of the largest run" in far_beyond(fitted, 40 * largest)
+
+
+def test_too_few_runs(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    for member in ladder.members[:5]:
+        finish(ladder, member, 2.0)
+    with pytest.raises(ValueError, match="a fit of 5 runs needs at least 6"):
+        fit([str(ladder.folder)])

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from parallax.training.prediction import judge, read_prediction
+from scripts.forecasting.forecast import forecast
+from tests.scripts.forecasting.ladders import LAW, TARGET, finish_all, ladder_in
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    made = ladder_in(tmp_path_factory.mktemp("forecast") / "ladder")
+    finish_all(made)
+    return made
+
+
+def test_tells_the_loss_of_a_larger_run(ladder, tmp_path, capsys):
+    assert forecast([str(ladder.folder), "--tokens", "1e6", "--share", "2", "--output", str(tmp_path)]) == 0
+    told = json.loads((tmp_path / "forecast.json").read_text())
+    own = told["run"]
+    truth = LAW.loss(own["params"], 1e6)
+    assert own["loss"] == pytest.approx(truth, rel=0.01)
+    assert own["low"] < truth < own["high"]
+    assert told["cost"] is None
+    assert told["best_for_its_flops"]["loss"] <= own["loss"]
+    assert told["best_for_twice_its_flops"]["loss"] < told["best_for_its_flops"]["loss"]
+    assert told["best_for_its_flops"]["flops"] == pytest.approx(own["flops"])
+    assert (tmp_path / "forecast.png").stat().st_size > 1000
+    assert "this run" in capsys.readouterr().out
+
+
+def test_registers_before_the_run_alone(ladder, tmp_path):
+    run = tmp_path / "run"
+    asked = [str(ladder.folder), "--tokens", "1e6", "--register", str(run), "--output", str(tmp_path)]
+    assert forecast(asked) == 0
+    prediction = read_prediction(run)
+    assert prediction.low < prediction.loss < prediction.high
+    assert (prediction.corpus_sha256, prediction.ladder_sha256) == ("c0ffee", ladder.sha256)
+    assert prediction.model["embed_dim"] == TARGET.embed_dim
+    assert prediction.at(1.0) == pytest.approx((prediction.low, prediction.loss, prediction.high))
+    assert prediction.at(0.5)[1] == pytest.approx(1.5 * prediction.loss, rel=0.01)
+    with pytest.raises(ValueError, match="holds files already; a prediction goes before a run"):
+        forecast(asked)
+    with pytest.raises(FileNotFoundError):
+        judge(run)
+
+
+def test_says_what_it_needs(ladder):
+    with pytest.raises(ValueError, match="tokens"):
+        forecast([str(ladder.folder)])
+    with pytest.raises(ValueError, match=r"level=2\.0 must be between 0 and 1"):
+        forecast([str(ladder.folder), "--tokens", "1e6", "--level", "2"])

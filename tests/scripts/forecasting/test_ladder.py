@@ -1,0 +1,48 @@
+import dataclasses
+
+import pytest
+
+from parallax.config import TransformerConfig, config_to_dict
+from scripts.forecasting.ladder import point_of, read_ladder, result_of
+from scripts.forecasting.running import train_words
+from scripts.training.flags import read_flags
+from tests.scripts.forecasting.ladders import finish, ladder_in
+
+
+def test_is_read_as_it_was_written(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    again = read_ladder(tmp_path / "ladder")
+    assert again == ladder
+    assert again.sha256 == ladder.sha256
+    with pytest.raises(ValueError, match="exists already; choose another"):
+        ladder.write()
+    with pytest.raises(ValueError, match=r"has no ladder\.json .* make one with ladder.py design"):
+        read_ladder(tmp_path)
+
+
+def test_a_member_is_known_by_its_folder(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    first, second, third, *_ = ladder.members
+    finish(ladder, first, 2.0)
+    finish(ladder, second, 2.0)
+    (ladder.run_folder(second) / "summary.json").write_text('{"finished": false}')
+    finish(ladder, third, 2.0)
+    ladder.failure_file(third).write_text("5 steps in a row were not finite")
+    assert result_of(ladder, first).loss == 2.0
+    assert result_of(ladder, first).curve[-1] == (1.0, 2.0)
+    assert point_of(ladder, result_of(ladder, first)).tokens == 100 * 8 * 16
+    assert (result_of(ladder, second).loss, result_of(ladder, second).failure) == (None, None)
+    assert result_of(ladder, third).failure == "5 steps in a row were not finite"
+    with pytest.raises(ValueError, match="is not finished; go on with"):
+        point_of(ladder, result_of(ladder, second))
+
+
+def test_train_takes_the_words_of_a_member(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    for member in ladder.members[:1] + ladder.members[-1:]:
+        flags = read_flags(train_words(ladder, member))
+        same = {name: getattr(member.model, name) for name in ("vocab_size", "attention")}
+        assert config_to_dict(dataclasses.replace(flags.model, **same)) == config_to_dict(member.model)
+        assert isinstance(flags.model, TransformerConfig)
+        assert (flags.train.steps, flags.train.batch_size, flags.train.seq_len) == (member.steps, 8, 16)
+        assert flags.train.eval_interval == member.steps // 10
