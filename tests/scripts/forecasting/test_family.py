@@ -27,7 +27,7 @@ def test_sizes_below_differ_and_ascend():
     sizes = below(LLAMA_1B_CONFIG, 4, 0.5)
     assert [config.embed_dim for config in sizes] == sorted({config.embed_dim for config in sizes})
     assert sizes[-1].embed_dim == 1024
-    with pytest.raises(ValueError, match="must differ, and 3 do; choose a larger"):
+    with pytest.raises(ValueError, match="must differ, and 4 do; choose a larger"):
         below(NANO_CONFIG, 6, 1.0)
 
 
