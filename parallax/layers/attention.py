@@ -45,10 +45,8 @@ class Attention(nnx.Module):
         D, H, G, K = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.config = config
         inward = jax.nn.initializers.normal(D**-0.5)
-        outward, multiplier = (
-            jax.nn.initializers.normal(mup.branch_deviation(config, H * K)),
-            mup.branch_multiplier(config),
-        )
+        outward = jax.nn.initializers.normal(mup.branch_deviation(config, H * K))
+        multiplier = mup.branch_multiplier(config)
         matrix = functools.partial(param, decays=True, role="hidden")
         into_heads = functools.partial(matrix, inward, inputs=("embed",))
         self.query = into_heads(rngs.params(), (D, H, K), ("embed", "heads", "head_dim"))

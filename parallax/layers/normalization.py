@@ -3,7 +3,7 @@
 Invariant: statistics are taken in float32 whatever the compute dtype.
 """
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,8 @@ class RMSNorm(nnx.Module):
     ):
         self.eps = eps
         shape, names = (dims,) if isinstance(dims, int) else dims, (axes,) if isinstance(axes, str) else axes
-        ones = jax.nn.initializers.ones
-        label: Any = {"inputs": (), "decays": False, "role": "input", "multiplier": multiplier}
-        self.scale = param(ones, rngs.params(), shape, names, **label)
+        scale = functools.partial(param, inputs=(), decays=False, role="input", multiplier=multiplier)
+        self.scale = scale(jax.nn.initializers.ones, rngs.params(), shape, names)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., dims] to [..., dims], in the dtype of x."""

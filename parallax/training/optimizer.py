@@ -52,8 +52,9 @@ def make_optimizer(config: OptimizerConfig, labels: Params) -> optax.GradientTra
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum orthogonalised by Newton-Schulz
     iterations for hidden matrices, scaled to the size of an Adam update (Moonlight, arXiv:2502.16982, eq. 4), so
     that the same rate serves both; for all else Adam, in its Nesterov form (Dozat 2016).
-    Under both what its label says decays: matrices and tables, not norms and biases. What is not learned keeps no
-    moments and does not change.
+    Under both what its label says decays: matrices and tables, not norms and biases. Updates are multiplied by the
+    rates of labels, which µP sets (`parallax/mup.py`), and decay is not. What is not learned keeps no moments and does
+    not change.
 
     Args:
       labels: the tree of what is trained with an `axes.Parameter` for each array, as `parameters` gives it.
@@ -67,11 +68,9 @@ def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransf
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     decays = jax.tree.map(lambda parameter: parameter.decays, labels)
     scaled = any(parameter.rate != 1 for parameter in jax.tree.leaves(labels))
+    decay = optax.add_decayed_weights(-config.weight_decay, decays)
     if config.optimizer == "adamw" and scaled:
-        adam, decay = (
-            optax.adam(1.0, config.beta1, config.beta2),
-            optax.add_decayed_weights(-config.weight_decay, decays),
-        )
+        adam = optax.adam(1.0, config.beta1, config.beta2)
         return optax.chain(clip, adam, _at_rates(labels, lambda parameter: parameter.rate), decay)
     if config.optimizer == "adamw":
         adamw = optax.adamw(1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decays)
@@ -85,7 +84,7 @@ def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransf
     )
     # Its own decay would go by who updates a parameter, and leave out the tables.
     rates = [_at_rates(labels, _muon_rate)] if scaled else []
-    return optax.chain(clip, muon, *rates, optax.add_decayed_weights(-config.weight_decay, decays))
+    return optax.chain(clip, muon, *rates, decay)
 
 
 def _at_rates(labels: Params, rate: Callable[[Parameter], float]) -> optax.GradientTransformation:
