@@ -4,6 +4,7 @@ Invariant: what is not a size stays, and with it the width of a head; the target
 """
 
 import dataclasses
+import functools
 
 import jax
 
@@ -65,12 +66,14 @@ def with_mup(config: TransformerConfig, base: TransformerConfig) -> TransformerC
     return dataclasses.replace(config, parametrization=own)
 
 
+@functools.lru_cache(maxsize=256)
 def size_of(config: TransformerConfig) -> int:
     """N: parameters that a token uses, embedding tables aside."""
     tables = sum(each.size for each in jax.tree.leaves(parameters(config)) if "vocab" in each.names)
     return config.num_params(active=True) - tables
 
 
+@functools.lru_cache(maxsize=256)
 def flops_of(config: TransformerConfig, seq_len: int) -> float:
     """Operations of training for a token, by our own count; the backward pass costs twice the forward pass."""
     return 3 * forward_flops(config, seq_len)

@@ -27,7 +27,7 @@ from scripts.planning.plan import Plan
 from scripts.planning.report import bill
 
 DESCRIPTION = "Forecast the held-out loss of a run of the ladder's family, with an interval, and what it costs."
-SHARES = np.geomspace(0.05, 16, 65)
+SHARES = np.geomspace(0.05, 16, 33)
 """Sizes among which the best is sought, as shares of the target's width."""
 CURVE = np.linspace(0.2, 1, 9)
 """Shares of the steps at which the curve of a run is told; before, the warm-up decides it."""

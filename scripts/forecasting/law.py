@@ -5,6 +5,7 @@ Invariant: a fit depends on the runs and the seed alone, not on their order, so 
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
@@ -103,13 +104,9 @@ def fit(points: Sequence[Point], start: Law | None = None) -> Law:
         begins = [np.array([*np.log(whole), start.alpha, start.beta])]
     low, high = (np.array([*3 * [limit], own, own]) for limit, own in zip((-12.0, 12.0), BOUNDS, strict=True))
     exactness = 1e-12 if start is None else 1e-8
-    found = [
-        least_squares(
-            residuals, np.clip(v, low + 1e-6, high - 1e-6), jacobian, (low, high), loss="huber", f_scale=HUBER,
-            xtol=exactness, ftol=exactness, gtol=exactness, max_nfev=500,
-        )
-        for v in begins
-    ]  # fmt: skip
+    how: Any = {"jac": jacobian, "bounds": (low, high), "loss": "huber", "f_scale": HUBER, "max_nfev": 500}
+    how |= dict.fromkeys(("xtol", "ftol", "gtol"), exactness)
+    found = [least_squares(residuals, np.clip(v, low + 1e-6, high - 1e-6), **how) for v in begins]
     e, a, b, alpha, beta = min(found, key=lambda result: result.cost).x
     return Law(*map(float, (np.exp(e), np.exp(a + alpha * centre_n), np.exp(b + beta * centre_d), alpha, beta)))
 

@@ -4,16 +4,16 @@ Invariant: a run that is killed goes on from its last checkpoint and ends with t
 anywhere is gone on with by the same command and gives the same fit.
 """
 
+import contextlib
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from parallax.config import PRESETS, OptimizerConfig, TrainConfig
-from parallelism.exit_status import BAD_INPUT, FAILED
+from parallelism.exit_status import FAILED
 from scripts.common.command_line import parse, tell
 from scripts.common.config_words import config_words
 from scripts.forecasting.flags import LadderFlags
@@ -55,27 +55,28 @@ def split_words(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def train_member(ladder: Ladder, member: Member, passed: Sequence[str]) -> int:
     """Trains a member to its end; where it failed by itself, that is noted, and it is not tried again."""
-    process = subprocess.Popen(  # noqa: S603 - our own script
-        tied([sys.executable, str(TRAIN), *train_words(ladder, member), *passed]), stderr=subprocess.PIPE, text=True
-    )
-    # Ctrl-C reaches train.py too, which saves and stops; SIGTERM comes here alone.
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, _passer(process))
+    argv = tied([sys.executable, str(TRAIN), *train_words(ladder, member), *passed])
     last = ""
-    try:
+    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process, _signals_for(process):  # noqa: S603
         for line in process.stderr or ():
             sys.stderr.write(line)
             last = line.strip() or last
         status = process.wait()
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
     if status == FAILED:
         ladder.failure_file(member).write_text(last.removeprefix("error: "), encoding="utf-8")
-    return status if status >= 0 else BAD_INPUT if status == -signal.SIGPIPE else 128 - status
+    return status if status >= 0 else 128 - status  # of a signal, as a shell has it
 
 
-def _passer(process: subprocess.Popen):
-    return lambda number, frame: os.kill(process.pid, number) if process.poll() is None else None
+@contextlib.contextmanager
+def _signals_for(process: subprocess.Popen) -> Iterator[None]:
+    """Ctrl-C reaches train.py too, which saves and stops; SIGTERM comes here alone, and is passed on."""
+    kept = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, kept[0])
+        signal.signal(signal.SIGTERM, kept[1])
 
 
 def train_words(ladder: Ladder, member: Member) -> list[str]:
