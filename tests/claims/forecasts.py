@@ -5,10 +5,14 @@ before that run begins, then the run. What is done is not done again, so the sam
 lines are those for docs/forecasting.md.
 
 Corpora: `grammar` is drawn from a source whose entropy is computed beside it; `sources` are the Python files of the
-installed packages. On 2 cores --minutes 25 takes about two hours, --minutes 1 some minutes.
+installed packages, at least 50 MB. With --minutes 25 the ladder takes 25 minutes on the machine that designs it, about
+eight of them for its largest member, and the run ten times as many operations: about two hours in all, on an idle
+machine. To try it, --flops 1e12 --sizes 3 --lengths 3 --characters 2000000 asks for nearly the shortest runs that a
+ladder may have.
 """
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -52,13 +56,23 @@ def grammar(path: Path, characters: int, seed: int = 0) -> float:
 
 
 def sources(path: Path, characters: int) -> None:
-    """Writes the ASCII Python files of the installed packages, in the order of their names."""
-    written = 0
+    """Writes ASCII Python files of the installed packages, as many as are asked for.
+
+    They come in the order of the hashes of their paths, so that what is held out, the end, is like the rest.
+    Raises ValueError if there are too few.
+    """
+
+    def place(source: Path) -> bytes:
+        return hashlib.sha256(source.relative_to(packages).as_posix().encode()).digest()
+
+    packages, written = Path(sysconfig.get_paths()["purelib"]), 0
     with path.open("wb") as file:
-        for source in sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py")):
+        for source in sorted(packages.rglob("*.py"), key=place):
             text = source.read_bytes()
             if text.isascii() and written < characters:
                 written += file.write(text)
+    if written < characters:
+        raise ValueError(f"--characters {characters} must not exceed {written}, those in {packages}; ask for fewer")
 
 
 def call(script: str, *words: str | Path) -> None:
@@ -70,7 +84,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--corpus", choices=("grammar", "sources"), default="grammar")
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--minutes", type=float, default=25, help="of the ladder's runs together")
+    parser.add_argument("--flops", type=float, help="operations of the ladder's runs, in place of --minutes")
+    parser.add_argument("--sizes", type=int, default=4)
+    parser.add_argument("--lengths", type=int, default=4)
     parser.add_argument("--times", type=float, default=10, help="operations of the run, by the ladder's largest member")
     parser.add_argument("--characters", type=int, default=CHARACTERS)
     flags = parser.parse_args()
@@ -82,7 +99,8 @@ def main() -> int:
         facts.write_text(json.dumps({"entropy": entropy}))
     if not ladder.exists():
         model = ("--config", "nano", "--model.num-heads", 8, "--model.num-kv-heads", 8, "--model.head-dim", 16)
-        budget = ("--minutes", flags.minutes, "--learning-rate", "4e-3")
+        budget = ("--minutes", flags.minutes) if flags.flops is None else ("--flops", flags.flops)
+        budget += ("--sizes", flags.sizes, "--lengths", flags.lengths, "--learning-rate", "4e-3")
         call("ladder.py", "design", "--dataset", text, *map(str, model), *map(str, budget), *SHAPE, "--output", ladder)
     call("ladder.py", "run", ladder)
     call("ladder.py", "fit", ladder)
