@@ -80,8 +80,10 @@ class ForecastFlags:
     """The folder that design made."""
     tokens: float
     """That the run learns from, such as 20e9."""
+    config: Preset | None = None
+    """Preset of the model, with the ladder's vocabulary and parametrization; by default the ladder's target."""
     share: float = 1.0
-    """Size of the model, as a share of the width of the ladder's target."""
+    """Size of the model, as a share of the width of that."""
     topology: str | None = None
     """A machine, as plan.py's; then hours and money come with the loss."""
     batch_size: int = 256

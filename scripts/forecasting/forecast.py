@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from parallax.config import TransformerConfig, config_to_dict
+from parallax.config import PRESETS, TransformerConfig, config_to_dict
 from parallax.storage import write_json
-from parallax.training.prediction import PREDICTION_FILE
+from parallax.training.prediction import FREE, PREDICTION_FILE
 from parallelism.planning.hardware import machine
 from scripts.common.command_line import parse, tell
 from scripts.forecasting.family import at_share, flops_of, size_of
 from scripts.forecasting.fitting import Fitted, far_beyond, fit_ladder, warnings
 from scripts.forecasting.flags import ForecastFlags
-from scripts.forecasting.ladder import read_ladder
+from scripts.forecasting.ladder import Ladder, read_ladder
 from scripts.forecasting.law import worth
 from scripts.forecasting.plot import plot_forecast
 from scripts.planning.flags import Flags as PlanFlags
@@ -67,7 +67,7 @@ def forecast(args: Sequence[str]) -> int:
     """
     flags = parse(ForecastFlags, description=DESCRIPTION, args=args)
     fitted = fit_ladder(read_ladder(flags.ladder))
-    model = at_share(fitted.ladder.target, flags.share)
+    model = at_share(asked_model(fitted.ladder, flags.config), flags.share)
     own = tell_of(fitted, model, flags.tokens, flags.level)
     best, doubled = (optimum(fitted, times * own.flops, flags.level) for times in (1, 2))
     cost = None if flags.topology is None else plan(fitted, model, flags)
@@ -81,7 +81,10 @@ def forecast(args: Sequence[str]) -> int:
         "best_for_its_flops": dataclasses.asdict(best),
         "best_for_twice_its_flops": dataclasses.asdict(doubled),
         "cost": cost and dataclasses.asdict(cost),
-        "warnings": [*warnings(fitted), *filter(None, [far_beyond(fitted, own.flops)])],
+        "warnings": [
+            *warnings(fitted),
+            *filter(None, [far_beyond(fitted, own.flops), of_another_family(fitted.ladder, model)]),
+        ],
     }
     _show(own, best, doubled, cost, flags.level)
     for line in result["warnings"]:
@@ -96,6 +99,23 @@ def forecast(args: Sequence[str]) -> int:
     if flags.register is not None:
         register(fitted, model, own, flags.level, flags.register)
     return 0
+
+
+def asked_model(ladder: Ladder, config: str | None) -> TransformerConfig:
+    """The ladder's target, or a preset with its vocabulary and parametrization."""
+    if config is None:
+        return ladder.target
+    own = {"vocab_size": ladder.target.vocab_size, "parametrization": ladder.target.parametrization}
+    return dataclasses.replace(PRESETS[config], **own)
+
+
+def of_another_family(ladder: Ladder, model: TransformerConfig) -> str | None:
+    """A warning where the ladder's target, as wide as the model, differs from it in more than how it is computed."""
+    relative = config_to_dict(at_share(ladder.target, model.embed_dim / ladder.target.embed_dim))
+    own = config_to_dict(model)
+    if not (differ := [name for name in sorted(own.keys() - FREE) if own[name] != relative[name]]):
+        return None
+    return f"the model is not of the ladder's family, by its {', '.join(differ)}; the law need not be its own"
 
 
 def tell_of(fitted: Fitted, model: TransformerConfig, tokens: float, level: float) -> Forecast:

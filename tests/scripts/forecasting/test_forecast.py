@@ -3,7 +3,8 @@ import json
 import pytest
 
 from parallax.training.prediction import judge, read_prediction
-from scripts.forecasting.forecast import forecast
+from scripts.forecasting.family import at_share, size_of
+from scripts.forecasting.forecast import asked_model, forecast, of_another_family
 from tests.scripts.forecasting.ladders import LAW, TARGET, finish_all, ladder_in
 
 
@@ -43,6 +44,18 @@ def test_registers_before_the_run_alone(ladder, tmp_path):
         forecast(asked)
     with pytest.raises(FileNotFoundError):
         judge(run)
+
+
+def test_a_preset_in_place_of_the_target(ladder, tmp_path):
+    """It has the ladder's vocabulary; one of another shape is warned of, and a member of the family is not."""
+    asked = [str(ladder.folder), "--tokens", "1e6", "--output", str(tmp_path)]
+    assert forecast([*asked, "--config", "nano"]) == 0
+    told = json.loads((tmp_path / "forecast.json").read_text())
+    nano = asked_model(ladder, "nano")
+    assert told["run"]["params"] == size_of(nano)
+    assert (nano.vocab_size, nano.parametrization) == (TARGET.vocab_size, ladder.target.parametrization)
+    assert "not of the ladder's family, by its head_dim, mlp_dim, num_heads" in " ".join(told["warnings"])
+    assert of_another_family(ladder, at_share(ladder.target, 2.0)) is None
 
 
 def test_says_what_it_needs(ladder):
