@@ -48,7 +48,8 @@ class DesignFlags:
     seeds: int = 1
     """Runs of each, from other initial weights and batches."""
     parametrization: Literal["mup", "standard"] = "mup"
-    """mup: all sizes and the target share the best rate; its base is the smallest size, unless --model says another."""
+    """mup: made so that one rate serves all sizes and the target; its base is the smallest size, unless --model says
+    another."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
     learning: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
     model: Annotated[TransformerConfig, tyro.conf.FlagConversionOff] = PRESETS["tiny"]
@@ -116,8 +117,12 @@ class CheckFlags:
     """embed_dim of its members, of which the first is the base of µP."""
     steps: tuple[int, ...] = (1, 5, 10)
     """After how many of them activations are measured."""
-    batch_size: int = 8
-    seq_len: int = 64
+    batch_size: int = 1
+    seq_len: int = 4
+    """Tokens that are learned; few by the smallest width, see `check`."""
+    runs: int = 16
+    """Of the smallest width, from other initial values and batches, over which squares are averaged; of the others
+    fewer, by as much as they are wider."""
     seed: int = 0
     parametrization: Literal["mup", "standard"] = "mup"
     learning: Annotated[OptimizerConfig, tyro.conf.arg(name="")] = OptimizerConfig()
@@ -129,6 +134,13 @@ class CheckFlags:
             K = self.model.head_dim
             _require(width >= K and width % K == 0, f"width {width} must be a multiple of head_dim={K}; try {4 * K}")
         _require(bool(self.steps) and min(self.steps) >= 1, f"steps={self.steps} must be at least 1; try 1 5 10")
+        tokens, V = self.batch_size * (self.seq_len + 1), self.model.vocab_size
+        _require(tokens <= V, f"batch_size={self.batch_size} needs {tokens} tokens of {V} that differ; try 1")
+        _require(self.runs >= 1, f"runs={self.runs} must be at least 1; try 16")
+
+    def runs_of(self, width: int) -> int:
+        """So many that all widths have as many coordinates."""
+        return max(1, round(self.runs * self.widths[0] / width))
 
 
 @dataclasses.dataclass(frozen=True)

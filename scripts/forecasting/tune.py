@@ -1,7 +1,7 @@
 """ladder.py tune: the learning rate, and where asked the batch and the weight decay, that serve a whole ladder.
 
 Invariant: trials are ordinary runs of the ladder's smallest size, which is the base of µP, so what is best there is
-best for the target. Each goes through its whole schedule: one that was cut off would say little of a longer one.
+meant for the target too. Each goes through its whole schedule: one that was cut off would say little of a longer one.
 """
 
 import dataclasses
