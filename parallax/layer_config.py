@@ -168,7 +168,7 @@ class Parametrization:
     """How initial values and rates follow the size of the model, see `parallax/mup.py`."""
 
     kind: Literal["standard", "mup"] = "standard"
-    """mup: the best learning rate of a small model is that of a large one (maximal update parametrization)."""
+    """mup: made so that a learning rate found on a small model serves a large one (maximal update parametrization)."""
     base_width: int = 128
     """mup: the embed_dim at which it is the standard one, and where the rate was found."""
     base_depth: int = 4

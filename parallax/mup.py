@@ -1,4 +1,5 @@
-"""The maximal update parametrization: initial values and rates under which the best learning rate stays the same.
+"""The maximal update parametrization: initial values and rates that follow a model's size, so that one learning rate
+serves all sizes. By how much the best one still moves here is what tests/claims/rates.py measures.
 
 With n = embed_dim / base_width and m = num_layers / base_depth:
   role      initial deviation   rate under Adam   rate under Muon

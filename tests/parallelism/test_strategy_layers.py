@@ -1,4 +1,4 @@
-"""Layers that differ, with every variant of attention and norms, have one curve on every layout."""
+"""Layers that differ, with every variant of attention and norms and in µP, have one curve on every layout."""
 
 import functools
 
@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from parallax.config import LayerSpec
+from parallax.layer_config import Parametrization
 
 VARIED = {
     "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "norms": "both", "activation": "gelu_tanh",
     "embedding_scale": 4.0, "attention_softcap": 2.0, "attention_sinks": True, "attention_bias": True,
     "qk_norm": True, "qk_norm_over": "heads", "attention_scale": 0.4,
     "pattern": (LayerSpec(sliding_window=3, rope_theta=500.0), LayerSpec()),
+    "parametrization": Parametrization(kind="mup", base_width=8, base_depth=1),
 }  # fmt: skip
 
 
