@@ -76,6 +76,12 @@ class LadderFlags:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunFlags(LadderFlags):
+    only: tuple[str, ...] = ()
+    """Names of the runs to train, by default all; of several hosts each takes its own."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ForecastFlags:
     ladder: tyro.conf.Positional[Path]
     """The folder that design made."""

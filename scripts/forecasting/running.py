@@ -16,7 +16,7 @@ from parallax.config import PRESETS, OptimizerConfig, TrainConfig
 from parallelism.exit_status import FAILED
 from scripts.common.command_line import parse, tell
 from scripts.common.config_words import config_words
-from scripts.forecasting.flags import LadderFlags
+from scripts.forecasting.flags import RunFlags
 from scripts.forecasting.ladder import Ladder, Member, read_ladder, result_of
 from scripts.launching.child import tied
 
@@ -31,8 +31,9 @@ CHECKPOINTS = 4
 def run(args: Sequence[str]) -> int:
     """Exit status: 0 all are finished or failed by themselves, or a stop was asked for; else that of train.py."""
     own, passed = split_words(args)
-    ladder = read_ladder(parse(LadderFlags, description=DESCRIPTION, args=own).ladder)
-    for number, member in enumerate(ladder.members, start=1):
+    flags = parse(RunFlags, description=DESCRIPTION, args=own)
+    ladder = read_ladder(flags.ladder)
+    for number, member in _chosen(ladder, flags.only):
         result = result_of(ladder, member)
         if result.loss is not None or result.failure:
             continue
@@ -44,6 +45,14 @@ def run(args: Sequence[str]) -> int:
             tell(f"go on     python scripts/ladder.py run {ladder.folder}")
             return 0
     return _say_end(ladder)
+
+
+def _chosen(ladder: Ladder, only: Sequence[str]) -> list[tuple[int, Member]]:
+    """Members of these names, or all, with their numbers from 1. Raises ValueError for a name that none has."""
+    names = [member.name for member in ladder.members]
+    if unknown := [name for name in only if name not in names]:
+        raise ValueError(f"--only {' '.join(unknown)} is no run of {ladder.folder}; choose from {', '.join(names)}")
+    return [each for each in enumerate(ladder.members, start=1) if not only or each[1].name in only]
 
 
 def split_words(args: Sequence[str]) -> tuple[list[str], list[str]]:

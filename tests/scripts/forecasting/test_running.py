@@ -56,6 +56,17 @@ def test_trains_all_and_does_nothing_twice(tmp_path, stand_in, capsys):
     assert len(calls(tmp_path)) == 4
 
 
+def test_a_host_takes_its_own_runs(tmp_path, stand_in):
+    ladder = ladder_in(tmp_path / "ladder", steps=(100,))
+    first, second, third, _ = (member.name for member in ladder.members)
+    assert running.run([str(ladder.folder), "--only", third, first]) == 0
+    assert [result_of(ladder, member).loss for member in ladder.members] == [2.0, None, 2.0, None]
+    assert running.run([str(ladder.folder), "--only", second, "--", "--strategy", "single"]) == 0
+    assert calls(tmp_path)[-1][-2:] == ["--strategy", "single"]
+    with pytest.raises(ValueError, match=r"--only 7x7 is no run of .*; choose from"):
+        running.run([str(ladder.folder), "--only", "7x7"])
+
+
 def test_a_run_that_fails_by_itself_is_left_out_for_good(tmp_path, stand_in, capsys):
     ladder = ladder_in(tmp_path / "ladder", steps=(100,))
     failed = ladder.members[1]
