@@ -11,15 +11,8 @@ from typing import Any, Literal
 
 import chex
 
-from parallax.layer_config import (
-    ExpertsConfig,
-    LayerSpec,
-    LoraConfig,
-    Parametrization,
-    RopeScaling,
-    require,
-    require_choices,
-)
+from parallax.layer_config import ExpertsConfig, LayerSpec, LoraConfig, RopeScaling, require, require_choices
+from parallax.parametrization import Parametrization
 
 
 @chex.dataclass(frozen=True)
@@ -82,8 +75,7 @@ class TransformerConfig:
     logit_softcap: float = 0.0
     """Squash logits to ±this by a tanh; 0 leaves them."""
     feed_forward: Literal["auto", "dense", "experts"] = "auto"
-    """What follows attention in a layer: one network for all tokens, or experts among which a router chooses for each.
-    auto is experts where there are any, and dense else."""
+    """What follows attention: one network for all tokens, or experts that a router chooses; auto: experts if any."""
     pattern: tuple[LayerSpec, ...] = ()
     """In what layers differ, one after another: the first of them stands for a layer, the next for the layer behind it,
     and behind the last it begins again. Without any, all layers are alike."""
@@ -380,8 +372,8 @@ def _plain(value: Any) -> Any:
 def config_from_dict(values: dict[str, Any]) -> TransformerConfig:
     """The model config that `config_to_dict` wrote. Raises ValueError if a field is unknown or a rule is broken."""
     _refuse_unknown(values, TransformerConfig, "model config")
-    kinds = {"rope_scaling": RopeScaling, "experts": ExpertsConfig, "lora": LoraConfig, "parametrization": Parametrization}
-    values = values | {name: _nested(values, name, kind) for name, kind in kinds.items()}
+    for name in ("rope_scaling", "experts", "lora", "parametrization"):
+        values = values | {name: _nested(values, name, type(getattr(TransformerConfig, name)))}
     for name in ("pattern", "first_layers"):
         specs = values.get(name) or ()
         require(isinstance(specs, list | tuple), f"{name}={specs!r} must be a list of layers; restore the file")

@@ -88,8 +88,12 @@ def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransf
 
 
 def _at_rates(labels: Params, rate: Callable[[Parameter], float]) -> optax.GradientTransformation:
-    """Multiplies each update by the rate of its parameter."""
-    return optax.stateless(lambda updates, _: jax.tree.map(lambda x, own: x * rate(own), updates, labels))
+    """Multiplies each update by the rate of its parameter; those that are masked have none."""
+
+    def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(lambda own, part: jax.tree.map(lambda x: x * rate(own), part), labels, updates)
+
+    return optax.stateless(scale)
 
 
 def _muon_rate(parameter: Parameter) -> float:

@@ -9,9 +9,9 @@ import functools
 import jax
 
 from parallax.config import TransformerConfig
-from parallax.layer_config import Parametrization
 from parallax.model.flops import forward_flops
 from parallax.model.transformer import parameters
+from parallax.parametrization import Parametrization
 
 LEAST_LAYERS = 2
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from parallax.config import NANO_CONFIG, NANO_MOE_CONFIG, OptimizerConfig, config_from_dict, config_to_dict
-from parallax.layer_config import Parametrization
 from parallax.model.transformer import TransformerLM, init_params, parameters
+from parallax.parametrization import Parametrization
 from parallax.training.optimizer import make_optimizer
 
 BASE = dataclasses.replace(
@@ -95,6 +95,17 @@ def test_experts_and_their_router():
     mlp = parameters(config)["blocks"]["mlp"]
     rates = mlp["router"].rate, mlp["gate"].rate, mlp["up"].rate, mlp["down"].rate
     assert rates == (1 / 4, 1 / 4, 1 / 4, 1 / 8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_is_not_learned_has_no_update_to_scale(optimizer):
+    experts = dataclasses.replace(NANO_MOE_CONFIG.experts, balance_bias_rate=1e-3)
+    config = dataclasses.replace(of_width(BASE, 4), experts=experts)
+    made, known = make_optimizer(OptimizerConfig(optimizer=optimizer), parameters(config)), parameters(config)
+    assert not known["blocks"]["mlp"]["balance_bias"].learned
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    updates, _ = jax.eval_shape(lambda params: made.update(params, made.init(params), params), params)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
 
 
 def test_the_config_keeps_it():

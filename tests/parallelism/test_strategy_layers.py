@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from parallax.config import LayerSpec
-from parallax.layer_config import Parametrization
+from parallax.parametrization import Parametrization
 
 VARIED = {
     "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "norms": "both", "activation": "gelu_tanh",
