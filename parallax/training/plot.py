@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from parallax.prediction import Prediction, read_prediction
 from parallax.training.metrics import METRICS_FILE, Row, read_metrics
-from parallax.training.prediction import Prediction, read_prediction
 
 LOSS_PLOT = "loss.png"
 _SMOOTHING = 0.04

@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 
 from parallax.config import PRESETS, TransformerConfig, config_to_dict
+from parallax.prediction import FREE, PREDICTION_FILE
 from parallax.storage import write_json
-from parallax.training.prediction import FREE, PREDICTION_FILE
 from parallelism.planning.hardware import machine
 from scripts.common.command_line import parse, tell
 from scripts.forecasting.family import at_share, flops_of, size_of

@@ -6,10 +6,10 @@ Invariant: a run that was registered is held against its prediction in all of th
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from parallax.prediction import expected_at, judge
 from parallax.training.loop import Row
 from parallax.training.metrics import MetricsWriter
 from parallax.training.plot import plot_loss
-from parallax.training.prediction import expected_at, judge
 from scripts.training.job import say
 
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from parallax.prediction import judge
 from parallax.storage import write_json
 from parallax.training.loop import Stopwatch
 from parallax.training.metrics import METRICS_FILE
-from parallax.training.prediction import judge
 
 SUMMARY_FILE = "summary.json"
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from parallax.training.prediction import judge, read_prediction
+from parallax.prediction import judge, read_prediction
 from scripts.forecasting.family import at_share, size_of
 from scripts.forecasting.forecast import asked_model, forecast, of_another_family
 from tests.scripts.forecasting.ladders import LAW, TARGET, finish_all, ladder_in

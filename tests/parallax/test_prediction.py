@@ -3,8 +3,8 @@ import json
 
 import pytest
 
+from parallax.prediction import Prediction, expected_at, judge, read_prediction
 from parallax.training.plot import plot_loss
-from parallax.training.prediction import Prediction, expected_at, judge, read_prediction
 
 MODEL = {"embed_dim": 64, "attention": "auto"}
 CURVE = ((0.2, 1.5, 1.1), (0.6, 1.2, 1.05), (1.0, 1.0, 1.0))
