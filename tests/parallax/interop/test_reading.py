@@ -147,7 +147,7 @@ def test_the_single_file_comes_before_an_index_and_the_files_before_what_the_ind
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("adapter_model.safetensors", "an adapter; merge it into its model"),
+        ("adapter_model.safetensors", "an adapter; import it with --base RUN, the run of its model"),
         ("pytorch_model.bin", "pickled weights; load the model with transformers and save it"),
         ("pytorch_model-00001-of-00002.bin", "pickled weights;"),
         ("consolidated.00.safetensors", "weights under the names of their first authors;"),

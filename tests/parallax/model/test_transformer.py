@@ -226,6 +226,7 @@ def test_every_dim_of_every_parameter_has_one_known_name(config):
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "mlp": config.mlp_dim,
+        "rank": config.lora.rank,
     }
     assert set(sizes) == PARAM_AXES
 
