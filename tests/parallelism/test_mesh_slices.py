@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from parallelism import reduction
 from parallelism.mesh_shape import choose_mesh, count_slices, lay_out, parse_mesh, show_mesh
 from parallelism.planning.hlo_collectives import crossed_axes, read_collectives
 from parallelism.rules import RULE_SETS, crosses_slices, in_parts
@@ -134,6 +135,22 @@ def test_what_crosses_slices_is_a_devices_shard(mesh):
         assert crossing["all-gather"] <= 2 * every / 4
     else:
         assert crossing == {"all-reduce": pytest.approx(every / 4, abs=2 * SMALL)}
+
+
+@pytest.mark.parametrize("over", [("data.dcn",), ("data.dcn", "data")])
+def test_what_crosses_slices_is_one_row_of_numbers(over):
+    """A TPU pads other arrays to its tiles: heads of 32 fourfold."""
+    mesh, whole = jax.make_mesh((2, 4), ("data.dcn", "data")), jax.sharding.PartitionSpec()
+    add_up = jax.shard_map(
+        lambda x: reduction._add_up([x], over)[0], mesh=mesh, in_specs=whole, out_specs=whole, check_vma=False
+    )
+    x = np.arange(3 * 4 * 32, dtype=np.float32).reshape(3, 4, 32)
+    np.testing.assert_array_equal(jax.jit(add_up)(x), x * (8 if "data" in over else 2))
+    (mapped,) = (e for e in jax.make_jaxpr(add_up)(x).eqns if "jaxpr" in e.params)
+    sums = [
+        e for e in mapped.params["jaxpr"].eqns if e.primitive.name.startswith("psum") and "data.dcn" in e.params["axes"]
+    ]
+    assert [e.invars[0].aval.shape for e in sums] == [(x.size // (4 if "data" in over else 1),)]
 
 
 def test_exact_reduction_sends_each_shards_gradient_across_slices_once(tiny):
