@@ -3,6 +3,7 @@
 Invariant: the reference is what the run began with, or the base beside its adapters, and the same for all of the run.
 """
 
+import functools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.pipeline import evaluation_batches
+from data.pipeline import Rows, evaluation_batches
 from data.samples import Batch, Samples
 from parallax.model.adapters import take_base, without_adapters
 from parallax.training.preference import REFERENCES, make_log_probs
 from parallax.training.state import TrainState
+from parallelism.hosts import fetch
 from scripts.training.job import Job, say, settle_model
 
 FILE = "references.npz"
@@ -68,14 +70,20 @@ def _compute(job: Job, state: TrainState) -> Found:
     say("reference computing what it has for all pairs")
     config = without_adapters(settle_model(job.flags, job.strategy))
     of_pairs = make_log_probs(config, length_normalized=job.flags.dpo.length_normalized)
-    compute = job.strategy.compile_evaluation(lambda params, batch: of_pairs(params, batch, None))
-    base = take_base(job.strategy.canonical(state).params)
-    return {side: _of_side(job, getattr(job, side), compute, base) for side in SIDES}
+    base, size = take_base(job.strategy.canonical(state).params), job.flags.train.batch_size
+
+    def evaluate(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        return of_pairs(params, batch, None)
+
+    if job.flags.train.reduction == "exact":  # all of a batch on one device, so that it has the same bits everywhere
+        base, compute, rows = jax.device_put(fetch(base), jax.local_devices()[0]), jax.jit(evaluate), None
+    else:
+        compute, rows = job.strategy.compile_evaluation(evaluate), job.strategy.rows(size)
+    return {side: _of_side(getattr(job, side), functools.partial(compute, base), size, rows) for side in SIDES}
 
 
-def _of_side(job: Job, samples: Samples, compute: Callable[[Any, Batch], Any], params: Any) -> np.ndarray:
-    size = job.flags.train.batch_size
+def _of_side(samples: Samples, compute: Callable[[Batch], Any], size: int, rows: Rows | None) -> np.ndarray:
     parts = []
-    for batch in evaluation_batches(samples, batch_size=size, rows=job.strategy.rows(size)):
-        parts.append(np.stack(jax.device_get(compute(params, batch)), axis=1))
+    for batch in evaluation_batches(samples, batch_size=size, rows=rows):
+        parts.append(np.stack(jax.device_get(compute(batch)), axis=1))
     return np.concatenate(parts)[: len(samples.all_ids())]

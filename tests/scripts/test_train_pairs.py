@@ -15,6 +15,9 @@ from parallax.run_folder import load_run
 from parallax.tokenizers.chat_template import plain_template
 from parallax.tokenizers.plain import ByteTokenizer
 from scripts import train
+from scripts.training.flags import read_flags
+from scripts.training.job import prepare_job
+from scripts.training.references import refer
 from tests.scripts.runs import SMALL
 
 FLAGS = [
@@ -87,3 +90,13 @@ def test_what_holds_no_pair_is_refused(refuses, pairs):
     tokenizer = ["--tokenizer", "byte", *SMALL]
     refuses(train, ["--dataset", "pairs.store", *SMALL, "--seq-len", "16"], "seq_len=16", "training side shows none")
     refuses(train, ["--dataset", "text.txt", "--held-out", "pairs.store", *tokenizer], "must both have pairs")
+
+
+def test_exact_reduction_has_the_same_references_on_every_layout(monkeypatch, pairs):
+    monkeypatch.chdir(pairs)
+    found = []
+    for layout in ([], ["--mesh", "data=2,fsdp=4"]):
+        given = ["--dataset", "pairs.store", *SMALL, *FLAGS, "--reduction", "exact", *layout]
+        job = prepare_job(read_flags([*given, "--steps", "2"]))
+        found.append(refer(job, job.strategy.init(), 0))
+    jax.tree.map(np.testing.assert_array_equal, *found)
