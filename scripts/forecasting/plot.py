@@ -43,6 +43,8 @@ def plot_forecast(fitted: Fitted, target: Any, path: Path) -> None:
 def plot_sizes(sizes: Mapping[str, Mapping[int, Sequence[float]]], steps: Sequence[int], path: Path) -> None:
     """Root mean squares against width, a panel an activation, a line a number of steps.
 
+    A panel spans a factor of ten or more, so that what hardly changes looks flat.
+
     Args:
       sizes: by activation and width, one for each of `steps`.
     """
@@ -53,7 +55,10 @@ def plot_sizes(sizes: Mapping[str, Mapping[int, Sequence[float]]], steps: Sequen
     for panel, (name, by_width) in zip(panels, sizes.items(), strict=False):
         for position, step in enumerate(steps):
             panel.plot(list(by_width), [values[position] for values in by_width.values()], "o-", label=f"step {step}")
-        panel.set(title=name, xscale="log", yscale="log")
+        found = np.array(list(by_width.values()))
+        centre = np.sqrt(found.min() * found.max())
+        reach = max(10**0.5, 1.1 * found.max() / centre)
+        panel.set(title=name, xscale="log", yscale="log", ylim=(centre / reach, centre * reach))
     for panel in panels[len(sizes) :]:
         panel.set_visible(False)
     panels[0].legend(frameon=False)
