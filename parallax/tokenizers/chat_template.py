@@ -16,7 +16,7 @@ from typing import Any
 
 from etils import epath
 
-from parallax.storage import reason_of
+from parallax.storage import open_folder, reason_of
 from parallax.tokenizers.base import Tokenizer
 from parallax.tokenizers.hugging_face import END_OF_TEXT, HuggingFaceTokenizer
 
@@ -199,7 +199,7 @@ def choose_template(given: str, own: ChatTemplate | None, tokenizer: Tokenizer) 
         template = plain_template(tokenizer)
     else:
         tokens = special_tokens_of(tokenizer) if own is None else own.special_tokens
-        template = ChatTemplate(read_template(epath.Path(given)), tokens)
+        template = ChatTemplate(read_template(open_folder(given)), tokens)
     if template:
         template.check()
     return template

@@ -56,6 +56,7 @@ def test_turns_are_kept_until_a_new_chat(folder, model, call):
         (("--chat", "--num-samples", "2"), "--num-samples 2 cannot go with --chat"),
         (("--system", "a"), "--system is of a chat; add --chat"),
         (("--chat", "--chat-template", "/none"), "chat template /none must be a readable text"),
+        (("--chat", "--chat-template", "s3://bucket/file"), "must be a local path or start with gs://"),
     ],
 )
 def test_bad_flags(folder, call, flags, message):
