@@ -12,8 +12,7 @@ from scripts.forecasting.check import activations, check
 SMALL = {"embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 48, "num_layers": 2}
 
 
-@pytest.mark.parametrize("config", [NANO_CONFIG, NANO_MOE_CONFIG])
-@pytest.mark.parametrize("norms", ["before", "both"])
+@pytest.mark.parametrize(("config", "norms"), [(NANO_CONFIG, "before"), (NANO_MOE_CONFIG, "both")])
 def test_activations_are_those_of_the_model(config, norms):
     model = dataclasses.replace(config, **SMALL, norms=norms)
     params, tokens = init_params(model, jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 8), 0, 65)
