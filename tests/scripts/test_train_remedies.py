@@ -5,7 +5,7 @@ import dataclasses
 import re
 
 from parallax.config import TransformerConfig
-from scripts import convert, evaluate, generate, launch, plan, prepare, serve, train
+from scripts import convert, evaluate, generate, ladder, launch, plan, prepare, serve, train
 from scripts.training.flags import read_flags
 from scripts.training.job import prepare_job
 from tests.scripts.cases import read_cases
@@ -88,7 +88,8 @@ def text_of(node):
 def test_every_flag_that_a_message_names_exists(call):
     commands = [(script,) for script in (train, prepare, generate, evaluate, serve, plan)]
     commands += [(launch, name) for name in ("local", "run", "up")] + [(convert, name) for name in ("import", "export")]
-    known = {"--help", "--upgrade"}
+    commands += [(ladder, name) for name in ladder.COMMANDS]
+    known = {"--help", "--upgrade", "--dpo"}  # which the message completes
     for script, *name in commands:
         status, out, _ = call(script, *name, "--help")
         assert status == 0
