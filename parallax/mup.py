@@ -9,6 +9,9 @@ With n = embed_dim / base_width and m = num_layers / base_depth:
 Width: Yang et al. 2022 (arXiv:2203.03466, table 3). Adam's update has entries of one size that line up with what comes
 in, so its effect grows as the fan-in. Muon's is orthogonal and has by `consistent_rms` the entries of one size too: its
 spectral norm grows as the square root of the width (Yang et al. 2023, arXiv:2310.17813, asks for one that stays).
+Of an adapter one side alone grows: A has the rate of an output, under Muon too, and B that of an input, as LoRA+ has it
+for Adam (Hayou et al. 2024, arXiv:2402.12354), times the multiplier of the matrix beside it.
+Adam's ε stays, where CompleteP has it shrink with a parameter's gradient.
 A tied table is an input; what it gives as an output is divided by n in the final norm, whose scale goes before it.
 Depth: what a block adds to the residual stream is divided by m (CompleteP, Dey et al. 2025, arXiv:2505.01618), not by
 its square root as in Depth-µP (arXiv:2310.02244), which is derived for branches of one matrix, and under which the best
@@ -52,10 +55,13 @@ def output_multiplier(config: TransformerConfig) -> float:
 
 def with_rates(config: TransformerConfig, parameter: Parameter) -> Parameter:
     """The parameter with the rate of its role; Muon's differs, see `muon_rate`."""
-    shrink = 1.0 if parameter.role == "input" else 1 / width_ratio(config)
+    grows = parameter.role != "input" and parameter.inputs != ("rank",)
+    shrink = 1 / width_ratio(config) if grows else 1.0
     return dataclasses.replace(parameter, rate=shrink * parameter.multiplier)
 
 
 def muon_rate(parameter: Parameter) -> float:
-    """The rate of a hidden matrix that Muon updates: with n^-1/2 where Adam's has 1/n."""
+    """The rate of a matrix that Muon updates: with n^-1/2 where Adam's has 1/n, but for adapters."""
+    if "rank" in parameter.names:
+        return parameter.rate
     return (parameter.rate / parameter.multiplier) ** 0.5 * parameter.multiplier

@@ -40,7 +40,8 @@ class Adapter(nnx.Module):
         down = (*in_shape, lora.rank), (*matrix.inputs, "rank")
         self.down = hidden(uniform, rngs.params(), *down, inputs=matrix.inputs)
         up = (lora.rank, *out_shape), ("rank", *out_names)
-        self.up = hidden(jax.nn.initializers.zeros, rngs.params(), *up, inputs=("rank",))
+        multiplier = matrix.multiplier
+        self.up = hidden(jax.nn.initializers.zeros, rngs.params(), *up, inputs=("rank",), multiplier=multiplier)
 
     def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
         """x [B, T, inputs of W] to [B, T, outputs of W]; what is dropped of a row follows from its key."""

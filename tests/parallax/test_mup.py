@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from parallax.config import NANO_CONFIG, NANO_MOE_CONFIG, OptimizerConfig, config_from_dict, config_to_dict
+from parallax.layer_config import LoraConfig
+from parallax.model.adapters import take_adapters
 from parallax.model.transformer import TransformerLM, init_params, parameters
+from parallax.mup import muon_rate
 from parallax.parametrization import Parametrization
 from parallax.training.optimizer import make_optimizer
 
@@ -107,6 +110,17 @@ def test_what_is_not_learned_has_no_update_to_scale(optimizer):
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     updates, _ = jax.eval_shape(lambda params: made.update(params, made.init(params), params), params)
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, params)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rates_of_adapters(optimizer):
+    """One side alone of their matrices grows, so A has 1/n and B 1 under both; B has the branch's 1/m too."""
+    config = dataclasses.replace(of_width(BASE, 4, deeper=2), lora=LoraConfig(rank=2, alpha=2.0))
+    known = take_adapters(parameters(config))["blocks"]
+    query, down = known["attention"]["adapters"]["query"], known["mlp"]["adapters"]["down"]
+    rate = {"adamw": lambda parameter: parameter.rate, "muon": muon_rate}[optimizer]
+    assert (rate(query["down"]), rate(query["up"])) == (1 / 4, 1)
+    assert (rate(down["down"]), rate(down["up"])) == (1 / 4, 1 / 2)
 
 
 def test_the_config_keeps_it():
