@@ -102,7 +102,7 @@ def read_ladder(folder: Path) -> Ladder:
         target, train = config_from_dict(values.pop("target")), TrainConfig(**values.pop("train"))
         learning = OptimizerConfig(**values.pop("learning"))
         return Ladder(folder, target, train=train, learning=learning, members=tuple(members), **values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder} has no {LADDER_FILE} ({error}); make one with ladder.py design") from None
 
 
@@ -120,7 +120,7 @@ class Result:
 
 
 def result_of(ladder: Ladder, member: Member) -> Result:
-    """What the member's run folder says."""
+    """What the member's run folder says. Raises ValueError if it learned from another text than the ladder's."""
     folder, failure = ladder.run_folder(member), ladder.failure_file(member)
     rows = [row for row in read_metrics(folder / METRICS_FILE) if row.get("eval_loss") is not None]
     curve = tuple((row["step"] / member.steps, row["eval_loss"]) for row in rows)
@@ -130,7 +130,19 @@ def result_of(ladder: Ladder, member: Member) -> Result:
         finished = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["finished"]
     except (OSError, ValueError):
         finished = False
-    return Result(member, curve[-1][1] if finished and curve else None, None, curve)
+    if not finished:
+        return Result(member, None, None, curve)
+    _require_text(ladder, folder)
+    if not curve or curve[-1][0] < 1:
+        return Result(member, None, "its last held-out loss is not finite", curve)
+    return Result(member, curve[-1][1], None, curve)
+
+
+def _require_text(ladder: Ladder, folder: Path) -> None:
+    sha256 = json.loads((folder / "config.json").read_text(encoding="utf-8"))["corpus"]["sha256"]
+    if sha256 != ladder.corpus_sha256:
+        rule = f"{folder} must have learned from the text of {ladder.folder} (sha256 {ladder.corpus_sha256[:12]}…)"
+        raise ValueError(f"{rule} and has from another ({sha256[:12]}…); design another ladder of what is there now")
 
 
 def point_of(ladder: Ladder, result: Result) -> Point:

@@ -11,8 +11,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from parallax.config import PRESETS, OptimizerConfig, TrainConfig
+from parallax.storage import write_atomically
 from parallelism.exit_status import FAILED
 from scripts.common.command_line import parse, tell
 from scripts.common.config_words import config_words
@@ -41,7 +43,8 @@ def run(args: Sequence[str]) -> int:
         status = train_member(ladder, member, passed)
         if status not in (0, FAILED):
             return status
-        if status == 0 and result_of(ladder, member).loss is None:
+        result = result_of(ladder, member)
+        if status == 0 and result.loss is None and not result.failure:
             tell(f"go on     python scripts/ladder.py run {ladder.folder}")
             return 0
     return _say_end(ladder)
@@ -66,13 +69,15 @@ def train_member(ladder: Ladder, member: Member, passed: Sequence[str]) -> int:
     """Trains a member to its end; where it failed by itself, that is noted, and it is not tried again."""
     argv = tied([sys.executable, str(TRAIN), *train_words(ladder, member), *passed])
     last = ""
-    with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as process, _signals_for(process):  # noqa: S603
+    how: Any = {"stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with subprocess.Popen(argv, **how) as process, _signals_for(process):  # noqa: S603
         for line in process.stderr or ():
             sys.stderr.write(line)
             last = line.strip() or last
         status = process.wait()
     if status == FAILED:
-        ladder.failure_file(member).write_text(last.removeprefix("error: "), encoding="utf-8")
+        reason = last.removeprefix("error: ") or "it said nothing"
+        write_atomically(ladder.failure_file(member), reason.encode())
     return status if status >= 0 else 128 - status  # of a signal, as a shell has it
 
 

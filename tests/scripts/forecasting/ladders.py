@@ -37,6 +37,7 @@ def finish(ladder: Ladder, member: Member, loss: float) -> None:
     rows = [{"step": member.steps * part // 10, "eval_loss": loss * (1 + 0.1 * (10 - part))} for part in range(1, 11)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps({"finished": True}))
+    (folder / "config.json").write_text(json.dumps({"corpus": {"sha256": ladder.corpus_sha256}}))
 
 
 def finish_all(ladder: Ladder, noise: float = 0.002) -> None:

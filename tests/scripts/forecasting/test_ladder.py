@@ -37,6 +37,35 @@ def test_a_member_is_known_by_its_folder(tmp_path):
         point_of(ladder, result_of(ladder, second))
 
 
+def test_a_last_loss_that_is_not_finite_is_not_that_of_an_earlier_step(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    member = ladder.members[0]
+    finish(ladder, member, 2.0)
+    with (ladder.run_folder(member) / "metrics.jsonl").open("r+") as file:
+        rows = file.read().replace('"step": 100, "eval_loss": 2.0', '"step": 100, "eval_loss": null')
+        file.seek(0)
+        file.write(rows)
+    result = result_of(ladder, member)
+    assert (result.loss, result.failure) == (None, "its last held-out loss is not finite")
+    assert result.curve[-1][0] == 0.9
+
+
+def test_a_run_of_another_text_is_refused(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    member = ladder.members[0]
+    finish(ladder, member, 2.0)
+    (ladder.run_folder(member) / "config.json").write_text('{"corpus": {"sha256": "0ther"}}')
+    with pytest.raises(ValueError, match=r"must have learned from the text of .* and has from another \(0ther…\)"):
+        result_of(ladder, member)
+
+
+@pytest.mark.parametrize("text", ['"ladder"', "7", "[" * 100_000], ids=["text", "number", "deep"])
+def test_a_file_that_is_no_ladder(tmp_path, text):
+    (tmp_path / "ladder.json").write_text(text)
+    with pytest.raises(ValueError, match=r"has no ladder\.json .* make one with ladder.py design"):
+        read_ladder(tmp_path)
+
+
 def test_train_takes_the_words_of_a_member(tmp_path):
     ladder = ladder_in(tmp_path / "ladder")
     for member in ladder.members[:1] + ladder.members[-1:]:

@@ -25,6 +25,7 @@ steps = int(words[words.index("--steps") + 1])
 folder.mkdir(parents=True)
 (folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "eval_loss": 2.0}) + "\\n")
 (folder / "summary.json").write_text(json.dumps({"finished": True}))
+(folder / "config.json").write_text(json.dumps({"corpus": {"sha256": "c0ffee"}}))
 """
 
 
@@ -77,6 +78,14 @@ def test_a_run_that_fails_by_itself_is_left_out_for_good(tmp_path, stand_in, cap
     assert "finished  3 of 4 runs" in said
     running.run([str(ladder.folder)])
     assert len(calls(tmp_path)) == 4
+
+
+def test_a_run_that_could_not_begin_is_noted_too(tmp_path, stand_in):
+    """What it said may be in any encoding."""
+    ladder = ladder_in(tmp_path / "ladder", steps=(100,))
+    (tmp_path / "train.py").write_text("import os\nos.write(2, b'no such \\xff device\\n')\nraise SystemExit(1)")
+    assert running.run([str(ladder.folder)]) == 0
+    assert result_of(ladder, ladder.members[0]).failure == "no such \ufffd device"
 
 
 def test_a_failure_from_outside_stops_it_and_it_goes_on(tmp_path, stand_in):
