@@ -1,6 +1,6 @@
 """ladder.py fit: the law of a ladder's finished runs, and what speaks against it.
 
-Invariant: the fit follows from the runs alone; a run that failed is named and left out.
+Invariant: the fit follows from the runs alone; a run that failed or diverged is named and left out.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from parallax.storage import write_json
 from scripts.common.command_line import parse
 from scripts.forecasting.flags import LadderFlags
 from scripts.forecasting.ladder import Ladder, Result, point_of, read_ladder, result_of
-from scripts.forecasting.law import Fit, Point, fit_many
+from scripts.forecasting.law import Fit, Point, find_diverged, fit_many
 
 DESCRIPTION = "Fit L(N, D) = E + A/N^a + B/D^b to the finished runs of a ladder."
 FIT_FILE = "fit.json"
@@ -43,10 +43,16 @@ class Fitted:
 
 
 def fit_ladder(ladder: Ladder) -> Fitted:
-    """Raises ValueError if too few runs are finished."""
-    results = tuple(result_of(ladder, member) for member in ladder.members)
+    """Raises ValueError if too few runs are finished, and have learned."""
+    results = [result_of(ladder, member) for member in ladder.members]
+    finished = [place for place, result in enumerate(results) if result.loss is not None]
+    points = [point_of(ladder, results[place]) for place in finished]
+    for number in find_diverged(points):
+        reason = f"it diverged, to a loss of {points[number].loss:.4f} far above the law of the others"
+        place = finished[number]
+        results[place] = dataclasses.replace(results[place], loss=None, failure=reason)
     points = [point_of(ladder, result) for result in results if result.loss is not None]
-    return Fitted(ladder, fit_many(points), results)
+    return Fitted(ladder, fit_many(points), tuple(results))
 
 
 def fit(args: Sequence[str]) -> int:

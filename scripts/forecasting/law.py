@@ -19,6 +19,8 @@ EXPONENTS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.1)
 BOUNDS = (0.02, 3.0)
 """Between which α and β are sought."""
 PARAMETERS = 5
+DIVERGED = 0.05, 10.0
+"""A run's loss is at least so much above the law, in its log, and by so many times the median deviation of all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +111,17 @@ def fit(points: Sequence[Point], start: Law | None = None) -> Law:
     found = [least_squares(residuals, np.clip(v, low + 1e-6, high - 1e-6), **how) for v in begins]
     e, a, b, alpha, beta = min(found, key=lambda result: result.cost).x
     return Law(*map(float, (np.exp(e), np.exp(a + alpha * centre_n), np.exp(b + beta * centre_d), alpha, beta)))
+
+
+def find_diverged(points: Sequence[Point]) -> list[int]:
+    """Positions of runs that learned badly and ended all the same: far above the law, which they hardly bend.
+
+    Raises ValueError as `fit`.
+    """
+    law = fit(points)
+    above = np.array([np.log(p.loss / law.loss(p.params, p.worth)) for p in points])
+    least, times = DIVERGED
+    return np.flatnonzero(above > max(least, times * float(np.median(np.abs(above))))).tolist()
 
 
 def check(data: np.ndarray) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -21,6 +22,20 @@ def test_fits_what_is_finished_and_names_what_failed(tmp_path, capsys):
     member = failed
     found = fit_ladder(ladder).fit.law.loss(member.params, ladder.tokens(member))
     assert found == pytest.approx(LAW.loss(member.params, ladder.tokens(member)), rel=0.01)
+
+
+def test_a_run_that_diverged_and_ended_is_left_out(tmp_path):
+    ladder = ladder_in(tmp_path / "ladder")
+    finish_all(ladder)
+    diverged = ladder.members[-1]
+    truth = LAW.loss(diverged.params, ladder.tokens(diverged))
+    shutil.rmtree(ladder.run_folder(diverged))
+    finish(ladder, diverged, 1.3 * truth)
+    fitted = fit_ladder(ladder)
+    assert [result.member.name for result in fitted.results if result.failure] == [diverged.name]
+    assert f"{diverged.name} failed and is left out: it diverged, to a loss of" in " ".join(warnings(fitted))
+    expected = fitted.fit.law.loss(diverged.params, ladder.tokens(diverged))
+    assert expected == pytest.approx(truth, rel=0.01)
 
 
 def test_the_same_ladder_gives_the_same_bits(tmp_path):
