@@ -30,6 +30,8 @@ class Prediction:
     params: int
     tokens: float
     """That the run learns from."""
+    seq_len: int
+    """Of the ladder's runs: with more context before it a token is told better."""
     model: dict[str, Any]
     """Its config, as config.json has it."""
     corpus_sha256: str
@@ -77,6 +79,7 @@ def differences(prediction: Prediction, config: dict[str, Any]) -> list[str]:
         if prediction.model.get(name) != model.get(name)
     ]
     found += ["tokens"] if abs(tokens / prediction.tokens - 1) > 0.01 else []
+    found += ["seq_len"] if train["seq_len"] != prediction.seq_len else []
     return found + (["corpus"] if config["corpus"]["sha256"] != prediction.corpus_sha256 else [])
 
 

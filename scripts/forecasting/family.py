@@ -21,6 +21,8 @@ def at_share(target: TransformerConfig, share: float) -> TransformerConfig:
 
     A head stays as wide as it is, so a width is that of whole heads where the target's is.
     """
+    if share == 1:
+        return target
     groups = max(1, round(target.num_kv_heads * share))
     heads = groups * max(1, round(target.num_heads * share / groups))
     a_head = target.embed_dim / target.num_heads

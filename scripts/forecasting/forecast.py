@@ -5,7 +5,7 @@ goes with a loss.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,8 @@ def forecast(args: Sequence[str]) -> int:
     Exit status: 0 done, 1 no plan fits the machine.
     """
     flags = parse(ForecastFlags, description=DESCRIPTION, args=args)
+    if flags.register is not None:
+        _require_new(flags.register)
     fitted = fit_ladder(read_ladder(flags.ladder))
     model = at_share(asked_model(fitted.ladder, flags.config), flags.share)
     own = tell_of(fitted, model, flags.tokens, flags.level)
@@ -83,7 +85,9 @@ def forecast(args: Sequence[str]) -> int:
         "cost": cost and dataclasses.asdict(cost),
         "warnings": [
             *warnings(fitted),
-            *filter(None, [far_beyond(fitted, own.flops), of_another_family(fitted.ladder, model)]),
+            *filter(None, [far_beyond(fitted, own.flops) or far_beyond(fitted, doubled.flops)]),
+            *filter(None, [of_another_family(fitted.ladder, model)]),
+            *_at_the_end(fitted.ladder, best, doubled),
         ],
     }
     _show(own, best, doubled, cost, flags.level)
@@ -140,6 +144,15 @@ def optimum(fitted: Fitted, flops: float, level: float) -> Forecast:
     return tell_of(fitted, best, flops / flops_of(best, seq_len), level)
 
 
+def _at_the_end(ladder: Ladder, best: Forecast, doubled: Forecast) -> Iterator[str]:
+    """A warning where the best size is the smallest or the largest of those that are compared."""
+    ends = [size_of(at_share(ladder.target, share)) for share in (SHARES[0], SHARES[-1])]
+    for told, what in ((best, "its"), (doubled, "twice its")):
+        if told.params in ends:
+            end = "smallest" if told.params == ends[0] else "largest"
+            yield f"the best size for {what} FLOPs is the {end} of those that were compared; a better one is beyond it"
+
+
 def plan(fitted: Fitted, model: TransformerConfig, flags: ForecastFlags) -> Cost | None:
     """What the best plan that fits takes of a machine; None where none fits. Raises ValueError as plan.py."""
     sliced = machine(flags.topology or "")
@@ -164,9 +177,7 @@ def plan(fitted: Fitted, model: TransformerConfig, flags: ForecastFlags) -> Cost
 
 
 def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: float, folder: Path) -> None:
-    """Writes prediction.json into the folder of a run that has not begun. Raises ValueError if it has."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--register {folder} holds files already; a prediction goes before a run, choose another")
+    """Writes prediction.json into the folder of a run that has not begun."""
     values = {
         "loss": own.loss,
         "low": own.low,
@@ -174,6 +185,7 @@ def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: flo
         "level": level,
         "params": own.params,
         "tokens": own.tokens,
+        "seq_len": fitted.ladder.train.seq_len,
         "model": config_to_dict(model),
         "corpus_sha256": fitted.ladder.corpus_sha256,
         "ladder_sha256": fitted.ladder.sha256,
@@ -185,6 +197,14 @@ def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: flo
     except OSError as error:
         raise ValueError(f"--register {folder} cannot be written: {error.strerror}; choose another") from None
     tell(f"registered {folder / PREDICTION_FILE}; train.py --output-dir {folder} is held against it")
+
+
+def _require_new(folder: Path) -> None:
+    """Raises ValueError if a run's folder is not local, or not empty: a prediction goes before a run."""
+    if str(folder).startswith("gs:"):
+        raise ValueError(f"--register {folder} must be a local folder; copy {PREDICTION_FILE} from one to gs://")
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"--register {folder} holds files already; a prediction goes before a run, choose another")
 
 
 def curve_of(fitted: Fitted) -> list[list[float]]:

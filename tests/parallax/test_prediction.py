@@ -8,7 +8,7 @@ from parallax.training.plot import plot_loss
 
 MODEL = {"embed_dim": 64, "attention": "auto"}
 CURVE = ((0.2, 1.5, 1.1), (0.6, 1.2, 1.05), (1.0, 1.0, 1.0))
-PREDICTION = Prediction(2.0, 1.9, 2.1, 0.8, 1000, 100 * 4 * 8, MODEL, "c0ffee", "1add3e", CURVE)
+PREDICTION = Prediction(2.0, 1.9, 2.1, 0.8, 1000, 100 * 4 * 8, 8, MODEL, "c0ffee", "1add3e", CURVE)
 
 
 @pytest.fixture
@@ -18,8 +18,8 @@ def run(tmp_path):
     return tmp_path
 
 
-def write_config(folder, steps=100, sha256="c0ffee", **model):
-    train = {"steps": steps, "batch_size": 4, "seq_len": 8}
+def write_config(folder, steps=100, batch_size=4, seq_len=8, sha256="c0ffee", **model):
+    train = {"steps": steps, "batch_size": batch_size, "seq_len": seq_len}
     values = {"train": train, "model": MODEL | model, "corpus": {"sha256": sha256}}
     (folder / "config.json").write_text(json.dumps(values))
 
@@ -55,7 +55,12 @@ def test_a_run_that_leaves_it_and_comes_back(run):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"steps": 200}, ["tokens"]), ({"sha256": "0ther"}, ["corpus"]), ({"embed_dim": 32}, ["model.embed_dim"])],
+    [
+        ({"steps": 200}, ["tokens"]),
+        ({"batch_size": 2, "seq_len": 16}, ["seq_len"]),
+        ({"sha256": "0ther"}, ["corpus"]),
+        ({"embed_dim": 32}, ["model.embed_dim"]),
+    ],
 )
 def test_another_run_is_not_judged(run, change, named):
     write_config(run, **change)

@@ -23,6 +23,11 @@ def test_smaller_members_keep_the_shape(target):
     assert (small.pattern, small.experts.num_experts) == (target.pattern, target.experts.num_experts)
 
 
+def test_a_target_of_uneven_sizes_is_a_member_too():
+    uneven = dataclasses.replace(NANO_CONFIG, mlp_dim=100)
+    assert at_share(uneven, 1.0) == uneven
+
+
 def test_sizes_below_differ_and_ascend():
     sizes = below(LLAMA_1B_CONFIG, 4, 0.5)
     assert [config.embed_dim for config in sizes] == sorted({config.embed_dim for config in sizes})

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from parallax.prediction import judge, read_prediction
+from parallax.prediction import read_prediction
 from scripts.forecasting.family import at_share, size_of
 from scripts.forecasting.forecast import asked_model, forecast, of_another_family
 from tests.scripts.forecasting.ladders import LAW, TARGET, finish_all, ladder_in
@@ -42,8 +42,7 @@ def test_registers_before_the_run_alone(ladder, tmp_path):
     assert prediction.at(0.5)[1] == pytest.approx(1.5 * prediction.loss, rel=0.01)
     with pytest.raises(ValueError, match="holds files already; a prediction goes before a run"):
         forecast(asked)
-    with pytest.raises(FileNotFoundError):
-        judge(run)
+    assert prediction.seq_len == ladder.train.seq_len
 
 
 def test_a_preset_in_place_of_the_target(ladder, tmp_path):
@@ -56,6 +55,20 @@ def test_a_preset_in_place_of_the_target(ladder, tmp_path):
     assert (nano.vocab_size, nano.parametrization) == (TARGET.vocab_size, ladder.target.parametrization)
     assert "not of the ladder's family, by its head_dim, mlp_dim, num_heads" in " ".join(told["warnings"])
     assert of_another_family(ladder, at_share(ladder.target, 2.0)) is None
+
+
+def test_the_end_of_the_sizes_is_no_optimum(ladder, tmp_path):
+    asked = [str(ladder.folder), "--tokens", "1e16", "--output", str(tmp_path)]
+    assert forecast(asked) == 0
+    said = " ".join(json.loads((tmp_path / "forecast.json").read_text())["warnings"])
+    assert "the best size for its FLOPs is the largest of those that were compared" in said
+
+
+def test_nothing_is_written_for_a_folder_that_cannot_be_registered(ladder, tmp_path):
+    for folder in ("gs://bucket/run", __file__):
+        with pytest.raises(ValueError, match="--register"):
+            forecast([str(ladder.folder), "--tokens", "1e6", "--register", folder, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_says_what_it_needs(ladder):
