@@ -16,11 +16,12 @@ from rich.table import Table
 from data.pipeline import training_batches
 from parallax.config import PRESETS, TransformerConfig
 from parallax.training.loop import Stopwatch, train
+from parallax.training.optimizer import make_learning_rate
 from scripts.common.command_line import parse, tell
 from scripts.common.layer_words import REGISTRY
 from scripts.forecasting.family import below, flops_of, size_of, with_mup
 from scripts.forecasting.flags import DesignFlags
-from scripts.forecasting.ladder import Ladder, Member
+from scripts.forecasting.ladder import Ladder, Member, require_new
 from scripts.training.flags import Flags, flag_value
 from scripts.training.job import Job, prepare_job
 
@@ -62,6 +63,8 @@ def design(args: Sequence[str]) -> int:
 
 def design_ladder(flags: DesignFlags) -> Ladder:
     """Times each size and chooses steps. Raises ValueError if the budget is too small, or any input is wrong."""
+    folder = Path(flags.output)
+    require_new(folder)  # before minutes go to timing
     models, target = _family(flags)
     data = {name: getattr(flags, name) for name in ("dataset", "data_dir", "tokenizer", "packing", "held_out")}
     timed, jobs = [], []
@@ -74,7 +77,7 @@ def design_ladder(flags: DesignFlags) -> Ladder:
     job = jobs[0]
     target = dataclasses.replace(target, vocab_size=job.tokenizer.vocab_size)
     return Ladder(
-        Path(flags.output),
+        folder,
         target,
         data,
         job.corpus.sha256,
@@ -108,6 +111,7 @@ def _members(flags: DesignFlags, timed: Sequence[Timed]) -> list[Member]:
             f"{asked} leaves {max(0, steps)} steps for the shortest run and must leave {LEAST_STEPS}; give more, "
             "fewer --sizes or a smaller --largest"
         )
+    make_learning_rate(flags.learning, steps)  # refuses a warm-up that is longer than the shortest run
     found = []
     for each, times, seed in itertools.product(timed, doublings, range(flags.seeds)):
         own = steps * times

@@ -13,6 +13,9 @@ import tyro
 from parallax.config import PRESETS, OptimizerConfig, TrainConfig, TransformerConfig
 from scripts.training.flags import Preset
 
+OF_A_RUN = ("steps", "eval_interval", "checkpoint_interval", "keep", "schedule_steps")
+"""What a ladder chooses for each of its runs."""
+
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
@@ -67,6 +70,11 @@ class DesignFlags:
         """Raises ValueError unless there are an output and one budget, which a default of these flags lacks."""
         _require(bool(self.output), "a ladder needs a folder; try --output ladder")
         _require((self.minutes is None) != (self.flops is None), "give either --minutes or --flops; try --minutes 20")
+        for config in (self.train, self.learning):
+            for field in dataclasses.fields(config):
+                value, flag = getattr(config, field.name), field.name.replace("_", "-")
+                chosen = field.name in OF_A_RUN and value != field.default
+                _require(not chosen, f"--{flag} {value} differs by run; leave it to the ladder")
 
 
 @dataclasses.dataclass(frozen=True)

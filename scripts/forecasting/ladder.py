@@ -84,13 +84,18 @@ class Ladder:
 
     def write(self) -> None:
         """Raises ValueError if the folder is there already, or cannot be written."""
-        if self.folder.exists():
-            raise ValueError(f"--output {self.folder} exists already; choose another")
+        require_new(self.folder)
         try:
             self.folder.mkdir(parents=True)
             write_json(self.folder / LADDER_FILE, self.to_json())
         except OSError as error:
             raise ValueError(f"--output {self.folder} cannot be written: {error.strerror}; choose another") from None
+
+
+def require_new(folder: Path) -> None:
+    """Raises ValueError where something is already."""
+    if folder.exists():
+        raise ValueError(f"--output {folder} exists already; choose another")
 
 
 def read_ladder(folder: Path) -> Ladder:

@@ -63,6 +63,8 @@ def tune(args: Sequence[str]) -> int:
             rung.append(trial)
         trials += rung
         rung.sort(key=lambda trial: trial.loss)
+        if not math.isfinite(rung[0].loss):
+            raise ValueError(f"no setting that was tried for {longest} steps came to their end; try lower --rates")
         settings = [trial.setting for trial in rung[: max(1, math.floor(flags.keep * len(rung)))]]
     return _say(ladder, trials, settings[0])
 

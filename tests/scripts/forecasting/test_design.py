@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from scripts.forecasting.design import Timed, _members
+from parallax.config import OptimizerConfig, TrainConfig
+from scripts.forecasting.design import Timed, _members, design
 from scripts.forecasting.flags import DesignFlags
 from tests.scripts.forecasting.ladders import TARGET
 
@@ -33,10 +34,25 @@ def test_too_little_is_refused():
         _members(DesignFlags(output="ladder", minutes=1.0, lengths=3), TIMED)
 
 
+def test_a_warm_up_longer_than_the_shortest_run_is_refused():
+    learning = OptimizerConfig(warmup_steps=100_000)
+    with pytest.raises(ValueError, match=r"warmup_steps=100000 must not exceed steps=\d+"):
+        _members(DesignFlags(output="ladder", minutes=100.0, learning=learning), TIMED)
+
+
+def test_a_folder_that_is_there_is_refused_before_anything_is_timed(tmp_path):
+    with pytest.raises(ValueError, match="exists already; choose another"):
+        design(["--output", str(tmp_path), "--minutes", "1", "--dataset", "no such"])
+
+
 def test_a_budget_and_a_folder_are_needed():
     with pytest.raises(ValueError, match="give either --minutes or --flops"):
         DesignFlags(output="ladder").check_whole()
     with pytest.raises(ValueError, match="a ladder needs a folder"):
         DesignFlags(minutes=1.0).check_whole()
+    with pytest.raises(ValueError, match="--steps 500 differs by run; leave it to the ladder"):
+        DesignFlags(output="ladder", minutes=1.0, train=TrainConfig(steps=500)).check_whole()
+    with pytest.raises(ValueError, match="--schedule-steps 500 differs by run; leave it to the ladder"):
+        DesignFlags(output="ladder", minutes=1.0, learning=OptimizerConfig(schedule_steps=500)).check_whole()
     with pytest.raises(ValueError, match="sizes=2 must be at least 3"):
         DesignFlags(output="ladder", minutes=1.0, sizes=2)

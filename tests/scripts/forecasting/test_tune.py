@@ -53,6 +53,13 @@ def test_warns_at_the_end_of_the_grid(tmp_path, trained, capsys):
     assert "the best rate is at the end of those that were tried" in capsys.readouterr().out
 
 
+def test_no_rate_is_best_where_all_fail(tmp_path, trained):
+    ladder = ladder_in(tmp_path / "ladder")
+    with pytest.raises(ValueError, match="no setting that was tried for 800 steps came to their end; try lower"):
+        tune.tune([str(ladder.folder), "--rates", str(2**-5)])
+    assert not (ladder.folder / "tune.json").exists()
+
+
 def test_too_many_for_the_steps_that_there_are(tmp_path, trained):
     ladder = ladder_in(tmp_path / "ladder", steps=(30, 60, 120))
     with pytest.raises(ValueError, match="120 steps, halved 3 times, must leave 20"):
