@@ -107,7 +107,8 @@ def main() -> int:
     run, tokens = folder / "run", _tokens(ladder, flags.times)
     if not run.exists():
         call("ladder.py", "forecast", ladder, "--tokens", str(tokens), "--register", run)
-    if not (run / "config.json").exists() or not json.loads((run / "summary.json").read_text())["finished"]:
+    summary = run / "summary.json"
+    if not summary.exists() or not json.loads(summary.read_text())["finished"]:
         call("train.py", *_words(ladder, tokens), "--output-dir", run, "--resume")
     return _verdict(folder, ladder, run)
 

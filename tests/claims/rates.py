@@ -82,7 +82,7 @@ def main() -> int:
     for kind in ("mup", "standard"):
         for width in flags.widths:
             for rate in flags.rates:
-                name = f"{kind} {width} {rate:g} {flags.optimizer} {flags.steps}"
+                name = _name(kind, width, rate, flags)
                 if name not in found:
                     loss = loss_of(kind, width, flags.widths[0], rate, flags)
                     found[name] = loss if np.isfinite(loss) else None
@@ -97,8 +97,14 @@ def main() -> int:
     return 0 if all(abs(place - best["mup"][0]) <= 1 for place in best["mup"]) else 1
 
 
+def _name(kind: str, width: int, rate: float, flags: argparse.Namespace) -> str:
+    """Of a run in rates.json; in µP the base is a part of what it is."""
+    base = f" of {flags.widths[0]}" if kind == "mup" else ""
+    return f"{kind}{base} {width} {rate:g} {flags.optimizer} {flags.steps}"
+
+
 def _curve(found: dict, kind: str, width: int, flags: argparse.Namespace) -> list[float]:
-    names = (f"{kind} {width} {rate:g} {flags.optimizer} {flags.steps}" for rate in flags.rates)
+    names = (_name(kind, width, rate, flags) for rate in flags.rates)
     return [np.inf if found[name] is None else found[name] for name in names]
 
 
