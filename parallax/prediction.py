@@ -6,6 +6,7 @@ made for is said to differ, never judged.
 
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Prediction:
     """That the run learns from."""
     seq_len: int
     """Of the ladder's runs: with more context before it a token is told better."""
+    eval_tokens: int | None
+    """Of an evaluation, as train.py's --eval-tokens: other ones have another loss."""
     model: dict[str, Any]
     """Its config, as config.json has it."""
     corpus_sha256: str
@@ -79,6 +82,7 @@ def differences(prediction: Prediction, config: dict[str, Any]) -> list[str]:
         if prediction.model.get(name) != model.get(name)
     ]
     found += ["tokens"] if abs(tokens / prediction.tokens - 1) > 0.01 else []
+    found += ["eval_tokens"] if config["run"]["eval_tokens"] != prediction.eval_tokens else []
     found += ["seq_len"] if train["seq_len"] != prediction.seq_len else []
     return found + (["corpus"] if config["corpus"]["sha256"] != prediction.corpus_sha256 else [])
 
@@ -107,11 +111,11 @@ def judge(folder: str | os.PathLike) -> dict[str, Any]:
         return facts | {"kept": None, "differs": differs}
     steps, left_at, kept = config["train"]["steps"], None, None
     for row in read_metrics(Path(folder, METRICS_FILE)):
-        loss, share = row.get("eval_loss"), row["step"] / steps
-        if loss is None or share < prediction.first_share:
+        share = row["step"] / steps
+        if "eval_loss" not in row or share < prediction.first_share:
             continue
         low, _, high = prediction.at(share)
-        inside = low <= loss <= high
+        inside = low <= (row["eval_loss"] or math.inf) <= high  # null was not finite
         left_at = row["step"] if left_at is None and not inside else left_at
         kept = inside if row["step"] == steps else None
     return facts | {"kept": kept, "left_at": left_at}

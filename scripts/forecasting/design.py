@@ -22,12 +22,13 @@ from scripts.common.layer_words import REGISTRY
 from scripts.forecasting.family import below, flops_of, size_of, with_mup
 from scripts.forecasting.flags import DesignFlags
 from scripts.forecasting.ladder import Ladder, Member, require_new
+from scripts.forecasting.running import EVALUATIONS
 from scripts.training.flags import Flags, flag_value
 from scripts.training.job import Job, prepare_job
 
 DESCRIPTION = "Choose runs of small models from whose losses that of a large one can be told."
-EVALUATIONS = 10
-"""Of each run."""
+DATA = ("dataset", "data_dir", "tokenizer", "packing", "held_out", "eval_tokens")
+"""Flags that say what is learned and evaluated, the same for all runs."""
 LEAST_STEPS = 50
 """A shorter run is mostly warm-up."""
 TIMED_SECONDS = 1.0
@@ -66,7 +67,7 @@ def design_ladder(flags: DesignFlags) -> Ladder:
     folder = Path(flags.output)
     require_new(folder)  # before minutes go to timing
     models, target = _family(flags)
-    data = {name: getattr(flags, name) for name in ("dataset", "data_dir", "tokenizer", "packing", "held_out")}
+    data = {name: getattr(flags, name) for name in DATA}
     timed, jobs = [], []
     for model in models:
         began = time.perf_counter()

@@ -36,6 +36,8 @@ class DesignFlags:
     """How documents of a store fill rows."""
     held_out: str | None = None
     """Evaluate on what this store, or mixture, holds out, and on nothing of --dataset."""
+    eval_tokens: int = 2**17
+    """Tokens of an evaluation, at the most: the same ones for all runs, however long they are."""
     config: Preset = "tiny"
     """Preset of the target, the model whose loss is to be known; --model.* flags change it."""
     minutes: float | None = None
@@ -61,6 +63,7 @@ class DesignFlags:
         for name in ("minutes", "flops"):
             value = getattr(self, name)
             _require(value is None or 0 < value < math.inf, f"{name}={value} must be positive; try --minutes 20")
+        _require(self.eval_tokens >= 1, f"eval_tokens={self.eval_tokens} must be at least 1; try 131072")
         _require(self.sizes >= 3, f"sizes={self.sizes} must be at least 3; try 4")
         _require(self.lengths >= 3, f"lengths={self.lengths} must be at least 3; try 4")
         _require(self.seeds >= 1, f"seeds={self.seeds} must be at least 1; try 1")

@@ -186,6 +186,7 @@ def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: flo
         "params": own.params,
         "tokens": own.tokens,
         "seq_len": fitted.ladder.train.seq_len,
+        "eval_tokens": fitted.ladder.data.get("eval_tokens"),
         "model": config_to_dict(model),
         "corpus_sha256": fitted.ladder.corpus_sha256,
         "ladder_sha256": fitted.ladder.sha256,
@@ -196,7 +197,9 @@ def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: flo
         write_json(folder / PREDICTION_FILE, values)
     except OSError as error:
         raise ValueError(f"--register {folder} cannot be written: {error.strerror}; choose another") from None
-    tell(f"registered {folder / PREDICTION_FILE}; train.py --output-dir {folder} is held against it")
+    words = f"--output-dir {folder} --seq-len {values['seq_len']}"
+    words += f" --eval-tokens {values['eval_tokens']}" if values["eval_tokens"] else ""
+    tell(f"registered {folder / PREDICTION_FILE}; a run of train.py with {words} is held against it")
 
 
 def _require_new(folder: Path) -> None:

@@ -43,7 +43,7 @@ class Ladder:
     folder: Path
     target: TransformerConfig
     data: dict[str, Any]
-    """dataset, data_dir, tokenizer, packing, held_out as train.py takes them; None where they are not given."""
+    """`design.DATA` as train.py takes them; None where they are not given."""
     corpus_sha256: str
     unique_tokens: int
     """Different ones in the training text."""

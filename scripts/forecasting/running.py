@@ -26,7 +26,7 @@ DESCRIPTION = """Train all runs of a ladder that are not finished. What follows 
 -- --strategy mesh --mesh data=4 does."""
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 EVALUATIONS = 10
-"""Of each run, from which the expected curve of a forecast is made."""
+"""At least, of each run, from which the expected curve of a forecast is made."""
 CHECKPOINTS = 4
 
 
@@ -105,7 +105,7 @@ def train_words(ladder: Ladder, member: Member) -> list[str]:
         checkpoint_interval=max(1, member.steps // CHECKPOINTS),
         keep=1,
     )
-    data = [(f"--{name.replace('_', '-')}", value) for name, value in ladder.data.items() if value is not None]
+    data = [(f"--{name.replace('_', '-')}", str(value)) for name, value in ladder.data.items() if value is not None]
     return [
         *("--output-dir", str(ladder.run_folder(member)), "--resume"),
         *(word for pair in data for word in pair),

@@ -8,7 +8,7 @@ from parallax.training.plot import plot_loss
 
 MODEL = {"embed_dim": 64, "attention": "auto"}
 CURVE = ((0.2, 1.5, 1.1), (0.6, 1.2, 1.05), (1.0, 1.0, 1.0))
-PREDICTION = Prediction(2.0, 1.9, 2.1, 0.8, 1000, 100 * 4 * 8, 8, MODEL, "c0ffee", "1add3e", CURVE)
+PREDICTION = Prediction(2.0, 1.9, 2.1, 0.8, 1000, 100 * 4 * 8, 8, 512, MODEL, "c0ffee", "1add3e", CURVE)
 
 
 @pytest.fixture
@@ -18,9 +18,10 @@ def run(tmp_path):
     return tmp_path
 
 
-def write_config(folder, steps=100, batch_size=4, seq_len=8, sha256="c0ffee", **model):
+def write_config(folder, steps=100, batch_size=4, seq_len=8, eval_tokens=512, sha256="c0ffee", **model):
     train = {"steps": steps, "batch_size": batch_size, "seq_len": seq_len}
-    values = {"train": train, "model": MODEL | model, "corpus": {"sha256": sha256}}
+    values = {"run": {"eval_tokens": eval_tokens}, "train": train, "model": MODEL | model}
+    values["corpus"] = {"sha256": sha256}
     (folder / "config.json").write_text(json.dumps(values))
 
 
@@ -53,11 +54,17 @@ def test_a_run_that_leaves_it_and_comes_back(run):
     assert (verdict["left_at"], verdict["kept"]) == (100, False)
 
 
+def test_a_loss_that_is_not_finite_is_not_kept(run):
+    write_losses(run, {20: 3.0, 60: None, 100: None})
+    assert (judge(run)["left_at"], judge(run)["kept"]) == (60, False)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"steps": 200}, ["tokens"]),
         ({"batch_size": 2, "seq_len": 16}, ["seq_len"]),
+        ({"eval_tokens": 256}, ["eval_tokens"]),
         ({"sha256": "0ther"}, ["corpus"]),
         ({"embed_dim": 32}, ["model.embed_dim"]),
     ],

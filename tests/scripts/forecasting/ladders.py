@@ -13,7 +13,10 @@ from scripts.forecasting.law import Law
 
 LAW = Law(E=1.2, A=30.0, B=60.0, alpha=0.4, beta=0.35)
 TARGET = dataclasses.replace(TINY_CONFIG, num_heads=8, num_kv_heads=8, head_dim=8, embed_dim=64)
-DATA = {"dataset": "tiny_shakespeare", "data_dir": None, "tokenizer": None, "packing": None, "held_out": None}
+DATA = dict.fromkeys(("data_dir", "tokenizer", "packing", "held_out")) | {
+    "dataset": "tiny_shakespeare",
+    "eval_tokens": 4096,
+}
 
 
 def ladder_in(folder: Path, unique: int = 10**9, steps=(100, 200, 400, 800)) -> Ladder:

@@ -74,4 +74,4 @@ def test_train_takes_the_words_of_a_member(tmp_path):
         assert config_to_dict(dataclasses.replace(flags.model, **same)) == config_to_dict(member.model)
         assert isinstance(flags.model, TransformerConfig)
         assert (flags.train.steps, flags.train.batch_size, flags.train.seq_len) == (member.steps, 8, 16)
-        assert flags.train.eval_interval == member.steps // 10
+        assert (flags.train.eval_interval, flags.eval_tokens) == (member.steps // 10, 4096)
