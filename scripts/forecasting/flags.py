@@ -150,7 +150,8 @@ class CheckFlags:
         for width in self.widths:
             K = self.model.head_dim
             _require(width >= K and width % K == 0, f"width {width} must be a multiple of head_dim={K}; try {4 * K}")
-        _require(bool(self.steps) and min(self.steps) >= 1, f"steps={self.steps} must be at least 1; try 1 5 10")
+        ascend = self.steps == tuple(sorted({*self.steps})) and min(self.steps, default=0) >= 1
+        _require(ascend, f"steps={self.steps} must ascend from at least 1; try 1 5 10")
         tokens, V = self.batch_size * (self.seq_len + 1), self.model.vocab_size
         _require(tokens <= V, f"batch_size={self.batch_size} needs {tokens} tokens of {V} that differ; try 1")
         _require(self.runs >= 1, f"runs={self.runs} must be at least 1; try 16")

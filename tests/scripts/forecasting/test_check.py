@@ -35,3 +35,5 @@ def test_writes_a_picture_and_its_numbers(tmp_path, capsys):
     assert "after 2 steps, mup" in capsys.readouterr().out
     with pytest.raises(ValueError, match="width 40 must be a multiple of head_dim=16"):
         check([*words, "--widths", "32", "40", "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"steps=\(5, 1\) must ascend from at least 1"):
+        check([*words, "--steps", "5", "1", "--output", str(tmp_path)])
