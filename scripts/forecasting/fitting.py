@@ -14,7 +14,7 @@ from parallax.storage import write_json
 from scripts.common.command_line import parse
 from scripts.forecasting.flags import LadderFlags
 from scripts.forecasting.ladder import Ladder, Result, point_of, read_ladder, result_of
-from scripts.forecasting.law import Fit, Point, find_diverged, fit_many
+from scripts.forecasting.law import BOUNDS, Fit, Point, find_diverged, fit_many
 
 DESCRIPTION = "Fit L(N, D) = E + A/N^a + B/D^b to the finished runs of a ladder."
 FIT_FILE = "fit.json"
@@ -24,6 +24,8 @@ FEW = 5.0
 """Tokens a parameter, below which a run is far from what its size can learn."""
 EPOCHS = 4.0
 """Up to so many a repeated token is nearly worth a new one (arXiv:2305.16264)."""
+LEAST_E = 1e-3
+"""In nats a token; no text is known so well."""
 BENT = 2.5
 """Standard errors by which the mean residual of the largest runs may differ from that of the others."""
 
@@ -101,6 +103,12 @@ def warnings(fitted: Fitted) -> Iterator[str]:
         yield f"under-trained, with fewer than {FEW:g} tokens a parameter: {', '.join(few)}"
     if many := [name for name, point in points if point.tokens > EPOCHS * point.unique]:
         yield f"repeat their data more than {EPOCHS:g} times: {', '.join(many)}; the law counts what that is worth"
+    for name in ("alpha", "beta"):
+        if not 1.01 * BOUNDS[0] < getattr(fit.law, name) < 0.99 * BOUNDS[1]:
+            what = "sizes" if name == "alpha" else "numbers of tokens"
+            yield f"{name} is {getattr(fit.law, name):.3g}, the end of its bounds: the {what} do not tell it"
+    if fit.law.E < LEAST_E:
+        yield f"E is {fit.law.E:.3g}: the runs do not tell where their losses end"
     if bend := _bend(fit):
         yield f"residuals bend: the largest third is {bend:+.2%} off the law, the rest not; a forecast errs that way"
 

@@ -5,6 +5,7 @@ goes with a loss.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -31,8 +32,6 @@ SHARES = np.geomspace(0.05, 16, 33)
 """Sizes among which the best is sought, as shares of the target's width."""
 CURVE = np.linspace(0.2, 1, 9)
 """Shares of the steps at which the curve of a run is told; before, the warm-up decides it."""
-ONE_SIDED = 1.2816
-"""Standard deviations that hold 80%."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +149,7 @@ def _at_the_end(ladder: Ladder, best: Forecast, doubled: Forecast) -> Iterator[s
     for told, what in ((best, "its"), (doubled, "twice its")):
         if told.params in ends:
             end = "smallest" if told.params == ends[0] else "largest"
-            yield f"the best size for {what} FLOPs is the {end} of those that were compared; a better one is beyond it"
+            yield f"the best size for {what} FLOPs is the {end} that was compared; a better one may be beyond it"
 
 
 def plan(fitted: Fitted, model: TransformerConfig, flags: ForecastFlags) -> Cost | None:
@@ -190,7 +189,7 @@ def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: flo
         "model": config_to_dict(model),
         "corpus_sha256": fitted.ladder.corpus_sha256,
         "ladder_sha256": fitted.ladder.sha256,
-        "curve": curve_of(fitted),
+        "curve": curve_of(fitted, level),
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -210,11 +209,11 @@ def _require_new(folder: Path) -> None:
         raise ValueError(f"--register {folder} holds files already; a prediction goes before a run, choose another")
 
 
-def curve_of(fitted: Fitted) -> list[list[float]]:
+def curve_of(fitted: Fitted, level: float) -> list[list[float]]:
     """How far above its last loss a run is on the way: the larger half of the ladder's runs, by FLOPs.
 
     Runs of one family with one schedule have nearly one curve as multiples of their last loss (Qiu et al. 2025,
-    arXiv:2507.02119). Of each share of the steps the mean, and the factor that holds 80% of the runs.
+    arXiv:2507.02119). Of each share of the steps the mean, and the factor that holds this share of the runs.
     """
     ordered = sorted(fitted.finished, key=lambda result: result.member.flops)
     logs = []
@@ -222,7 +221,8 @@ def curve_of(fitted: Fitted) -> list[list[float]]:
         shares, losses = np.array(result.curve).T
         logs.append(np.interp(CURVE, shares, np.log(losses)) - np.log(losses[-1]))
     means, deviations = np.mean(logs, axis=0), np.std(logs, axis=0)
-    columns = CURVE, np.exp(means), np.exp(ONE_SIDED * deviations)
+    reach = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    columns = CURVE, np.exp(means), np.exp(reach * deviations)
     return [list(map(float, row)) for row in zip(*columns, strict=True)]
 
 

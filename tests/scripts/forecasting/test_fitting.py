@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -56,7 +57,14 @@ def test_warns_of_few_tokens_of_repeats_and_of_a_bend(tmp_path):
     assert "repeat their data more than 4 times" in said
     straight = ladder_in(tmp_path / "straight")
     finish_all(straight)
-    assert "residuals bend" not in " ".join(warnings(fit_ladder(straight)))
+    fitted = fit_ladder(straight)
+    said = " ".join(warnings(fitted))
+    assert "residuals bend" not in said
+    assert "its bounds" not in said
+    loose = dataclasses.replace(fitted.fit, law=dataclasses.replace(fitted.fit.law, alpha=3.0, E=1e-5))
+    said = " ".join(warnings(dataclasses.replace(fitted, fit=loose)))
+    assert "alpha is 3, the end of its bounds: the sizes do not tell it" in said
+    assert "E is 1e-05: the runs do not tell" in said
 
 
 def test_warns_far_beyond_the_largest_run(tmp_path):

@@ -61,7 +61,7 @@ def test_the_end_of_the_sizes_is_no_optimum(ladder, tmp_path):
     asked = [str(ladder.folder), "--tokens", "1e16", "--output", str(tmp_path)]
     assert forecast(asked) == 0
     said = " ".join(json.loads((tmp_path / "forecast.json").read_text())["warnings"])
-    assert "the best size for its FLOPs is the largest of those that were compared" in said
+    assert "the best size for its FLOPs is the largest that was compared" in said
 
 
 def test_nothing_is_written_for_a_folder_that_cannot_be_registered(ladder, tmp_path):
