@@ -323,7 +323,7 @@ class StopRequest:
         self._asked += 1
         if self._together is None:
             return self._requested
-        if self._asked == 1 and _first_word("ask") != "ask":
+        if self._asked == 1 and _first_word("ask") == "end":
             threading.Event().wait()  # until the other thread ends this process, as all others end
         return self._together(self._asked)
 
@@ -336,7 +336,7 @@ class StopRequest:
 
     def _watch_notice(self, at_once: Callable[[], None]) -> None:
         """Calls `at_once` in each process if one gets SIGTERM before any has asked whether to stop."""
-        while (word := _said(FIRST_WORD)) != "ask":
+        while jax.distributed.is_initialized() and (word := _said(FIRST_WORD)) != "ask":
             if word == "end" or (_said(NOTICE) and _first_word("end") == "end"):
                 at_once()
                 return
@@ -352,19 +352,24 @@ def _watch_signals(reading: int, at_once: Callable[[], None]) -> None:
 
 def _first_word(word: str) -> str | None:
     """The word of that process of the run which was the first to say one."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is one
-        _client().key_value_set(FIRST_WORD, word)
+    client = _client()
+    if client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # there is one
+            client.key_value_set(FIRST_WORD, word)
     return _said(FIRST_WORD)
 
 
 def _said(key: str) -> str | None:
-    """What all processes of the run can read under that key, or None."""
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        return _client().key_value_try_get(key)
+    """What all processes of the run can read under that key, or None, also where they cannot be reached any more."""
+    client = _client()
+    if client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            return client.key_value_try_get(key)
     return None
 
 
 def _client() -> Any:
+    """None once this process has left the others."""
     from jax._src import distributed  # JAX has no public name for what its processes say to each other
 
     return distributed.global_state.client

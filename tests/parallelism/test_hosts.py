@@ -265,6 +265,15 @@ def test_nothing_is_requested_and_no_handler_installed_until_asked():
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
+def test_a_run_that_has_left_the_others_waits_for_none(monkeypatch):
+    """The thread that looks for a notice ends, and so does a question that is asked meanwhile."""
+    monkeypatch.setattr("parallelism.hosts._client", lambda: None)
+    stop = StopRequest()
+    stop._watch_notice(pytest.fail)
+    stop._together = lambda asked: True
+    assert stop()
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
