@@ -78,10 +78,18 @@ class Checkpointer:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future] | None = None
 
-    def save(self, step: int, state: Any, documents: Documents, eval_loss: float | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        documents: Documents,
+        eval_loss: float | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Starts a save, and returns once the arrays are safe: the caller may donate them at once.
 
-        Waits for the save before it. Returns False, with nothing done, if that step is trusted already.
+        Waits for the save before it. Returns False, with nothing done, if that step is trusted already. `before` is
+        called in the writer first; if it raises, the save has failed in all processes.
 
         Raises:
           ValueError: the folder is a file, or the documents are not JSON.
@@ -100,6 +108,7 @@ class Checkpointer:
         with self._saving(step):
             with together.shared():
                 if self._is_writer:
+                    before()
                     self._folder.make_room(step)
             together.wait("room", PATIENCE_MS)
         if self._saver is None:
@@ -320,13 +329,25 @@ def _silence() -> None:
 
 
 def _agree(decide: Callable[[], int]) -> int:
-    """Process 0 decides and tells the others, who may see a shared folder at another moment."""
+    """Process 0 decides and tells the others, who may see a shared folder at another moment.
+
+    Raises OSError if it cannot read the folder; in every process alike.
+    """
     if jax.process_count() == 1:
         return decide()
     from jax.experimental import multihost_utils
 
-    decision = decide() if jax.process_index() == 0 else 0
-    return int(multihost_utils.broadcast_one_to_all(np.int32(decision)))
+    decision, failure = 0, None
+    if jax.process_index() == 0:
+        try:
+            decision = decide()
+        except OSError as error:
+            failure = error
+    told = np.array([decision, failure is not None], np.int32)
+    decision, failed = multihost_utils.broadcast_one_to_all(told).tolist()
+    if failed:
+        raise failure or OSError("process 0 cannot read what is saved")
+    return decision
 
 
 def _any(flag: bool) -> bool:

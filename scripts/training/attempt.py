@@ -190,15 +190,19 @@ class Attempt:
         """
         if not has_peers() and self._stopwatch.current != "compile":
             return
-        self._leave_terminal()
-        self._write_summary("stopped")
-        if self._summary is None:
-            say("stopped   before the first step")
-        else:
-            self._workspace.send()
-            self._say_end()
-        self._workspace.release()
-        leave_together()
+        try:
+            self._leave_terminal()
+            self._write_summary("stopped")
+            if self._summary is None:
+                say("stopped   before the first step")
+            else:
+                self._workspace.send()
+                self._say_end()
+            self._workspace.release()
+            leave_together()
+        except Exception as error:  # the main thread may wait for this process to end
+            print(f"error: stopped: {_verdict(error)[1]}", file=sys.stderr, flush=True)
+            os._exit(OUTSIDE_FAILURE)
         os._exit(0)
 
     def _leave_terminal(self) -> None:
@@ -272,8 +276,8 @@ class Attempt:
             "tokenizer": self._job.tokenizer.to_json(),
             "progress": progress | ({"evaluation_due": True} if self._evaluation_due else {}),
         }
-        self._workspace.send()  # before: a run that goes on from this step finds all rows up to it
-        self._checkpoints.save(step, self._base.without(self._job.strategy.canonical(state)), documents, eval_loss)
+        kept = self._base.without(self._job.strategy.canonical(state))
+        self._checkpoints.save(step, kept, documents, eval_loss, before=self._workspace.send)  # all rows go first
         self._write_summary()
         self._workspace.send()
 

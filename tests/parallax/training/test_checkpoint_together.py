@@ -17,15 +17,22 @@ SAVES = """
         across = NamedSharding(Mesh(jax.devices(), "data"), PartitionSpec("data"))
         state = {"params": jax.jit(lambda: jnp.arange(2.0**16), out_shardings=across)()}
         checkpoints, said = Checkpointer(FOLDER, keep=3, is_writer=number == 0), {}
-        for step in (1, 2, 3):
+
+        def fail():
+            raise OSError("the bucket does not answer")
+
+        for step in (1, 2, 3, 4, 5):
             if step == 2 and number == FULL:  # a file of 10 kB and more cannot be written
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            if step == 5 and number == 0:
+                checkpoints.steps = fail
             try:
-                checkpoints.save(step, state, {"progress": {}})
+                checkpoints.save(step, state, {"progress": {}}, before=fail if step == 4 else lambda: None)
                 checkpoints.wait()
             except OSError as error:
                 said[step] = str(error)
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        vars(checkpoints).pop("steps", None)
         checkpoints.measured(3, 0.5)
         restored = checkpoints.restore({"params": jax.ShapeDtypeStruct((2**16,), np.float32, sharding=across)})
         print(json.dumps([said, checkpoints.steps(), restored.step, restored.eval_loss]))
@@ -45,8 +52,10 @@ def test_a_save_that_fails_in_one_process_fails_in_both_and_the_next_goes_well(t
     for number, (out, _) in enumerate(ended):
         said, *found = json.loads(out.splitlines()[-1])
         assert found == [[1, 3], 3, 0.5]
-        reason = said.pop("2")
+        reason, sent, read = (said.pop(step) for step in "245")
         assert said == {}
+        assert "the bucket does not answer" in sent
+        assert read == ("process 0 cannot read what is saved" if number else "the bucket does not answer")
         assert reason.startswith(f"checkpoint 2 could not be saved in {tmp_path / 'saved'}: ")
         assert "File too large" in reason
         assert (f"process {full}: " in reason) == (number != full)
