@@ -28,8 +28,8 @@ class Flags:
     """Score only what train.py holds out of this data set: of a single text its last tenth, of documents the last tenth
     of them, of a store what it holds out. Text of more than 64 MiB is trained on as a store: give that."""
     tasks: str = ""
-    """Instead of a data set: benchmarks of lm_eval by name, such as hellaswag,arc_easy. It downloads what it does not
-    find, and needs pip install "parallax-lm[eval]". The checkpoint may then be a Hugging Face folder too."""
+    """Instead of a data set: benchmarks of lm_eval by name or pattern, such as hellaswag,arc_*. It downloads what it
+    does not find, and needs pip install "parallax-lm[eval]". The checkpoint may then be a Hugging Face folder too."""
     task_dir: str | None = None
     """For --tasks: a folder of tasks of your own, in the YAML of lm_eval."""
     num_fewshot: int | None = None

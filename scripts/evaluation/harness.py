@@ -46,7 +46,7 @@ Scored: TypeAlias = tuple[float, bool]
 def evaluate_tasks(flags: Flags) -> dict[str, Any]:
     """What lm_eval reports: scores with their standard errors, and how they were taken.
 
-    Raises ValueError if lm_eval is not installed, or the model, the mesh or a task cannot be used.
+    Raises ValueError if lm_eval is not installed, the model, the mesh or a task cannot be used, or its data be had.
     """
     if not IS_INSTALLED:
         raise ValueError('--tasks needs lm_eval, which is not installed; pip install "parallax-lm[eval]"')
@@ -58,14 +58,17 @@ def evaluate_tasks(flags: Flags) -> dict[str, Any]:
             raise ValueError(f"--tasks {task} is not known to lm_eval; see lm_eval ls tasks, or name a --task-dir")
     mesh = on_mesh(flags.mesh) if flags.mesh else None
     model = parallax.load(flags.checkpoint, step=flags.step, param_dtype=flags.param_dtype, mesh=mesh)
-    results = lm_eval.simple_evaluate(
-        HarnessModel(model, max_length=flags.window, mesh=flags.mesh, batch_size=flags.batch_size),
-        tasks=tasks,
-        task_manager=known,
-        num_fewshot=flags.num_fewshot,
-        limit=flags.limit,
-        apply_chat_template=flags.apply_chat_template,
-    )
+    try:
+        results = lm_eval.simple_evaluate(
+            HarnessModel(model, max_length=flags.window, mesh=flags.mesh, batch_size=flags.batch_size),
+            tasks=known.match_tasks(tasks),  # a name may be a pattern, such as arc_*
+            task_manager=known,
+            num_fewshot=flags.num_fewshot,
+            limit=flags.limit,
+            apply_chat_template=flags.apply_chat_template,
+        )
+    except ConnectionError as error:
+        raise ValueError(f"--tasks {flags.tasks} needs data that cannot be had: {error}; try again") from None
     kept = "results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better"
     return {name: results[name] for name in kept if name in results} | {
         "lm_eval": results["lm_eval_version"],

@@ -2,6 +2,7 @@
 
 import json
 import random
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -11,6 +12,7 @@ from lm_eval.tasks import TaskManager
 import parallax
 from parallax.interop.folders import export_model, import_model
 from scripts import evaluate
+from scripts.evaluation import harness
 from scripts.evaluation.harness import HarnessModel
 from tests.parallax.interop.folders import SMALL, write_folder
 from tests.parallax.serving.server import serving
@@ -133,7 +135,7 @@ def test_as_their_own_backend_by_a_server(place, theirs):
 
 @pytest.mark.parametrize("model", ["run", "hf"])
 def test_evaluate_py(model, place, theirs, call):
-    given = "--tasks", ",".join(TASKS), "--task-dir", place / "tasks", "--json", place / f"{model}.json"
+    given = "--tasks", "choosing,rea?ing,going-on", "--task-dir", place / "tasks", "--json", place / f"{model}.json"
     status, out, err = call(
         evaluate, "--checkpoint", place / model, *given, "--window", LENGTH, "--mesh", "data=4,tensor=2"
     )
@@ -141,3 +143,9 @@ def test_evaluate_py(model, place, theirs, call):
     found = json.loads((place / f"{model}.json").read_text())
     check_results(found["results"], theirs[False][1])
     assert "|choosing" in out
+
+
+def test_data_that_cannot_be_had_takes_one_line(place, refuses, monkeypatch):
+    monkeypatch.setattr(harness.lm_eval, "simple_evaluate", Mock(side_effect=ConnectionError("Couldn't reach 'it'")))
+    given = ["--checkpoint", place / "run", "--tasks", "reading", "--task-dir", place / "tasks"]
+    refuses(evaluate, given, "--tasks reading", "Couldn't reach 'it'", "try again")
