@@ -84,20 +84,19 @@ def errors_in_one_line() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be flushed
         raise SystemExit(141) from None
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # which even the question whether there is a file raises
-            raise
-        name = reprlib.repr(str(error.filename))
-        print(f"error: name {name} is longer than a file system takes; give a shorter one", file=sys.stderr)
-        raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         from parallax.storage import is_of_bucket, reason_of  # late: help needs no file system
 
-        if not is_of_bucket(error):
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # even of a question whether it is there
+            name = reprlib.repr(str(error.filename))
+            line = f"name {name} is longer than a file system takes; give a shorter one"
+        elif is_of_bucket(error):
+            line = f"gs:// must answer and does not ({reason_of(error)}); try again"
+        else:
             raise
-        print(f"error: gs:// must answer and does not ({reason_of(error)}); try again", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

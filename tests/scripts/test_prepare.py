@@ -190,12 +190,20 @@ def test_a_flipped_byte_is_found_and_named(call, refuses, web):
     refuses(prepare, ["--describe", "store"], "must have format version 1, got format version 9")
 
 
-@pytest.mark.parametrize("module", ["gcsfs.retry", "aiohttp.client_exceptions", "google.auth.exceptions"])
-def test_a_bucket_that_fails_is_one_line(refuses, web, monkeypatch, module):
-    """With errors of its clients, which are no OSError."""
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("gcsfs.retry", Exception),
+        ("aiohttp.client_exceptions", OSError),
+        ("google.auth.exceptions", Exception),
+        ("requests.exceptions", OSError),
+    ],
+)
+def test_a_bucket_that_fails_is_one_line(refuses, web, monkeypatch, module, kind):
+    """With errors of its clients, of which many are no OSError."""
 
     def fail(*args):
-        raise type("Error", (Exception,), {"__module__": module})("backend error, 503\nand more")
+        raise type("Error", (kind,), {"__module__": module})("backend error, 503\nand more")
 
     monkeypatch.setattr("scripts.preparing.make.find_sources", fail)
     refuses(prepare, [*MAKE, "--tokenizer", "byte"], "gs:// must answer and does not (backend error, 503); try again")
