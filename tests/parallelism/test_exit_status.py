@@ -1,9 +1,12 @@
 """What ended a process, by the code of the error: its own fault, a device's, or a peer's."""
 
+import os
+
 import jax
 import pytest
 
-from parallelism.exit_status import DEVICE_FAILURE, FAILED, LOST_PEER, code_of, status_of
+from parallelism.exit_status import DEVICE_FAILURE, FAILED, LOST_PEER, OUT_OF_MEMORY, code_of, status_of
+from parallelism.hosts import run_process
 
 GLOO = "Gloo all-reduce failed: [external/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"
 
@@ -35,3 +38,13 @@ def test_other_errors_have_no_code():
     assert code_of(KeyError("UNKNOWN: x")) is None
     assert code_of(ValueError("steps=0 must be at least 1; try 1000")) is None
     assert status_of(KeyError("a bug"), True) == FAILED
+
+
+def test_memory_that_is_too_small_ends_a_process_with_one_line(monkeypatch, capsys):
+    def main():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffers: many")
+
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    assert run_process(main) == FAILED
+    line = f"error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.; {OUT_OF_MEMORY}\n"
+    assert capsys.readouterr().err == line
