@@ -1,5 +1,6 @@
 """train.py --lora.*: adapters beside a run that is there, gone on with, merged where they are read, and refused."""
 
+import functools
 import json
 import shutil
 
@@ -64,7 +65,9 @@ def test_a_run_of_adapters_is_gone_on_with(call, tuned):
     status, _, err = call(train, "--resume", "--output-dir", "again")
     assert status == 0, err
     assert "\nresume    from step 6" in err
-    jax.tree.map(np.testing.assert_array_equal, load_run("again").params, load_run("tuned").params)
+    # The thread pool of this process is another than that of the first run, and with it how a matmul parts its sums.
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+    jax.tree.map(close, load_run("again").params, load_run("tuned").params)
     samples = (tuned / "samples.jsonl").read_text()
     assert (tuned.parent / "again/samples.jsonl").read_text() == samples
     kept = [json.loads(line) for line in samples.splitlines()]

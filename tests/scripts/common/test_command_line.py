@@ -36,7 +36,6 @@ def test_a_file_that_is_nested_too_deeply_is_refused_by_its_name(refuses, tmp_pa
         (train, "--dataset text.txt --output-dir LONG"),
         (evaluate, "--dataset text.txt --checkpoint LONG"),
         (convert, "import LONG run"),
-        (plan, "--rules LONG"),
         (plan, "--hf LONG"),
         (prepare, "LONG --output store --tokenizer byte"),
     ],

@@ -6,8 +6,6 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
 
 import parallax
 from parallax.interop.folders import export_model, import_model
@@ -76,6 +74,9 @@ def place(tmp_path_factory):
 
 def scores(place, model, chat=False, names=tuple(TASKS), **options):
     """What each question of each task got, and the results."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
     tasks = TaskManager(include_path=str(place / "tasks"), include_defaults=False)
     found = simple_evaluate(model, tasks=list(names), task_manager=tasks, apply_chat_template=chat, **options)
     answers = {
