@@ -65,10 +65,12 @@ def read_prediction(folder: str | os.PathLike) -> Prediction | None:
     path = Path(folder, PREDICTION_FILE)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return Prediction(**values | {"curve": tuple(map(tuple, values["curve"]))})
+        prediction = Prediction(**values | {"curve": tuple(map(tuple, values["curve"]))})
+        prediction.at(prediction.first_share)  # which needs what it is made of to be numbers
+        return prediction
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no prediction ({error}); remove it, or register another") from None
 
 

@@ -176,4 +176,5 @@ class TuneFlags:
 
     def __post_init__(self):
         _require(len(self.rates) >= 1 and min(self.rates) > 0, f"rates={self.rates} must be positive; try 1e-3 2e-3")
+        _require(min(self.batch_sizes, default=1) >= 1, f"batch_sizes={self.batch_sizes} must be at least 1; try 16 32")
         _require(0 < self.keep < 1, f"keep={self.keep} must be between 0 and 1; try 0.5")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from etils import epath
 
-from parallax.prediction import PREDICTION_FILE
+from parallax.prediction import PREDICTION_FILE, read_prediction
 from parallax.storage import is_remote, open_folder, reason_of
 from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
 from scripts.training.lease import LEASE_FILE, Lease, Owner
@@ -39,8 +39,8 @@ PATIENCE = 5.0
 def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: bool) -> epath.Path:
     """The folder to write: `output_dir`, or the next free runs/DATASET-CONFIG[-N]. Makes nothing.
 
-    Raises ValueError if it exists and is not to be resumed, is not a run, has a name that is not UTF-8, or is on gs://
-    and cannot be reached.
+    Raises ValueError if it exists and is not to be resumed, is not a run, has a prediction that is none or a name that
+    is not UTF-8, or is on gs:// and cannot be reached.
     """
     name = output_dir or config
     if name.encode(errors="replace").decode() != name:  # loss.png could not have it as its title
@@ -69,6 +69,8 @@ def choose_folder(output_dir: str | None, dataset: str, config: str, *, resume: 
         raise ValueError(f"--output-dir {folder} is not writable; choose another")
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"--output-dir {folder} cannot be made in {above}, which is not writable; choose another")
+    if PREDICTION_FILE in names:
+        read_prediction(folder)  # refuses a file that is none
     return folder
 
 

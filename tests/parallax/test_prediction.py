@@ -85,8 +85,18 @@ def test_nothing_without_a_prediction(tmp_path):
     assert (read_prediction(tmp_path), judge(tmp_path), expected_at(tmp_path, 50)) == (None, {}, {})
 
 
-def test_a_file_that_is_none(tmp_path):
-    (tmp_path / "prediction.json").write_text("[]")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "[" * 100_000,
+        json.dumps(dataclasses.asdict(PREDICTION) | {"curve": []}),
+        json.dumps(dataclasses.asdict(PREDICTION) | {"low": "1.9"}),
+    ],
+    ids=["list", "deep", "no curve", "text"],
+)
+def test_a_file_that_is_none(tmp_path, text):
+    (tmp_path / "prediction.json").write_text(text)
     with pytest.raises(ValueError, match=r"is no prediction .* remove it, or register another"):
         read_prediction(tmp_path)
 

@@ -52,6 +52,17 @@ def test_a_run_is_refused_without_resume_and_taken_with_it(tmp_path):
     assert choose_folder(str(tmp_path), "text", "tiny", resume=True) == tmp_path
 
 
+def test_a_prediction_goes_before_a_run_and_must_be_one(tmp_path):
+    path = tmp_path / "prediction.json"
+    ends = {"loss": 2.0, "low": 1.9, "high": 2.1, "level": 0.8, "curve": [[0.2, 1.5, 1.1], [1.0, 1.0, 1.0]]}
+    of_what = {"params": 1, "tokens": 512, "seq_len": 8, "eval_tokens": 64, "model": {}}
+    write_json(path, ends | of_what | {"corpus_sha256": "c0ffee", "ladder_sha256": "1add3e"})
+    assert choose_folder(str(tmp_path), "text", "tiny", resume=False) == tmp_path
+    write_json(path, ends)
+    with pytest.raises(ValueError, match=r"prediction\.json is no prediction .* remove it, or register another"):
+        choose_folder(str(tmp_path), "text", "tiny", resume=False)
+
+
 def test_a_folder_cut_off_before_its_config_can_be_resumed(tmp_path):
     assert choose_folder(str(tmp_path), "text", "tiny", resume=True) == tmp_path
 
