@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import signal
@@ -162,9 +163,12 @@ def full_at(monkeypatch):
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
 
     monkeypatch.setattr(record, "plot_loss", lambda folder: None)  # for which there would be no room either
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)  # else half a program stays for all tests
     monkeypatch.setattr(Checkpointer, "wait", waited)
     monkeypatch.setattr(CheckpointFolder, "make_room", made_room)
     yield full.update
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
