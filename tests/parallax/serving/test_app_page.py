@@ -179,7 +179,7 @@ def test_dark_and_small_screens(page):
 def test_the_run_is_shown(page):
     assert "Loss over 9 steps" in page.one("#loss svg").get_attribute("aria-label")
     assert len(page.all("#loss polyline")) == 2
-    page.one("aside summary").click()
+    page.one("aside details:not(#kept) summary").click()
     assert "embed_dim" in page.one("#config").text
     assert page.run(NARROWEST) > 40  # no value is squeezed to a letter a line
 
