@@ -116,7 +116,7 @@ class HarnessModel(TemplateLM):
         ids = [*self.model.tokenizer.encode(""), *self.model.tokenizer.end_ids]
         if not ids:
             rule = f"tokenizer {self.model.tokenizer.name} has no id that begins or ends a text"
-            raise ValueError(f"{rule}, which a task with texts after nothing needs; leave that task out")
+            raise ValueError(f"{rule}, which tasks that score a whole text need; leave those out")
         return int(ids[0])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> Ids:
