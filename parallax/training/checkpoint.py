@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -311,14 +312,16 @@ class Checkpointer:
         try:
             yield
         except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0].partition(" [tensorstore_spec=")[0]
             raise OSError(f"checkpoint {step} could not be saved in {self._folder.root}: {reason}") from error
 
 
 @functools.cache
 def _silence() -> None:
-    """A save that fails raises that: no tracebacks in Orbax's log, nor of writes that end after its event loop."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """A save that fails raises that: no tracebacks in Orbax's log, nor of writes that its event loop leaves behind."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine 'async_serialize_from_host", RuntimeWarning)
     hook = sys.unraisablehook
 
     def unraisable(unraised: Any) -> None:
