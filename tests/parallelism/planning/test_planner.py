@@ -41,12 +41,13 @@ class Fixed:
     evaluation: float = 0.0
     embed_dim: int = 8192
     num_experts: int = 0
+    experts: float = 0.0
 
     def model_flops(self):
         return self.flops / 2
 
     def expert_flops(self):
-        return 0.0
+        return self.experts
 
     def elementwise_bytes(self, sizes):
         return 0.0
@@ -193,6 +194,15 @@ def test_buffers_of_tokens_are_counted_full_and_as_they_are_at_even_load():
     found = row(Fixed(), {"fsdp": 2, "expert": 4}, Report(flops=1, traffic=traffic))
     assert (found.sent_bytes, found.held_bytes) == (15.0, 11.0)
     assert found.wire_bytes == {"expert": 4.0, "fsdp": 7.0}
+
+
+@pytest.mark.parametrize("counted", [0.5e12, 1e12])
+def test_the_experts_matmuls_are_added_where_the_compiler_has_them_in_kernels(counted):
+    """Half of all here: where it counts all of them none are."""
+    cost = Fixed(flops=8e12, experts=4e12, num_experts=8)
+    found = row(cost, {"expert": 8}, Report(flops=int(counted)))
+    assert found.flops == 1e12
+    assert found.expected == row(cost, {"expert": 8}).expected
 
 
 def test_an_estimate_leaves_out_what_a_chip_keeps_on_itself():
