@@ -71,6 +71,11 @@ class StepCost:
         return self.item < 4 and self.config.lora.base_dtype == "float32"
 
     @property
+    def _gradient(self) -> int:
+        """1 if matrices and tables have a gradient, 0 where they are frozen beside adapters."""
+        return int(not self.config.lora.rank)
+
+    @property
     def embed_dim(self) -> int:
         return self.config.embed_dim
 
@@ -98,6 +103,8 @@ class StepCost:
         elif config.attention == "blocks" and config.remat == "none":
             again += 0.5 * attention  # a block's scores once; recomputation has them anyway
         a_token = 3 * (config.num_layers * block + head_flops(config)) + config.num_layers * again
+        if config.lora.rank:
+            a_token -= 2 * config.num_layers * used_weights(config, frozen=True) + head_flops(config)
         return a_token * self.batch_size * self.seq_len
 
     def _computed_keys(self) -> float:
@@ -135,7 +142,7 @@ class StepCost:
         leaves = jax.tree.leaves(parameters(config))
         weights = sum(each.size for each in leaves if "experts" in each.names and each.role == "hidden")
         used = weights * config.experts.experts_per_token / config.experts.num_experts
-        return 2 * used * (3 + (config.remat == "full")) * self.batch_size * self.seq_len
+        return 2 * used * (2 + self._gradient + (config.remat == "full")) * self.batch_size * self.seq_len
 
     def elementwise_bytes(self, sizes: Mapping[str, int]) -> float:
         """What a device reads and writes in a step between its matmuls, in memory, where nothing else hides it.
@@ -171,10 +178,14 @@ class StepCost:
             weights, gathered, sums = whole * self._casts / 2, 0.0, whole * learned_share(config) * (rows > 1)
         else:
             # Two blocks, the next is gathered while one is computed, and the gradients of one.
-            weights, gathered, sums = self._cast_bytes(sizes), 3 * e * self._whole_block(sizes), 0.0
+            gathered = (2 + self._gradient) * e * self._whole_block(sizes)
+            weights, sums = self._cast_bytes(sizes), 0.0
         table, logits = self._head_bytes(tokens, sizes)
         # The logits are gone before the blocks are computed again; the gradient of the table is not.
-        fullest = max(tokens * working + self._expert_bytes(tokens, sizes) + gathered + table, 2 * table + logits)
+        of_table = self._gradient * table
+        fullest = max(
+            tokens * working + self._expert_bytes(tokens, sizes) + gathered + of_table, table + of_table + logits
+        )
         of_blocks = tokens * config.num_layers * saved + weights + fullest
         # When the blocks are done the sum of gradients over rows comes beside its parts.
         loose = 0.0 if self.tiled else self._loose_bytes(tokens, sizes, parameter_bytes)
@@ -187,11 +198,12 @@ class StepCost:
         hidden units of the block beside which the next one is, and of a tied table the whole gradient in float32.
         """
         config, tensor = self.config, sizes.get("tensor", 1)
-        counts = [each.size for each in jax.tree.leaves(parameters(config))]
-        loose = parameter_bytes * max(counts) / sum(counts)
+        leaves = jax.tree.leaves(parameters(config))
+        largest = max(each.size for each in leaves if each.learned)
+        loose = parameter_bytes * largest / sum(each.size for each in leaves)
         if sizes.get("fsdp", 1) > 1:
             loose += tokens * (8 * config.embed_dim + 2 * self.item * hidden_units(config, routed=0) / tensor)
-            loose += config.tie_embeddings * 4 * config.table_rows * config.embed_dim / tensor
+            loose += self._gradient * config.tie_embeddings * 4 * config.table_rows * config.embed_dim / tensor
         return loose
 
     def evaluation_bytes(self, sizes: Mapping[str, int], parameter_bytes: float) -> float:
@@ -311,17 +323,18 @@ class StepCost:
         # There and back, gradients back and there, and there again where it is recomputed.
         travels = layers * (4 + again) if config.experts.num_experts else 0
         matrices = 7 * layers  # of each block its own, gathered and reduced by themselves
-        gathered, scattered = parts * e * (2 * blocks + tables), parts * e * (blocks + tables)
-        gradients = 2 * 4 * (blocks + tables) / fsdp_slices
+        learned = learned_share(config)
+        gathered, scattered = parts * e * (2 * blocks + tables), parts * e * (blocks + tables) * learned
+        gradients = 2 * 4 * (blocks + tables) * learned / fsdp_slices
         found = {
             ("all-reduce", "data"): (data, gradients / fsdp, matrices),
             ("all-gather", "fsdp"): (fsdp, gathered, 2 * parts * matrices),
             ("reduce-scatter", "fsdp"): (fsdp, scattered, parts * matrices),
-            ("all-reduce", "expert"): (expert, 2 * 4 * shared / fsdp / fsdp_slices, matrices),
+            ("all-reduce", "expert"): (expert, 2 * 4 * shared * learned / fsdp / fsdp_slices, matrices),
             ("ragged-all-to-all", "expert"): (expert, travels * expert * vectors, parts * travels),
             ("all-reduce", "tensor"): (tensor, 2 * vectors * (layers * (4 + again) + 2), parts * layers * (4 + again)),
             ("all-gather", "sequence"): (sequence, layers * keys * (1 + again), 2 * parts * layers * (1 + again)),
-            ("all-reduce", "sequence"): (sequence, layers * 2 * keys + 2 * 4 * (blocks + tables), matrices),
+            ("all-reduce", "sequence"): (sequence, layers * 2 * keys + 2 * 4 * (blocks + tables) * learned, matrices),
             # Between slices a device sends its shard alone.
             ("all-reduce", "data.dcn"): (slices, gradients / (data * fsdp * sequence), matrices),
             ("all-gather", "fsdp.dcn"): (fsdp_slices, gathered / fsdp, 2 * parts * matrices),

@@ -1,6 +1,7 @@
 """The count of operations against the compiler's own, and against the definition."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,36 @@ def test_a_steps_products_are_those_that_the_compiled_program_executes(remat, ch
     executed = read_flops(gradient.lower(params, batch).compile().as_text())
     cost = StepCost(config=config, batch_size=rows, seq_len=length)
     assert executed == pytest.approx(cost.product_flops({}), rel=0.01)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_step_of_adapters_computes_no_gradient_of_frozen_matrices(remat):
+    config = TransformerConfig(**{**SIZES, "num_layers": 3, "remat": remat}, lora=LoraConfig(rank=2))
+    loss_fn: Any = make_loss(config, TrainConfig())
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    learned = jax.tree.map(lambda kept, leaf: leaf if kept else None, loss_fn.learned, params)
+    batch = dict.fromkeys(("inputs", "targets"), jax.ShapeDtypeStruct((2, 24), jnp.int32))
+
+    def loss(learned, params, batch):
+        params = jax.tree.map(lambda held, given: held if given is None else given, params, learned)
+        return loss_fn(params, batch, None)[0]["loss"]
+
+    executed = read_flops(jax.jit(jax.grad(loss)).lower(learned, params, batch).compile().as_text())
+    cost = StepCost(config=config, batch_size=2, seq_len=24)
+    assert executed == pytest.approx(cost.product_flops({}), rel=0.01)
+    whole = StepCost(config=dataclasses.replace(config, lora=LoraConfig()), batch_size=2, seq_len=24)
+    assert cost.product_flops({}) < 0.85 * whole.product_flops({})
+
+
+def test_adapters_alone_are_summed_and_hold_gradients():
+    config = TransformerConfig(**SIZES, lora=LoraConfig(rank=2))
+    whole = StepCost(config=dataclasses.replace(config, lora=LoraConfig()), batch_size=16, seq_len=32)
+    cost, sizes = StepCost(config=config, batch_size=16, seq_len=32), {"data": 2, "fsdp": 2}
+    sent, all_sent = ({each.kind: each.wire_bytes for each in of.sent(sizes)} for of in (cost, whole))
+    assert sent["reduce-scatter"] < 0.1 * all_sent["reduce-scatter"]
+    assert sent["all-reduce"] < 0.1 * all_sent["all-reduce"]
+    assert sent["all-gather"] >= all_sent["all-gather"]
+    assert cost.temporary_bytes(sizes, 1e6) < whole.temporary_bytes(sizes, 1e6) - 0.9e6
 
 
 def test_what_is_sent_depends_on_the_axes_that_there_are():
