@@ -99,16 +99,15 @@ class Training:
         several = ["launch.py", "local", "--processes", str(layout.processes)]
         several += ["--devices", str(layout.devices), "--restarts", str(restarts)]
         script, *arguments = [*several, "--", *train] if layout.processes > 1 else ["train.py", *train]
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        }
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        # A run that is killed may leave half of a program there: few programs, so that it hardly ever does.
+        kept = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         first = {"PYTHONPATH": str(path)} if path else {}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
                 [sys.executable, str(SCRIPTS / script), *arguments],
                 cwd=folder,
-                env=cache | local_environment(os.environ, layout.devices) | first,
+                env=cache | local_environment(os.environ, layout.devices) | kept | first,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,
