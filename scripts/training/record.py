@@ -24,6 +24,7 @@ class Files:
     def __init__(self, folder: Path, start: int, texts: Callable[[], Mapping[str, str]] = dict):
         self._folder, self._texts = folder, texts
         self._writer = MetricsWriter(folder, resume_step=start)
+        self._plotted = False  # with all rows up to the last
         verdict = judge(folder)
         self._left = verdict.get("left_at") is not None
         if differs := verdict.get("differs"):
@@ -37,6 +38,7 @@ class Files:
         evaluated = "eval_loss" in row
         expected = expected_at(self._folder, step) if evaluated else {}
         self._writer.write(step, {name: value for name, value in (row | expected).items() if name != "step"})
+        self._plotted = evaluated
         if evaluated:
             plot_loss(self._folder)
             if texts := self._texts():
@@ -52,4 +54,5 @@ class Files:
 
     def close(self) -> None:
         self._writer.close()
-        plot_loss(self._folder)
+        if not self._plotted:
+            plot_loss(self._folder)
