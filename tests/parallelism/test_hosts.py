@@ -32,17 +32,17 @@ STEPS = """
 """
 START = """
     import json, sys
-    import jax, numpy as np
+    import numpy as np
     from jax.experimental import multihost_utils
-    from parallelism import mesh_shape
     from parallelism.hosts import Cluster, agree, fetch, join, run_process
     from parallelism.sentinel import require_same
     from scripts.common.command_line import errors_in_one_line
-    from tests.parallelism.conftest import Tiny
     number = int(sys.argv[2])
     cluster = Cluster(coordinator="127.0.0.1:" + sys.argv[1], num_processes=2, process_id=number)
 """
 TOGETHER = """
+    from parallelism import mesh_shape
+    from tests.parallelism.conftest import Tiny
     def main():
         join(cluster)
         found, tiny = {"said": agree(f"by {number}")}, Tiny(num_kv_heads=2)
