@@ -44,7 +44,7 @@ def attempt(name, last):
         os.fsync, os.truncate = dying(os.fsync), dying(os.truncate)
         for call in ("replace", "unlink", "mkdir"):
             setattr(pathlib.Path, call, dying(getattr(pathlib.Path, call)))
-        prepared(base / name, base / "a.jsonl", base / "b.jsonl", held_out=0.3, shard_tokens=500, deduplicate=True)
+        prepared(base / name, base / "a.jsonl", base / "b.jsonl", held_out=0.3, shard_tokens=1000, deduplicate=True)
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
