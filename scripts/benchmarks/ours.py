@@ -3,7 +3,6 @@
 Invariant: nothing here computes; whatever is measured is the code that users run.
 """
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -20,11 +19,12 @@ from parallax.interop.hf_config import config_to_hf
 from parallax.interop.writing import write_params
 from parallax.model.stack import prepare
 from parallax.model.transformer import Params, init_params
-from parallax.training.loop import Row, Stopwatch, train
+from parallax.training.loop import Row
 from scripts.benchmarks.settings import CHECKED_STEPS, LEARNING, MODELS, SEED, Measure, prompts, read_setting, samples
 from scripts.common.jax_process import keep_large_buffers
 from scripts.training.flags import Flags
 from scripts.training.job import build
+from scripts.training.step import TimedRun
 
 
 class Losses:
@@ -57,38 +57,16 @@ def training(setting: str, strategy: str, weights: str) -> tuple[dict[str, Any],
             train=config,
         )
     )
-    state, done = placement.init(), 0
-    first = placement.canonical(state).params
+    rows = placement.rows(shape.batch_size)
+    batches = training_batches(samples(shape), batch_size=shape.batch_size, seed=SEED, rows=rows)
+    run = TimedRun(placement, step, config, batches)
+    first = placement.canonical(run.state).params
     write_weights(weights, shape.model, first)
     params = sum(leaf.size for leaf in jax.tree.leaves(first))
-    compiled = placement.compile(step)
-    batches = training_batches(
-        samples(shape), batch_size=shape.batch_size, seed=SEED, rows=placement.rows(shape.batch_size)
-    )
-
-    def advance(steps: int, observers: list) -> float:
-        nonlocal state, done
-        start = time.perf_counter()
-        state, done = train(
-            state,
-            start=done,
-            step=compiled,
-            batches=batches,
-            placement=placement,
-            config=dataclasses.replace(config, steps=done + steps),
-            evaluate=lambda _: {"eval_loss": 0.0},
-            save=lambda *_: None,
-            check=lambda *_: None,
-            observers=observers,
-            stopwatch=Stopwatch(),
-        )
-        jax.block_until_ready(state)
-        return time.perf_counter() - start
-
     losses = Losses()
-    ready = advance(CHECKED_STEPS, [losses])
+    ready = run.advance(CHECKED_STEPS, [losses])
     facts = {"params": params, "losses": losses.values, "first_steps_seconds": ready}
-    return facts, lambda request: {"seconds": advance(request["units"], [])}
+    return facts, lambda request: {"seconds": run.advance(request["units"])}
 
 
 def decoding(

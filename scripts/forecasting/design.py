@@ -9,13 +9,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.table import Table
 
 from data.pipeline import training_batches
 from parallax.config import PRESETS, TransformerConfig
-from parallax.training.loop import Stopwatch, train
 from parallax.training.optimizer import make_learning_rate
 from scripts.common.command_line import parse, tell
 from scripts.common.layer_words import REGISTRY
@@ -25,6 +23,7 @@ from scripts.forecasting.ladder import Ladder, Member, require_new
 from scripts.forecasting.running import EVALUATIONS
 from scripts.training.flags import Flags, flag_value
 from scripts.training.job import Job, prepare_job
+from scripts.training.step import TimedRun
 
 DESCRIPTION = "Choose runs of small models from whose losses that of a large one can be told."
 DATA = ("dataset", "data_dir", "tokenizer", "packing", "held_out", "eval_tokens")
@@ -132,33 +131,12 @@ def _members(flags: DesignFlags, timed: Sequence[Timed]) -> list[Member]:
 
 def _timed(job: Job, began: float) -> Timed:
     """Runs steps of the job until they have taken a second, the first ones aside."""
-    settings, strategy = job.flags.train, job.strategy
-    state, done, step = strategy.init(), 0, strategy.compile(job.step)
-    rows = strategy.rows(settings.batch_size)
+    settings, rows = job.flags.train, job.strategy.rows(job.flags.train.batch_size)
     batches = training_batches(job.training, batch_size=settings.batch_size, seed=settings.seed, rows=rows)
-
-    def advance(steps: int) -> float:
-        nonlocal state, done
-        start = time.perf_counter()
-        state, done = train(
-            state,
-            start=done,
-            step=step,
-            batches=batches,
-            placement=strategy,
-            config=dataclasses.replace(settings, steps=done + steps),
-            evaluate=lambda _: {"eval_loss": 0.0},
-            save=lambda *_: None,
-            check=lambda *_: None,
-            observers=[],
-            stopwatch=Stopwatch(),
-        )
-        jax.block_until_ready(state)
-        return time.perf_counter() - start
-
-    advance(2)
+    run = TimedRun(job.strategy, job.step, settings, batches)
+    run.advance(2)
     ready, steps = time.perf_counter() - began, 4
-    while (seconds := advance(steps)) < TIMED_SECONDS:
+    while (seconds := run.advance(steps)) < TIMED_SECONDS:
         steps *= 2
     model, tokens = job.flags.model, settings.batch_size * settings.seq_len
     evaluated = min(job.flags.eval_tokens or 2**62, len(job.held_out.all_ids()) * settings.seq_len) / tokens
