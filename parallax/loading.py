@@ -46,6 +46,7 @@ class Model:
     def __init__(self, run: Run):
         self.config, self.tokenizer, self.params = run.config, run.tokenizer, run.params
         self.folder, self.step, self.context_length = run.folder, run.step, run.context_length
+        self.chat_template = run.chat_template
         self._generator = Generator(run.config)
         self._log_probs = jax.jit(functools.partial(token_log_probs, run.config))
 

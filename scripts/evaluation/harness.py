@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from etils import epath
 from rich.console import Console
 from rich.progress import track
 
@@ -20,7 +19,6 @@ from parallax.inference.generate import Generator
 from parallax.inference.stopping import round_up
 from parallax.loading import SMALLEST_WIDTH, Model, token_log_probs
 from parallax.text import decode, make_request
-from parallax.tokenizers.chat_template import read_chat_template
 from parallelism.placement import on_mesh
 from scripts.common.placement import place_model
 from scripts.evaluation.flags import Flags
@@ -99,7 +97,6 @@ class HarnessModel(TemplateLM):
         self.model, self.batch_size, self.max_length = model, batch_size, max_length or model.context_length
         if self.max_length > most:
             raise ValueError(f"window of {self.max_length} must not exceed max_seq_len={most}; try {most}")
-        self._template = read_chat_template(epath.Path(model.folder), model.tokenizer)
         self._generator = Generator(model.config)
         strategy = place_model(model.config, mesh, batch_size=batch_size, seq_len=most)
         self._score = strategy.compile_evaluation(
@@ -192,10 +189,11 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text; without `add_generation_prompt` its last message is still to be continued."""
-        if self._template is None:
+        template = self.model.chat_template
+        if template is None:
             raise ValueError(f"{self.model.folder} has no chat template; leave --apply-chat-template out")
         try:
-            text = self._template.render(chat_history, add_generation_prompt=add_generation_prompt)
+            text = template.render(chat_history, add_generation_prompt=add_generation_prompt)
         except ValueError:  # as hf: some templates take no system prompt
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
@@ -207,7 +205,8 @@ class HarnessModel(TemplateLM):
         return text[: text.rindex(begun) + len(begun)]
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self._template.source if self._template and chat_template else None
+        template = self.model.chat_template
+        return template.source if template and chat_template else None
 
     @property
     def tokenizer_name(self) -> str:

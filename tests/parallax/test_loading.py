@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from parallax.interop.folders import import_model
 from parallax.loading import Model
 from parallax.model.transformer import TransformerLM
 from parallax.run_folder import load_run
+from parallax.tokenizers.chat_template import PLAIN, ChatTemplate, write_chat_template
 from parallelism.placement import on_mesh
 from scripts import generate
 from tests.parallax.interop.folders import BFLOAT16, SMALL, random_tensors, write_folder
@@ -83,6 +85,15 @@ def test_a_hugging_face_folder_is_the_run_that_it_becomes(hugging_face, tmp_path
     direct, imported = parallax.load(hugging_face), load_run(tmp_path / "run")
     assert (direct.config, direct.tokenizer.to_json()) == (imported.config, imported.tokenizer.to_json())
     jax.tree.map(np.testing.assert_array_equal, direct.params, imported.prepared().params)
+
+
+def test_a_model_has_the_chat_template_of_its_folder(run, model, tmp_path):
+    shutil.copytree(run, tmp_path / "chat")
+    write_chat_template(ChatTemplate(PLAIN, {"eos_token": "!"}), tmp_path / "chat")
+    template = parallax.load(tmp_path / "chat").chat_template
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Say"}]
+    assert template.render(messages, add_generation_prompt=True) == "User: Hello\nAssistant: Say!\nAssistant:"
+    assert model.chat_template is None
 
 
 def test_an_imported_model_keeps_the_dtype_of_its_files(tmp_path):
