@@ -40,6 +40,8 @@ FOREIGN = (
     "JAX_LOCAL_DEVICE_IDS",
 )
 """Variables that describe another cluster."""
+MOST_PROCESSES = 64
+"""Each is a Python with JAX and the model of its own: a number mistyped could take all memory of the machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,9 @@ class LocalFlags:
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"{name}={value} must be at least {least}; try --{name} {good}")
+        if self.processes > MOST_PROCESSES:
+            rule = f"processes={self.processes} of one machine must be at most {MOST_PROCESSES}"
+            raise ValueError(f"{rule}; try --processes 2, with more --devices")
 
 
 def local(args: Sequence[str], train: Path = TRAIN, pause: float = FIRST_PAUSE) -> int:

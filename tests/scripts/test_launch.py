@@ -137,6 +137,7 @@ remote | 'remote' | local | see launch.py --help
 local --processes 2 | -- | is missing | try launch.py local
 local --steps 3 | --steps | --help
 local --processes 0 -- | processes=0 | at least 1 | try --processes 2
+local --processes 65 -- | processes=65 | at most 64 | try --processes 2
 local --devices 0 -- | devices=0 | at least 1 | try --devices 1
 local --restarts -1 -- | restarts=-1 | at least 0 | try --restarts 0
 local --processes many -- | --processes | many | --help
