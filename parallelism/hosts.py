@@ -10,9 +10,8 @@ import os
 import signal
 import sys
 import threading
-import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -309,14 +308,11 @@ class StopRequest:
             from jax.experimental import multihost_utils
 
             self._together = multihost_utils.reached_preemption_sync_point
-            threading.Thread(target=self._watch_notice, args=(at_once,), daemon=True).start()
+            threading.Thread(target=watch_notice, args=(threading.Event(), at_once), daemon=True).start()
             return
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
-        reading, writing = os.pipe()
-        os.set_blocking(writing, False)
-        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-        threading.Thread(target=_watch_signals, args=(reading, at_once), daemon=True).start()
+        watch_signals((signal.SIGTERM, signal.SIGINT), at_once)
 
     def __call__(self) -> bool:
         """Whether to stop now; several processes must all ask equally often. Of them, all get one True at once."""
@@ -334,20 +330,38 @@ class StopRequest:
         elif number == signal.SIGINT:
             raise KeyboardInterrupt
 
-    def _watch_notice(self, at_once: Callable[[], None]) -> None:
-        """Calls `at_once` in each process if one gets SIGTERM before any has asked whether to stop."""
-        while jax.distributed.is_initialized() and (word := _said(FIRST_WORD)) != "ask":
-            if word == "end" or (_said(NOTICE) and _first_word("end") == "end"):
+
+def watch_signals(numbers: Collection[int], at_once: Callable[[], None]) -> tuple[threading.Thread, Callable[[], None]]:
+    """Calls `at_once` in another thread for each of these signals that has a handler, whatever the main thread does.
+
+    Returns that thread, and what ends it.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while number := os.read(reading, 1):
+            if number[0] in numbers:
                 at_once()
-                return
-            time.sleep(NOTICE_SECONDS)
+        os.close(reading)
+
+    def stop() -> None:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread, stop
 
 
-def _watch_signals(reading: int, at_once: Callable[[], None]) -> None:
-    """Calls `at_once` for each signal that Python writes into this pipe, whatever the main thread does."""
-    while number := os.read(reading, 1):
-        if number[0] in (signal.SIGTERM, signal.SIGINT):
+def watch_notice(done: threading.Event, at_once: Callable[[], None]) -> None:
+    """Calls `at_once` in each process if one gets SIGTERM before any has asked whether to stop, and before `done`."""
+    while not done.is_set() and jax.distributed.is_initialized() and (word := _said(FIRST_WORD)) != "ask":
+        if word == "end" or (_said(NOTICE) and _first_word("end") == "end"):
             at_once()
+            return
+        done.wait(NOTICE_SECONDS)
 
 
 def _first_word(word: str) -> str | None:

@@ -20,10 +20,11 @@ from parallax.model.flops import step_flops
 from parallax.model.overview import parameter_overview
 from parallelism.hosts import Cluster, fix_cpu_rounding, join, run_process
 from scripts.common.command_line import errors_in_one_line
+from scripts.common.ending import ending_early
 from scripts.common.jax_process import expect_no_gpu, keep_compiled_programs, keep_large_buffers
 from scripts.training.attempt import Attempt
 from scripts.training.flags import read_flags
-from scripts.training.job import Job, prepare_job
+from scripts.training.job import Job, prepare_job, say_stopped
 
 gc.freeze()
 gc.enable()
@@ -40,12 +41,14 @@ def main() -> int:
         if flags.train.reduction == "exact":
             fix_cpu_rounding()
         join(Cluster(flags.coordinator, flags.num_processes, flags.process_id, flags.local_device_ids))
-        job = prepare_job(flags)
-        job.describe()
-        if flags.lower_only:
-            return show_costs(job)
-        attempt = Attempt(job, BEGAN)
-        state = attempt.prepare()
+        with ending_early(say_stopped):
+            job = prepare_job(flags)
+            job.describe()
+            if flags.lower_only:
+                return show_costs(job)
+            attempt = Attempt(job, BEGAN)
+        with ending_early(attempt.leave):
+            state = attempt.prepare()
     return attempt.run(state)
 
 

@@ -162,7 +162,8 @@ def _in_order(chunks: Iterator[list[Record]], pipes: list[Connection]) -> Iterat
 
 def _serve(pipe: Connection, work: Work) -> None:
     """A worker: answers chunks until the other end of the pipe closes, as it does however that process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that gives the work
+    for number in (signal.SIGINT, signal.SIGTERM):  # to a group of processes: they are for the one that gives the work
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is a thread
     encode = work.encoder()
     waiting: queue.SimpleQueue[list[Record] | None] = queue.SimpleQueue()

@@ -5,7 +5,6 @@ Invariant: a run goes on from its folder alone, and always leaves word there of 
 
 import contextlib
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,11 +26,12 @@ from parallax.training.progress import Profiler, Terminal
 from parallax.training.state import TrainState, params_sha256
 from parallelism import sentinel
 from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, status_of
-from parallelism.hosts import explain, fetch, has_peers, leave_together
+from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
+from scripts.common.ending import end_without_main_thread
 from scripts.training.base import Base
 from scripts.training.flags import flags_to_dict
-from scripts.training.job import Job, say
+from scripts.training.job import Job, say, say_stopped
 from scripts.training.output_dir import Workspace
 from scripts.training.overfit import report_overfit
 from scripts.training.record import Files
@@ -75,8 +75,11 @@ class Attempt:
         self._unsaved: OSError | None = None
         self._terminal: Terminal | None = None
         self._summary: Summary | None = None
-        if has_peers():  # whose JAX has taken SIGTERM already
-            job.strategy.stop_requested.listen(self._end_at_once)
+
+    def leave(self) -> None:
+        """Ends a run that has not begun to train."""
+        self._workspace.release()
+        say_stopped()
 
     def prepare(self) -> TrainState:
         """The state to go on from; makes the run folder.
@@ -132,8 +135,7 @@ class Attempt:
             self._workspace.path, self._began, self._start, self._stopwatch, self._changed, self._sources
         )
         self._stopwatch.seconds["startup"] = time.time() - self._began
-        if not has_peers():
-            self._job.strategy.stop_requested.listen(self._end_at_once)
+        self._job.strategy.stop_requested.listen(self._end_at_once)
         observers: list[Any] = []
         failures: list[Exception] = []
 
@@ -188,22 +190,15 @@ class Attempt:
 
         Several processes end so at any moment before they first ask whether to stop.
         """
-        if not has_peers() and self._stopwatch.current != "compile":
-            return
-        try:
-            self._leave_terminal()
-            self._write_summary("stopped")
-            if self._summary is None:
-                say("stopped   before the first step")
-            else:
-                self._workspace.send()
-                self._say_end()
-            self._workspace.release()
-            leave_together()
-        except Exception as error:  # the main thread may wait for this process to end
-            print(f"error: stopped: {_verdict(error)[1]}", file=sys.stderr, flush=True)
-            os._exit(OUTSIDE_FAILURE)
-        os._exit(0)
+        if has_peers() or self._stopwatch.current == "compile":
+            end_without_main_thread(self._say_stopped)
+
+    def _say_stopped(self) -> None:
+        self._leave_terminal()
+        self._write_summary("stopped")
+        self._workspace.send()
+        self._say_end()
+        self._workspace.release()
 
     def _leave_terminal(self) -> None:
         """Gives it its cursor back."""

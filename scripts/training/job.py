@@ -58,6 +58,11 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def say_stopped() -> None:
+    """How a run ends that has done no step."""
+    say("stopped   before the first step")
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What to train, on what, where, and into which folder."""

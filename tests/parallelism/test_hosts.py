@@ -2,20 +2,15 @@
 
 import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
-import textwrap
-from pathlib import Path
+import threading
 
 import pytest
 
-from parallelism.hosts import STOPPING, StopRequest
+from parallelism.hosts import STOPPING, StopRequest, watch_notice
+from tests.parallelism.processes import HANG_SECONDS, free_port, pair, started
 
-ROOT = Path(__file__).parents[2]
-HANG_SECONDS = 120
 STEPS = """
     import sys
     from parallelism.hosts import StopRequest
@@ -29,16 +24,6 @@ STEPS = """
         if stop():
             print("saved", step, flush=True)
             break
-"""
-START = """
-    import json, sys
-    import numpy as np
-    from jax.experimental import multihost_utils
-    from parallelism.hosts import Cluster, agree, fetch, join, run_process
-    from parallelism.sentinel import require_same
-    from scripts.common.command_line import errors_in_one_line
-    number = int(sys.argv[2])
-    cluster = Cluster(coordinator="127.0.0.1:" + sys.argv[1], num_processes=2, process_id=number)
 """
 TOGETHER = """
     from parallelism import mesh_shape
@@ -159,25 +144,6 @@ STOPPED = """
 """
 
 
-@contextlib.contextmanager
-def started(script, *arguments, **variables):
-    """A process that runs a script, with pipes for all that goes in and comes out."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *arguments],
-        cwd=ROOT,
-        env=os.environ | variables,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 @pytest.fixture
 def child():
     """A process in the middle of its first step; a step is one line of standard input long."""
@@ -269,25 +235,9 @@ def test_a_run_that_has_left_the_others_waits_for_none(monkeypatch):
     """The thread that looks for a notice ends, and so does a question that is asked meanwhile."""
     monkeypatch.setattr("parallelism.hosts._client", lambda: None)
     stop = StopRequest()
-    stop._watch_notice(pytest.fail)
+    watch_notice(threading.Event(), pytest.fail)
     stop._together = lambda asked: True
     assert stop()
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def pair(script):
-    """Two processes of two devices each, which will meet at a port of their own."""
-    port = free_port()
-    with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(started(START + script, port, number, JAX_NUM_CPU_DEVICES="2")) for number in ("0", "1")
-        ]
 
 
 def test_two_processes_are_one_run():
