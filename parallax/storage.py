@@ -121,6 +121,11 @@ def is_of_bucket(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests")
 
 
+def is_of_storage(error: BaseException) -> bool:
+    """Whether a disk or a bucket failed."""
+    return isinstance(error, OSError) or is_of_bucket(error)
+
+
 def reason_of(error: BaseException) -> str:
     """The first line of what went wrong."""
     if isinstance(error, OSError) and error.strerror:

@@ -17,7 +17,7 @@ from data.pipeline import evaluation_batches, training_batches
 from data.samples import Samples
 from data.stores.mixture import by_source
 from parallax.model.flops import step_flops
-from parallax.storage import reason_of, write_json
+from parallax.storage import is_of_storage, reason_of, write_json
 from parallax.tokenizers.chat_template import FILE, write_chat_template
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
@@ -72,7 +72,7 @@ class Attempt:
         self._base = Base(job)
         self._references: dict[str, np.ndarray] = {}  # of pairs
         self._texts: dict[str, str] = {}  # of the last evaluation
-        self._unsaved: OSError | None = None
+        self._unsaved: Exception | None = None
         self._terminal: Terminal | None = None
         self._summary: Summary | None = None
 
@@ -143,11 +143,13 @@ class Attempt:
         def noted() -> Iterator[None]:
             try:
                 yield
-            except (Diverged, sentinel.Divergence, OSError) as error:
-                failures.append(error)
             except jax.errors.JaxRuntimeError as error:
                 if status_of(error, has_peers()) == LOST_PEER:
                     raise  # the others are gone or being ended, and nothing is left to say
+                failures.append(error)
+            except Exception as error:
+                if not isinstance(error, (Diverged, sentinel.Divergence)) and not is_of_storage(error):
+                    raise
                 failures.append(error)
 
         try:
@@ -258,7 +260,9 @@ class Attempt:
         self._unsaved = None
         try:
             yield
-        except OSError as error:
+        except Exception as error:
+            if not is_of_storage(error):
+                raise
             self._unsaved = error
             say(f"unsaved   {_verdict(error)[1]}; the next save tries again")
 
@@ -344,7 +348,7 @@ class Attempt:
         """Says how the run ended, and returns the exit status."""
         if failures:
             status, words = _verdict(failures[0])
-            remedy = describe_remedy(self._job, self._checkpoints.latest_step(), failures[0])
+            remedy = describe_remedy(self._job, self._checkpoints, failures[0])
             print(f"error: stopped: {words}; {remedy}", file=sys.stderr, flush=True)
             return status
         self._say_end()

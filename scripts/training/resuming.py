@@ -14,6 +14,8 @@ import jax
 from etils import epath
 
 from parallax.config import OptimizerConfig
+from parallax.storage import is_of_storage, reason_of
+from parallax.training.checkpoint import Checkpointer
 from parallax.training.loop import Diverged
 from scripts.training.flags import LAYOUT, Flags, changes, flags_from_dict
 from scripts.training.job import Job
@@ -43,9 +45,15 @@ def resume_command(flags: Flags, folder: epath.Path, *changed: str) -> str:
     return f"{_program('train')} {shlex.join(words)}{cluster} (in each of {processes} processes)"
 
 
-def describe_remedy(job: Job, latest: int | None, failure: Exception) -> str:
+def describe_remedy(job: Job, checkpoints: Checkpointer, failure: Exception) -> str:
     """The newest checkpoint and, for a run that diverged, the command that goes on from it in another way."""
     flags, folder = job.flags, job.folder
+    try:
+        latest = checkpoints.latest_step()
+    except Exception as error:
+        if not is_of_storage(error):
+            raise
+        return f"{folder} does not say what is saved ({reason_of(error)}); go on with --resume when it does"
     saved = f"{folder} has no checkpoint"
     if latest is not None:
         saved = f"the last good checkpoint is step {latest} of {folder}"

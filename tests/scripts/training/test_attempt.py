@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import json
 import math
 import os
@@ -251,6 +252,25 @@ def test_an_error_of_the_device_ends_the_run_with_its_words_and_a_status(
     summary = summary_of(text / "run")
     assert summary["attempts"][-1]["end"] == "failed"
     assert words in summary["failure"]
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_bucket_that_fails_while_a_run_trains_is_a_failure_from_outside(train_small, text, monkeypatch, number):
+    """With an error of gcsfs, which is no OSError, at each look at what is saved from the `number`th on."""
+    failing = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
+    looks, best_first = itertools.count(1), CheckpointFolder.best_first
+
+    def look(self):
+        if next(looks) >= number:
+            raise failing("backend error, 503")
+        return best_first(self)
+
+    monkeypatch.setattr(CheckpointFolder, "best_first", look)
+    status, _, err = train_small("--output-dir", "run", "--checkpoint-interval", "3")
+    assert status == 3
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: stopped: ")
+    assert "backend error, 503; run does not say what is saved (backend error, 503); go on" in err.splitlines()[-1]
 
 
 def test_whatever_ends_a_run_gives_the_terminal_back(train_small, monkeypatch):
