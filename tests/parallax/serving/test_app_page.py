@@ -3,11 +3,14 @@
 Invariant: each test ends with no complaint in the browser's console, where a broken Content-Security-Policy would show.
 """
 
+import json
 import math
 import re
+import shutil
 
 import pytest
 
+from parallax.training.metrics import SAMPLES_FILE
 from tests.parallax.serving.browser import browsing
 from tests.parallax.serving.server import LETTERS, eventually, serving
 
@@ -182,6 +185,26 @@ def test_the_run_is_shown(page):
     page.one("aside details:not(#kept) summary").click()
     assert "embed_dim" in page.one("#config").text
     assert page.run(NARROWEST) > 40  # no value is squeezed to a letter a line
+    assert not page.one("#kept").is_displayed()
+
+
+def test_samples_of_the_last_evaluation_are_shown(small_run, tmp_path):
+    """Text as text, whatever it spells."""
+    run = shutil.copytree(small_run, tmp_path / "sampled")
+    texts = {"To be": " or <b>not</b>", "Who?": " It is I"}
+    rows = [
+        json.dumps({"step": step, "prompt": prompt, "text": f"{text} {step}"}) + "\n"
+        for step in (3, 6)
+        for prompt, text in texts.items()
+    ]
+    (run / SAMPLES_FILE).write_text("".join(rows))
+    with serving(run) as server, browsing(server.address) as page:
+        page.wait_until_ready()
+        page.one("#kept summary").click()
+        shown = page.run("return [...document.querySelectorAll('#samples > *')].map(each => each.textContent)")
+        assert shown == ["To be", " or <b>not</b> 6", "Who?", " It is I 6"]
+        assert page.one("#samples").is_displayed()
+        assert page.driver.get_log("browser") == []
 
 
 def test_a_key_is_asked_for(small_run):
