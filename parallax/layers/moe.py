@@ -57,7 +57,7 @@ class Experts(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, counted_BT: jax.Array | None = None, dropout_keys_B: jax.Array | None = None
     ) -> tuple[jax.Array, Aux]:
-        """[B, T, D] to [B, T, D], and what the router did with the tokens that are counted, by default all.
+        """[B, T, D] to [B, T, D], and what the router did with the tokens that `route` counts, by default all.
 
         The keys are for adapters of the shared feed-forward.
         """
@@ -116,6 +116,10 @@ def route(
     s / Σ s over the chosen. With f_e = E/(kT) · (tokens of the row that chose e) and P_e the mean share of e in the
     scores of a token of the row (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20, T times for a row of T counted tokens):
       balance_loss = weight · Σ_rows T Σ_e f_e P_e        router_z_loss = weight · Σ_tokens log²Σ_e exp(logit_e)
+
+    Args:
+      counted_BT: which tokens are, or how much each counts: with 1/T for each, a row counts as one. `expert_load` is of
+        whole tokens all the same.
     """
     E, k, dtype = experts.num_experts, experts.experts_per_token, logits_BTE.dtype
     scores_BTE = (jax.nn.softmax if experts.scores == "softmax" else jax.nn.sigmoid)(logits_BTE)
@@ -137,6 +141,9 @@ def route(
     if experts.scores == "sigmoid":
         shares_BTE = jax.nn.softmax(jax.nn.log_sigmoid(logits_BTE), axis=-1)
     load_BE = jnp.einsum("BTkE,BT->BE", hits_BTkE, counts_BT)
+    whole_BE = load_BE
+    if counted_BT is not None and counted_BT.dtype != bool:
+        whole_BE = jnp.einsum("BTkE,BT->BE", hits_BTkE, (counted_BT > 0).astype(dtype))
     share_BE = jnp.einsum("BTE,BT->BE", shares_BTE, counts_BT)
     length_B1 = jnp.maximum(jnp.sum(counts_BT, axis=1, keepdims=True), 1)
     log_Z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
@@ -145,7 +152,7 @@ def route(
         "balance_loss": experts.balance_loss * E / k * jnp.sum(load_BE * share_BE / length_B1),
         "router_z_loss": experts.router_z_loss * jnp.sum(counts_BT * log_Z_BT**2),
         "router_entropy": jax.lax.stop_gradient(jnp.sum(counts_BT * entropy_BT)),
-        "expert_load": jnp.sum(load_BE, axis=0),
+        "expert_load": jnp.sum(whole_BE, axis=0),
     }
     return ids_BTk, experts.scaling * gates_BTk, aux
 

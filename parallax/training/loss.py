@@ -159,7 +159,7 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
             label_smoothing=train.label_smoothing,
             z_loss=train.z_loss,
         )
-        return _with_experts(sums, aux), jnp.sum(is_target_BT)
+        return with_experts(sums, aux), jnp.sum(is_target_BT)
 
     return described(loss_fn, config)
 
@@ -174,7 +174,7 @@ def described(loss_fn: Any, config: TransformerConfig) -> LossFn:
     return loss_fn
 
 
-def _with_experts(sums: Sums, aux: Aux) -> Sums:
+def with_experts(sums: Sums, aux: Aux) -> Sums:
     """The losses of routers added to the objective, and what else routers report of the target tokens.
 
     `balance_loss` and `router_z_loss` are summed over layers, `router_entropy` is averaged; `expert_load`

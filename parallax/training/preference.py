@@ -4,6 +4,7 @@ Invariant: a row holds both answers, each behind the prompt in a segment of its 
 Everything is a sum over pairs; whoever holds all shards divides by their global number.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 
 from parallax.config import TransformerConfig
 from parallax.layer_config import require
+from parallax.model.stack import Aux
 from parallax.model.transformer import TransformerLM
-from parallax.training.loss import CHUNKS, NO_TARGET, ROW_LOGITS, LossFn, Sums, described
+from parallax.training.loss import CHUNKS, NO_TARGET, ROW_LOGITS, LossFn, Sums, described, with_experts
 
 CHOSEN, REJECTED = 1, 2
 """The segments of a row."""
@@ -39,18 +41,20 @@ class PreferenceConfig:
         require(0 <= smoothing < 0.5, f"dpo.label_smoothing={smoothing} must be in [0, 0.5); try 0.1")
 
 
-LogProbs = Callable[[Any, dict[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array]]
+LogProbs = Callable[[Any, dict[str, jax.Array], jax.Array | None], tuple[jax.Array, jax.Array, Aux]]
 
 
 def make_log_probs(config: TransformerConfig, *, length_normalized: bool = False) -> LogProbs:
     """(params, batch, dropout keys) to log p(chosen | prompt) and log p(rejected | prompt), each float32 [B], in nats.
 
-    Of the target tokens of each segment: a sum, or their mean.
+    Of the target tokens of each segment: a sum, or their mean. With them comes what routers report of those tokens, in
+    which all of a pair count as one.
     """
 
-    def log_probs(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def log_probs(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[jax.Array, jax.Array, Aux]:
         model = TransformerLM.from_params(config, params)
-        x_BTD, _, _ = model.hidden(batch["inputs"], segments=batch["segments"], dropout_key=key)
+        shares_BT = _shares(batch)
+        x_BTD, _, aux = model.hidden(batch["inputs"], segments=batch["segments"], dropout_key=key, counted_BT=shares_BT)
         found_BT = _of_targets(model, x_BTD, batch["targets"], config.vocab_size)
 
         def of(segment: int) -> jax.Array:
@@ -58,7 +62,7 @@ def make_log_probs(config: TransformerConfig, *, length_normalized: bool = False
             total_B = jnp.sum(jnp.where(counted_BT, found_BT, 0), axis=1)
             return total_B / jnp.maximum(jnp.sum(counted_BT, axis=1), 1) if length_normalized else total_B
 
-        return of(CHOSEN), of(REJECTED)
+        return of(CHOSEN), of(REJECTED), aux
 
     return log_probs
 
@@ -71,6 +75,12 @@ def _counted(batch: Mapping[str, Any], segment: int) -> jax.Array:
 def is_pair(batch: Mapping[str, Any]) -> jax.Array:
     """Which rows show a target of both answers, bool [B]: neither is cut off whole."""
     return jnp.any(_counted(batch, CHOSEN), axis=1) & jnp.any(_counted(batch, REJECTED), axis=1)
+
+
+def _shares(batch: Mapping[str, Any]) -> jax.Array:
+    """Of each target its share in those of its pair, float32 [B, T]; 0 of all that is no pair."""
+    counted_BT = (batch["targets"] != NO_TARGET) & is_pair(batch)[:, None]
+    return counted_BT / jnp.maximum(jnp.sum(counted_BT, axis=1, keepdims=True), 1)
 
 
 def _of_targets(model: TransformerLM, x_BTD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
@@ -99,11 +109,12 @@ def make_preference_loss(config: TransformerConfig, preference: PreferenceConfig
 
     With the rewards r = β (log π(y | x) − log π_ref(y | x)) of both answers, their margin m = r_chosen − r_rejected and
     the smoothing ε:  loss = −(1 − ε) log σ(m) − ε log σ(−m)  (eq. 7). A row without a target of both is no pair.
+    The losses of routers are added: of each pair their mean over its targets.
     """
     log_probs = make_log_probs(config, length_normalized=preference.length_normalized)
 
     def loss_fn(params: Any, batch: dict[str, jax.Array], key: jax.Array | None) -> tuple[Sums, jax.Array]:
-        both = log_probs(params, batch, key)
+        *both, aux = log_probs(params, batch, key)
         chosen_B, rejected_B = (preference.beta * (of - batch[name]) for of, name in zip(both, REFERENCES, strict=True))
         margin_B, eps = chosen_B - rejected_B, preference.label_smoothing
         loss_B = -(1 - eps) * jax.nn.log_sigmoid(margin_B) - eps * jax.nn.log_sigmoid(-margin_B)
@@ -116,7 +127,7 @@ def make_preference_loss(config: TransformerConfig, preference: PreferenceConfig
         }
         is_pair_B = is_pair(batch)
         sums = {name: jnp.sum(jnp.where(is_pair_B, value, 0)) for name, value in found.items()}
-        return jax.lax.stop_gradient(sums) | {"loss": sums["loss"]}, jnp.sum(is_pair_B)
+        return with_experts(jax.lax.stop_gradient(sums) | {"loss": sums["loss"]}, aux), jnp.sum(is_pair_B)
 
     return described(loss_fn, config)
 
@@ -124,8 +135,9 @@ def make_preference_loss(config: TransformerConfig, preference: PreferenceConfig
 def make_preference_evaluation(
     config: TransformerConfig, preference: PreferenceConfig
 ) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
-    """(params, batch) to (summed loss, number of pairs), without dropout."""
-    loss_fn = make_preference_loss(config, preference)
+    """(params, batch) to (summed loss, number of pairs), without dropout and losses of routers."""
+    experts = dataclasses.replace(config.experts, balance_loss=0.0, router_z_loss=0.0)
+    loss_fn = make_preference_loss(dataclasses.replace(config, experts=experts), preference)
 
     def evaluate(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         sums, pairs = loss_fn(params, batch, None)

@@ -73,7 +73,7 @@ def _compute(job: Job, state: TrainState) -> Found:
     base, size = take_base(job.strategy.canonical(state).params), job.flags.train.batch_size
 
     def evaluate(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        return of_pairs(params, batch, None)
+        return of_pairs(params, batch, None)[:2]
 
     if job.flags.train.reduction == "exact":  # all of a batch on one device, so that it has the same bits everywhere
         base, compute, rows = jax.device_put(fetch(base), jax.local_devices()[0]), jax.jit(evaluate), None

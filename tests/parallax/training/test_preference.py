@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 
 from parallax.config import TransformerConfig
-from parallax.layer_config import LoraConfig
+from parallax.layer_config import ExpertsConfig, LoraConfig
 from parallax.model.transformer import TransformerLM, init_params
 from parallax.training import preference
-from parallax.training.preference import PreferenceConfig, make_log_probs, make_preference_loss
+from parallax.training.preference import (
+    PreferenceConfig,
+    make_log_probs,
+    make_preference_evaluation,
+    make_preference_loss,
+)
 from parallelism import reduction
 
 CONFIG = TransformerConfig(
@@ -35,11 +40,15 @@ def pair_row(length=14):
     return rows
 
 
-@pytest.fixture(scope="module")
-def params():
-    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+def random_params(config):
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(CONFIG)
 
 
 def alone(params, answer):
@@ -54,10 +63,10 @@ def alone(params, answer):
 def test_a_pair_in_one_row_is_the_two_answers_apart(params, chunks, monkeypatch):
     monkeypatch.setattr(preference, "ROW_LOGITS", 1)
     monkeypatch.setattr(preference, "CHUNKS", chunks)
-    found = make_log_probs(CONFIG)(params, pair_row(), None)
+    *found, _ = make_log_probs(CONFIG)(params, pair_row(), None)
     expected = [alone(params, CHOSEN), alone(params, REJECTED)]
     np.testing.assert_allclose([float(each[0]) for each in found], expected, rtol=1e-5)
-    means = make_log_probs(CONFIG, length_normalized=True)(params, pair_row(), None)
+    *means, _ = make_log_probs(CONFIG, length_normalized=True)(params, pair_row(), None)
     np.testing.assert_allclose([float(each[0]) for each in means], np.divide(expected, [2, 3]), rtol=1e-5)
 
 
@@ -74,6 +83,28 @@ def test_the_loss_is_the_paper_s(params, smoothing):
     np.testing.assert_allclose(float(sums["loss"]), expected, rtol=1e-4)
     got = [float(sums[name]) for name in ("reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")]
     np.testing.assert_allclose(got, [chosen, rejected, margin, float(margin > 0)], rtol=1e-4)
+
+
+def test_losses_of_routers_are_added_of_each_pair_their_mean_over_its_targets():
+    """By what routers report of the row alone, where each target counts as one token; the held-out loss has none."""
+    experts = ExpertsConfig(num_experts=4, mlp_dim=6, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.1)
+    config = dataclasses.replace(CONFIG, experts=experts)
+    params = random_params(config)
+    batch = pair_row() | dict.fromkeys(preference.REFERENCES, np.zeros(2, np.float32))
+    for name in ("inputs", "targets", "segments"):  # an answer alone is no pair
+        batch[name][1] = np.where(batch["segments"][0] == 1, batch[name][0], {"targets": -1}.get(name, 0))
+    sums, pairs = make_preference_loss(config, PreferenceConfig())(params, batch, None)
+    loss, _ = make_preference_evaluation(config, PreferenceConfig())(params, batch)
+    targets = batch["targets"][:1] != -1
+    model = TransformerLM.from_params(config, params)
+    _, _, alone = model.hidden(batch["inputs"][:1], segments=batch["segments"][:1], counted_BT=targets)
+    added = {name: float(alone[name].sum()) / targets.sum() for name in ("balance_loss", "router_z_loss")}
+    assert int(pairs) == 1
+    for name, value in added.items():
+        np.testing.assert_allclose(float(sums[name]), value, rtol=1e-5)
+    np.testing.assert_allclose(float(sums["loss"]), float(loss) + sum(added.values()), rtol=1e-5)
+    assert sums["expert_load"].tolist() == alone["expert_load"].tolist()
+    assert sums["expert_load"].sum() == 2 * targets.sum()
 
 
 def test_only_adapters_learn_where_there_are_some(params):
