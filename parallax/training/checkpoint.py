@@ -100,6 +100,8 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         self.wait()
+        with contextlib.suppress(Exception):  # of a save that has failed already
+            self._settle()
         if _agree(lambda: step in self.steps()):
             return False
         snapshot = json.loads(json.dumps(documents, allow_nan=False))
@@ -295,10 +297,25 @@ class Checkpointer:
     def _finish(self, step: int, facts: dict[str, Any], together: Together) -> None:
         """Runs in the background: Orbax's commit, then the manifest, then the deletion of older steps."""
         with together.shared():
-            self._saver.wait_until_finished()
+            self._settle()
             if self._is_writer:
                 self._folder.trust(step, facts, self._keep)
         together.wait("trusted", PATIENCE_MS)
+
+    def _settle(self) -> None:
+        """Waits for all that Orbax has begun. Raises the first failure, and leaves none of the others.
+
+        Orbax raises one at a time: the next would end the next save, between two points at which the others wait.
+        """
+        failures = []
+        while self._saver is not None:
+            try:
+                self._saver.wait_until_finished()
+                break
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _begin(self) -> Together:
         """For a save or a change of one. The one before has ended in this process, and those before that in all."""

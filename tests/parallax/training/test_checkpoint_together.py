@@ -8,7 +8,7 @@ from tests.parallelism.test_hosts import HANG_SECONDS, pair
 
 SAVES = """
     import resource
-    import jax.numpy as jnp
+    import jax, jax.numpy as jnp
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     from parallax.training.checkpoint import Checkpointer
 
@@ -22,8 +22,8 @@ SAVES = """
             raise OSError("the bucket does not answer")
 
         for step in (1, 2, 3, 4, 5):
-            if step == 2 and number == FULL:  # a file of 10 kB and more cannot be written
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+            if step == 2 and number == FULL:  # no file of more than 10 bytes can be written, not even those of metadata
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
             if step == 5 and number == 0:
                 checkpoints.steps = fail
             try:
