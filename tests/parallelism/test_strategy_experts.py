@@ -83,7 +83,7 @@ def test_a_bad_step_leaves_the_bias(make_tiny):
 
 
 EIGHT = dataclasses.replace(EXPERTS, num_experts=8)
-EXACT = ("", "data=4,expert=2", "fsdp=2,expert=4", "expert=8")
+EXACT = ("", "data=2,fsdp=2,expert=2", "expert=8")
 SCRIPT = """
 import json
 from parallelism.hosts import fix_cpu_rounding
