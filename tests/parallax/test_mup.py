@@ -18,6 +18,7 @@ BASE = dataclasses.replace(
     NANO_CONFIG, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, num_layers=2
 )
 MUP = Parametrization(kind="mup", base_width=32, base_depth=2)
+init = jax.jit(init_params, static_argnums=0)
 
 
 def of_width(config, times, deeper=1):
@@ -34,7 +35,7 @@ def of_width(config, times, deeper=1):
 
 def test_at_the_base_nothing_differs():
     standard, mup = BASE, dataclasses.replace(BASE, parametrization=MUP)
-    first, second = (init_params(config, jax.random.key(0)) for config in (standard, mup))
+    first, second = (init(config, jax.random.key(0)) for config in (standard, mup))
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))
     assert all(parameter.rate == 1 for parameter in jax.tree.leaves(parameters(mup)))
 
@@ -42,8 +43,8 @@ def test_at_the_base_nothing_differs():
 def test_rates_and_deviations_follow_the_role():
     """Four times as wide and twice as deep: the table of `mup`, worked out."""
     config = dataclasses.replace(of_width(BASE, 4, deeper=2), tie_embeddings=False)
-    known, values = parameters(config), init_params(config, jax.random.key(0))
-    block, base = known["blocks"], init_params(dataclasses.replace(BASE, tie_embeddings=False), jax.random.key(0))
+    known, values = parameters(config), init(config, jax.random.key(0))
+    block, base = known["blocks"], init(dataclasses.replace(BASE, tie_embeddings=False), jax.random.key(0))
     assert block["attention"]["query"].rate == block["mlp"]["up"].rate == 1 / 4
     assert block["attention"]["out"].rate == block["mlp"]["down"].rate == 1 / 8
     assert known["output"]["table"].rate == 1 / 4
@@ -65,7 +66,7 @@ def test_a_tied_table_is_divided_in_the_final_norm():
     config = of_width(BASE, 4)
     assert parameters(config)["embedding"]["table"].rate == 1
     assert parameters(config)["final_norm"]["scale"].rate == 1 / 4
-    assert np.allclose(init_params(config, jax.random.key(0))["final_norm"]["scale"], 1 / 4)
+    assert np.allclose(init(config, jax.random.key(0))["final_norm"]["scale"], 1 / 4)
 
 
 def test_branches_of_post_norms_are_divided_behind_the_norm():
@@ -77,13 +78,13 @@ def test_branches_of_post_norms_are_divided_behind_the_norm():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_updates_are_those_of_the_standard_one_times_the_rate_and_decay_is_not(optimizer):
     config = of_width(BASE, 4, deeper=2)
-    params, known = init_params(config, jax.random.key(0)), parameters(config)
+    params, known = init(config, jax.random.key(0)), parameters(config)
     standard = jax.tree.map(lambda parameter: dataclasses.replace(parameter, rate=1.0, multiplier=1.0), known)
     grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
 
     def update(labels, decay):
         made = make_optimizer(OptimizerConfig(optimizer=optimizer, weight_decay=decay), labels)
-        return made.update(grads, made.init(params), params)[0]
+        return jax.jit(lambda grads, params: made.update(grads, made.init(params), params)[0])(grads, params)
 
     own, usual = update(known, 0.0), update(standard, 0.0)
     wanted = {"adamw": {"up": 1 / 4, "down": 1 / 8}, "muon": {"up": 1 / 2, "down": 1 / 4}}[optimizer]

@@ -49,7 +49,7 @@ def test_values_and_gradients_are_those_of_attend(window, segmented):
 
 def test_a_model_gives_the_same_logits():
     config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, mlp_dim=64)
-    params = init_params(config, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
     tokens = np.random.default_rng(1).integers(0, 65, (B, 128)).astype(np.int32)
 
     def logits(config):
@@ -66,11 +66,14 @@ def test_positions_or_a_cache_leave_the_kernel_alone(monkeypatch):
 
     monkeypatch.setitem(attention.BY_BLOCKS, "splash", refuse)
     config = TransformerConfig(attention="splash")
-    params = init_params(config, jax.random.key(0))
+
+    def forward(*inputs):
+        return TransformerLM.from_params(config, init_params(config, jax.random.key(0)))(*inputs)[0]
+
     tokens, positions = np.zeros((1, 8), np.int32), np.arange(8, dtype=np.int32)[None]
-    TransformerLM.from_params(config, params)(tokens, positions)
+    jax.eval_shape(forward, tokens, positions)
     with pytest.raises(AssertionError, match="the kernel was asked"):
-        TransformerLM.from_params(config, params)(tokens)
+        jax.eval_shape(forward, tokens)
 
 
 def test_lengths_that_no_block_divides_are_refused():

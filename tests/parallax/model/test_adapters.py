@@ -43,12 +43,16 @@ def drawn(config):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), shapes)
 
 
+init = jax.jit(init_params, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def logits(config, params, key=None):
     return TransformerLM.from_params(config, params)(TOKENS, dropout_key=key)[0]
 
 
 def test_adapters_begin_as_nothing():
-    params = init_params(with_lora(), jax.random.key(0))
+    params = init(with_lora(), jax.random.key(0))
     base = take_base(params)
     np.testing.assert_array_equal(logits(with_lora(), params), logits(BASE, base))
 
@@ -112,7 +116,7 @@ def test_dropout_is_of_what_adapters_read():
     dropped = logits(config, params, key)
     np.testing.assert_array_equal(dropped, logits(config, params, key))
     assert np.abs(dropped - logits(config, params)).max() > 0.01
-    beginning = init_params(config, jax.random.key(0))  # B is zero, so that nothing of the base may be dropped
+    beginning = init(config, jax.random.key(0))  # B is zero, so that nothing of the base may be dropped
     np.testing.assert_array_equal(logits(config, beginning, key), logits(config, beginning))
 
 

@@ -15,9 +15,10 @@ SMALL = {"embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "ml
 @pytest.mark.parametrize(("config", "norms"), [(NANO_CONFIG, "before"), (NANO_MOE_CONFIG, "both")])
 def test_activations_are_those_of_the_model(config, norms):
     model = dataclasses.replace(config, **SMALL, norms=norms)
-    params, tokens = init_params(model, jax.random.key(0)), jax.random.randint(jax.random.key(1), (2, 8), 0, 65)
-    found = activations(model, params, tokens)
-    logits, _ = TransformerLM.from_params(model, params)(tokens)
+    params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 8), 0, 65)
+    found = jax.jit(activations, static_argnums=0)(model, params, tokens)
+    logits, _ = jax.jit(lambda params: TransformerLM.from_params(model, params)(tokens))(params)
     np.testing.assert_allclose(found["logits"], logits[..., : model.vocab_size], atol=1e-5)
     assert set(found) == {"embedding", "logits"} | {
         f"{name} {number}" for name in ("attention", "feed-forward", "stream") for number in (0, 1)
