@@ -117,6 +117,7 @@ def test_a_new_matrix_of_each_expert_is_updated_by_its_label_as_it_is_alone(kind
     alone = Parameter((12, 5), names[2:], ("embed",), decays=decays, role="hidden")
     config = OptimizerConfig(optimizer=kind, weight_decay=0.3, clip_norm=0.0)
 
+    @functools.partial(jax.jit, static_argnums=0)
     def update(labels, gradient, param):
         optimizer = make_optimizer(config, {"new": labels})
         return optimizer.update({"new": gradient}, optimizer.init({"new": param}), {"new": param})[0]["new"]
