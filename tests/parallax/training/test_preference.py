@@ -51,10 +51,15 @@ def params():
     return random_params(CONFIG)
 
 
+@jax.jit
+def forward(params, tokens):
+    return TransformerLM.from_params(CONFIG, params)(tokens)[0]
+
+
 def alone(params, answer):
     """log p(answer | prompt), by the definition."""
     ids = PROMPT + answer
-    logits = TransformerLM.from_params(CONFIG, params)(np.array([ids[:-1]], np.int32))[0][0]
+    logits = forward(params, np.array([ids[:-1]], np.int32))[0]
     log_probs = jax.nn.log_softmax(logits)[np.arange(len(ids) - 1), np.array(ids[1:])]
     return float(log_probs[-len(answer) :].sum())
 
@@ -63,10 +68,10 @@ def alone(params, answer):
 def test_a_pair_in_one_row_is_the_two_answers_apart(params, chunks, monkeypatch):
     monkeypatch.setattr(preference, "ROW_LOGITS", 1)
     monkeypatch.setattr(preference, "CHUNKS", chunks)
-    *found, _ = make_log_probs(CONFIG)(params, pair_row(), None)
+    *found, _ = jax.jit(make_log_probs(CONFIG))(params, pair_row(), None)
     expected = [alone(params, CHOSEN), alone(params, REJECTED)]
     np.testing.assert_allclose([float(each[0]) for each in found], expected, rtol=1e-5)
-    *means, _ = make_log_probs(CONFIG, length_normalized=True)(params, pair_row(), None)
+    *means, _ = jax.jit(make_log_probs(CONFIG, length_normalized=True))(params, pair_row(), None)
     np.testing.assert_allclose([float(each[0]) for each in means], np.divide(expected, [2, 3]), rtol=1e-5)
 
 
