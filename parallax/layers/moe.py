@@ -118,8 +118,8 @@ def route(
       balance_loss = weight · Σ_rows T Σ_e f_e P_e        router_z_loss = weight · Σ_tokens log²Σ_e exp(logit_e)
 
     Args:
-      counted_BT: which tokens are, or how much each counts: with 1/T for each, a row counts as one. `expert_load` is of
-        whole tokens all the same.
+      counted_BT: which tokens count, bool, or how much each does, a float: with 1/T for each, a row counts as one.
+        `expert_load` is of whole tokens either way.
     """
     E, k, dtype = experts.num_experts, experts.experts_per_token, logits_BTE.dtype
     scores_BTE = (jax.nn.softmax if experts.scores == "softmax" else jax.nn.sigmoid)(logits_BTE)
