@@ -66,6 +66,11 @@ def script(name: str, *args: str, devices: int = 1) -> str:
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
+def train(folder: Path, *args: str, devices: int = 1) -> str:
+    """Trains to the last step, from wherever the run in that folder is; what it printed."""
+    return script("train.py", *args, "--output-dir", str(folder), "--resume", devices=devices)
+
+
 def draw_words() -> list[str]:
     """What a model is asked to spell backwards, no two alike; nothing learns from the last HELD_OUT."""
     rng, found = random.Random(0), {}
@@ -116,7 +121,7 @@ def score(run: Path, words: list[str]) -> Score:
 
     def share_preferred(texts: list[str]) -> float:
         begin = {side: manner.partition("{")[0] for side, manner in MANNERS.items()}
-        counted = {side: sum(text.startswith(words) for text in texts) for side, words in begin.items()}
+        counted = {side: sum(text.startswith(first) for text in texts) for side, first in begin.items()}
         return counted["chosen"] / max(1, sum(counted.values()))
 
     sampled = answers(1.0)
@@ -128,23 +133,19 @@ def hashes(work: Path) -> list[str]:
     flags = (*LORA, "--steps", "3", "--batch-size", "16", "--seq-len", "64", "--reduction", "exact")
     found = []
     for name, layout in LAYOUTS.items():
-        folder = work / f"layout {name}"
         command = ("--init-from", str(work / "base"), "--dataset", str(work / "chats.store"), *flags, *layout)
-        lines = script("train.py", *command, "--output-dir", str(folder), "--print-param-hash", devices=8).splitlines()
+        lines = train(work / f"layout {name}", *command, "--print-param-hash", devices=8).splitlines()
         found.append(next(line.split()[-1] for line in lines if line.startswith("params sha256 ")))
     return found
 
 
 def train_all(work: Path, words: list[str]) -> None:
-    """Makes the runs that are not there yet."""
-    if not (work / "base").exists():
-        script("train.py", *BASE, "--output-dir", str(work / "base"))
+    """Makes the runs, or goes on with those that are there."""
+    train(work / "base", *BASE)
     if not (work / "pairs.store").exists():
         write_data(work, words)
     for name, (base, data, *flags) in TUNING.items():
-        if not (work / name).exists():
-            command = ("--init-from", str(work / base), "--dataset", str(work / f"{data}.store"), *flags)
-            script("train.py", *command, "--output-dir", str(work / name))
+        train(work / name, "--init-from", str(work / base), "--dataset", str(work / f"{data}.store"), *flags)
 
 
 def page(scores: dict[str, Score], found: list[str], minutes: str) -> str:
@@ -155,9 +156,9 @@ def page(scores: dict[str, Score], found: list[str], minutes: str) -> str:
         "",
         f"Written by `python tests/claims/finetuning.py`{minutes}. The 0.8 M parameters of",
         "NANO, trained on Tiny Shakespeare by the recipe of `make train`, with bytes for tokens, learn to spell",
-        f"{LETTERS} letters backwards. Asked `Reverse abc`, `It is cba.` and `Sire, cba.` are right; half of",
-        f"the {CHATS:,} conversations have either. Preferences are for the latter. Of {HELD_OUT} questions that no run",
-        "learned from:",
+        f"{LETTERS} letters backwards. To `Reverse abc` both `It is cba.` and `Sire, cba.` are right; by chance each",
+        f"of the {CHATS:,} conversations has one of them. Preferences are for the latter. Of {HELD_OUT} questions that",
+        "no run learned from:",
         "",
         "| | right, greedy | right, at temperature 1 | `Sire` rather than `It is`, at temperature 1 |",
         "| --- | --- | --- | --- |",
