@@ -47,6 +47,8 @@ def ending_early(at_end: Callable[[], None]) -> Iterator[None]:
         if not asked.is_set():
             raise
     if asked.is_set():
+        if has_peers():  # at exit JAX may go on waiting for one that has left
+            end_without_main_thread(at_end)
         at_end()
         raise SystemExit(0)
 
