@@ -74,11 +74,9 @@ def read_prompts(model: TransformerLM, arrays: tuple, *, capacity: int, room: in
     ).grow(room)
 
 
-def start(config: TransformerConfig, params: Params, arrays: tuple, limit: jax.Array, *, capacity: int) -> Generation:
-    """Reads the prompts of `Request.arrays`, then `extend`s to a limit."""
-    model = TransformerLM.from_params(config, params)
-    generation = read_prompts(model, arrays, capacity=capacity, room=capacity)
-    return extend(config, params, generation, limit)
+def start(config: TransformerConfig, params: Params, arrays: tuple, *, capacity: int) -> Generation:
+    """`read_prompts` with all the room at once. To `extend` is a program of its own, which all tokens share."""
+    return read_prompts(TransformerLM.from_params(config, params), arrays, capacity=capacity, room=capacity)
 
 
 def whole(config: TransformerConfig, params: Params, arrays: tuple, *, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -143,15 +141,16 @@ class Generator:
 
 def stream(
     request: Request,
-    begin: Callable[[np.int32], Any],
+    begin: Callable[[], Any],
     extend: Callable[[Any, np.int32], Any],
     chunk: int,
     text_of: Callable[[Any], Generation] = lambda state: state,
 ) -> Iterator[tuple[int, int]]:
     """Tokens as (row, token), of a state that is begun and extended to limits of generated tokens a row."""
     limit, given = 1, [len(prompt) for prompt in request.prompts]
-    state = begin(np.int32(limit))
+    state = begin()
     while True:
+        state = extend(state, np.int32(limit))
         text = text_of(state)
         # Copies: the next call reuses the buffers.
         tokens, lengths, done = (np.array(x) for x in (text.tokens, text.slots.lengths, text.done))
@@ -160,4 +159,3 @@ def stream(
         if done.all() or limit >= request.max_tokens:
             return
         given, limit = lengths, min(limit + chunk, request.max_tokens)
-        state = extend(state, np.int32(limit))

@@ -51,18 +51,15 @@ class Speculation:
     accepted: jax.Array  # int32 [B]: those of them that the large one let pass
 
 
-def start(
-    configs: Configs, params: BothParams, arrays: tuple, limit: jax.Array, *, capacity: int, draft_tokens: int
-) -> Speculation:
-    """Reads the prompts of `Request.arrays` into both caches, then `extend`s."""
+def start(configs: Configs, params: BothParams, arrays: tuple, *, capacity: int, draft_tokens: int) -> Speculation:
+    """Reads the prompts of `Request.arrays` into both caches."""
     room = capacity + draft_tokens
     text, draft = (
         read_prompts(TransformerLM.from_params(config, weights), arrays, capacity=room, room=room, ahead=draft_tokens)
         for config, weights in zip(configs, params, strict=True)
     )
     none = jnp.zeros_like(text.prompt_lengths)
-    state = Speculation(text=text, draft_cache=draft.slots.cache, proposed=none, accepted=none)
-    return extend(configs, params, state, limit, draft_tokens=draft_tokens)
+    return Speculation(text=text, draft_cache=draft.slots.cache, proposed=none, accepted=none)
 
 
 def extend(

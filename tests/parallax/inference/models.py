@@ -36,7 +36,7 @@ def draw_params(config, seed=0, scale=0.2):
     rng = np.random.default_rng(seed)
 
     def weights(path, leaf):
-        return jnp.asarray(rng.normal("norm" in str(path), scale, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal("norm" in str(path), scale, leaf.shape).astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(weights, shapes(config))
 

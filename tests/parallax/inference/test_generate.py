@@ -85,9 +85,9 @@ def test_tokens_equal_full_recomputation_under_every_setting(variant, max_seq_le
     assert len({tuple(tokens) for tokens in expected}) == len(SETTINGS)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 8])
-def test_a_stream_is_the_whole(chunk):
-    _, params, generator = model()
+@pytest.mark.parametrize(("variant", "chunk"), [("grouped", 1), ("grouped", 5), ("window", 8)])
+def test_a_stream_is_the_whole(variant, chunk):
+    _, params, generator = model(variant)
     eos_id = int(generator.generate(params, request())[2][9])  # some rows end early
     whole = generator.generate(params, request(eos_id=eos_id))
     streamed = [[] for _ in whole]
@@ -104,7 +104,7 @@ def test_a_stream_gives_the_first_tokens_before_it_computes_the_rest():
     assert {next(stream)[0] for _ in range(8)} == {0}
 
 
-@pytest.mark.parametrize(("longest", "max_tokens"), [(65, 1), (65, 20), (129, 40)])
+@pytest.mark.parametrize(("longest", "max_tokens"), [(65, 1), (65, 20)])
 def test_a_prompt_that_is_padded_to_more_than_it_becomes(longest, max_tokens):
     _, params, generator = model()
     asked = request(1, max_tokens, prompts=[prompt(longest)])
@@ -113,15 +113,15 @@ def test_a_prompt_that_is_padded_to_more_than_it_becomes(longest, max_tokens):
     assert len(tokens) == max_tokens
 
 
-def test_two_hundred_tokens_after_the_first_call_compile_nothing(caplog):
+def test_tokens_after_the_first_call_compile_nothing(caplog):
     _, params, _ = model()
     generator = Generator(model()[0])
-    small = request(max_tokens=215)
+    small = request()
     whole = Request(
         prompts=[prompt(length, 5) for length in (30, 4, 8, 1, 22, 6, 32, 13)],
         settings=SamplingSettings.create(8, temperature=0.9, top_k=[0, 1, 2, 3, 4, 5, 6, 7], min_p=0.01),
         seeds=[2**32 - 1, 0, 1, 2, 3, 4, 5, 6],
-        max_tokens=200,
+        max_tokens=32,
         stops=[np.array([1, 2, 3]), np.array([4] * 10)],
         eos_id=7,
     )
@@ -162,10 +162,6 @@ def test_a_stack_of_layers_gives_the_texts_of_listed_ones(variant, rows):
     stops = [np.array(free[0][20:24]), np.array(free[2][50:53])]
     for request in (asked, dataclasses.replace(asked, stops=stops)):
         listed = [tokens.tolist() for tokens in generator.generate(params, request)]
-        streamed = [[] for _ in listed]
-        for row, token in generator.stream(params, request, chunk=30):
-            streamed[row].append(token)
-        assert streamed == listed
         stacked = [tokens.tolist() for tokens in generator.generate(draw_params(config), request)]
         assert stacked == listed
     assert len(listed[0]) <= 24
