@@ -36,7 +36,7 @@ def of_width(config, times, deeper=1):
 def test_at_the_base_nothing_differs():
     standard, mup = BASE, dataclasses.replace(BASE, parametrization=MUP)
     first, second = (init(config, jax.random.key(0)) for config in (standard, mup))
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, second))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
     assert all(parameter.rate == 1 for parameter in jax.tree.leaves(parameters(mup)))
 
 
@@ -54,7 +54,7 @@ def test_rates_and_deviations_follow_the_role():
         large, small = values, base
         for name in path:
             large, small = large[name], small[name]
-        return float(jnp.std(small) / jnp.std(large))
+        return np.std(small) / np.std(large)
 
     assert shrunk("embedding", "table") == pytest.approx(1, rel=0.05)
     assert shrunk("output", "table") == pytest.approx(4, rel=0.05)
@@ -80,7 +80,7 @@ def test_updates_are_those_of_the_standard_one_times_the_rate_and_decay_is_not(o
     config = of_width(BASE, 4, deeper=2)
     params, known = init(config, jax.random.key(0)), parameters(config)
     standard = jax.tree.map(lambda parameter: dataclasses.replace(parameter, rate=1.0, multiplier=1.0), known)
-    grads = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), params)
+    grads = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape), params)
 
     def update(labels, decay):
         made = make_optimizer(OptimizerConfig(optimizer=optimizer, weight_decay=decay), labels)
@@ -161,13 +161,13 @@ def change_after(config, optimizer, steps=5, rate=1e-2):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_logits_change_alike_at_all_widths(optimizer):
-    """Eight times as wide. Few tokens, and their targets' logits alone: an update adds to its own direction as the
+    """Four times as wide. Few tokens, and their targets' logits alone: an update adds to its own direction as the
     width D, and at random to R others as √(R D), so 128 tokens, or all of a vocabulary, hide it at a width of 32."""
-    small, large = (change_after(of_width(BASE, times), optimizer) for times in (1, 8))
+    small, large = (change_after(of_width(BASE, times), optimizer) for times in (1, 4))
     assert large == pytest.approx(small, rel=0.15)
 
 
 def test_in_the_standard_parametrization_they_do_not():
     """From the base on, where both are one."""
-    standard = dataclasses.replace(of_width(BASE, 8), parametrization=Parametrization())
-    assert change_after(standard, "adamw") > 2.5 * change_after(of_width(BASE, 1), "adamw")
+    standard = dataclasses.replace(of_width(BASE, 4), parametrization=Parametrization())
+    assert change_after(standard, "adamw") > 2 * change_after(of_width(BASE, 1), "adamw")

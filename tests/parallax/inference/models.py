@@ -7,7 +7,6 @@ that the logits of two tokens hardly ever come within rounding of each other.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from parallax.config import TransformerConfig
@@ -36,7 +35,7 @@ def draw_params(config, seed=0, scale=0.2):
     rng = np.random.default_rng(seed)
 
     def weights(path, leaf):
-        return jnp.asarray(rng.normal("norm" in str(path), scale, leaf.shape).astype(leaf.dtype))
+        return jax.device_put(rng.normal("norm" in str(path), scale, leaf.shape).astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(weights, shapes(config))
 

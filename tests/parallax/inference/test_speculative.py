@@ -32,10 +32,12 @@ def speculator():
 def near(params, noise, seed=7):
     """Parameters of a draft that often agrees."""
     rng = np.random.default_rng(seed)
-    noise = np.float32(noise)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(np.asarray(leaf) + noise * rng.normal(size=leaf.shape).astype(np.float32)), params
-    )
+
+
+    def moved(leaf):
+        return jax.device_put(np.asarray(leaf) + np.float32(noise) * rng.normal(size=leaf.shape).astype(np.float32))
+
+    return jax.tree.map(moved, params)
 
 
 def request(seed=0, max_tokens=40, temperature=0.0, **changes):

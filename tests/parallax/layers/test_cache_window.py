@@ -20,7 +20,7 @@ WINDOW, ROOM = 4, 40
 LOCAL = LayerSpec(sliding_window=WINDOW)
 CONFIGS = {
     "all local": CONFIG.replace(sliding_window=WINDOW),
-    "local and global": CONFIG.replace(num_layers=3, pattern=(LOCAL, LayerSpec())),
+    "local and global": CONFIG.replace(pattern=(LOCAL, LayerSpec())),
 }
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, 24))
 compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)  # float32 sums

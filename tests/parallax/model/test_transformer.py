@@ -70,7 +70,7 @@ def test_seed_decides_the_weights_and_layers_differ():
 
 
 def test_scan_equals_a_loop_over_the_blocks():
-    config = SMALL.replace(dropout_rate=0.3, qk_norm=True, attention_bias=True)
+    config = SMALL.replace(num_layers=2, dropout_rate=0.3, qk_norm=True, attention_bias=True)
     params, key = weights(config), jax.random.key(4)
     graph, _ = nnx.split(nnx.eval_shape(lambda: TransformerBlock(config, rngs=nnx.Rngs(0))))
 
@@ -100,9 +100,10 @@ def test_program_does_not_grow_with_depth(remat):
 
 
 def test_unrolled_layers_compute_what_scanned_ones_do():
-    params, key = weights(SMALL), jax.random.key(6)
+    config, key = SMALL.replace(num_layers=2, dropout_rate=0.2), jax.random.key(6)
+    params = weights(config)
     scanned, unrolled = (
-        loss_and_gradients(SMALL.replace(layer_loop=loop, dropout_rate=0.2), params, TOKENS, key)
+        loss_and_gradients(config.replace(layer_loop=loop), params, TOKENS, key)
         for loop in ("scan", "unroll")
     )
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # fused in another way
