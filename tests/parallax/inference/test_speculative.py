@@ -33,7 +33,6 @@ def near(params, noise, seed=7):
     """Parameters of a draft that often agrees."""
     rng = np.random.default_rng(seed)
 
-
     def moved(leaf):
         return jax.device_put(np.asarray(leaf) + np.float32(noise) * rng.normal(size=leaf.shape).astype(np.float32))
 

@@ -103,8 +103,7 @@ def test_unrolled_layers_compute_what_scanned_ones_do():
     config, key = SMALL.replace(num_layers=2, dropout_rate=0.2), jax.random.key(6)
     params = weights(config)
     scanned, unrolled = (
-        loss_and_gradients(config.replace(layer_loop=loop), params, TOKENS, key)
-        for loop in ("scan", "unroll")
+        loss_and_gradients(config.replace(layer_loop=loop), params, TOKENS, key) for loop in ("scan", "unroll")
     )
     compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)  # fused in another way
     jax.tree.map(compare, unrolled, scanned)
