@@ -60,6 +60,15 @@ class Report:
         return not self.error
 
     @property
+    def shortage(self) -> tuple[float, float] | None:
+        """Bytes that a step which does not fit would take, and bytes that there are, where the compiler says both."""
+        found = re.search(r"([\d.]+)([MG])\)? (?:of|exceeds available HBM) \(?([\d.]+)([MG])", self.error)
+        if found is None:
+            return None
+        units = {"M": 2**20, "G": 2**30}
+        return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
+
+    @property
     def peak_bytes(self) -> int:
         return self.state_bytes + self.temporary_bytes
 

@@ -1,6 +1,7 @@
 """The largest batch, or the longest sequences, that a layout fits: by the estimate, then as the compiler corrects it.
 
-Invariant: a size that is given as fitting was compiled. After TRIES compilations a larger one may fit, untried.
+Invariant: a size that is given as fitting was compiled, and so was one, refused, that is larger by a step or by a 64th
+of it at most. After TRIES compilations, or at the most that is allowed, that larger one may be missing.
 """
 
 import dataclasses
@@ -15,8 +16,10 @@ UNIT = 128
 """Tokens by which sequences grow: whole blocks of every attention kernel."""
 MOST = 2**20
 """Rows of a device at most, of a model that no batch fills it with."""
-TRIES = 4
+TRIES = 6
 """Compilations of one layout."""
+PRECISION = 64
+"""Within what part of a size the largest is found where it is many steps."""
 
 
 def resized(choice: Choice, what: What, size: int) -> Choice:
@@ -49,18 +52,29 @@ def largest(unit: int, most: int, fits: Callable[[int], bool]) -> int:
 def corrected(first: int, unit: int, most: int, compiled: Callable[[int], Row], memory: float) -> Iterator[Row]:
     """Rows of sizes around the largest that fits, as the compiler was asked, `first` the first of them.
 
-    The next size is where the line through the state alone and the last peak meets the memory, between those that are
-    known to fit and not to.
+    The next size is where the line through the state alone and the last peak meets the memory. Where that is not
+    between the sizes that are known to fit and not to, since peaks are no such line, it is their middle.
     """
     low, high, size = 0, most + unit, first
     for _ in range(TRIES):
         row = compiled(size)
         yield row
-        low, high = (max(low, size), high) if row.fits(memory) else (low, min(high, size))
-        state = row.parameter_bytes + row.optimizer_bytes
-        room = max(0.0, memory - state) / max(1.0, row.needed_bytes - state)
-        if row.report is not None and not row.report.fits:
-            room = min(room, 0.9)  # the compiler does not say by how much
-        size = min(max(int(size * room) // unit * unit, low + unit), high - unit)
-        if not low < size < high:
+        fits = row.fits(memory)
+        low, high = (size, high) if fits else (low, size)
+        step = max(unit, low // PRECISION // unit * unit)
+        if high - low <= step:
             return
+        size = min(int(size * _room(row, memory)) // unit * unit, most)
+        size = max(size, low + step) if fits else min(size, high - step)
+        if not low < size < high:
+            size = (low + high) // 2 // unit * unit
+
+
+def _room(row: Row, memory: float) -> float:
+    """How much larger a step may be than a row's."""
+    needed, state = row.needed_bytes, row.parameter_bytes + row.optimizer_bytes
+    if row.report is not None and not row.report.fits:
+        if row.report.shortage is None:
+            return 0.9
+        needed, memory = row.report.shortage
+    return max(0.0, memory - state) / max(1.0, needed - state)

@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from scripts.planning.search import TRIES, corrected, largest
+from parallelism.planning.compiler import Report
+from scripts.planning.search import PRECISION, TRIES, corrected, largest
 
 
 @pytest.mark.parametrize(("limit", "found"), [(0, 0), (3, 0), (4, 4), (7, 4), (8, 8), (33, 32), (1000, 96), (96, 96)])
@@ -21,16 +22,16 @@ def test_the_largest_multiple_that_fits_is_found(limit, found):
 
 
 class Compiled(NamedTuple):
-    """What is asked of a row: ten bytes of state, and its needs."""
+    """What is asked of a row: ten bytes of state, what it needs, and what a compiler says that refuses it."""
 
     size: int
     needed_bytes: float
     parameter_bytes: int = 4
     optimizer_bytes: int = 6
-    report: None = None
+    report: Report | None = None
 
     def fits(self, memory):
-        return self.needed_bytes <= memory
+        return self.report is None and self.needed_bytes <= memory
 
 
 @pytest.mark.parametrize("first", [8, 40, 44, 48, 88])
@@ -47,3 +48,22 @@ def test_a_size_is_corrected_by_what_the_compiler_says(first, fixed):
 def test_what_fits_at_the_most_is_left():
     rows = list(corrected(96, 4, 96, lambda size: Compiled(size, 20), 100))
     assert [row.size for row in rows] == [96]
+
+
+REFUSED = "the total memory required for HLO temporaries ({:.2f}G) exceeds available HBM (15.75G)"
+
+
+@pytest.mark.parametrize("words", [REFUSED, "Used {:.2f}G of 15.75G hbm", "no figures"])
+def test_a_compiler_that_needs_more_than_its_peaks_say_is_asked_until_its_limit_is_found(words):
+    """As libtpu did of SMALL on v5litepod-8: rows of a peak of 15.6 of 16 GiB fit, and 13 more are refused."""
+
+    def compiled(size):
+        laid_out = 15.75 + 0.03 * (size - 553)
+        report = Report(error=words.format(laid_out)) if laid_out > 15.75 else None
+        return Compiled(size, (0.29 + 0.0277 * size) * 2**30, 2**27, 2**27, report)
+
+    rows = list(corrected(508, 1, 2**20, compiled, 16 * 2**30))
+    largest_that_fits = max(row.size for row in rows if row.report is None)
+    least_that_does_not = min(row.size for row in rows if row.report)
+    assert largest_that_fits < least_that_does_not <= largest_that_fits * (1 + 1 / PRECISION)
+    assert largest_that_fits >= 545
