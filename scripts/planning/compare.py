@@ -20,7 +20,7 @@ from parallelism.planning.hardware import Machine, machine
 from parallelism.planning.planner import Row, name_of
 from scripts.planning.flags import Flags
 from scripts.planning.plan import Plan
-from scripts.planning.report import bill, commands, row_to_json
+from scripts.planning.report import bill, commands, row_to_json, sought
 
 
 class Best(NamedTuple):
@@ -69,7 +69,7 @@ def comparison(found: Sequence[Best], asked: Flags) -> Table:
         caption="The best plan that was compiled and fits, in the time that is expected of it (docs/planning.md). "
         "Money by list prices (scripts/planning/prices.csv) or by --price, for the steps alone. None of this has run.",
     )
-    for name in ("machine", "layout", "remat", "micro", "attention"):
+    for name in ("machine", "layout", *sought(asked), "remat", "micro", "attention"):
         table.add_column(name, no_wrap=True)
     for name in ("devices", "HBM", "step ms", "tokens/s", "MFU", "hours", "by time", "USD", "by money"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -81,7 +81,9 @@ def comparison(found: Sequence[Best], asked: Flags) -> Table:
             continue
         money = ("no price", "-") if best.usd is None else (f"{best.usd:,.0f}", _place(best.usd, by_money))
         table.add_row(
-            *(best.machine.name, name_of(row.choice), row.choice.remat, str(row.choice.layout.accumulate)),
+            *(best.machine.name, name_of(row.choice)),
+            *([str(getattr(row.choice.layout, asked.sought))] if asked.sought else ()),
+            *(row.choice.remat, str(row.choice.layout.accumulate)),
             *(row.attention, str(best.machine.devices), f"{row.needed_bytes / GIB:.1f}"),
             *(f"{row.expected.seconds * 1e3:,.0f}", f"{row.tokens / row.expected.seconds:,.0f}"),
             *(f"{row.utilisation:.0%}", f"{best.hours:,.1f}", _place(best.hours, by_time), *money),

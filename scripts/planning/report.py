@@ -40,8 +40,7 @@ def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) 
         f"Expected: by what published runs reached of these peaks, ±{_error(rows):.0%}, see docs/planning.md. "
         f"{_uncounted(rows)}{_limits(sliced)} {_priced(price_of(sliced.generation.name, asked.price))}",
     )
-    sought = (asked.sought.replace("_size", "").replace("seq_len", "length"),) if asked.sought else ()
-    for name in ("layout", *sought, "remat", "micro", "attention", "source", "fits"):
+    for name in ("layout", *sought(asked), "remat", "micro", "attention", "source", "fits"):
         table.add_column(name, no_wrap=True)
     for name in (*NUMBERS, *EXPECTED, *(("hours", "USD") if asked.tokens else ())):
         table.add_column(name, justify="right", no_wrap=True)
@@ -49,6 +48,11 @@ def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) 
     for row in [*rows[:SHOWN], *lacking[:LACKING]]:
         table.add_row(*_cells(row, sliced, asked))
     return table
+
+
+def sought(asked: Flags) -> tuple[str, ...]:
+    """The column of the size of which the largest was asked for, if one was."""
+    return (asked.sought.replace("_size", "").replace("seq_len", "length"),) if asked.sought else ()
 
 
 def _uncounted(rows: Sequence[Row]) -> str:

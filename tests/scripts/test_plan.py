@@ -144,6 +144,16 @@ def test_machines_are_compared_by_time_and_by_money(planned, call):
         assert file.read(4) == b"\x89PNG"
 
 
+def test_a_comparison_says_the_largest_batch_of_each_machine(planned, call):
+    given = ("--compare", "v5litepod-4,v6e-4", "--tokens", "1e9", "--batch-size", "max", "--compile", "1")
+    status, out, err = call(plan, *given, "--remat", "full", "--output", "compared.json")
+    assert status == 0, err
+    assert "batch" in out.split("remat")[0].split("layout")[1]
+    with open("compared.json") as file:
+        rows = json.load(file)
+    assert [f" {row['batch_size']} " in out.split("rehearsed")[0] for row in rows] == [True, True]
+
+
 def test_an_exhaustive_plan_compiles_every_choice(planned):
     rows = planned("--exhaustive")
     assert {row["source"] for row in rows} == {"compiled"}
