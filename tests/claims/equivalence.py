@@ -71,11 +71,24 @@ EXPERTS_EXACT = [
 EXPERTS_JOURNEY = [(mesh("expert=4"), 33), (single(), 67), (mesh("fsdp=2,expert=2", 2), STEPS)]
 
 
+LOCAL_AND_GLOBAL = [
+    *("--config", "nano", "--model.norms", "both", "--model.qk-norm", "--model.activation", "gelu_tanh"),
+    *("--model.pattern", "sliding_window=8,rope_theta=1e3", "same"),
+]
+LAYERS_MEAN = [
+    *(pmap(4), mesh("fsdp=4"), mesh("tensor=4"), mesh("sequence=4"), mesh("fsdp=2,sequence=2,tensor=2")),
+    mesh("data=2,fsdp=2", 2),
+]
+LAYERS_EXACT = [single(), pmap(4), mesh("data=2,fsdp=2", 2)]
+LAYERS_JOURNEY = [(mesh("fsdp=4"), 50), (single(), STEPS)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A preset, and the layouts that it is trained on."""
+    """What is trained, by flags of train.py, and the layouts that it is trained on."""
 
-    config: str
+    name: str
+    flags: list[str]
     about: str
     mean: list[Layout]
     exact: list[Layout]
@@ -86,7 +99,8 @@ class Model:
 
 MODELS = [
     Model(
-        config="nano",
+        name="nano",
+        flags=["--config", "nano"],
         about="`(8 heads)` is NANO with 8 heads of 16, since 8 devices cannot share 4 heads, compared with a single "
         "device of that shape.",
         mean=MEAN,
@@ -95,11 +109,21 @@ MODELS = [
         dtypes=("float32", "bfloat16"),
     ),
     Model(
-        config="nano-moe",
+        name="nano-moe",
+        flags=["--config", "nano-moe"],
         about="Along `expert` tokens travel to the devices that hold their experts, and back.",
         mean=EXPERTS_MEAN,
         exact=EXPERTS_EXACT,
         journey=EXPERTS_JOURNEY,
+    ),
+    Model(
+        name="nano-local-global",
+        flags=LOCAL_AND_GLOBAL,
+        about="NANO with layers as in Gemma 3: every other one sees the last 8 tokens, with a rotary base of its own; "
+        "queries and keys are normalised, norms stand before and after, the activation is GELU.",
+        mean=LAYERS_MEAN,
+        exact=LAYERS_EXACT,
+        journey=LAYERS_JOURNEY,
     ),
 ]
 
@@ -109,11 +133,11 @@ class Workshop:
     """Where runs of a model are made and kept."""
 
     folder: Path
-    config: str
+    model: Model
 
     def run(self, layout: Layout, *flags: str) -> tuple[list[float], str]:
         """The loss of every step, and the last line that was printed."""
-        name = " ".join([self.config, str(layout), *flags]).replace(" ", "_").replace("/", "_")
+        name = " ".join([self.model.name, str(layout), *flags]).replace(" ", "_").replace("/", "_")
         done = self.folder / f"{name}.out"
         if not (done.exists() and "params sha256" in done.read_text()):
             last_line = self._begin(name, layout, *flags).finish()
@@ -125,12 +149,12 @@ class Workshop:
         return losses, last_line.removeprefix("params sha256 ")
 
     def _begin(self, name: str, layout: Layout, *flags: str) -> Training:
-        return Training(self.folder, name, layout, ["--config", self.config, *FLAGS, *flags])
+        return Training(self.folder, name, layout, [*self.model.flags, *FLAGS, *flags])
 
-    def travel(self, journey: list[tuple[Layout, int]], *flags: str) -> str:
-        """The sha256 after a journey."""
-        name, last_line = f"{self.config}_journey", ""
-        for layout, stop in journey:
+    def travel(self, *flags: str) -> str:
+        """The sha256 after the model's journey."""
+        name, last_line = f"{self.model.name}_journey", ""
+        for layout, stop in self.model.journey:
             training = self._begin(name, layout, *flags, "--checkpoint-interval", "10")
             if stop < STEPS:
                 if training.wait_for(reached(self.folder / name, stop)):
@@ -140,8 +164,9 @@ class Workshop:
         return last_line.removeprefix("params sha256 ")
 
 
-def compare_losses(workshop: Workshop, model: Model) -> tuple[list[str], bool]:
+def compare_losses(workshop: Workshop) -> tuple[list[str], bool]:
     """The first table, and whether every row keeps its bound."""
+    model = workshop.model
     references: dict[tuple, list[float]] = {}
     table, holds = [], True
 
@@ -155,7 +180,7 @@ def compare_losses(workshop: Workshop, model: Model) -> tuple[list[str], bool]:
         losses, _ = workshop.run(layout, "--dtype", dtype)
         return max(abs(a / b - 1) for a, b in zip(losses, reference(dtype, shape), strict=True))
 
-    for layout in track(model.mean, f"losses of {model.config}"):
+    for layout in track(model.mean, f"losses of {model.name}"):
         reordered = "tensor" in str(layout) or "sequence" in str(layout)
         bound, worst = REORDERED_BOUND if reordered else BOUND, difference(layout, "float32")
         holds = holds and worst < bound
@@ -164,14 +189,15 @@ def compare_losses(workshop: Workshop, model: Model) -> tuple[list[str], bool]:
     return table, holds
 
 
-def compare_parameters(workshop: Workshop, model: Model) -> tuple[list[str], bool]:
+def compare_parameters(workshop: Workshop) -> tuple[list[str], bool]:
     """The second table, and whether there is one sha256."""
+    model = workshop.model
     hashes = {
         _described(layout): workshop.run(layout, "--reduction", "exact")[1]
-        for layout in track(model.exact, f"parameters of {model.config}")
+        for layout in track(model.exact, f"parameters of {model.name}")
     }
     stations = ", killed; ".join(_described(layout) for layout, _ in model.journey)
-    hashes[stations] = workshop.travel(model.journey, "--reduction", "exact")
+    hashes[stations] = workshop.travel("--reduction", "exact")
     return [f"| {name} | `{digest}` |" for name, digest in hashes.items()], len(set(hashes.values())) == 1
 
 
@@ -187,7 +213,7 @@ def head() -> str:
     return f"""# One run, every layout
 
 `python tests/claims/equivalence.py --output docs/evidence/equivalence.md` trained everything below and wrote this
-page: presets on the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens,
+page: models on the first {CHARACTERS:,} characters of Tiny Shakespeare, {STEPS} steps of {ROWS} × {LENGTH} tokens,
 AdamW, learning rate 3e-4, warm-up 20. Devices are simulated on a CPU ({machine}); several processes are real ones that
 communicate over loopback. Python {platform.python_version()}, {versions}. None of this has been run on a TPU.
 
@@ -208,7 +234,7 @@ differently, each in one way of its own.
 def part(model: Model, losses: list[str], parameters: list[str]) -> str:
     """What docs/evidence/equivalence.md says of a model."""
     dtypes = [model.dtypes[0], "bound", *model.dtypes[1:]]
-    return f"""## {model.config}
+    return f"""## {model.name}
 
 {model.about}
 
@@ -231,7 +257,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, help="the page to write; by default it is printed")
     parser.add_argument("--work-dir", type=Path, help="where runs are kept; by default a folder that is removed")
-    parser.add_argument("--only", choices=[model.config for model in MODELS], help="the one model to train")
+    parser.add_argument("--only", choices=[model.name for model in MODELS], help="the one model to train")
     args = parser.parse_args()
     parts: dict[str, str] = written(args.output.read_text()) if args.output and args.output.exists() else {}
     close = equal = True
@@ -241,13 +267,13 @@ def main() -> int:
         text = load_corpus("tiny_shakespeare").documents[0]
         (folder / "text.txt").write_text(text[:CHARACTERS])
         for model in MODELS:
-            if args.only in (None, model.config):
-                workshop = Workshop(folder.absolute(), model.config)
-                losses, within = compare_losses(workshop, model)
-                parameters, same = compare_parameters(workshop, model)
+            if args.only in (None, model.name):
+                workshop = Workshop(folder.absolute(), model)
+                losses, within = compare_losses(workshop)
+                parameters, same = compare_parameters(workshop)
                 close, equal = close and within, equal and same
-                parts[model.config] = part(model, losses, parameters)
-    page = "\n".join([head(), *(parts[model.config] for model in MODELS if model.config in parts)])
+                parts[model.name] = part(model, losses, parameters)
+    page = "\n".join([head(), *(parts[model.name] for model in MODELS if model.name in parts)])
     if args.output:
         args.output.write_text(page)
     else:
