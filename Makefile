@@ -82,7 +82,7 @@ lint: ## check style, format, security (ruff), types (pyright), shell (shellchec
 	@$(DEV) python -m ruff check .
 	@$(DEV) python -m ruff format --check .
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(DEV) python -m pyright
-	@$(DEV) shellcheck .ci/* scripts/launching/host.sh
+	@$(DEV) shellcheck .ci/* scripts/launching/host.sh tests/scripts/fake_host.sh
 	@$(DEV) zizmor --offline --strict-collection --quiet .github/workflows
 
 clean: ## remove environments and caches; runs/ stays

@@ -6,6 +6,7 @@ Invariant: when a test ends, no process that it started on a host is left.
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -78,9 +79,10 @@ class Cloud:
             (self.world / name).mkdir(parents=True)
         self.play()
         for folder in ("bin", "host-bin"):
-            program(self.world / folder / "gcloud", FAKES / "fake_gcloud.py")
+            python(self.world / folder / "gcloud", FAKES / "fake_gcloud.py")
         for name in ("sudo", "systemd-run", "systemctl", "curl", "lsof", "python3", "sleep"):
-            program(self.world / "host-bin" / name, FAKES / "fake_host.py", name)
+            (self.world / "host-bin" / name).symlink_to(FAKES / "fake_host.sh")
+        python(self.world / "python")  # what a host's environment has
         (self.checkout / "scripts/launching").mkdir(parents=True)
         shutil.copy(ROOT / "scripts/launching/host.sh", self.checkout / "scripts/launching")
         (self.checkout / "scripts" / "train.py").write_text(TRAIN)
@@ -106,8 +108,7 @@ class Cloud:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def host_calls(self, worker=0):
-        lines = (self.world / "hosts" / str(worker) / "calls.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        return [shlex.split(line) for line in (self.world / "hosts" / str(worker) / "calls").read_text().splitlines()]
 
     def starts(self, worker=0):
         """The flags of each start of train.py on a host."""
@@ -130,6 +131,7 @@ class Cloud:
                 os.killpg(int(pid.read_text()), signal.SIGKILL)
 
 
-def program(path, script, *words):
-    path.write_text(f'#!/bin/sh\nexec {" ".join(map(str, [sys.executable, "-I", "-S", script, *words]))} "$@"\n')
+def python(path, *words):
+    """A program at `path`: this Python with its library alone, given these words before its own."""
+    path.write_text(f'#!/bin/sh\nexec {" ".join(map(str, [sys.executable, "-I", "-S", *words]))} "$@"\n')
     path.chmod(0o755)
