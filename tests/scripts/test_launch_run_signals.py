@@ -32,11 +32,14 @@ def heeded():
 
 @pytest.fixture
 def start(cloud, heeded):
-    """Starts launch.py run in a process of its own."""
+    """Starts launch.py run in a process of its own.
+
+    It is to resume a run: then it need not import train.py, which takes as long as all else, to read flags.
+    """
     processes = []
 
     def start(*flags, before=()):
-        run = ["--bucket", "bkt", *FAST, *flags, "--", "--steps", "100"]
+        run = ["--bucket", "bkt", *FAST, *flags, "--", "--resume"]
         command = [*before, sys.executable, "-c", DRIVER, str(cloud.checkout), *run]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
