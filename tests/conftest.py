@@ -6,9 +6,11 @@ Invariant: nothing here depends on which tests run, so any test can be run alone
 import contextlib
 import gc
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compiling what then runs for milliseconds: without optimisation that takes half, without
 # the fusion emitters of jaxlib 0.10, which 0.12 has no flag for, an eighth, and a quarter less in one module than cut
