@@ -10,7 +10,6 @@ import signal
 from importlib.metadata import version
 from pathlib import Path
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the time goes into compiling what then runs for milliseconds: without optimisation that takes half, without
 # the fusion emitters of jaxlib 0.10, which 0.12 has no flag for, an eighth, and a quarter less in one module than cut
@@ -30,6 +29,7 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 import jax
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

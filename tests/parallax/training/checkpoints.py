@@ -24,11 +24,12 @@ class State:
     bad_steps: jax.Array
 
 
+@jax.jit
 def make_state(seed: int) -> State:
     key = jax.random.key(seed)
     params = {
         "embed": jax.random.normal(key, (16, 8)),
-        "layers": {"w": jax.random.normal(key, (4, 8, 8)).astype(jnp.bfloat16), "scale": jnp.full(8, float(seed))},
+        "layers": {"w": jax.random.normal(key, (4, 8, 8)).astype(jnp.bfloat16), "scale": jnp.full(8, 1.0 * seed)},
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     _, opt_state = optimizer.update(params, optimizer.init(params), params)
@@ -39,7 +40,7 @@ def abstract(tree, sharding_of=lambda leaf: None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), tree)
 
 
-ABSTRACT = abstract(make_state(0))
+ABSTRACT = abstract(jax.eval_shape(make_state, 0))
 
 
 def assert_same_bits(actual, expected):
