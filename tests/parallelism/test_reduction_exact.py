@@ -10,8 +10,18 @@ import jax
 import numpy as np
 import pytest
 
+from parallax.config import ExpertsConfig
+
 ROOT = Path(__file__).parents[2]
-LAYOUTS = [("single", "", 1), ("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]
+EXPERTS = ExpertsConfig(
+    num_experts=8, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
+)
+# With experts there are eight rows: a shard a device, a loop of one, which compilers like to dissolve, or of eight.
+MODELS = {
+    "dense": ({"dropout_rate": 0.1}, 16, [("single", "", 1), ("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
+    "experts": ({"experts": EXPERTS}, 8, [("single", "", 1), ("mesh", "data=2,fsdp=2,expert=2", 1)]),
+}
+"""Sizes, rows of a batch, and layouts."""
 STEPS = 3
 
 
@@ -32,25 +42,26 @@ fix_cpu_rounding()
 from parallax.training.state import params_sha256
 from tests.parallelism import test_reduction_exact as test
 from tests.parallelism.conftest import Tiny
-tiny = Tiny(dropout_rate=0.1)
-for layout in test.LAYOUTS:
-    losses, params = test.train(tiny, *layout, batch_size=16)
-    print(json.dumps([losses, params_sha256(params)]))
+found = {}
+for name, (sizes, rows, layouts) in test.MODELS.items():
+    runs = [test.train(Tiny(**sizes), *layout, batch_size=rows) for layout in layouts]
+    found[name] = [[losses, params_sha256(params)] for losses, params in runs]
+print(json.dumps(found))
 """
 
 
 def test_every_layout_has_the_same_bits():
-    """The loss of each AdamW step with clipping, and the parameters after them, under dropout.
+    """The loss of each AdamW step with clipping, and the parameters after them: under dropout, and with experts.
 
-    In a process whose rounding is fixed, compiled as for users. test_strategy_experts.py has meshes in one slice, and
-    eight rows; docs/evidence/equivalence.md has many more layouts, and real processes.
+    In a process whose rounding is fixed, compiled as for users. docs/evidence/equivalence.md has many more layouts, and
+    real processes.
     """
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert found == [found[0]] * len(LAYOUTS)
-    assert len(set(found[0][0])) == STEPS
+    for name, runs in json.loads(done.stdout).items():
+        assert runs == [runs[0]] * len(MODELS[name][2])
+        assert len(set(runs[0][0])) == STEPS
 
 
 def test_exact_and_mean_are_the_same_gradient(make_tiny):

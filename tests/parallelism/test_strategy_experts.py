@@ -1,12 +1,6 @@
 """Experts on one curve: what routers choose, report and learn does not depend on the layout."""
 
-import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,7 +9,6 @@ import pytest
 from parallax.config import ExpertsConfig
 from parallax.training.state import params_sha256
 
-ROOT = Path(__file__).parents[2]
 EXPERTS = ExpertsConfig(
     num_experts=4, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
 )
@@ -80,30 +73,3 @@ def test_a_bad_step_leaves_the_bias(make_tiny):
     state, metrics = strategy.compile(tiny.step(strategy))(state, strategy.put_batch(batch))
     assert metrics["bad_steps"] == 1
     assert params_sha256(state.params) == before
-
-
-EIGHT = dataclasses.replace(EXPERTS, num_experts=8)
-EXACT = ("", "data=2,fsdp=2,expert=2", "expert=8")
-SCRIPT = """
-import json
-from parallelism.hosts import fix_cpu_rounding
-fix_cpu_rounding()
-from parallax.training.state import params_sha256
-from tests.parallelism.test_strategy_experts import EIGHT, EXACT
-from tests.parallelism.test_reduction_exact import train
-from tests.parallelism.conftest import Tiny
-tiny = Tiny(experts=EIGHT)
-for mesh in EXACT:
-    losses, params = train(tiny, "mesh" if mesh else "single", mesh, 1, batch_size=8)
-    print(json.dumps([losses, params_sha256(params)]))
-"""
-
-
-def test_exact_reduction_has_the_same_bits_on_every_layout():
-    """Eight rows are a shard a device: a loop of one, which compilers like to dissolve, or of eight."""
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(EXACT)
-    assert all(each == found[0] for each in found)
