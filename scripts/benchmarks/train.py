@@ -14,7 +14,7 @@ from typing import Any
 from parallax.model.flops import step_flops
 from parallelism.strategies import STRATEGIES
 from scripts.benchmarks.report import begin, show, spread, write_report
-from scripts.benchmarks.rounds import BEFORE, TREE, Rounds, Timing, Worker, measure, ratio
+from scripts.benchmarks.rounds import BEFORE, TREE, WORKERS, Rounds, Timing, Worker, find, measure, ratio
 from scripts.benchmarks.settings import DENSE, Setting, read_setting
 from scripts.benchmarks.theirs import NEEDED, require
 from scripts.common.command_line import parse
@@ -42,6 +42,8 @@ def train(args: Sequence[str]) -> int:
     """Measures every setting; returns 0."""
     flags = parse(Flags, description="Compare the speed of training, contender by contender.", args=args)
     check_contenders(flags.contenders.split(","))
+    if flags.against:
+        find(Path(flags.against), WORKERS)
     settings = [read_setting(name) for name in flags.settings.split(",")]
     for setting in settings:
         check_model(flags.contenders.split(","), setting)

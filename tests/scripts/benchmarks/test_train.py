@@ -71,9 +71,9 @@ def test_bad_input_is_one_line(refuse, args, message):
 
 def test_from_command_to_report(call, tmp_path):
     """With two contenders that need no torch, one from a checkout: equal work is shown, and rounds are taken."""
-    status, out, err = call(*f"{SHORT} pmap --against {TREE}".split())
+    status, out, err = call(*f"{SHORT} single --against {TREE}".split())
     assert status == 0, err
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("| ")][-2:] == ["pmap", "before"]
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("| ")][-2:] == ["single", "before"]
     report = json.loads((tmp_path / "benchmarks/train.json").read_text())
     assert report["machine"]["cores"] >= 1
     assert "--settings trial-2x16" in report["command"]
