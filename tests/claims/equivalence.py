@@ -72,7 +72,7 @@ EXPERTS_JOURNEY = [(mesh("expert=4"), 33), (single(), 67), (mesh("fsdp=2,expert=
 
 
 LOCAL_AND_GLOBAL = [
-    *("--config", "nano", "--model.norms", "both", "--model.qk-norm", "--model.activation", "gelu_tanh"),
+    *("--config", "nano", "--model.norms", "both", "--model.qk-norm", "True", "--model.activation", "gelu_tanh"),
     *("--model.pattern", "sliding_window=8,rope_theta=1e3", "same"),
 ]
 LAYERS_MEAN = [
