@@ -60,8 +60,8 @@ def test_a_mesh_gives_the_tokens_of_one_device_and_compiles_nothing_more(caplog)
 def test_experts_on_several_devices_give_the_tokens_of_one():
     """A prompt is a row that no devices share: each adds what its experts give. A step of all slots sends tokens."""
     config = dataclasses.replace(CONFIG, experts=ExpertsConfig(num_experts=8))
-    batcher = make_batcher({"expert": 4, "tensor": 2}, config)
-    completions = [completion(number, temperature=0.0, prompt_logprobs=False) for number in range(5)]
+    batcher = make_batcher({"expert": 4, "tensor": 2}, config, capacity=32)
+    completions = [completion(number, temperature=0.0, max_tokens=12) for number in range(5)]
     assert run(batcher, completions) == [by_generator(config, draw_params(config), each) for each in completions]
 
 

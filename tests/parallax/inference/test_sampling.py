@@ -89,7 +89,9 @@ def test_probabilities_are_what_is_drawn_from():
     logits_BV = random_logits(3, len(rows))
     seen_BV = jax.random.bernoulli(jax.random.key(4), 0.4, logits_BV.shape)
     columns = {name: [row[name] for row in rows] for name in DEFAULTS}
-    got_BV = np.asarray(probabilities(logits_BV, SamplingSettings.create(len(rows), **columns), seen_BV))
+    settings = SamplingSettings.create(len(rows), **columns)
+    got_BV = np.asarray(jax.jit(probabilities)(logits_BV, settings, seen_BV))
+    logits_BV, seen_BV = np.asarray(logits_BV), np.asarray(seen_BV)
     for row, setting in enumerate(rows):
         setting |= {"temperature": setting["temperature"] or 1e-9}
         expected_V = allowed_probabilities(logits_BV[row], seen_BV[row], **setting)

@@ -80,7 +80,7 @@ def test_a_filter_is_searched_for_while_its_row_goes_on(searches, streamed):
 
 def test_a_draft_searches_no_longer_either(searches):
     """Whose proposals all pass, since it is the model itself: five tokens a round."""
-    own, both = SpeculativeGenerator(CONFIG, CONFIG, 4), BothParams(params(), params())
+    own, both = SpeculativeGenerator(CONFIG, CONFIG, 4), BothParams(draw_params(CONFIG), draw_params(CONFIG))
     free = own.generate(both, TWO)
     in_all = searches()
     eos_id, _ = early_end(free, 5)

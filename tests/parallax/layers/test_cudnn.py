@@ -1,5 +1,6 @@
 """What can be known of cuDNN's attention without a GPU: what it refuses, and rows of packed documents."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,17 +15,22 @@ B, T, H, G, K = 2, 128, 4, 2, 64
 def example(dtype=jnp.bfloat16):
     rng = np.random.default_rng(0)
     shapes = ((B, T, H, K), (B, T, G, K), (B, T, G, K))
-    q, k, v = (jnp.asarray(rng.normal(0, 1, shape), dtype) for shape in shapes)
+    q, k, v = (rng.normal(0, 1, shape).astype(dtype) for shape in shapes)
     return q / np.sqrt(K).astype(dtype), k, v
 
 
 @pytest.mark.parametrize("window", [0, 50])
 def test_packed_documents_are_kept_apart(window):
     q, k, v = example()
-    segments = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (B, T)), axis=1), jnp.int32)
-    at = jnp.arange(T, dtype=jnp.int32)[None]
-    expected = attend(q, k, v, positions=(at, at), segments=(segments, segments), window=window)
-    found = attend_by_cudnn(q, k, v, segments, window)
+    segments = np.sort(np.random.default_rng(1).integers(0, 3, (B, T), np.int32), axis=1)
+    at = np.arange(T, dtype=np.int32)[None]
+
+    @jax.jit
+    def both(q, k, v, segments):
+        expected = attend(q, k, v, positions=(at, at), segments=(segments, segments), window=window)
+        return expected, attend_by_cudnn(q, k, v, segments, window)
+
+    expected, found = both(q, k, v, segments)
     # both round scores and weights to bfloat16, in another order
     np.testing.assert_allclose(np.float32(found), np.float32(expected), atol=0.03)
 

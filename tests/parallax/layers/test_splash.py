@@ -39,8 +39,11 @@ def test_values_and_gradients_are_those_of_attend(window, segmented):
         return attend_in_kernel(q, k, v, segments, window)
 
     def both(function):
-        weighed = jax.value_and_grad(lambda *x: jnp.sum(weights * function(*x)), argnums=(0, 1, 2))
-        return jax.jit(lambda *x: (function(*x), weighed(*x)))(q, k, v)
+        def weighed(*x):
+            y = function(*x)
+            return jnp.sum(weights * y), y
+
+        return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     # float32, sums of up to 256 terms block by block
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)

@@ -55,7 +55,7 @@ def test_a_logit_depends_on_its_own_document_alone():
 
 
 @pytest.mark.usefixtures("chunk")
-@pytest.mark.parametrize(("window", "layers"), [(1, 2), (3, 1), (3, 2), (2, 3)])
+@pytest.mark.parametrize(("window", "layers"), [(1, 2), (3, 2), (2, 3)])
 def test_windows_add_up_over_the_layers(window, layers):
     """Each layer reaches window - 1 tokens further back."""
     expected = (LATER >= 0) & (layers * (window - 1) >= LATER)

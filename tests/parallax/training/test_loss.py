@@ -53,8 +53,11 @@ def batch(seed, rows=4):
     return {"inputs": inputs, "targets": targets.astype(np.int32)}
 
 
-@pytest.mark.parametrize(("dtype", "softcap"), [(np.float64, 0.0), (np.float64, 2.0), (np.float32, 2.0)])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "softcap"),
+    [*((kind, np.float64, softcap) for kind in KINDS for softcap in (0.0, 2.0)), (KINDS[-1], np.float32, 2.0)],
+    ids=str,
+)
 def test_values_and_gradients_are_those_of_the_definition_in_chunks_of_any_size(kind, dtype, softcap):
     """A table with more rows than tokens counts by its first rows alone, and a masked position not at all."""
     with jax.enable_x64(dtype == np.float64):
@@ -72,7 +75,7 @@ def test_values_and_gradients_are_those_of_the_definition_in_chunks_of_any_size(
         @jax.jit
         def both(table, x):
             differentiated = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-            chunks = (1, 3, T - 1, T, T + 4)
+            chunks = (1, 3, T, T + 4)
             found = [differentiated(functools.partial(padded, chunk=chunk))(table, x) for chunk in chunks]
             return found, differentiated(plain)(table[:V], x)
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -43,7 +42,7 @@ def pair_row(length=14):
 def random_params(config):
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.5, leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(lambda leaf: jax.device_put(rng.normal(0, 0.5, leaf.shape).astype(np.float32)), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +51,15 @@ def params():
 
 
 @jax.jit
-def forward(params, tokens):
-    return TransformerLM.from_params(CONFIG, params)(tokens)[0]
+def log_probs_of_all(params, tokens):
+    return jax.nn.log_softmax(TransformerLM.from_params(CONFIG, params)(tokens)[0])
 
 
 def alone(params, answer):
     """log p(answer | prompt), by the definition."""
     ids = PROMPT + answer
-    logits = forward(params, np.array([ids[:-1]], np.int32))[0]
-    log_probs = jax.nn.log_softmax(logits)[np.arange(len(ids) - 1), np.array(ids[1:])]
+    log_probs_TV = np.asarray(log_probs_of_all(params, np.array([ids[:-1]], np.int32))[0])
+    log_probs = log_probs_TV[np.arange(len(ids) - 1), ids[1:]]
     return float(log_probs[-len(answer) :].sum())
 
 
@@ -80,7 +79,7 @@ def test_the_loss_is_the_paper_s(params, smoothing):
     references = np.array([-4.0, 0.0], np.float32), np.array([-7.0, 0.0], np.float32)
     batch = pair_row() | dict(zip(preference.REFERENCES, references, strict=True))
     loss_fn = make_preference_loss(CONFIG, PreferenceConfig(beta=0.3, label_smoothing=smoothing))
-    sums, pairs = loss_fn(params, batch, None)
+    sums, pairs = jax.jit(loss_fn)(params, batch, None)
     chosen, rejected = 0.3 * (alone(params, CHOSEN) + 4), 0.3 * (alone(params, REJECTED) + 7)
     margin = chosen - rejected
     expected = (1 - smoothing) * np.log1p(np.exp(-margin)) + smoothing * np.log1p(np.exp(margin))
@@ -98,11 +97,16 @@ def test_losses_of_routers_are_added_of_each_pair_their_mean_over_its_targets():
     batch = pair_row() | dict.fromkeys(preference.REFERENCES, np.zeros(2, np.float32))
     for name in ("inputs", "targets", "segments"):  # an answer alone is no pair
         batch[name][1] = np.where(batch["segments"][0] == 1, batch[name][0], {"targets": -1}.get(name, 0))
-    sums, pairs = make_preference_loss(config, PreferenceConfig())(params, batch, None)
-    loss, _ = make_preference_evaluation(config, PreferenceConfig())(params, batch)
     targets = batch["targets"][:1] != -1
-    model = TransformerLM.from_params(config, params)
-    _, _, alone = model.hidden(batch["inputs"][:1], segments=batch["segments"][:1], counted_BT=targets)
+
+    @jax.jit
+    def all_of_them(params):
+        model = TransformerLM.from_params(config, params)
+        _, _, alone = model.hidden(batch["inputs"][:1], segments=batch["segments"][:1], counted_BT=targets)
+        losses = make_preference_loss(config, PreferenceConfig())(params, batch, None)
+        return losses, make_preference_evaluation(config, PreferenceConfig())(params, batch)[0], alone
+
+    (sums, pairs), loss, alone = all_of_them(params)
     added = {name: float(alone[name].sum()) / targets.sum() for name in ("balance_loss", "router_z_loss")}
     assert int(pairs) == 1
     for name, value in added.items():

@@ -38,7 +38,7 @@ def make_step(loss_fn, params, learning_rate=lambda step: 1.0, seed=0, **optimiz
     optimizer = make_optimizer(OptimizerConfig(**optimizer), labels)
     how = {"loss_fn": loss_fn, "optimizer": optimizer, "learning_rate": learning_rate, "seed": seed}
     zero = np.zeros((), np.int32)
-    state = TrainState(step=zero, params=params, opt_state=optimizer.init(params), bad_steps=zero)
+    state = TrainState(step=zero, params=params, opt_state=jax.jit(optimizer.init)(params), bad_steps=zero)
     return functools.partial(train_step, gradients=reduction.mean(), **how), state
 
 
@@ -71,7 +71,8 @@ def transformer():
     shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
     step, state = make_step(make_loss(CONFIG, TrainConfig()), params, lambda step: 1e-2)
-    return jax.jit(step, donate_argnums=0), lambda: jax.tree.map(jnp.array, state)
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+    return jax.jit(step, donate_argnums=0), lambda: copy(state)
 
 
 def tokens(seed):
