@@ -1,5 +1,6 @@
 """What tests of scripts share: a script's main called in this process, and small runs of train.py."""
 
+import contextlib
 import functools
 import io
 import random
@@ -11,34 +12,55 @@ from pathlib import Path
 
 import pytest
 
+from parallelism import reduction
 from scripts import launch as launch_script
 from scripts import train
 from scripts.launching.run import run
+from scripts.training import job, record
 from tests.scripts.cloud import Cloud
 from tests.scripts.runs import SHORT, SMALL, run_script
 
 
-@pytest.fixture
-def call(tmp_path, monkeypatch, capfd):
-    """Calls a script's main in this process, in a folder of the test's own; signal handlers are put back afterwards.
+@pytest.fixture(autouse=True, scope="session")
+def shared_programs():
+    """Runs of train.py in this process that take the same steps of the same model trace and compile them once.
 
-    Gives (exit status, standard output, standard error).
+    What a run binds its step from are frozen values, and JAX compiles a function that it knows no second time.
     """
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((job, "bind_state"), (job, "bind_step"), (job, "make_evaluation"), (reduction, "mean")):
+            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
 
-    def call(script, *args, stdin="") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__.rpartition('.')[2]}.py", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+
+@contextlib.contextmanager
+def calling(folder: Path, patch: pytest.MonkeyPatch):
+    """Calls a script's main in this process, in the folder; signal handlers are put back afterwards.
+
+    Gives its exit status. Runs draw no loss.png, which takes half of a short one's time.
+    """
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    patch.chdir(folder)
+    patch.setattr(record, "plot_loss", lambda folder: None)
+
+    def call(script, *args, stdin="") -> int:
+        patch.setattr(sys, "argv", [f"{script.__name__.rpartition('.')[2]}.py", *map(str, args)])
+        patch.setattr(sys, "stdin", io.StringIO(stdin))
         try:
-            status = script.main()
+            return script.main()
         except SystemExit as exit:
-            status = exit.code
-        return status, *capfd.readouterr()
+            return exit.code
 
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """`calling` in a folder of the test's own: (exit status, standard output, standard error)."""
+    with calling(tmp_path, monkeypatch) as called:
+        yield lambda script, *args, stdin="": (called(script, *args, stdin=stdin), *capfd.readouterr())
 
 
 @pytest.fixture

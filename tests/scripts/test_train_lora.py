@@ -13,8 +13,8 @@ from parallax.model.adapters import join, merge, take_adapters
 from parallax.run_folder import abstract_params, load_adapters, load_run, read_checkpoint, read_settings
 from parallax.training.checkpoint import Checkpointer
 from scripts import convert, train
-from tests.scripts.conftest import write_text
-from tests.scripts.runs import SHORT, run_script
+from tests.scripts.conftest import calling, write_text
+from tests.scripts.runs import SHORT
 
 FLAGS = ["--dataset", "text.txt", "--init-from", "run", *SHORT, "--checkpoint-interval", "6"]
 ADAPTERS = ["--lora.rank", "2", "--learning-rate", "1e-2", "--sample-prompts", "prompts.txt", "--output-dir", "tuned"]
@@ -22,12 +22,13 @@ ADAPTERS = ["--lora.rank", "2", "--learning-rate", "1e-2", "--sample-prompts", "
 
 @pytest.fixture(scope="module")
 def first(template, tmp_path_factory):
-    """A run of adapters beside a finished run, trained once in a process of its own."""
+    """A run of adapters beside a finished run, trained once."""
     folder = tmp_path_factory.mktemp("tuned")
     write_text(folder)
     (folder / "prompts.txt").write_text("king and \n\nthe night")
     shutil.copytree(template, folder / "run")
-    run_script("train.py", *FLAGS, *ADAPTERS, cwd=folder).check_returncode()
+    with pytest.MonkeyPatch.context() as patch, calling(folder, patch) as call:
+        assert call(train, *FLAGS, *ADAPTERS) == 0
     return folder
 
 
