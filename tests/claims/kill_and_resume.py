@@ -19,6 +19,7 @@ from tests.scripts.runs import Training, checkpoints, reached, rows, saving, sin
 STEPS = 240
 FLAGS = [
     *("--dataset", "text.txt", "--config", "tiny", "--model.num-layers", "2", "--model.dropout-rate", "0.1"),
+    *("--model.embed-dim", "32", "--model.mlp-dim", "64", "--model.head-dim", "8"),
     *("--batch-size", "8", "--seq-len", "32", "--log-interval", "1", "--eval-interval", "40", "--seed", "5"),
     *("--checkpoint-interval", "7", "--keep", "2", "--print-param-hash"),
 ]

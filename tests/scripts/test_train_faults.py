@@ -7,7 +7,7 @@ from tests.claims.soak import soak
 
 def test_a_run_that_is_killed_in_a_save_equals_one_that_was_left_alone_to_the_bit(tmp_path):
     """The soak below kills between steps."""
-    report = kill_and_compare(tmp_path, kills=1, seed=1, steps=60)
+    report = kill_and_compare(tmp_path, kills=1, seed=1, steps=40)
     assert len(report) == 2
     assert "in a save" in report[0]
 
