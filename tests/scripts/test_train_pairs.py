@@ -19,18 +19,11 @@ from scripts.training.flags import read_flags
 from scripts.training.job import prepare_job
 from scripts.training.references import refer
 from tests.scripts.runs import SMALL
+from tests.scripts.untrained import one_layer, write_untrained
 
 FLAGS = [
-    "--batch-size",
-    "8",
-    "--seq-len",
-    "64",
-    "--log-interval",
-    "1",
-    "--eval-interval",
-    "6",
-    "--learning-rate",
-    "1e-2",
+    *("--batch-size", "8", "--seq-len", "64", "--log-interval", "1"),
+    *("--eval-interval", "6", "--learning-rate", "1e-2"),
 ]
 
 
@@ -48,21 +41,7 @@ def pairs(tmp_path):
 
 
 def test_a_run_prefers_what_was_chosen_and_is_gone_on_with(call, pairs):
-    before = [
-        "--dataset",
-        "text.txt",
-        "--tokenizer",
-        "byte",
-        *SMALL,
-        "--steps",
-        "2",
-        "--batch-size",
-        "8",
-        "--seq-len",
-        "64",
-    ]
-    status, _, err = call(train, *before, "--output-dir", "base")
-    assert status == 0, err
+    write_untrained(pairs / "base", ByteTokenizer(), one_layer(257, embed_dim=32), step=2, deviation=0.3)
     command = ["--dataset", "pairs.store", "--init-from", "base", "--lora.rank", "2", *FLAGS, "--steps", "12"]
     status, _, err = call(train, *command, "--checkpoint-interval", "6", "--output-dir", "tuned")
     assert status == 0, err
