@@ -1,4 +1,4 @@
-"""A thousand batches by their hashes: the same for any processes and devices, and resumed on any layout from any."""
+"""Five hundred batches by their hashes: the same for any processes and devices, and resumed on any layout from any."""
 
 import hashlib
 import itertools
@@ -16,13 +16,13 @@ from data.stores import rows as rows_module
 from parallelism.rows import RowBlocks
 from tests.data.small_stores import prepared, texts, write_jsonl
 
-BATCHES, SIZE, SEQ_LEN, SEED = 1000, 8, 16, 7
+BATCHES, SIZE, SEQ_LEN, SEED = 500, 8, 16, 7
 CUTS = {(1, 1): (1, 1), (1, 2): (2, 1), (1, 4): (2, 2), (2, 1): (2, 1), (2, 2): (4, 1), (2, 4): (8, 1)}
 CUTS |= {(4, 1): (2, 2), (4, 2): (8, 1)}
 """Layouts, as processes and devices of each; the parts that they cut rows into, and the devices that hold each part."""
 STAGES = [
-    {"until_step": 333, "weights": {"web.store": 1}},
-    {"until_step": 500, "weights": {"web.store": 0.25, "code.store": 0.75}},
+    {"until_step": 167, "weights": {"web.store": 1}},
+    {"until_step": 250, "weights": {"web.store": 0.25, "code.store": 0.75}},
     {"weights": {"web.store": 0.125, "code.store": 0.875}},
 ]
 
