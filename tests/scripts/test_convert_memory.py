@@ -1,10 +1,12 @@
-"""What convert.py takes of memory, each command in a process of its own."""
+"""What convert.py takes of memory, each direction in a process of its own."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.parallax.interop.measure_memory import make
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +24,7 @@ def test_memory_stays_below_the_parameters_and_one_and_a_half_of_the_largest_ten
             env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
         ).stdout
 
-    run("make")
+    make(tmp_path)
     for command in ("import", "export"):
         measured = json.loads(run(command))
         over = measured["used"] - measured["parameters"]
