@@ -14,11 +14,13 @@ from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import CharTokenizer
 from parallax.tokenizers.registry import train_tokenizer
 from scripts import convert, generate, train
-from tests.parallax.interop.folders import BFLOAT16, SMALL, random_tensors, write_folder
+from tests.parallax.interop.folders import BFLOAT16, random_tensors, write_folder
+from tests.parallax.interop.folders import SMALL as LLAMA
 from tests.parallax.interop.tokenizers import TEXT, byte_level
 from tests.scripts.cases import read_cases
 from tests.scripts.untrained import one_layer, write_untrained
 
+SMALL = LLAMA | {"num_hidden_layers": 2}
 TRAIN = [
     *("--dataset", "text.txt", "--init-from", "run", "--batch-size", "16", "--seq-len", "16"),
     *("--steps", "4", "--learning-rate", "1e-3", "--output-dir"),
@@ -29,7 +31,7 @@ TRAIN = [
 def hub(tmp_path_factory):
     """A Hugging Face folder of a small llama, made once."""
     folder = tmp_path_factory.mktemp("hub") / "hf"
-    write_folder(folder, files=2)
+    write_folder(folder, SMALL, files=2)
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     return folder
 
@@ -80,7 +82,7 @@ def test_in_and_out_again(converted, tmp_path):
 @pytest.mark.parametrize(("flags", "held"), [((), "bfloat16"), (("--param-dtype", "float32"), "float32")], ids=str)
 def test_a_model_comes_in_as_it_is_or_as_asked_for(converted, tmp_path, flags, held):
     tensors = random_tensors(SMALL, dtype=BFLOAT16)
-    write_folder(tmp_path / "narrow", tensors=tensors)
+    write_folder(tmp_path / "narrow", SMALL, tensors)
     converted("import", "narrow", "run", *flags)
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_run("run").params)} == {held}
     for dtype in ("float32", "bfloat16"):
@@ -118,7 +120,7 @@ def test_generate_continues_a_prompt_until_an_end(call, converted, tmp_path, gre
     tensors["model.embed_tokens.weight"][:] = 1
     tensors["model.norm.weight"][:] = 1
     tensors["lm_head.weight"][:] = np.arange(301)[:, None] == greedy
-    write_folder(tmp_path / "made", tensors=tensors)
+    write_folder(tmp_path / "made", SMALL, tensors)
     converted("import", "made", "run")
     flags = ("--prompt", "To be", "--max-tokens", "9", "--temperature", "0")
     _, _, err = call(generate, "--checkpoint", "run", *flags)
@@ -145,7 +147,7 @@ def test_an_imported_model_trains_on_and_goes_back(call, converted, tmp_path):
     converted("export", "mesh", "back")
     exported = tensors_of(tmp_path / "back")["model.layers.1.mlp.up_proj.weight"]
     np.testing.assert_array_equal(exported.T, up[1])
-    status, _, err = call(train, "--resume", "--output-dir", "mesh", "--steps", "5", *layout)
+    status, _, err = call(train, "--resume", "--output-dir", "mesh", "--steps", "5", "--strategy", "single")
     assert status == 0, err
     assert "\nresume    from step 4" in err
     assert load_run("mesh").settings["trained_length"] == 128
@@ -211,7 +213,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(refuses, args, words):
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type='gpt2'"),
-        ({"num_hidden_layers": 4}, "tensor model.layers.3.input_layernorm.weight is"),
+        ({"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight is"),
         ({"vocab_size": 200}, "tokenizer.json: its id 299 must be from 0 to 199"),
         ({"eos_token_id": [[1]]}, "eos_token_id=[[1], 2, 0] of hf must be one id"),
         ({"bos_token_id": [0]}, "bos_token_id=[0] of hf must be one id"),
