@@ -185,7 +185,8 @@ def test_an_interrupt_ends_a_continuation_and_not_the_loop(write, monkeypatch):
     assert out.startswith("b")
 
 
-def test_a_text_may_begin_with_nothing_where_the_model_begins_it(tmp_path, call):
+def test_a_text_may_begin_with_nothing_where_the_model_begins_it(tmp_path, call, monkeypatch):
+    monkeypatch.setattr(writer, "Generator", generator)
     definition, begin, end, _ = byte_level()
     tokenizer = HuggingFaceTokenizer(definition, 300, [end])
     write_untrained(tmp_path / "begins", tokenizer, one_layer(300), step=1)
@@ -194,7 +195,7 @@ def test_a_text_may_begin_with_nothing_where_the_model_begins_it(tmp_path, call)
     assert status == 0, err
     request = Request.one(np.array([begin], np.int32), max_tokens=5, temperature=0.0, eos_id=end)
     run = load_run(tmp_path / "begins")
-    (tokens,) = Generator(run.config).generate(run.params, request)
+    (tokens,) = generator(run.config).generate(run.params, request)
     assert out == "".join(decode(tokens, tokenizer))
 
 

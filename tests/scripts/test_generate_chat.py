@@ -1,6 +1,7 @@
 """generate.py --chat: each message is answered with all turns before it in sight."""
 
 import dataclasses
+import functools
 
 import pytest
 
@@ -11,8 +12,10 @@ from parallax.tokenizers.chat import Chat
 from parallax.tokenizers.chat_template import plain_template
 from parallax.tokenizers.plain import ByteTokenizer
 from scripts import generate
+from scripts.generation import writer
 from tests.scripts.untrained import one_layer, write_untrained
 
+generator = functools.cache(Generator)  # compiles once for all tests
 FLAGS = ("--chat", "--chat-template", "plain", "--max-tokens", "6", "--temperature", "0")
 
 
@@ -28,11 +31,16 @@ def model(folder):
     return parallax.load(folder)
 
 
+@pytest.fixture(autouse=True)
+def shared_generator(monkeypatch):
+    monkeypatch.setattr(writer, "Generator", generator)
+
+
 def answer(model, *turns):
     messages = [{"role": role, "content": content} for role, content in turns]
     prompt = Chat(plain_template(model.tokenizer), model.tokenizer).prompt(messages)
     request = make_request(model.tokenizer, ["a"], max_tokens=6, temperature=0)
-    (row,) = Generator(model.config).generate(model.params, dataclasses.replace(request, prompts=[prompt]))
+    (row,) = generator(model.config).generate(model.params, dataclasses.replace(request, prompts=[prompt]))
     return "".join(decode(row.tolist(), model.tokenizer, "\nUser:"))
 
 
