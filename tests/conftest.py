@@ -32,6 +32,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A shell has what it starts in the background ignore SIGINT, and so would the processes that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():
