@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from parallelism import reduction
+from parallelism.pmap import Pmap
 from scripts import launch as launch_script
 from scripts import train
 from scripts.launching.run import run
@@ -27,9 +28,16 @@ def shared_programs():
 
     What a run binds its step from are frozen values, and JAX compiles a function that it knows no second time.
     """
+    compiled, compile_pmap = {}, Pmap.compile
+
+    def compile_once(self, step):
+        return compiled.setdefault((step, *self.devices), compile_pmap(self, step))
+
     with pytest.MonkeyPatch.context() as patch:
-        for module, name in ((job, "bind_state"), (job, "bind_step"), (job, "make_evaluation"), (reduction, "mean")):
-            patch.setattr(module, name, functools.cache(getattr(module, name)))
+        patch.setattr(Pmap, "compile", compile_once)
+        for module, names in ((job, ("bind_state", "bind_step", "make_evaluation")), (reduction, ("mean", "pmean"))):
+            for name in names:
+                patch.setattr(module, name, functools.cache(getattr(module, name)))
         yield
 
 

@@ -20,8 +20,8 @@ from parallax.training.checkpoint import Checkpointer
 from parallax.training.checkpoint_folder import CheckpointFolder
 from parallelism import sentinel
 from scripts import train
-from scripts.training import attempt
-from tests.scripts.runs import SHORT, SMALL, Training, checkpoints, reached, rows, single
+from scripts.training import attempt, record
+from tests.scripts.runs import checkpoints, rows
 
 
 def losses(folder, name="loss"):
@@ -289,13 +289,19 @@ def test_whatever_ends_a_run_gives_the_terminal_back(train_small, monkeypatch):
     assert len(closed) == 1
 
 
-def test_sigterm_saves_and_exits_well(text):
-    flags = ["--dataset", "text.txt", *SMALL, *SHORT, "--steps", "100000", "--log-interval", "1"]
-    training = Training(text, "run", single(), flags)
-    assert training.wait_for(reached(text / "run", 5)), training.words()
-    training.process.send_signal(signal.SIGTERM)
-    assert training.end() == 0, training.words()
-    assert "--resume" in training.words()
+def test_sigterm_saves_and_exits_well(train_small, text, monkeypatch):
+    """At step 5 of very many; the handler is that of the run, which also ends real processes where faults strike."""
+    write = record.Files.row
+
+    def struck(self, row):
+        write(self, row)
+        if row["step"] == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(record.Files, "row", struck)
+    status, _, err = train_small("--output-dir", "run", "--steps", "100000", "--log-interval", "1")
+    assert status == 0
+    assert "--resume" in err
     saved = checkpoints(text / "run")[-1]
     assert saved >= rows(text / "run")[-1]["step"]
     found = summary_of(text / "run")
