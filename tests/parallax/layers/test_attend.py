@@ -91,10 +91,10 @@ def test_chunks_change_neither_values_nor_gradients(case, chunk, x64):
 @pytest.mark.parametrize("function", [attend, functools.partial(attend_in_chunks, chunk=3)])
 def test_bfloat16_scores_and_sums_are_float32(function):
     arrays, how = example(5, dtype=np.float32)
-    low = [jnp.asarray(x, jnp.bfloat16) for x in arrays]
-    out = function(*low, **how)
+    low = [x.astype(jnp.bfloat16) for x in arrays]
+    out = jax.jit(functools.partial(function, **how))(*low)
     assert out.dtype == jnp.bfloat16
-    exact = attend(*(x.astype(jnp.float32) for x in low), **how)
+    exact = jax.jit(functools.partial(attend, **how))(*(x.astype(np.float32) for x in low))
     # Weights and result are rounded to 2⁻⁹ each; values are at most about 3.
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)
 
@@ -159,7 +159,9 @@ def test_chunks_drop_different_entries():
     same, values = np.zeros((1, S, 1, S), np.float32), np.eye(S, dtype=np.float32)[None, :, None, :]
     last = (np.full((1, S), S, np.int32), np.arange(S, dtype=np.int32)[None])
     dropout = (0.5, jax.random.split(jax.random.key(1), (1, 1, S)))
-    out = attend_in_chunks(same, same, values, positions=last, dropout=dropout, chunk=chunk)
+    out = jax.jit(lambda q, k, v: attend_in_chunks(q, k, v, positions=last, dropout=dropout, chunk=chunk))(
+        same, same, values
+    )
     kept = (np.asarray(out)[0, :, 0] != 0).reshape(S // chunk, chunk, S // chunk, chunk)
     masks = {kept[i, :, j].tobytes() for i in range(S // chunk) for j in range(S // chunk)}
     assert len(masks) > 60  # of 64; two equal masks of 16 entries are rare

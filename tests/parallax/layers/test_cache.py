@@ -108,12 +108,17 @@ def test_cache_has_the_compute_dtype_and_one_slot_a_token():
 
 @pytest.mark.parametrize("rows", [1, B])
 def test_a_layers_own_arrays_are_written_like_its_part_of_the_stack(rows):
-    stack = jax.tree.map(lambda leaf: leaf + 7.0, KVCache.create(SMALL, rows, SLOTS))
-    own = LayerCache(keys=stack.keys[1], values=stack.values[1])
-    part = LayerCache(keys=stack.keys, values=stack.values, layer=jnp.int32(1))
+
+    @jax.jit
+    def both(k, v):
+        stack = jax.tree.map(lambda leaf: leaf + 7.0, KVCache.create(SMALL, rows, SLOTS))
+        own = LayerCache(keys=stack.keys[1], values=stack.values[1])
+        part = LayerCache(keys=stack.keys, values=stack.values, layer=jnp.int32(1))
+        return own.extend(k, v, at)[0].read(), part.extend(k, v, at)[0].read()
+
     k, v = np.random.default_rng(4).normal(size=(2, rows, 2, 4, 4)).astype(np.float32)
     at = np.arange(rows, dtype=np.int32)[:, None] + np.array([[2, SLOTS]], np.int32)  # the second in no slot
-    for mine, shared in zip(own.extend(k, v, at)[0].read(), part.extend(k, v, at)[0].read(), strict=True):
+    for mine, shared in zip(*both(k, v), strict=True):
         np.testing.assert_array_equal(mine, shared)
         assert (np.asarray(mine != 7.0).any((2, 3)).sum(axis=1) == 1).all()
 

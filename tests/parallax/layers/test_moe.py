@@ -20,8 +20,7 @@ PLAIN = ExpertsConfig(num_experts=E, experts_per_token=K, mlp_dim=F, balance_los
 KINDS = {
     "softmax": PLAIN,
     "sigmoid, scaled": dataclasses.replace(PLAIN, scores="sigmoid", scaling=2.5, balance_bias_rate=0.01),
-    "not renormalised": dataclasses.replace(PLAIN, renormalize=False),
-    "shared": dataclasses.replace(PLAIN, shared_mlp_dim=4),
+    "not renormalised, shared": dataclasses.replace(PLAIN, renormalize=False, shared_mlp_dim=4),
     "biases, clamped": dataclasses.replace(PLAIN, bias=True, clamp=1.0),
 }
 

@@ -299,8 +299,13 @@ def test_a_row_with_an_id_that_no_token_has_is_nan(token):
 
 @pytest.mark.parametrize("position", [-1, 9, 200])
 def test_a_position_beyond_the_cache_is_nan(position):
-    model = TransformerLM.from_params(SMALL, weights(SMALL))
-    found, _ = model(TOKENS[:, :1], np.array([[0], [position]], np.int32), cache=model.empty_cache(B, 9))
+
+    @jax.jit
+    def step(params, positions):
+        model = TransformerLM.from_params(SMALL, params)
+        return model(TOKENS[:, :1], positions, cache=model.empty_cache(B, 9))[0]
+
+    found = step(weights(SMALL), np.array([[0], [position]], np.int32))
     assert np.isfinite(found[0]).all()
     assert np.isnan(found[1]).all()
 
