@@ -103,12 +103,12 @@ def test_a_client_that_goes_away_frees_its_slots_at_once(busy):
 
 
 def test_a_full_queue_says_when_to_come_again(small_run):
-    with serving(small_run, "--queue", "8", "--max-answers", "8", "--slots", "1") as server:
-        fields = {"model": server.model, "prompt": "a", "max_tokens": 90, "n": 8, "stream": True}
+    with serving(small_run, "--queue", "32") as server:
+        fields = {"model": server.model, "prompt": "a", "max_tokens": 90, "n": 32, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=fields) as first:
             assert first.status_code == 200
-            refused = server.post(prompt="a", n=8)
+            refused = server.post(prompt="a", n=32)
             assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             assert refused.json()["error"]["code"] == "queue_full"
         assert eventually(server.is_idle)
-        assert server.post(prompt="a", n=8, max_tokens=1).status_code == 200
+        assert server.post(prompt="a", n=32, max_tokens=1).status_code == 200

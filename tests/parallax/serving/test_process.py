@@ -96,11 +96,11 @@ def test_a_port_that_another_takes_meanwhile(small_run):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_soon_and_answers_end_too(small_run, number):
-    server = Served(small_run, "--capacity", "250", "--context", "extend", "--slots", "1")
+    server = Served(small_run)
     events = []
 
     def listen():
-        fields = {"model": server.model, "prompt": "a", "max_tokens": 240, "n": 32, "stream": True}
+        fields = {"model": server.model, "prompt": "a", "max_tokens": 90, "n": 32, "stream": True}
         with httpx.stream("POST", f"{server.address}/v1/completions", json=fields, timeout=30) as response:
             events.extend(response.iter_lines())
 
