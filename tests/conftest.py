@@ -29,7 +29,6 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 import jax
 import pytest
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # A shell has what it starts in the background ignore SIGINT, and so would the processes that tests interrupt.
