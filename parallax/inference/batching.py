@@ -323,9 +323,11 @@ class Batcher:
                 self._put(0, row)
                 if self._prefixes:
                     row = self._row(self._slots.cache, np.int32(0))
-                    arrays, back = request.prompt_arrays(self.capacity), self._resized(row, self._rooms[0])
-                    allowed = self._allowed([None]) if self._words else None
-                    self._fill_on(self.params, self._resized(back, length), np.int32(0), arrays, allowed)
+                    cache = self._resized(self._resized(row, self._rooms[0]), length)
+                    if length > PART:  # a shorter prompt has no room for a part behind what is shared
+                        allowed = self._allowed([None]) if self._words else None
+                        arrays = request.prompt_arrays(self.capacity)
+                        self._fill_on(self.params, cache, np.int32(0), arrays, allowed)
             self._step_idle()
         self._make_room(self._rooms[0])
 
