@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import io
 import random
 import shlex
@@ -38,6 +39,15 @@ def shared_programs():
         for module, names in ((job, ("bind_state", "bind_step", "make_evaluation")), (reduction, ("mean", "pmean"))):
             for name in names:
                 patch.setattr(module, name, functools.cache(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def sources_are_read_once():
+    """For each command line tyro looks for the comments of flags in their classes, whose files Python parses for that:
+    half of the time of a command line that is refused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
         yield
 
 
