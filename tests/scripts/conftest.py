@@ -20,7 +20,7 @@ from scripts import train
 from scripts.launching.run import run
 from scripts.training import job, record
 from tests.scripts.cloud import Cloud
-from tests.scripts.runs import SHORT, SMALL, run_script
+from tests.scripts.runs import SHORT, SMALL
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -134,11 +134,12 @@ def train_small(text, call):
 
 @pytest.fixture(scope="session")
 def template(tmp_path_factory):
-    """The folder of a finished run, trained once in a process of its own."""
+    """The folder of a finished run, trained once."""
     folder = tmp_path_factory.mktemp("template")
     write_text(folder)
     flags = ["--dataset", "text.txt", *SMALL, *SHORT, "--output-dir", "run"]
-    run_script("train.py", *flags, cwd=folder).check_returncode()
+    with pytest.MonkeyPatch.context() as patch, calling(folder, patch) as call:
+        assert call(train, *flags) == 0
     return folder / "run"
 
 

@@ -39,7 +39,6 @@ def summary_of(folder):
 
 
 def test_a_finished_run_stays_as_it_is(train_small, finished):
-    assert train_small("--output-dir", "run", "--resume")[0] == 0  # on other devices, which config.json names
     before = {path: path.read_bytes() for path in finished.rglob("*.json*") if path.name != "summary.json"}
     first, again = (train_small("--output-dir", "run", "--resume", "--print-param-hash") for _ in range(2))
     assert (first[0], again[0]) == (0, 0)
@@ -86,7 +85,7 @@ def test_resume_on_another_layout_goes_on_with_the_same_curve(train_small, text)
 
 def test_steps_that_are_not_finite_stop_the_run(train_small, text, paste):
     """What was saved at step 1 and later gave no finite step: it is set aside, and the printed command works."""
-    wild = ("--learning-rate", "1e30", "--max-bad-steps", "3", "--clip-norm", "0", "--checkpoint-interval", "1")
+    wild = ("--learning-rate", "1e30", "--max-bad-steps", "3", "--checkpoint-interval", "1")
     status, _, err = train_small("--output-dir", "run", *wild)
     assert status == 1
     *_, error = err.splitlines()

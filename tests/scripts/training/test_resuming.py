@@ -76,15 +76,15 @@ def stop_at(monkeypatch, number):
 
 def test_a_stopped_run_goes_on_by_the_command_that_it_prints(train_small, text, paste, monkeypatch):
     stop_at(monkeypatch, 4)
-    status, _, err = train_small("--output-dir", "run", "--mesh", "fsdp=8")
+    status, _, err = train_small("--output-dir", "run", "--strategy", "pmap")
     assert status == 0
     assert "stopped   at step 4 of 12; best checkpoint: step 4" in err
     (command,) = (line.removeprefix("go on").strip() for line in err.splitlines() if line.startswith("go on"))
     status, _, err = paste(command)
     assert status == 0
-    assert "\nbefore    mesh: 8 cpu devices as fsdp=8\n" in err
+    assert "\nbefore    pmap: 8 cpu devices, state replicated\n" in err
     assert "\nresume    from step 4 of run\n" in err
-    assert "\nstrategy  mesh: 8 cpu devices as fsdp=8\n" in err
+    assert "\nstrategy  pmap: 8 cpu devices, state replicated\n" in err
     assert "changed" not in err
     assert "schedule" not in err
     assert json.loads((text / "run" / "summary.json").read_text())["finished"]
