@@ -111,11 +111,12 @@ def test_the_command_serves(installed):
 def test_the_command_trains_by_itself_and_through_launch(installed):
     (installed.work / "text.txt").write_text("To be, or not to be, that is the question. " * 40)
     small = ["--model.num-layers", "1", "--model.embed-dim", "16", "--model.mlp-dim", "16"]
-    flags = ["--dataset", "text.txt", *small, "--batch-size", "4", "--seq-len", "16"]
-    installed.run(installed.parallax, "train", *flags, "--steps", "5", "--output-dir", "runs/alone")
-    assert (installed.work / "runs" / "alone" / "checkpoints" / "5").is_dir()
-    local = ["launch", "local", "--processes", "1", "--", "--mode", "distributed", "--steps", "3", *flags]
-    installed.run(installed.parallax, *local, "--output-dir", "runs/together")
+    flags = ["--dataset", "text.txt", *small, "--batch-size", "4", "--seq-len", "16", "--steps", "3"]
+    flags += ["--mode", "distributed"]  # as launch needs it: then both run the same programs
+    installed.run(installed.parallax, "train", *flags, "--output-dir", "runs/alone")
+    assert (installed.work / "runs" / "alone" / "checkpoints" / "3").is_dir()
+    local = ["launch", "local", "--processes", "1", "--"]
+    installed.run(installed.parallax, *local, *flags, "--output-dir", "runs/together")
     assert "step 3 of 3" in installed.errors
 
 
