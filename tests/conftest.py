@@ -23,6 +23,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".p
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # A process that reads what another is writing there compiles it. To say so would fail tests of the error output.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache entry"
+# Compiling this project's modules is a tenth of the start of a process, of which tests make hundreds: they are kept,
+# though images of containers often have Python keep none.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # No test asks which line an operation comes from, and a tenth of compiling went into the frames of pytest above it.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 
