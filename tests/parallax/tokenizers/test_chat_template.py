@@ -23,7 +23,6 @@ from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
 from tests.parallax.tokenizers.chats import CHATML, HELLO, LLAMA_2, SYSTEM, TOOLS, TURNS
 
 HOSTILE = {
-    "endless loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a huge range": "{% for a in range(10 ** 9) %}{% endfor %}",
     "a huge number": "{{ 9 ** (9 ** 9) }}",
     "a huge text": "{{ 'a' * 10 ** 10 }}",
