@@ -26,15 +26,21 @@ BAD = """
 --topology v3-16 | topology='v3-16' | try v3-8
 --topology gpu-8 | topology='gpu-8' | v5p | try v3-8
 --config huge | huge | tiny
+--topology 0xv5litepod-16 | must have 1 to 256 slices | try 2xv5litepod-16
+--mesh data=16 | Unrecognized options: --mesh | see --help
 --batch-size 0 | batch_size=0 | try 32
 --compile 0 | compile=0 | at least 1
 --tokens 0 | tokens=0 | must be positive | try 1e9
+--tokens inf | tokens=inf | try 1e9
 --tokens many | many | see --help
 --price -1 | price=-1 | try 1.20
+--price nan | price=nan | try 1.20
 --hf missing | missing must be a JSON file
+--hf . | config.json must be a JSON file
 --hf missing --config nano | --config nano does not go with --hf | leave one out
 --maxtext missing.yml | missing.yml cannot be read | choose a .yml file
 --maxtext missing.yml --hf missing | missing
+--maxtext . | . cannot be read | choose a .yml file
 seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --topology h100-7 | topology='h100-7' | try h100-8
 --topology h100-12 | whole hosts of 8 GPUs | try h100-16
@@ -49,6 +55,8 @@ seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --seq-len 9000 | seq_len=9000 must not exceed max_seq_len=8192 | try --seq-len 8192
 --compare v4-8,h100-8 | needs the tokens of the run | try --tokens 1e9
 --compare v4-8,h100-7 --tokens 1e9 | topology='h100-7' | try h100-8
+--compare v4-8,z9-3 --tokens 1e9 | topology='z9-3' | try v3-8
+--compare , --tokens 1e9 | compare=, must name machines
 --compare v4-8 --tokens 1e9 | must name machines, each once | try v5litepod-256,h100-64
 --compare v4-8,v4-8 --tokens 1e9 | must name machines, each once
 --compare v4-8,h100-8 --topology v4-8 --tokens 1e9 | --topology v4-8 does not go with --compare | leave one out
