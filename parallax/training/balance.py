@@ -27,7 +27,9 @@ def make_balance(config: TransformerConfig) -> Callable[[Params, jax.Array], Par
 
     def balance(params: Params, load_NE: jax.Array) -> Params:
         load_NE = load_NE.astype(jnp.float32)
-        move_NE = rate * jnp.sign(jnp.mean(load_NE, axis=1, keepdims=True) - load_NE)
+        # Of E times what is missing: for the mean XLA multiplies by 1/E, rounded, and equal loads would differ from it.
+        missing_NE = jnp.sum(load_NE, axis=1, keepdims=True) - load_NE.shape[1] * load_NE
+        move_NE = rate * jnp.sign(missing_NE)
         blocks = params["blocks"]
         for stack in stacks(config):
             if stack.config.feed_forward == "experts":

@@ -23,7 +23,7 @@ def test_the_bias_moves_by_the_sign_of_what_is_missing():
     experts = ExpertsConfig(num_experts=3, balance_bias_rate=0.1)
     config = TransformerConfig(**SIZES, num_layers=3, pattern=pattern, experts=experts)
     params = jax.tree.map(np.zeros_like, draw_params(config))
-    moved = make_balance(config)(params, jnp.array([[4, 1, 1], [2, 2, 2]]))
+    moved = jax.jit(make_balance(config))(params, jnp.array([[4, 1, 1], [2, 2, 2]]))
     biases = [block["mlp"]["balance_bias"] for block in moved["blocks"].values() if "balance_bias" in block["mlp"]]
     np.testing.assert_allclose(np.concatenate(biases), [[-0.1, 0.1, 0.1], [0, 0, 0]], rtol=1e-6)
     for name, block in moved["blocks"].items():
