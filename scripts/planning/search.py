@@ -55,6 +55,7 @@ def corrected(first: int, unit: int, most: int, compiled: Callable[[int], Row], 
     The next size is where the line through the state alone and the last peak meets the memory. Where that is not
     between the sizes that are known to fit and not to, since peaks are no such line, it is their middle.
     """
+    most = most // unit * unit
     low, high, size = 0, most + unit, first
     for _ in range(TRIES):
         row = compiled(size)

@@ -45,8 +45,9 @@ def test_a_size_is_corrected_by_what_the_compiler_says(first, fixed):
     assert len({row.size for row in rows}) == len(rows)
 
 
-def test_what_fits_at_the_most_is_left():
-    rows = list(corrected(96, 4, 96, lambda size: Compiled(size, 20), 100))
+@pytest.mark.parametrize("most", [96, 98])
+def test_what_fits_at_the_most_is_left(most):
+    rows = list(corrected(96, 4, most, lambda size: Compiled(size, 20), 100))
     assert [row.size for row in rows] == [96]
 
 
