@@ -79,14 +79,14 @@ def comparison(found: Sequence[Best], asked: Flags) -> Table:
         if row is None:
             table.add_row(best.machine.name, "nothing that was compiled fits")
             continue
-        money = ("no price", "-") if best.usd is None else (f"{best.usd:,.0f}", _place(best.usd, by_money))
+        money = ("no price", "-") if best.usd is None else (f"{best.usd:,.2f}", _place(best.usd, by_money))
         table.add_row(
             *(best.machine.name, name_of(row.choice)),
             *([str(getattr(row.choice.layout, asked.sought))] if asked.sought else ()),
             *(row.choice.remat, str(row.choice.layout.accumulate)),
             *(row.attention, str(best.machine.devices), f"{row.needed_bytes / GIB:.1f}"),
             *(f"{row.expected.seconds * 1e3:,.0f}", f"{row.tokens / row.expected.seconds:,.0f}"),
-            *(f"{row.utilisation:.0%}", f"{best.hours:,.1f}", _place(best.hours, by_time), *money),
+            *(f"{row.utilisation:.0%}", f"{best.hours:,.2f}", _place(best.hours, by_time), *money),
         )
     return table
 

@@ -145,6 +145,7 @@ def test_machines_are_compared_by_time_and_by_money(planned, call):
         assert row["expected_hours"] == pytest.approx(1e9 / row["expected_tokens_per_second"] / 3600)
         priced = row["topology"] != "l4-8"
         assert (row["expected_usd"] is not None) == priced
+        assert f" {row['expected_hours']:.2f} " in out
         assert row["command"] in out
         assert f"JAX_NUM_CPU_DEVICES={row['devices']} python scripts/train.py" in out
     assert "no price" in out
