@@ -1,5 +1,6 @@
 """Tasks of lm_eval score the same by evaluate.py, by a server, and by lm_eval's own backend on the exported model."""
 
+import functools
 import json
 import random
 from unittest.mock import Mock
@@ -49,6 +50,16 @@ TASKS = {
     },
 }
 """Of each kind one, as lm_eval's YAML has it."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tasks_are_listed_once():
+    """To list its own tasks lm_eval reads thousands of files, which takes seconds."""
+    from lm_eval import tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +118,9 @@ def flat(values):
 
 @pytest.fixture(scope="module")
 def theirs(place):
+    import torch
+
+    torch.set_num_threads(1)  # in matrices of this size more of them wait for one another
     arguments = f"pretrained={place / 'exported'},max_length={LENGTH}"
     return {chat: scores(place, "hf", chat, model_args=arguments, device="cpu") for chat in (False, True)}
 
