@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -13,8 +14,9 @@ import pytest
 
 from data.stores.store import open_store, verify
 from parallax.storage import bucket_files, open_folder
+from scripts import prepare
 from tests.data.small_stores import prepared, texts, write_jsonl
-from tests.scripts.runs import ROOT, SHORT, SMALL, Training, pmap, rows, run_script, single
+from tests.scripts.runs import ROOT, SHORT, SMALL, Training, pmap, rows, single
 
 pytestmark = [pytest.mark.external, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
@@ -59,7 +61,7 @@ def test_two_processes_train_to_the_same_curve_as_from_disk(tmp_path, address, m
         open_store(address).train.read(0, len(tokens))
 
 
-def test_a_store_is_made_from_gs_and_on_gs(tmp_path, bucket):
+def test_a_store_is_made_from_gs_and_on_gs(tmp_path, bucket, call):
     """The same bytes as locally, also when it is killed between two shards; what is not there is refused."""
     (tmp_path / "web").mkdir()
     write_jsonl(tmp_path / "web/a.jsonl", texts(60))
@@ -69,19 +71,18 @@ def test_a_store_is_made_from_gs_and_on_gs(tmp_path, bucket):
     for path in [*(tmp_path / "web").iterdir(), tmp_path / "c.parquet"]:
         (open_folder(bucket) / "made" / path.relative_to(tmp_path)).write_bytes(path.read_bytes())
     settings = ["--tokenizer", "byte", "--shard-tokens", "1500", "--workers", "1", "--deduplicate"]
-    local = prepare(tmp_path, "web", "c.parquet", *settings, "--output", "local.store")
-    assert local.returncode == 0, local.stderr
+    status, _, err = call(prepare, "web", "c.parquet", *settings, "--output", "local.store")
+    assert status == 0, err
     expected = open_store(tmp_path / "local.store")
     sources, target = [f"{bucket}/made/web", f"{bucket}/made/c.par*"], f"{bucket}/made/remote.store"
     with pytest.raises(FileExistsError):  # so one process alone can begin a store
         bucket_files().put_file(str(tmp_path / "c.parquet"), f"{bucket}/made/c.parquet", mode="create")
-    killed = prepare(tmp_path, *sources, *settings, "--output", target, env=os.environ | {"DIES": "3"})
-    assert killed.returncode == -9
+    assert killed_at(3, tmp_path, *sources, *settings, "--output", target) == -signal.SIGKILL
     with pytest.raises(ValueError, match="is not finished; give the prepare"):
         open_store(target)
-    done = prepare(tmp_path, *sources, *settings, "--output", target)
-    assert done.returncode == 0, done.stderr
-    assert "going on" in done.stderr
+    status, _, err = call(prepare, *sources, *settings, "--output", target)
+    assert status == 0, err
+    assert "going on" in err
     store = open_store(target)
     assert (store.content_sha256, len(store.manifest["shards"]) > 4) == (expected.content_sha256, True)
     assert [each["sha256"] for each in store.manifest["sources"]] == [
@@ -90,17 +91,14 @@ def test_a_store_is_made_from_gs_and_on_gs(tmp_path, bucket):
     assert store.manifest["sources"][0]["path"] == f"{bucket}/made/web/a.jsonl"
     assert not (open_folder(target) / "journal.jsonl").exists()
     verify(store)
-    again = prepare(tmp_path, *sources, *settings, "--output", target)
-    assert again.stderr.startswith("finished ")
+    assert call(prepare, *sources, *settings, "--output", target)[2].startswith("finished ")
     for arguments, words in (
         ([f"{bucket}/nothing.jsonl", "--output", "new"], "and none is there"),
         ([f"{bucket}/made/*.jsonl", "--output", "new"], "and none is there"),
         (["web", "--output", f"{bucket}/made"], "exists and is no store"),
         (["web", "--output", "gs://no-such-bucket/store"], "cannot be"),
     ):
-        done = prepare(tmp_path, *arguments, *settings)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert words in done.stderr
+        refused(call, [*arguments, *settings], words)
 
 
 KILLED = """
@@ -119,30 +117,31 @@ sys.exit(prepare.main())
 """
 
 
-def prepare(folder, *arguments, env=None):
-    """prepare.py, which is killed when shard $DIES is half sent."""
-    command = [sys.executable, "-c", KILLED, *arguments]
-    environment = (env or os.environ) | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+def killed_at(shard, folder, *arguments):
+    """The exit status of prepare.py, which is killed when that shard is half sent."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DIES": str(shard)}
+    return subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=folder, env=environment).returncode
 
 
-def test_it_is_described_verified_and_refused(tmp_path, address, bucket, monkeypatch):
+def test_it_is_described_verified_and_refused(tmp_path, address, bucket, monkeypatch, call):
     monkeypatch.setenv("PARALLAX_STORE_CACHE_GIB", "0")
-    local = run_script("prepare.py", "--describe", "web.store", cwd=tmp_path).stdout.splitlines()
-    done = run_script("prepare.py", "--describe", address, cwd=tmp_path)
-    assert (done.returncode, done.stdout.splitlines()[1:]) == (0, local[1:]), done.stderr
-    assert run_script("prepare.py", "--verify", address, cwd=tmp_path).returncode == 0
+    _, local, _ = call(prepare, "--describe", "web.store")
+    status, out, err = call(prepare, "--describe", address)
+    assert (status, out.splitlines()[1:]) == (0, local.splitlines()[1:]), err
+    assert call(prepare, "--verify", address)[0] == 0
     shard = open_folder(address) / "00000.train.tokens"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    done = run_script("prepare.py", "--verify", address, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "00000.train.tokens must have the sha256" in done.stderr
+    refused(call, ["--verify", address], "00000.train.tokens must have the sha256")
     shard.unlink()
     for arguments, words in (
         (["--describe", address], "00000.train.tokens cannot be read ("),
         (["--describe", f"{bucket}/nothing"], "must hold a manifest.json and holds none"),
         (["--describe", "gs://no-such-bucket/store"], "error: "),
     ):
-        done = run_script("prepare.py", *arguments, cwd=tmp_path)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert words in done.stderr
+        refused(call, arguments, words)
+
+
+def refused(call, arguments, words):
+    status, _, err = call(prepare, *arguments)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert words in err
