@@ -43,13 +43,12 @@ def planned(folder, *flags):
 
 @pytest.fixture(scope="module")
 def small(folder):
-    return planned(folder, "--topology", "h100-8", "--config", "small", "--batch-size", "64", "--compile", "4")
+    return planned(folder, "--topology", "h100-8", "--config", "small", "--batch-size", "64", "--compile", "2")
 
 
-def test_pmap_and_meshes_are_compiled_with_cudnn_and_fit(small):
+def test_pmap_and_a_mesh_are_compiled_with_cudnn_and_fit(small):
     rows = [row for row in small[0] if row["source"] == "compiled"]
-    assert len({row["layout"] for row in rows}) >= 4
-    assert "pmap" in {row["layout"] for row in rows}
+    assert len({row["layout"] for row in rows} - {"pmap"}) == len(rows) - 1 == 1
     assert all(row["fits"] and row["error"] == "" for row in rows)
     assert {row["attention"] for row in rows if row["axes"].get("sequence", 1) == 1} == {"cudnn"}
     assert "decided here" in small[1]
@@ -66,11 +65,11 @@ def test_the_printed_command_is_rehearsed_on_simulated_devices(folder, small):
     assert ended.returncode == 0, ended.stderr
 
 
-def compiled_row(topology, mesh, *, config="small", batch_size=64, seq_len=512, remat="full", attention="cudnn", cache):
+def compiled_row(topology, mesh, *, config="small", batch_size=64, seq_len=512, remat="full", cache):
     """The estimate with the compiler's report."""
     machine, model = gpus(topology), PRESETS[config]
     flags = Flags(topology=topology, config=config, batch_size=batch_size, seq_len=seq_len, model=model)
-    build = make_build(flags, remat, 1, attention, tiled=machine.tiled)
+    build = make_build(flags, remat, 1, "cudnn", tiled=machine.tiled)
     layout = Layout(strategy="mesh" if mesh else "pmap", mesh=mesh, batch_size=batch_size, seq_len=seq_len)
     choice = Choice(layout, parse_mesh(mesh, machine.devices) if mesh else {"data": machine.devices}, remat, "bfloat16")
     report = compile_choice(choice, build, machine, topology_devices(machine), cache)
@@ -98,21 +97,20 @@ def test_collectives_go_by_the_link_that_joins_their_devices(topology, mesh, lev
         assert {"all-gather", "reduce-scatter"} <= {each.kind for each in large}
 
 
-@pytest.mark.parametrize("card", cards())
-def test_every_card_is_compiled_for_and_its_memory_estimated(card, tmp_path):
+@pytest.mark.parametrize("card", sorted(cards().keys() - {"h100", "gb200", "l4"}))
+def test_other_cards_are_compiled_for_and_their_memory_estimated(card, tmp_path):
+    """Those three are compiled for above and below."""
     row = compiled_row(f"{card}-1", "", batch_size=32, cache=tmp_path)
     assert row.fits(gpus(f"{card}-1").device_memory)
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.1)
     assert row.flops > row.report.flops > 0  # the kernel's are counted beside
 
 
-@pytest.mark.parametrize(
-    ("mesh", "remat", "attention"),
-    [("fsdp=8", "none", "cudnn"), ("data=2,fsdp=4", "dots", "cudnn"), ("fsdp=4,tensor=2", "full", "cudnn")],
-)
-def test_the_memory_of_a_large_step_is_estimated_within_a_tenth(mesh, remat, attention, tmp_path):
+@pytest.mark.parametrize(("mesh", "remat"), [("fsdp=8", "none"), ("fsdp=4,tensor=2", "dots")])
+def test_the_memory_of_a_large_step_is_estimated_within_a_tenth(mesh, remat, tmp_path):
+    """That of steps which recompute everything is above."""
     sizes = {"config": "llama-1b", "batch_size": 64, "seq_len": 2048}
-    row = compiled_row("h100-8", mesh, **sizes, remat=remat, attention=attention, cache=tmp_path)
+    row = compiled_row("h100-8", mesh, **sizes, remat=remat, cache=tmp_path)
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.1)
 
 
