@@ -159,8 +159,9 @@ def test_preferences_are_learned_as_by_the_formula_under_transformers(family, tm
     np.testing.assert_allclose(ours, found, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("family", "rslora"), [("llama", False), ("llama", True), ("qwen3_moe", True), ("gemma3_text", False)]
+)
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # asked by PEFT
 def test_adapters_learn_as_under_peft_and_go_back_and_forth(family, rslora, tmp_path):
     import peft
