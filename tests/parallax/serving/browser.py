@@ -1,6 +1,6 @@
 """Headless Chromium on the server's page, by way of Selenium.
 
-Invariant: a browser begins with an empty profile and talks to nothing but the page.
+Invariant: a page begins with an empty profile, and the browser talks to nothing but the page.
 """
 
 import contextlib
@@ -85,8 +85,8 @@ class Page:
 
 
 @contextlib.contextmanager
-def browsing(address: str) -> Iterator[Page]:
-    """The page at this address, 1200 × 860."""
+def chromium() -> Iterator:
+    """The driver of a browser."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -97,8 +97,29 @@ def browsing(address: str) -> Iterator[Page]:
             options.add_argument(flag)
         driver = webdriver.Chrome(options, webdriver.ChromeService(find("chromedriver")))
         try:
-            page = Page(driver, address)
-            page.size(1200, 860)
-            yield page
+            yield driver
         finally:
             driver.quit()
+
+
+@contextlib.contextmanager
+def visiting(driver, address: str) -> Iterator[Page]:
+    """The page at this address, 1200 × 860, in a tab that finds nothing of those before."""
+    home = driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    driver.execute_cdp_cmd("Storage.clearDataForOrigin", {"origin": address, "storageTypes": "all"})
+    try:
+        page = Page(driver, address)
+        page.size(1200, 860)
+        yield page
+    finally:
+        driver.get_log("browser")  # what it said is not the next one's
+        driver.close()
+        driver.switch_to.window(home)
+
+
+@contextlib.contextmanager
+def browsing(address: str) -> Iterator[Page]:
+    """The page at this address in a browser of its own."""
+    with chromium() as driver, visiting(driver, address) as page:
+        yield page

@@ -11,7 +11,7 @@ import shutil
 import pytest
 
 from parallax.training.metrics import SAMPLES_FILE
-from tests.parallax.serving.browser import browsing
+from tests.parallax.serving.browser import visiting
 from tests.parallax.serving.server import LETTERS, eventually, serving
 
 pytestmark = pytest.mark.external
@@ -34,8 +34,8 @@ def served(small_run):
 
 
 @pytest.fixture
-def page(served):
-    with browsing(served.address) as page:
+def page(served, driver):
+    with visiting(driver, served.address) as page:
         page.wait_until_ready()
         yield page
         assert page.driver.get_log("browser") == []
@@ -188,7 +188,7 @@ def test_the_run_is_shown(page):
     assert not page.one("#kept").is_displayed()
 
 
-def test_samples_of_the_last_evaluation_are_shown(small_run, tmp_path):
+def test_samples_of_the_last_evaluation_are_shown(small_run, tmp_path, driver):
     """Text as text, whatever it spells."""
     run = shutil.copytree(small_run, tmp_path / "sampled")
     texts = {"To be": " or <b>not</b>", "Who?": " It is I"}
@@ -198,7 +198,7 @@ def test_samples_of_the_last_evaluation_are_shown(small_run, tmp_path):
         for prompt, text in texts.items()
     ]
     (run / SAMPLES_FILE).write_text("".join(rows))
-    with serving(run) as server, browsing(server.address) as page:
+    with serving(run) as server, visiting(driver, server.address) as page:
         page.wait_until_ready()
         page.one("#kept summary").click()
         shown = page.run("return [...document.querySelectorAll('#samples > *')].map(each => each.textContent)")
@@ -207,8 +207,8 @@ def test_samples_of_the_last_evaluation_are_shown(small_run, tmp_path):
         assert page.driver.get_log("browser") == []
 
 
-def test_a_key_is_asked_for(small_run):
-    with serving(small_run, key="a-long-secret") as server, browsing(server.address) as page:
+def test_a_key_is_asked_for(small_run, driver):
+    with serving(small_run, key="a-long-secret") as server, visiting(driver, server.address) as page:
         page.wait(lambda: page.one("#unlock").is_displayed())
         assert not page.one("#go").is_enabled()
         page.one("#key").send_keys("a-long-secret\n")

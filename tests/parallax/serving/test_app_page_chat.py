@@ -4,7 +4,7 @@ import pytest
 
 from parallax.tokenizers.chat_template import ChatTemplate, write_chat_template
 from parallax.tokenizers.plain import ByteTokenizer
-from tests.parallax.serving.browser import browsing
+from tests.parallax.serving.browser import visiting
 from tests.parallax.serving.server import eventually, serving, write_run
 from tests.parallax.tokenizers.chats import CHATML
 
@@ -21,8 +21,8 @@ def served(tmp_path_factory):
 
 
 @pytest.fixture
-def page(served):
-    with browsing(served.address) as page:
+def page(served, driver):
+    with visiting(driver, served.address) as page:
         page.wait_until_ready()
         page.one("input[value=chat]").click()
         page.run("for (const id of ['max_tokens', 'max_tokens-number']) document.getElementById(id).value = 12")
@@ -144,7 +144,7 @@ def test_small_screens_and_the_other_mode(served, page):
     assert page.text.startswith("ab")
 
 
-def test_a_model_without_a_template_does_not_chat(small_run):
-    with serving(small_run) as server, browsing(server.address) as page:
+def test_a_model_without_a_template_does_not_chat(small_run, driver):
+    with serving(small_run) as server, visiting(driver, server.address) as page:
         page.wait_until_ready()
         assert not page.one("#modes").is_displayed()
