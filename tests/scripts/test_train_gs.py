@@ -67,7 +67,7 @@ def flip_a_byte(run, step):
     file.write_bytes(bytes(content))
 
 
-def test_kills_and_a_flipped_byte_cost_a_run_nothing(folder, whole, bucket, call):
+def test_kills_and_a_flipped_byte_cost_a_run_nothing(folder, whole, bucket, call, monkeypatch):
     """Nor does the lease that a killed process leaves: on the same machine it is over."""
     home = open_folder(f"{bucket}/runs")
     run = home / "killed"
@@ -103,6 +103,7 @@ def test_kills_and_a_flipped_byte_cost_a_run_nothing(folder, whole, bucket, call
     assert on_disk[0] == 0, on_disk[2]
     assert on_gs[:2] == on_disk[:2]
 
+    monkeypatch.chdir(folder)  # where the text is
     status, _, err = call(train, *FLAGS, "--output-dir", run)
     assert (status, err) == (2, f"error: --output-dir {run} exists already; add --resume, or choose another\n")
 
