@@ -50,6 +50,17 @@ def test_answers_after_a_shared_beginning_are_those_made_alone(batcher, caplog):
     assert batcher.reused - before >= 7 * len(SHARED)
 
 
+@pytest.mark.parametrize(("shared", "length", "reused"), [(20, 30, 0), (40, 60, 0), (60, 100, 60), (130, 190, 130)])
+def test_no_length_compiles_after_warming_up(batcher, caplog, shared, length, reused):
+    """A part of 64 tokens fits behind what is shared in no room of 64 or less."""
+    whole, before = prompt(length, 60 + length), batcher.reused
+    with jax.log_compiles(True):
+        for text in (whole[:shared], whole):
+            run(batcher, [Request.one(text, max_tokens=1)])
+    assert not [record.message for record in caplog.records if "ompil" in record.message]
+    assert batcher.reused - before == reused
+
+
 def test_a_conversation_goes_on_from_its_last_turn(batcher):
     text = SHARED
     for turn in range(3):
