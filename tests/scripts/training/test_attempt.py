@@ -289,7 +289,7 @@ def test_whatever_ends_a_run_gives_the_terminal_back(train_small, monkeypatch):
 
 
 def test_sigterm_saves_and_exits_well(train_small, text, monkeypatch):
-    """At step 5 of very many; the handler is that of the run, which also ends real processes where faults strike."""
+    """At step 5 of very many, in this process; tests/claims/soak.py, run by hand, sends it to real ones."""
     write = record.Files.row
 
     def struck(self, row):
