@@ -5,7 +5,7 @@ Invariant: a word that is read gives the LayerSpec that is written as it; `same`
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import tyro
 
@@ -20,7 +20,8 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 @REGISTRY.primitive_rule
 def _rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """For all layers at once: of a word that stands for one of them tyro would not say what is wrong."""
-    if info.type != tuple[LayerSpec, ...]:
+    # tyro makes a typing.Tuple of the type where two layers are the default.
+    if (get_origin(info.type), get_args(info.type)) != (tuple, (LayerSpec, ...)):
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",

@@ -32,12 +32,12 @@ def test_a_command_line_gives_a_pattern_which_a_run_folder_keeps():
     assert flags_from_dict(flags_to_dict(flags)).model == flags.model
 
 
-def test_a_preset_brings_a_pattern_that_may_be_replaced():
-    preset = PRESETS["gemma3-4b"]
-    assert read_flags(["--config", "gemma3-4b", "--steps", "3"]).model == preset
-    assert read_flags(
-        ["--config", "gemma3-4b", "--model.pattern", "sliding_window=64,rope_theta=1e4"]
-    ).model.pattern == (LOCAL,)
+@pytest.mark.parametrize("preset", ["gemma3-4b", "gpt-oss-20b"])
+def test_a_preset_brings_a_pattern_that_may_be_replaced(preset):
+    """Of six layers, and of two, which tyro takes for another type."""
+    assert read_flags(["--config", preset, "--steps", "3"]).model == PRESETS[preset]
+    words = ["--model.pattern", "sliding_window=64,rope_theta=1e4"]
+    assert read_flags(["--config", preset, *words]).model.pattern == (LOCAL,)
 
 
 @pytest.mark.parametrize(
