@@ -104,7 +104,7 @@ def test_the_command_writes_what_the_library_does(installed, found):
 
 def test_the_command_serves(installed):
     program = (installed.parallax, "serve")
-    with serving(installed.run_folder, program=program, python=installed.python) as server:
+    with serving(installed.run_folder, "--capacity", "32", program=program, python=installed.python) as server:
         assert server.complete("ROMEO", max_tokens=4, temperature=0).usage.completion_tokens == 4
 
 

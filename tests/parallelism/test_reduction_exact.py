@@ -18,7 +18,7 @@ EXPERTS = ExpertsConfig(
 )
 # With experts there are eight rows: a shard a device, a loop of one, which compilers like to dissolve, or of eight.
 MODELS = {
-    "dense": ({"dropout_rate": 0.1}, 16, [("single", "", 1), ("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
+    "dense": ({"dropout_rate": 0.1}, 16, [("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
     "experts": ({"experts": EXPERTS}, 8, [("single", "", 1), ("mesh", "data=2,fsdp=2,expert=2", 1)]),
 }
 """Sizes, rows of a batch, and layouts."""

@@ -45,7 +45,7 @@ def greedy(run):
 
 
 def test_a_base_and_its_adapters_answer_by_their_names(folders):
-    with serving(folders / "base", "--adapters", str(folders / "tuned")) as server:
+    with serving(folders / "base", "--adapters", str(folders / "tuned"), "--capacity", "32") as server:
         expected = {name: greedy(folders / name) for name in ("base", "tuned")}
         assert expected["base"] != expected["tuned"]
         assert [card.id for card in server.openai.models.list()] == ["base", "tuned"]

@@ -181,7 +181,7 @@ def test_the_page_itself(server):
 @pytest.fixture(scope="module")
 def locked(small_run):
     """A server with a key, open to other machines."""
-    with serving(small_run, "--host", "0.0.0.0", key=KEY) as served:
+    with serving(small_run, "--capacity", "32", "--host", "0.0.0.0", key=KEY) as served:
         yield served
 
 
