@@ -4,6 +4,7 @@ Invariant: acts on each token alone.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,15 @@ def _project_backward(inputs: tuple[jax.Array, jax.Array], g_BTF: jax.Array) -> 
 _project.defvjp(_project_forward, _project_backward)
 
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """x (1 + tanh u) / 2 with u = √(2/π) (x + 0.044715 x³) (Hendrycks and Gimpel 2016, arXiv:1606.08415), as x σ(2u).
+
+    Without the tanh, which XLA rounds otherwise in one program on a CPU than in another: exact reduction would not be.
+    """
+    return x * jax.nn.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": gelu_tanh}
 
 
 class GatedFeedForward(nnx.Module):

@@ -20,6 +20,8 @@ EXPERTS = ExpertsConfig(
 MODELS = {
     "dense": ({"dropout_rate": 0.1}, 16, [("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
     "experts": ({"experts": EXPERTS}, 8, [("single", "", 1), ("mesh", "data=2,fsdp=2,expert=2", 1)]),
+    # Compared where XLA's tanh rounds in two ways.
+    "gelu": ({"activation": "gelu_tanh", "embed_dim": 64}, 16, [("single", "", 1), ("mesh", "data=2,fsdp=4", 1)]),
 }
 """Sizes, rows of a batch, and layouts."""
 STEPS = 3
@@ -51,7 +53,7 @@ print(json.dumps(found))
 
 
 def test_every_layout_has_the_same_bits():
-    """The loss of each AdamW step with clipping, and the parameters after them: under dropout, and with experts.
+    """The loss of each AdamW step with clipping, and the parameters after them, of three models.
 
     In a process whose rounding is fixed, compiled as for users. docs/evidence/equivalence.md has many more layouts, and
     real processes.
