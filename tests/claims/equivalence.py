@@ -195,7 +195,7 @@ def compare_losses(workshop: Workshop) -> tuple[list[str], bool]:
         if model.has_experts:
             of_loads = differences(layout, "float32", "balance_loss")
             same = next((step for step, each in enumerate(of_loads) if each > CHOICE), STEPS)
-            notes = " |" if same == STEPS else f" step {same + 1}; before it {max(of_losses[:same]):.1e} |"
+            notes += " |" if same == STEPS else f" step {same + 1}; before it {max(of_losses[:same]):.1e} |"
         holds = holds and same >= STEPS // 2 and max(of_losses[:same]) < bound
         table.append(f"| {_described(layout)} | {max(of_losses):.1e} | {bound:.0e} |{notes}")
     return table, holds
