@@ -16,6 +16,7 @@ from rich.progress import track
 
 import parallax
 from parallax.inference.generate import Generator
+from parallax.inference.sampling import SETTINGS
 from parallax.inference.stopping import round_up
 from parallax.loading import SMALLEST_WIDTH, Model, token_log_probs
 from parallax.text import decode, make_request
@@ -170,7 +171,7 @@ class HarnessModel(TemplateLM):
                 )
                 raise ValueError(f"{rule}; leave that task out")
             prompts = [self.tok_encode(request.args[0])[most - self.max_length :] for request in batch]
-            sampling = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p") if name in options}
+            sampling = {name: options[name] for name in SETTINGS if name in options}
             request = make_request(tokenizer, [""] * self.batch_size, max_tokens=most, stop=stops, **sampling)
             filled = [*prompts, *[prompts[-1]] * (self.batch_size - len(prompts))]  # one compilation for all batches
             request = dataclasses.replace(request, prompts=[np.array(ids, np.int32) for ids in filled])
