@@ -16,12 +16,15 @@ ROOT = Path(__file__).parents[2]
 EXPERTS = ExpertsConfig(
     num_experts=8, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
 )
+# The dense one has a size at which XLA rounds tanh in two ways on these layouts: its activation must do without.
 # With experts there are eight rows: a shard a device, a loop of one, which compilers like to dissolve, or of eight.
 MODELS = {
-    "dense": ({"dropout_rate": 0.1}, 16, [("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
-    "experts": ({"experts": EXPERTS}, 8, [("single", "", 1), ("mesh", "data=2,fsdp=2,expert=2", 1)]),
-    # Compared where XLA's tanh rounds in two ways.
-    "gelu": ({"activation": "gelu_tanh", "embed_dim": 64}, 16, [("single", "", 1), ("mesh", "data=2,fsdp=4", 1)]),
+    "dense": ({"activation": "gelu_tanh", "embed_dim": 64}, 16, [("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
+    "experts": (
+        {"experts": EXPERTS, "dropout_rate": 0.1},
+        8,
+        [("single", "", 1), ("mesh", "data=2,fsdp=2,expert=2", 1)],
+    ),
 }
 """Sizes, rows of a batch, and layouts."""
 STEPS = 3
@@ -53,12 +56,13 @@ print(json.dumps(found))
 
 
 def test_every_layout_has_the_same_bits():
-    """The loss of each AdamW step with clipping, and the parameters after them, of three models.
+    """The loss of each AdamW step with clipping, and the parameters after them, of two models.
 
-    In a process whose rounding is fixed, compiled as for users. docs/evidence/equivalence.md has many more layouts, and
-    real processes.
+    In a process whose rounding is fixed, compiled as for users, though in one piece. docs/evidence/equivalence.md has
+    many more layouts, and real processes.
     """
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    pieces = [flag for flag in os.environ["XLA_FLAGS"].split() if "split_count" in flag]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join(pieces)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, runs in json.loads(done.stdout).items():
