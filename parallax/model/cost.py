@@ -246,18 +246,20 @@ class StepCost:
         return even_share(experts.num_experts, experts.experts_per_token, devices) if devices > 1 else 1.0
 
     def _cast_bytes(self, sizes: Mapping[str, int]) -> float:
-        """A device's shard of all blocks in the compute dtype, its heads in tiles of 4 × 128.
+        """A device's shard of all blocks in the compute dtype, its heads in tiles of 4 × 128, as often as it is held.
 
-        Made once for all microbatches where the compiler gathers by itself, beside tensor or sequence.
+        Made once for all microbatches where the compiler gathers by itself, beside tensor or sequence; and kept for the
+        backward pass where nothing is computed again.
         """
         config, tensor, fsdp = self.config, sizes.get("tensor", 1), sizes.get("fsdp", 1)
-        if self.microbatches == 1 or self.item == 4 or tensor * sizes.get("sequence", 1) == 1:
+        copies = (self.microbatches > 1 and tensor * sizes.get("sequence", 1) > 1) + (config.remat == "none")
+        if not self._casts:
             return 0.0
         rows, lanes = (4, 128) if self.tiled else (1, 1)
         tiled_heads = sum(max(rows, count / tensor) for count in (config.num_heads, config.num_kv_heads))
         own = config.experts.num_experts / sizes.get("expert", 1)
         a_row = 2 * tiled_heads * max(lanes, config.head_dim) + 3 * hidden_units(config, routed=own) / tensor
-        return self.item * config.num_layers * config.embed_dim / fsdp * a_row
+        return copies * self.item * config.num_layers * config.embed_dim / fsdp * a_row
 
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
         """A token's bytes that one block keeps for the backward pass, and of what one block at a time recomputes."""
