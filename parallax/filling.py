@@ -1,8 +1,9 @@
 """An array made where it is to be, a piece at a time.
 
-Invariant: beside the array itself no more is held than the pieces that its maker holds.
+Invariant: beside the array itself no more is held than the pieces that its maker holds, and a small shard.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ Bounds = tuple[slice, ...]
 
 Pieces = Callable[[Bounds], Iterator[tuple[Sequence[int], np.ndarray]]]
 """Pieces of a shard with these bounds, each with where it begins; all else is zero."""
+
+SMALL = 2**20
+"""Bytes of a shard that is put together on the host: a write for each device is a program for each to compile."""
 
 _write = jax.jit(jax.lax.dynamic_update_slice, donate_argnums=0)
 
@@ -37,6 +41,11 @@ def fill(leaf: jax.ShapeDtypeStruct, pieces: Pieces) -> jax.Array:
 def _fill_shard(shard: Bounds, dtype: Any, devices: list[Any], pieces: Pieces) -> list[jax.Array]:
     """One array on each of the devices."""
     shape = tuple(s.stop - s.start for s in shard)
+    if math.prod(shape) * np.dtype(dtype).itemsize <= SMALL:
+        whole = np.zeros(shape, dtype)
+        for at, piece in pieces(shard):
+            whole[tuple(slice(start, start + size) for start, size in zip(at, piece.shape, strict=True))] = piece
+        return [jax.device_put(whole, device) for device in devices]
     arrays: list[jax.Array] = []
     for at, piece in pieces(shard):
         piece = piece.astype(dtype, copy=False)

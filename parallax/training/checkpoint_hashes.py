@@ -104,7 +104,8 @@ def hashing_handler() -> Any:
                 futures = await super().serialize(values, infos, args)
             return [*futures, CommitFutureAwaitingContractedSignals(_leave_hashes(infos, held), name="sha256")]
 
-    return Hashing(array_metadata_store=Store())
+    # Replicas share the writing of an array, each a part, but not where to cut the part takes longer than to write it.
+    return Hashing(array_metadata_store=Store(), min_slice_bytes_for_replica_parallel=PIECE_BYTES)
 
 
 async def _leave_hashes(infos: Any, held: list[Any]) -> None:
