@@ -30,7 +30,7 @@ from parallelism.rules import (
     partition_spec,
     split_by,
 )
-from parallelism.strategy import Layout, State, make_state
+from parallelism.strategy import Layout, Part, State, everything, make_state
 
 RAGGED = ("TPU v5", "TPU v5p")
 """Kinds of devices for which libtpu compiles a ragged all-to-all. Those of v5e it refuses, for their limited routing;
@@ -235,8 +235,8 @@ class MeshStrategy:
     def rows(self, batch_size: int) -> np.ndarray:
         return self._blocks.rows(batch_size)
 
-    def init(self) -> State:
-        return make_state(self._init_state, self._shardings)
+    def init(self, part: Part = everything) -> State:
+        return make_state(self._init_state, self._shardings, part)
 
     def _bind(self, function: Callable) -> Callable:
         def bound(*arguments):  # a fresh closure: jit caches traces by function, and knows nothing of what is bound

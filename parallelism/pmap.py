@@ -15,7 +15,7 @@ from parallax import axes
 from parallelism import reduction
 from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, RowBlocks, check_canonical, check_dealing
-from parallelism.strategy import Layout, State, make_state
+from parallelism.strategy import Layout, Part, State, everything, make_state
 
 AXIS = "batch"
 
@@ -57,8 +57,8 @@ class Pmap:
     def rows(self, batch_size: int) -> np.ndarray:
         return self._blocks.rows(batch_size)
 
-    def init(self) -> State:
-        return make_state(self._init_state, self._local_whole)
+    def init(self, part: Part = everything) -> State:
+        return make_state(self._init_state, self._local_whole, part)
 
     def compile(self, step: Callable) -> jax.stages.Wrapped:
         def on_one_device(state, batch):

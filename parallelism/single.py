@@ -12,7 +12,7 @@ import numpy as np
 from parallelism import reduction
 from parallelism.hosts import StopRequest
 from parallelism.rows import Batch, check_dealing
-from parallelism.strategy import Layout, State, make_state
+from parallelism.strategy import Layout, Part, State, everything, make_state
 
 
 class Single:
@@ -44,8 +44,8 @@ class Single:
     def rows(self, batch_size: int) -> np.ndarray:
         return np.arange(batch_size)
 
-    def init(self) -> State:
-        return make_state(self._init_state, self._device)
+    def init(self, part: Part = everything) -> State:
+        return make_state(self._init_state, self._device, part)
 
     def compile(self, step: Callable) -> jax.stages.Wrapped:
         return jax.jit(step, donate_argnums=0)

@@ -30,18 +30,16 @@ class Base:
 
         Raises ValueError if it has no intact checkpoint, or one of other shapes.
         """
-        # Moments and adapters begin as they do whatever the parameters; these go before the others come.
-        first = self._strategy.canonical(self._strategy.init())
-        adapters = take_adapters(first.params)
-        first = dataclasses.replace(first, params=None)
+        # Moments and adapters begin as they do whatever the parameters.
+        first = self._strategy.canonical(self._strategy.init(_all_but_base))
         params, source = read_checkpoint(run, take_base(self._strategy.abstract().params), notify=say)
         self._source = source if self._adapts else None
         say(f"from      step {source.step} of {run}")
-        return self._strategy.adopt(dataclasses.replace(first, params=join(params, adapters)))
+        return self._strategy.adopt(dataclasses.replace(first, params=join(params, first.params)))
 
     def without(self, state: TrainState) -> TrainState:
         """What a checkpoint holds of a canonical state, with arrays or abstract: not what stays frozen."""
-        return dataclasses.replace(state, params=take_adapters(state.params)) if self._adapts else state
+        return _all_but_base(state) if self._adapts else state
 
     def restore(self, restored: Restored) -> TrainState:
         """The canonical state of a checkpoint, with what stays frozen; raises ValueError as `read_base` does."""
@@ -50,3 +48,7 @@ class Base:
         frozen = take_base(self._strategy.abstract().params)
         base, self._source = read_base(self._folder, restored.documents["config"], frozen)
         return dataclasses.replace(restored.state, params=join(base, restored.state.params))
+
+
+def _all_but_base(state: TrainState) -> TrainState:
+    return dataclasses.replace(state, params=take_adapters(state.params))
