@@ -15,7 +15,7 @@ from tests.parallelism.test_mesh_collectives import FLOAT, LAYER, SMALL, TABLE, 
 from tests.parallelism.test_mesh_shape import torus
 from tests.parallelism.test_reduction_exact import train
 
-ACROSS = ["data=2@dcn,fsdp=4", "data=2@dcn,data=4", "fsdp=2@dcn,fsdp=4", "data=2@dcn,fsdp=2,tensor=2"]
+ACROSS = ["data=2@dcn,data=4", "data=2@dcn,fsdp=2,tensor=2", "fsdp=2@dcn,fsdp=4"]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_slices_have_neighbouring_rows_and_shards_of_parameters_within():
     assert rules["embed"] == ("fsdp.0", "fsdp.1", "fsdp.dcn")
 
 
-@pytest.mark.parametrize("mesh", ACROSS[1::2])
+@pytest.mark.parametrize("mesh", ACROSS[:2])
 def test_every_layout_takes_the_same_steps(make_tiny, mesh):
     """Three steps, from rows with very different numbers of targets. docs/evidence/slices.md has more layouts."""
     tiny = make_tiny(embed_dim=32, num_kv_heads=2)
