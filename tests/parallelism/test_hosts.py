@@ -15,15 +15,16 @@ STEPS = """
     import sys
     from parallelism.hosts import StopRequest
 
-    stop = StopRequest()
-    stop.listen()
-    for step in range(1, 1000):
-        print("begin", step, flush=True)
-        sys.stdin.readline()  # the step takes until the parent says so
-        print("end", step, flush=True)
-        if stop():
-            print("saved", step, flush=True)
-            break
+    for run in range(2):
+        stop = StopRequest()
+        stop.listen()
+        for step in range(1, 1000):
+            print("begin", step, flush=True)
+            sys.stdin.readline()  # the step takes until the parent says so
+            print("end", step, flush=True)
+            if stop():
+                print("saved", step, flush=True)
+                break
 """
 TOGETHER = """
     from parallelism import mesh_shape
@@ -40,13 +41,6 @@ TOGETHER = """
             same = all(np.array_equal(x, batch[name]) for name, x in fetch(placed).items())
             found[mesh] = [rows.tolist(), same, strategy.is_writer]
         print(json.dumps(found))
-        return 0
-
-    raise SystemExit(run_process(main))
-"""
-SAME = """
-    def main():
-        join(cluster)
         require_same({"jax": ("1.0", ""), "the text": ("abc", "a play")})
         facts = {"jax": ("1.0", ""), "the text": (f"sha-{number}", f"play {number}")}
         with errors_in_one_line():
@@ -144,14 +138,6 @@ STOPPED = """
 """
 
 
-@pytest.fixture
-def child():
-    """A process in the middle of its first step; a step is one line of standard input long."""
-    with started(STEPS) as child:
-        assert child.stdout.readline() == "begin 1\n"
-        yield child
-
-
 def end_step(child):
     child.stdin.write("\n")
     child.stdin.flush()
@@ -163,28 +149,27 @@ def ends_within(child, seconds):
     return child.poll() is not None
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM] * 3, [signal.SIGINT]])
-def test_a_signal_stops_the_run_after_the_step_it_fell_into(child, numbers):
-    end_step(child)
-    assert child.stdout.readline() + child.stdout.readline() == "end 1\nbegin 2\n"
-    for number in numbers:
-        child.send_signal(number)
-    end_step(child)
-    assert child.communicate(timeout=60) == ("end 2\nsaved 2\n", STOPPING)
-    assert child.returncode == 0
-
-
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_interrupt_interrupts_at_once(child, first):
-    child.send_signal(first)
-    assert not ends_within(child, 0.3), "the first one waits for the step"
-    for _ in range(200):  # signals that arrive together count as one
+@pytest.mark.parametrize(
+    ("numbers", "first"), [([signal.SIGTERM] * 3, signal.SIGINT), ([signal.SIGINT], signal.SIGTERM)]
+)
+def test_a_signal_stops_after_the_step_it_fell_into_and_a_second_interrupt_at_once(numbers, first):
+    """One run in a process stops, the next is interrupted; a step is one line of standard input long."""
+    with started(STEPS) as child:
+        assert child.stdout.readline() == "begin 1\n"
+        end_step(child)
+        assert child.stdout.readline() + child.stdout.readline() == "end 1\nbegin 2\n"
+        for number in numbers:
+            child.send_signal(number)
+        assert child.stderr.readline() == STOPPING
+        end_step(child)
+        assert [child.stdout.readline() for _ in range(3)] == ["end 2\n", "saved 2\n", "begin 1\n"]
+        child.send_signal(first)
+        assert child.stderr.readline() == STOPPING
+        assert not ends_within(child, 0.3), "the first one waits for the step"
         child.send_signal(signal.SIGINT)
-        if ends_within(child, 0.3):
-            break
-    out, error = child.communicate(timeout=60)
-    assert (child.returncode, out) == (-signal.SIGINT, "")
-    assert error.rstrip().endswith("KeyboardInterrupt")
+        out, error = child.communicate(timeout=60)
+        assert (child.returncode, out) == (-signal.SIGINT, "")
+        assert error.rstrip().endswith("KeyboardInterrupt")
 
 
 STUCK = """
@@ -240,15 +225,20 @@ def test_a_run_that_has_left_the_others_waits_for_none(monkeypatch):
     assert stop()
 
 
-def test_two_processes_are_one_run():
-    """The agreement, one mesh for both though process 1 has less memory than a state takes, and which rows of a batch
-    each holds. tests/scripts trains in several processes."""
+@pytest.fixture(scope="module")
+def together():
+    """What two processes wrote that agreed on all but one thing."""
     with pair(TOGETHER) as processes:
         ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ended
-    for number, (out, _) in enumerate(ended):
+    return [(process.returncode, *written) for process, written in zip(processes, ended, strict=True)]
+
+
+def test_two_processes_are_one_run(together):
+    """The agreement, one mesh for both though process 1 has less memory than a state takes, and which rows of a batch
+    each holds. tests/scripts trains in several processes."""
+    for number, (_, out, err) in enumerate(together):
         half, writes = list(range(8 * number, 8 * number + 8)), number == 0
-        assert json.loads(out.splitlines()[-1]) == {
+        assert json.loads((out.splitlines() or [err])[-1]) == {
             "said": "by 0",
             "auto": "mesh: 4 cpu devices of 2 processes as fsdp=4",
             "data=4": [half, True, writes],
@@ -256,6 +246,14 @@ def test_two_processes_are_one_run():
             "sequence=4": [list(range(16)), True, writes],  # both hold pieces of all rows
             "fsdp=2,tensor=2": [half, True, writes],
         }
+
+
+def test_what_must_be_the_same_and_is_not_is_refused_by_all_with_both_sides(together):
+    line = (
+        "error: the text must be the same in all processes of a run: process 0 has play 0, process 1 has play 1; "
+        "give them the same files, flags and packages\n"
+    )
+    assert [(status, err) for status, _, err in together] == [(2, line)] * 2
 
 
 @pytest.mark.parametrize(
@@ -274,16 +272,6 @@ def test_a_process_that_fails_ends_at_once_and_takes_no_peer_for_granted(error, 
         assert words in err
 
 
-def test_what_must_be_the_same_and_is_not_is_refused_by_all_with_both_sides():
-    with pair(SAME) as processes:
-        ended = [process.communicate(timeout=HANG_SECONDS) for process in processes]
-    line = (
-        "error: the text must be the same in all processes of a run: process 0 has play 0, process 1 has play 1; "
-        "give them the same files, flags and packages\n"
-    )
-    assert [(process.returncode, err) for process, (_, err) in zip(processes, ended, strict=True)] == [(2, line)] * 2
-
-
 def test_a_stop_before_any_step_ends_all_processes_though_one_is_in_a_call_that_nothing_interrupts():
     with pair(STOPPED.replace("HANG", HANG)) as processes:
         assert [process.stdout.readline() for process in processes] == ["begin\n"] * 2
@@ -294,38 +282,35 @@ def test_a_stop_before_any_step_ends_all_processes_though_one_is_in_a_call_that_
     ] * 2
 
 
-SLURM = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_STEP_NODELIST": "127.0.0.1",
-    "SLURM_NTASKS": "2",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_PROCID": "NUMBER",
-    "SLURM_LOCALID": "NUMBER",
+LAUNCHERS = {
+    "Open MPI": {
+        "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": "0",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+    },
+    "SLURM": {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+    },
 }
-OPEN_MPI = {
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1:34911",
-    "OMPI_COMM_WORLD_SIZE": "2",
-    "OMPI_COMM_WORLD_RANK": "NUMBER",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "NUMBER",
-}
+"""The variables of one task of two."""
 
 
-@pytest.mark.parametrize("launcher", [SLURM, OPEN_MPI], ids=["SLURM", "Open MPI"])
-def test_tasks_of_a_launcher_that_jax_knows_are_one_run(launcher):
+def test_tasks_of_launchers_that_jax_knows_are_one_run():
+    """Each task joins by the variables of its own launcher, and so can the first of one meet the second of another."""
     port = free_port()
     with contextlib.ExitStack() as stack:
         tasks = [
-            stack.enter_context(
-                started(
-                    DETECTED,
-                    JAX_COORDINATOR_PORT=port,
-                    **{name: value.replace("NUMBER", number) for name, value in launcher.items()},
-                )
-            )
-            for number in ("0", "1")
+            stack.enter_context(started(DETECTED, JAX_COORDINATOR_PORT=port, **variables))
+            for variables in LAUNCHERS.values()
         ]
         ended = [task.communicate(timeout=HANG_SECONDS) for task in tasks]
-    assert [out.splitlines()[-1] for out, _ in ended] == ["2 by 0"] * 2, ended
+    assert [out.splitlines()[-1:] for out, _ in ended] == [["2 by 0"]] * 2, ended
 
 
 def test_tasks_that_jax_knows_no_cluster_of_do_not_train_alone_in_silence():
