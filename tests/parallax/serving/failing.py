@@ -1,7 +1,7 @@
 """A device that fails: a Batcher whose slots are gone after an error, as those are that a failed call was given.
 
 Run as a program it is serve.py with such a Batcher: `python -m tests.parallax.serving.failing GATE --checkpoint …`. The
-slots are made again once the file GATE is there; without one (`-`) that fails too.
+slots are made again once the file GATE is there. With "shut" in it they fail in their next step and for good.
 """
 
 import sys
@@ -49,19 +49,23 @@ class FailingBatcher(Batcher):
 
 
 class GatedBatcher(FailingBatcher):
-    """One that is whole again once there is a file."""
+    """One that is whole again once its gate is open, and fails for good at the next step with a shut one."""
 
-    gate = Path(sys.argv[1] if len(sys.argv) > 1 else "-")
+    gate = Path()
+
+    def step(self):
+        if self.gate.exists() and self.gate.read_text() == "shut":
+            self.fails_in, self.broken = "step", len(engine.PAUSES)
+        return super().step()
 
     def rebuild(self):
-        self.broken = int(self.gate.name == "-")
-        while not self.broken and not self.gate.exists():
+        while not self.gate.exists():
             time.sleep(0.01)
         super().rebuild()
 
 
 if __name__ == "__main__":
-    del sys.argv[1]
+    GatedBatcher.gate = Path(sys.argv.pop(1))
     engine.PAUSES = (0.0, 0.0)
     process.Batcher = GatedBatcher
     sys.exit(serve.main())

@@ -74,9 +74,9 @@ class Served:
     def complete(self, prompt: str, **fields) -> openai.types.Completion:
         return self.openai.completions.create(model=self.model, prompt=prompt, **fields)
 
-    def gauge(self, name: str) -> float:
-        """The sum of a metric over its labels."""
-        found = re.findall(rf"^parallax_{name}(?:{{.*}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
+    def gauge(self, name: str, label: str = "") -> float:
+        """The sum of a metric over its labels, or over those with this one."""
+        found = re.findall(rf"^parallax_{name}(?:{{.*{label}.*}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
         return sum(map(float, found))
 
     def is_idle(self) -> bool:
@@ -97,13 +97,13 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(run: Path, *flags: str, **options):
-    """A server, ended afterwards; it must end well."""
+def serving(run: Path, *flags: str, number: int = signal.SIGTERM, **options):
+    """A server, ended afterwards by a signal; it must end well."""
     served = Served(run, *flags, **options)
     try:
         yield served
     finally:
-        status, words = served.end()
+        status, words = served.end(number)
     assert (status, "Traceback" in words) == (0, False), words
 
 

@@ -3,12 +3,10 @@
 import json
 import math
 
-import numpy as np
 import openai
 import pytest
 
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
-from parallax.tokenizers.plain import ByteTokenizer
 from tests.parallax.interop.tokenizers import byte_level
 from tests.parallax.serving.server import LETTERS, serving, write_run
 
@@ -147,29 +145,37 @@ def test_the_page_and_its_parts_may_run_no_other_script(server):
         assert inline not in page.text
 
 
-def test_no_character_is_cut_in_halves(tmp_path):
-    with serving(write_run(tmp_path / "bytes", ByteTokenizer()), "--capacity", "32") as server:
-        ids = list("é".encode())
-        for seed in range(6):
-            asked = {"max_tokens": 26, "seed": seed, "temperature": 1.5}
-            whole = server.complete("☃é", **asked).choices[0].text
-            pieces = [chunk.choices[0].text for chunk in server.complete("☃é", stream=True, **asked)]
-            assert "".join(pieces) == whole
-        # The first byte of a character may be in the prompt, and the second in the answer.
-        half = server.complete(ids[:1], max_tokens=1, echo=True, logprobs=10, seed=1).choices[0]
-        assert half.logprobs.tokens[0] == "bytes:\\xc3"
-        second = half.logprobs.token_ids[1]
-        expected = np.array([195, second], np.uint8).tobytes().decode("utf-8", "replace")
-        assert half.text == expected
-
-
-def test_each_end_of_a_text_ends_an_answer(tmp_path):
-    """A model that chats has one id for the end of a text and another for the end of a turn."""
+@pytest.fixture(scope="module")
+def by_bytes(tmp_path_factory):
+    """A server and its tokenizer of pairs of bytes; as a model that chats has, one id for the end of a text and another
+    for the end of a turn."""
     definition, _, *ends = byte_level()
-    with serving(write_run(tmp_path / "chat", HuggingFaceTokenizer(definition, 300, ends))) as server:
-        asked = {"max_tokens": 80, "n": 32, "seed": 0, "logprobs": 0, "temperature": 2}
-        choices = server.complete("To be", **asked).choices
+    tokenizer = HuggingFaceTokenizer(definition, 300, ends)
+    with serving(write_run(tmp_path_factory.mktemp("bytes") / "chat", tokenizer), "--capacity", "32") as server:
+        yield server, tokenizer
+
+
+def test_no_character_is_cut_in_halves(by_bytes):
+    server, tokenizer = by_bytes
+    for seed in range(6):
+        asked = {"max_tokens": 24, "seed": seed, "temperature": 1.5}
+        whole = server.complete("☃é", **asked).choices[0].text
+        pieces = [chunk.choices[0].text for chunk in server.complete("☃é", stream=True, **asked)]
+        assert "".join(pieces) == whole
+    # The first byte of a character may be in the prompt, and the second in the answer.
+    first = tokenizer.encode_part("é").tolist()[0]
+    half = server.complete([first], max_tokens=1, echo=True, logprobs=10, seed=1).choices[0]
+    assert half.logprobs.tokens[0] == "bytes:\\xc3"
+    expected = b"\xc3" + tokenizer.token_bytes(half.logprobs.token_ids[1])
+    assert half.text == expected.decode("utf-8", "replace")
+
+
+def test_each_end_of_a_text_ends_an_answer(by_bytes):
+    server, tokenizer = by_bytes
+    asked = {"max_tokens": 28, "n": 32, "seed": 0, "logprobs": 0, "temperature": 2}
+    choices = server.complete("To be", **asked).choices
     ended = [choice for choice in choices if choice.finish_reason == "stop"]
-    assert {choice.logprobs.token_ids[-1] for choice in ended} == set(ends)
-    assert not any(set(choice.logprobs.token_ids[:-1]) & set(ends) for choice in choices)
+    ends = set(tokenizer.end_ids)
+    assert {choice.logprobs.token_ids[-1] for choice in ended} == ends
+    assert not any(set(choice.logprobs.token_ids[:-1]) & ends for choice in choices)
     assert not any("<|" in choice.text for choice in ended)

@@ -5,21 +5,16 @@ Invariant: each answer is compared with that to the same request made alone on t
 
 import asyncio
 import contextlib
+import json
 import random
 
 import httpx
 import pytest
 
-from tests.parallax.serving.server import eventually, serving
+from tests.parallax.serving.server import eventually
 
-CLIENTS = 200
+CLIENTS = 100
 STREAM = {"stream": True}
-
-
-@pytest.fixture(scope="module")
-def busy(small_run):
-    with serving(small_run, "--queue", "1000") as server:
-        yield server
 
 
 def request_of(number: int, model: str) -> dict:
@@ -75,40 +70,40 @@ async def ask_all(address: str, model: str) -> list[dict | None]:
         return await asyncio.gather(*(ask(client, number, model) for number in range(CLIENTS)))
 
 
-def test_company_changes_no_answer_and_leaks_no_slot(busy):
-    together = asyncio.run(ask_all(busy.address, busy.model))
-    assert eventually(busy.is_idle)
+def test_company_changes_no_answer_and_leaks_no_slot(server):
+    together = asyncio.run(ask_all(server.address, server.model))
+    assert eventually(server.is_idle)
     finished = {number: answer for number, answer in enumerate(together) if answer}
     assert len(finished) == CLIENTS - CLIENTS // 5
     for number, answer in finished.items():
-        alone = busy.http.post("/v1/completions", json=request_of(number, busy.model)).json()
+        alone = server.http.post("/v1/completions", json=request_of(number, server.model)).json()
         (kept, numbers), (expected, expected_numbers) = comparable(answer), comparable(alone)
-        assert kept == expected, request_of(number, busy.model)
+        assert kept == expected, request_of(number, server.model)
         assert numbers == pytest.approx(expected_numbers, abs=1e-5)  # float32
-    assert eventually(busy.is_idle)  # a stop that ends an answer early frees its slot with the next step
-    assert busy.gauge("slots") == 4
+    assert eventually(server.is_idle)  # a stop that ends an answer early frees its slot with the next step
+    assert server.gauge("slots") == 4
 
 
-def test_a_client_that_goes_away_frees_its_slots_at_once(busy):
-    before = busy.gauge("answers_total")
+def test_a_client_that_goes_away_frees_its_slots_at_once(server):
+    before = server.gauge("answers_total")
     for stream in (True, False):
-        fields = {"model": busy.model, "prompt": ["a", "b"], "max_tokens": 90, "n": 16, "stream": stream}
+        fields = {"model": server.model, "prompt": ["a", "b"], "max_tokens": 90, "n": 16, "stream": stream}
         with (
             contextlib.suppress(httpx.ReadTimeout),
-            busy.http.stream("POST", "/v1/completions", json=fields, timeout=httpx.Timeout(60, read=0.05)),
+            server.http.stream("POST", "/v1/completions", json=fields, timeout=httpx.Timeout(60, read=0.05)),
         ):
             pass  # goes away once the answer begins, or before it does
-        assert eventually(busy.is_idle)
-    assert busy.gauge("answers_total") - before == 64
-
-
-def test_a_full_queue_says_when_to_come_again(small_run):
-    with serving(small_run, "--queue", "32") as server:
-        fields = {"model": server.model, "prompt": "a", "max_tokens": 90, "n": 32, "stream": True}
-        with server.http.stream("POST", "/v1/completions", json=fields) as first:
-            assert first.status_code == 200
-            refused = server.post(prompt="a", n=32)
-            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-            assert refused.json()["error"]["code"] == "queue_full"
         assert eventually(server.is_idle)
-        assert server.post(prompt="a", n=32, max_tokens=1).status_code == 200
+    assert server.gauge("answers_total") - before == 64
+
+
+def test_a_full_queue_says_when_to_come_again(server):
+    fields = {"model": server.model, "prompt": "a", "max_tokens": 90, "n": 32, "stream": True}
+    with contextlib.ExitStack() as streams:  # of answers that together last much longer than it takes to ask for them
+        while (asked := streams.enter_context(server.http.stream("POST", "/v1/completions", json=fields))).is_success:
+            pass
+        assert (asked.status_code, asked.headers["retry-after"]) == (429, "1")
+        error = json.loads(asked.read())["error"]
+        assert (error["code"], error["message"][:29]) == ("queue_full", "at most 256 answers may wait,")
+    assert eventually(server.is_idle)
+    assert server.post(prompt="a", n=32, max_tokens=1).status_code == 200
