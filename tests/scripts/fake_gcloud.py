@@ -11,25 +11,24 @@ Keys of scenario.json, all of them optional:
   create           outcomes of creations in turn: ok, capacity, leftover (capacity, and a node remains), denied, slow
   queue            states of a queued resource in turn, as it is described
   refused          verb -> how many of its first calls fail for a reason that passes
-Invariant: it needs Python's library alone, and few modules of that: its start is most of what a test costs.
+Invariant: it needs Python's library alone, and few modules of that (not pathlib): its start is most of what a test
+costs.
 """
 
-import contextlib
 import fcntl
 import json
 import os
-import signal
 import sys
 import time
-from pathlib import Path
+from os.path import exists
 
-WORLD = Path(os.environ["FAKE_GCLOUD"])
+WORLD = os.environ["FAKE_GCLOUD"]
 NO_CAPACITY = '{\n  "code": 8,\n  "message": "There is no more capacity in the zone \\"us-central1-a\\""\n}'
 
 
 def main(args):
-    home = Path(os.environ["HOME"])  # of a host, or of whoever runs launch.py
-    with (home if home.parent == WORLD / "hosts" else WORLD).joinpath("gcloud.jsonl").open("a") as calls:
+    home = os.environ["HOME"]  # of a host, or of whoever runs launch.py
+    with open(f"{home if home.startswith(f'{WORLD}/hosts/') else WORLD}/gcloud.jsonl", "a") as calls:
         calls.write(json.dumps(args) + "\n")
     if args[0] == "alpha":
         args = args[1:]
@@ -39,9 +38,9 @@ def main(args):
     flags = dict(arg.lstrip("-").partition("=")[::2] for arg in args[5:])
     if count(f"refused-{verb}") < scenario().get("refused", {}).get(verb, 0):
         fail(verb, "the service is UNAVAILABLE", 255 if verb == "ssh" else 1)
-    blink = WORLD / "blink"  # how often a description will not be given
-    if verb == "describe" and blink.exists() and int(blink.read_text()):
-        blink.write_text(str(int(blink.read_text()) - 1))
+    blink = f"{WORLD}/blink"  # how often a description will not be given
+    if verb == "describe" and exists(blink) and int(read(blink)):
+        write(blink, str(int(read(blink)) - 1))
         fail(verb, "Connection reset by peer")
     return {"tpu-vm": TPU_VM, "queued-resources": QUEUED}[kind][verb](name, flags)
 
@@ -50,7 +49,7 @@ def create(name, flags):
     outcomes = scenario().get("create", [])
     number = count("create")
     outcome = outcomes[number] if number < len(outcomes) else "ok"
-    if (WORLD / "node.json").exists():
+    if exists(f"{WORLD}/node.json"):
         fail("create", "ALREADY_EXISTS: the node exists")
     if outcome in ("ok", "leftover", "slow"):
         write_nodes(flags, "READY" if outcome == "ok" else "CREATING")
@@ -73,15 +72,15 @@ def write_nodes(flags, state):
     }
     end_hosts(range(max(1, slices) * hosts))
     for number in range(slices) or [None]:
-        (WORLD / ("node.json" if number is None else f"node-{number}.json")).write_text(json.dumps(facts))
+        write(f"{WORLD}/node.json" if number is None else f"{WORLD}/node-{number}.json", json.dumps(facts))
     for i in range(max(1, slices) * hosts):
-        (WORLD / "hosts" / str(i)).mkdir(parents=True)
+        os.makedirs(f"{WORLD}/hosts/{i}")
 
 
 def file_of(name):
     """Where a node is, and which of several slices it is."""
     number = name.rpartition("-")[2]
-    return (WORLD / f"node-{number}.json", int(number)) if number.isdecimal() else (WORLD / "node.json", 0)
+    return (f"{WORLD}/node-{number}.json", int(number)) if number.isdecimal() else (f"{WORLD}/node.json", 0)
 
 
 def describe(name, flags):
@@ -90,20 +89,20 @@ def describe(name, flags):
     if "looks_left" in facts:
         left = facts.pop("looks_left") - 1
         facts |= {"looks_left": left} if left else {"state": "READY"}
-        file_of(name)[0].write_text(json.dumps(facts))
+        write(file_of(name)[0], json.dumps(facts))
 
 
 def delete(name, flags):
     hosts = len(node(name)["networkEndpoints"])
     file, number = file_of(name)
     end_hosts(range(number * hosts, (number + 1) * hosts))
-    file.unlink()
+    os.unlink(file)
 
 
 def create_queued(name, flags):
-    if (WORLD / "queued.json").exists():
+    if exists(f"{WORLD}/queued.json"):
         fail("create", "ALREADY_EXISTS: the queued resource exists")
-    (WORLD / "queued.json").write_text(json.dumps(flags))
+    write(f"{WORLD}/queued.json", json.dumps(flags))
 
 
 def describe_queued(name, flags):
@@ -112,7 +111,7 @@ def describe_queued(name, flags):
     state = states[min(count("queue"), len(states) - 1)]
     if state == "ACTIVE" and not asked.get("granted"):
         write_nodes(asked, "READY")
-        (WORLD / "queued.json").write_text(json.dumps({**asked, "granted": True}))
+        write(f"{WORLD}/queued.json", json.dumps({**asked, "granted": True}))
     print(json.dumps({"state": {"state": state}}))
 
 
@@ -120,9 +119,9 @@ def delete_queued(name, flags):
     asked = json.loads(queued())
     slices = range(int(asked.get("node-count", 0)))
     for each in [f"{name}-{number}" for number in slices] or [name]:
-        if "force" in flags and file_of(each)[0].exists():
+        if "force" in flags and exists(file_of(each)[0]):
             delete(each, flags)
-    (WORLD / "queued.json").unlink()
+    os.unlink(f"{WORLD}/queued.json")
 
 
 def ssh(name, flags):
@@ -139,9 +138,8 @@ def run_on(worker, command, facts):
     if worker in facts.get("unreachable", []):
         print("ERROR: (gcloud.compute.tpus.tpu-vm.ssh) exited with return code [255].", file=sys.stderr)
         return 255
-    home = WORLD / "hosts" / str(worker)
-    path = f"{WORLD / 'host-bin'}:{os.environ['PATH']}"
-    environment = {"HOME": str(home), "PATH": path, "FAKE_GCLOUD": str(WORLD)}
+    home = f"{WORLD}/hosts/{worker}"
+    environment = {"HOME": home, "PATH": f"{WORLD}/host-bin:{os.environ['PATH']}", "FAKE_GCLOUD": WORLD}
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), sys.stdin.fileno())
     os.chdir(home)
@@ -151,58 +149,76 @@ def run_on(worker, command, facts):
 def end_hosts(workers):
     """The machines are switched off, and their disks are gone."""
     for worker in workers:
-        home = WORLD / "hosts" / str(worker)
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            os.killpg(int((home / "unit.pid").read_text()), signal.SIGKILL)
-        if home.exists():
+        home = f"{WORLD}/hosts/{worker}"
+        if exists(f"{home}/unit.pid"):
+            import contextlib
+            import signal
+
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int(read(f"{home}/unit.pid")), signal.SIGKILL)
+        if exists(home):
             import shutil
 
             shutil.rmtree(home, ignore_errors=True)
 
 
 def storage_cp(source, destination, *flags):
-    content = sys.stdin.buffer.read() if source == "-" else place(source).read_bytes()
-    if destination == "-":
-        sys.stdout.buffer.write(content)
-    else:
-        place(destination).parent.mkdir(parents=True, exist_ok=True)
-        place(destination).write_bytes(content)
+    if destination not in ("-", place(destination)):
+        os.makedirs(os.path.dirname(place(destination)), exist_ok=True)
+    with (
+        sys.stdin.buffer if source == "-" else open(place(source), "rb") as content,
+        sys.stdout.buffer if destination == "-" else open(place(destination), "wb") as copy,
+    ):
+        copy.write(content.read())
 
 
 def storage_ls(pattern):
-    found = sorted((WORLD / "bucket").glob(pattern.removeprefix("gs://")))
+    from pathlib import Path
+
+    bucket = Path(WORLD, "bucket")
+    found = sorted(bucket.glob(pattern.removeprefix("gs://")))
     if not found:
         print("ERROR: (gcloud.storage.ls) One or more URLs matched no objects.", file=sys.stderr)
         raise SystemExit(1)
-    print(*(f"gs://{path.relative_to(WORLD / 'bucket')}" for path in found), sep="\n")
+    print(*(f"gs://{path.relative_to(bucket)}" for path in found), sep="\n")
 
 
 def place(address):
-    return WORLD / "bucket" / address.removeprefix("gs://") if address.startswith("gs://") else Path(address)
+    return address.replace("gs://", f"{WORLD}/bucket/")
 
 
 def node(name):
-    if not file_of(name)[0].exists():
+    if not exists(file_of(name)[0]):
         fail("describe", "NOT_FOUND: Resource 'projects/p/locations/z/nodes/n' was not found")
-    return json.loads(file_of(name)[0].read_text())
+    return json.loads(read(file_of(name)[0]))
 
 
 def queued():
-    if not (WORLD / "queued.json").exists():
+    if not exists(f"{WORLD}/queued.json"):
         fail("describe", "NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/n' was not found")
-    return (WORLD / "queued.json").read_text()
+    return read(f"{WORLD}/queued.json")
 
 
 def scenario():
-    return json.loads((WORLD / "scenario.json").read_text())
+    return json.loads(read(f"{WORLD}/scenario.json"))
 
 
 def count(what):
     """How often this was asked before."""
-    with (WORLD / f"count-{what}").open("a+") as file:
+    with open(f"{WORLD}/count-{what}", "a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(".")
         return file.tell() - 1
+
+
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
+def write(path, text):
+    with open(path, "w") as file:
+        file.write(text)
 
 
 def fail(verb, words, status=1):
