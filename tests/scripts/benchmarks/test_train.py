@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from parallax.model.flops import step_flops
+from scripts.benchmarks import train as benchmark_train
 from scripts.benchmarks.rounds import TREE
 from scripts.benchmarks.settings import MODELS, SEED, read_setting, samples
 from scripts.benchmarks.train import check_work, result
@@ -70,9 +72,15 @@ def test_bad_input_is_one_line(refuse, args, message):
 
 
 def test_from_command_to_report(call, tmp_path):
-    """With two contenders that need no torch, one from a checkout: equal work is shown, and rounds are taken."""
-    status, out, err = call(*f"{SHORT} single --against {TREE}".split())
+    """With two contenders that need no torch, one of them the code of a checkout: equal work is shown, and rounds are
+    taken."""
+    for package in ("scripts", "parallax", "parallelism", "data"):
+        shutil.copytree(TREE / package, tmp_path / "before" / package)
+    with (tmp_path / "before/scripts/benchmarks/settings.py").open("a") as settings:
+        settings.write("open('before-ran', 'w').close()\n")
+    status, out, err = call(*f"{SHORT} single --against before".split())
     assert status == 0, err
+    assert (tmp_path / "before-ran").exists()
     assert [line.split()[1] for line in out.splitlines() if line.startswith("| ")][-2:] == ["single", "before"]
     report = json.loads((tmp_path / "benchmarks/train.json").read_text())
     assert report["machine"]["cores"] >= 1
@@ -82,15 +90,16 @@ def test_from_command_to_report(call, tmp_path):
     assert found["parameters"] == MODELS["trial"].num_params()
 
 
-def test_a_checkout_before_runs_its_own_code(call, tmp_path):
-    """One that draws other weights is refused, since its losses differ."""
-    for package in ("scripts", "parallax", "parallelism", "data"):
-        shutil.copytree(TREE / package, tmp_path / "before" / package)
-    settings = tmp_path / "before/scripts/benchmarks/settings.py"
-    settings.write_text(settings.read_text().replace("SEED = 0", "SEED = 1"))
+def test_other_work_is_refused(call, monkeypatch):
+    def worker(name, kind, tree, **spec):
+        losses = [4.1 if tree == Path("before") else 4.0]
+        return SimpleNamespace(name=name, facts={"params": 10, "losses": losses}, close=lambda: None)
+
+    monkeypatch.setattr(benchmark_train, "Worker", worker)
+    monkeypatch.setattr(benchmark_train, "find", lambda tree, files: tree)
     status, _, err = call(*f"{SHORT} single --against before".split())
     assert status == 2
-    assert "before has the loss" in err
+    assert "before has the loss 4.1 in step 1 and single 4.0" in err
 
 
 def test_what_is_no_checkout_is_refused(call, tmp_path):
