@@ -76,7 +76,9 @@ class Served:
 
     def gauge(self, name: str, label: str = "") -> float:
         """The sum of a metric over its labels, or over those with this one."""
-        found = re.findall(rf"^parallax_{name}(?:{{.*{label}.*}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE)
+        found = re.findall(
+            rf"^parallax_{name}(?:{{.*{label}.*}})? (\S+)$", self.http.get("/metrics").text, re.MULTILINE
+        )
         return sum(map(float, found))
 
     def is_idle(self) -> bool:
