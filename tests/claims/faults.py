@@ -211,15 +211,15 @@ def make_read_only(scene: Scene, training: Training) -> str:
 
 FILE_IN_PLACE = Fault("a file in place of the checkpoints", put_file_in_place, begins=False)
 SMOKE = [
+    Fault("kill -9 in a save", kill_in_save),
     Fault("flipped byte", flip_byte),
     Fault("kill -9 of a process, restarted", kill_and_restart, several=True, restarts=1),
 ]
 FAULTS = [
     Fault("kill -9 of a process", kill_process),
-    Fault("kill -9 in a save", kill_in_save),
-    SMOKE[0],
+    *SMOKE[:2],
     Fault("SIGTERM", terminate),
-    SMOKE[1],
+    SMOKE[2],
     FILE_IN_PLACE,
     Fault("SIGTERM to a process", terminate_one),
     Fault("kill -9 of the launcher", kill_launcher, several=True),

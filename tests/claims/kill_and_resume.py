@@ -31,14 +31,14 @@ def write_text(folder: Path, rng: random.Random) -> None:
     (folder / "text.txt").write_text(" ".join(rng.choice(words) for _ in range(4000)))
 
 
-def kill_and_compare(folder: Path, kills: int, seed: int, steps: int = STEPS) -> list[str]:
+def kill_and_compare(folder: Path, kills: int, seed: int) -> list[str]:
     """Runs both; a line a kill. Raises RuntimeError where they differ."""
-    rng, report, flags = random.Random(seed), [], [*FLAGS, "--steps", str(steps)]
+    rng, report, flags = random.Random(seed), [], [*FLAGS, "--steps", str(STEPS)]
     write_text(folder, rng)
     expected = Training(folder, "whole", single(), flags).finish()
 
     run = folder / "killed"
-    for number, step in enumerate(sorted(rng.sample(range(5, steps - 20), kills))):
+    for number, step in enumerate(sorted(rng.sample(range(5, STEPS - 20), kills))):
         training = Training(folder, "killed", single(), [*flags, "--resume"])
         if not training.wait_for((reached if number % 2 else saving)(run, step)):
             raise RuntimeError(f"the run ended before it could be killed\n{training.words()}")

@@ -26,7 +26,7 @@ from rich.progress import track
 
 from tests.claims.faults import FAULTS, MOUNT_FAULTS, Fault
 from tests.claims.kill_and_resume import write_text
-from tests.scripts.runs import Training, mesh, pmap, rows, single
+from tests.scripts.runs import Layout, Training, mesh, pmap, rows, single
 from tests.scripts.scene import NAME, Scene
 
 LAYOUTS = [
@@ -42,7 +42,14 @@ FLAGS = [
 ]
 
 
-def soak(folder: Path, kinds: Sequence[Fault], faults: int, seed: int, mounts: bool = False) -> list[str]:
+def soak(
+    folder: Path,
+    kinds: Sequence[Fault],
+    faults: int,
+    seed: int,
+    mounts: bool = False,
+    layouts: Sequence[Layout] = LAYOUTS,
+) -> list[str]:
     """A table row a fault, then what the run says of itself. Raises RuntimeError where anything is not as it should."""
     rng = random.Random(seed)
     write_text(folder, rng)
@@ -54,7 +61,7 @@ def soak(folder: Path, kinds: Sequence[Fault], faults: int, seed: int, mounts: b
     with Scene.open(folder / "disk", mounts) as disk:
         scene, table = Scene(folder, disk, [*flags, "--resume"], rng), []
         for fault in track(drawn, "faults"):
-            layout = rng.choice([layout for layout in LAYOUTS if fault.suits(layout)])
+            layout = rng.choice([layout for layout in layouts if fault.suits(layout)])
             table.append(scene.strike(fault, layout))
         found = Training(folder, NAME, single(), scene.flags, disk=disk).finish()
         if found != expected:
