@@ -122,20 +122,22 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
     assert kept.find(texts[0]) == (0, None)
 
 
-def test_a_window_shorter_than_the_prompt_is_read_again():
-    """Its cache is a ring, in which the padding of a part would take the slots of what the next token sees."""
-    config = CONFIG.replace(sliding_window=70)
-    made = Batcher(config, draw_params(config), slots=1, capacity=128, prefix_tokens=512)
-    run(made, [Request.one(prompt(100)[:60], max_tokens=1)])  # of which the window holds all
-    asked = Request.one(prompt(100), max_tokens=6, temperature=0.0)
-    assert run(made, [asked]) == [by_generator(config, draw_params(config), asked)]
-    assert made.reused == 0
+@pytest.fixture(scope="module")
+def windowed():
+    """Of a window shorter than the prompts, whose cache is a ring."""
+    config = LONG.replace(sliding_window=70)
+    return Batcher(config, draw_params(config), slots=1, capacity=256, prefix_tokens=512)
 
 
-def test_a_ring_that_a_longer_text_went_round_in_is_not_the_beginning_of_a_shorter():
-    config = CONFIG.replace(sliding_window=140, max_seq_len=256)
-    made = Batcher(config, draw_params(config), slots=1, capacity=256, prefix_tokens=512)
-    run(made, [Request.one(prompt(240), max_tokens=1)])
-    asked = Request.one(np.concatenate([prompt(240)[:60], prompt(20, 5)]), max_tokens=8, temperature=0.0)
-    assert run(made, [asked]) == [by_generator(config, draw_params(config), asked)]
-    assert made.reused == 0
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(prompt(100)[:60], prompt(100)), (prompt(240), np.concatenate([prompt(240)[:60], prompt(40, 5)]))],
+    ids=["begins it", "went round"],
+)
+def test_what_a_ring_has_lost_is_read_again(windowed, first, then):
+    """The padding of a part would take the slots of what the next token sees, and a longer text took those of the
+    beginning of a shorter one."""
+    run(windowed, [Request.one(first, max_tokens=1)])
+    asked = Request.one(then, max_tokens=6, temperature=0.0)
+    assert run(windowed, [asked]) == [by_generator(windowed.config, windowed.params, asked)]
+    assert windowed.reused == 0
