@@ -33,6 +33,9 @@ def of_width(config, times, deeper=1):
     )
 
 
+LARGE = dataclasses.replace(of_width(BASE, 4, deeper=2), tie_embeddings=False)
+
+
 def test_at_the_base_nothing_differs():
     standard, mup = BASE, dataclasses.replace(BASE, parametrization=MUP)
     first, second = (init(config, jax.random.key(0)) for config in (standard, mup))
@@ -42,7 +45,7 @@ def test_at_the_base_nothing_differs():
 
 def test_rates_and_deviations_follow_the_role():
     """Four times as wide and twice as deep: the table of `mup`, worked out."""
-    config = dataclasses.replace(of_width(BASE, 4, deeper=2), tie_embeddings=False)
+    config = LARGE
     known, values = parameters(config), init(config, jax.random.key(0))
     block, base = known["blocks"], init(dataclasses.replace(BASE, tie_embeddings=False), jax.random.key(0))
     assert block["attention"]["query"].rate == block["mlp"]["up"].rate == 1 / 4
@@ -77,7 +80,7 @@ def test_branches_of_post_norms_are_divided_behind_the_norm():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_updates_are_those_of_the_standard_one_times_the_rate_and_decay_is_not(optimizer):
-    config = of_width(BASE, 4, deeper=2)
+    config = LARGE
     params, known = init(config, jax.random.key(0)), parameters(config)
     standard = jax.tree.map(lambda parameter: dataclasses.replace(parameter, rate=1.0, multiplier=1.0), known)
     grads = jax.tree.map(lambda x: np.cos(np.arange(x.size, dtype=np.float32)).reshape(x.shape), params)
@@ -144,9 +147,7 @@ def change_after(config, optimizer, steps=5, rate=1e-2):
 
     @jax.jit
     @jax.vmap
-    def mean_square(key):
-        first, tokens = init_params(config, key), jax.random.randint(key, (1, 5), 0, config.vocab_size)
-
+    def mean_square(first, tokens):
         def step(carry, _):
             params, state = carry
             grads, own = jax.grad(losses, has_aux=True)(params, tokens)
@@ -156,7 +157,9 @@ def change_after(config, optimizer, steps=5, rate=1e-2):
         _, owns = jax.lax.scan(step, (first, made.init(first)), length=steps + 1)  # logits before each step
         return jnp.mean(jnp.square(owns[-1] - owns[0]))
 
-    return float(jnp.sqrt(jnp.mean(mean_square(jax.random.split(jax.random.key(1), 4)))))
+    params = [jax.device_get(init(config, jax.random.key(seed))) for seed in range(4)]
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (len(params), 1, 5))
+    return float(np.sqrt(np.mean(mean_square(jax.tree.map(lambda *each: np.stack(each), *params), tokens))))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
