@@ -18,7 +18,7 @@ from parallax.inference.speculative import BothParams, SpeculativeGenerator, che
 from parallax.model.stack import prepare
 from tests.parallax.inference.models import CONFIG, VOCAB, draw_params, generator, logprobs, prompt
 
-SMALL = CONFIG.replace(num_layers=1, embed_dim=16, num_heads=2, num_kv_heads=1)
+SMALL = CONFIG.replace(num_layers=1)
 LENGTHS = (5, 1, 9, 3, 17, 2, 88, 7)
 SEEDS = 4
 
@@ -68,18 +68,28 @@ def clear_texts(seed):
     return [tokens[: until_tie(params, given, tokens)] for given, tokens in whole]
 
 
+def first_layer(params):
+    """A draft of one layer, which guesses some of its tokens."""
+    blocks = jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf)[:1]), params["blocks"])
+    return params | {"blocks": blocks}
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.006, 0.02, None])
 def test_greedy_texts_are_those_of_the_large_model(noise):
+    """Without noise in the last case, of listed layers and a smaller draft."""
     compared, guesser = 0, SpeculativeGenerator(CONFIG, SMALL, 4) if noise is None else speculator()
     for seed in range(SEEDS):
         params = draw_params(CONFIG, seed)
-        both = BothParams(params, draw_params(SMALL, seed) if noise is None else near(params, noise))
+        if noise is None:
+            both = BothParams(prepare(CONFIG, params), prepare(SMALL, first_layer(params)))
+        else:
+            both = BothParams(params, near(params, noise))
         for tokens, clear in zip(guesser.generate(both, request(seed)), clear_texts(seed), strict=True):
             assert tokens[: len(clear)].tolist() == clear
             compared += len(clear)
     assert compared > 0.9 * SEEDS * len(LENGTHS) * 40
     share = guesser.accepted / guesser.proposed
-    low, high = {0.0: (0.99, 1), 0.006: (0.5, 0.9), 0.02: (0.1, 0.5), None: (0, 0.1)}[noise]
+    low, high = {0.0: (0.99, 1), 0.006: (0.5, 0.9), 0.02: (0.1, 0.5), None: (0.05, 0.2)}[noise]
     assert low <= share <= high, "each noise tests another mixture of proposals that pass and that do not"
 
 
@@ -115,13 +125,6 @@ def test_a_text_ends_at_its_last_token_be_it_the_last_of_the_cache(max_tokens):
     got = texts(speculator().generate(BothParams(params, params), full))
     assert got == texts(generator(CONFIG).generate(params, full))
     assert {len(tokens) for tokens in got} == {max_tokens}
-
-
-def test_listed_layers_give_the_texts_of_stacks():
-    params = draw_params(CONFIG, 2)
-    both = BothParams(params, near(params, 0.01))
-    listed = BothParams(*(prepare(CONFIG, each) for each in both))
-    assert texts(speculator().generate(listed, request())) == texts(speculator().generate(both, request()))
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
