@@ -19,7 +19,7 @@ VARIANTS = {
     "tied": {"tie_embeddings": True, "num_kv_heads": 4},
     "grouped": {},
     "window": {"sliding_window": 5, "num_kv_heads": 1},
-    "bfloat16": {"dtype": "bfloat16"},
+    "window, bfloat16": {"sliding_window": 5, "num_kv_heads": 1, "dtype": "bfloat16"},
 }
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 MIXED = {name: [setting.get(name, value) for setting in SETTINGS] for name, value in DEFAULTS.items()}
@@ -85,7 +85,7 @@ def test_tokens_equal_full_recomputation_under_every_setting(variant, max_seq_le
     assert len({tuple(tokens) for tokens in expected}) == len(SETTINGS)
 
 
-@pytest.mark.parametrize(("variant", "chunk"), [("grouped", 1), ("grouped", 5), ("window", 8)])
+@pytest.mark.parametrize(("variant", "chunk"), [("grouped", 1), ("grouped", 5)])
 def test_a_stream_is_the_whole(variant, chunk):
     _, params, generator = model(variant)
     eos_id = int(generator.generate(params, request())[2][9])  # some rows end early
@@ -148,7 +148,7 @@ def test_eos_and_stops_end_a_row_where_they_first_occur():
     assert len(set(map(len, stopped))) > 3
 
 
-@pytest.mark.parametrize(("variant", "rows"), [("window", 3), ("grouped", 24), ("bfloat16", 3)])
+@pytest.mark.parametrize(("variant", "rows"), [("grouped", 24), ("window, bfloat16", 3)])
 def test_a_stack_of_layers_gives_the_texts_of_listed_ones(variant, rows):
     """With 24 rows the listed layers attend to a smaller cache at first, which row 3 outgrows before the others."""
     config, params, generator = model(variant)
