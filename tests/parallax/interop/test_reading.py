@@ -35,6 +35,7 @@ def test_tensors_become_parameters(tmp_path, dtype, files):
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), abstract()
     )
+    params = jax.device_get(params)
 
     def tensor(name):
         return np.asarray(tensors[name], np.float32)

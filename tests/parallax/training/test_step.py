@@ -86,10 +86,11 @@ def test_metrics_are_complete_finite_scalars(transformer):
     assert set(metrics) == METRICS
     for name, value in metrics.items():
         assert value.shape == (), name
-        assert jnp.isfinite(value), name
+        assert np.isfinite(value), name
     assert metrics["tokens"] == 24
     np.testing.assert_allclose(metrics["loss"], metrics["ce_loss"] + metrics["z_loss"], rtol=1e-6)
-    np.testing.assert_allclose(metrics["param_norm"], optax.tree.norm(state.params), rtol=1e-5)  # float32 sums
+    squares = [np.sum(np.square(leaf, dtype=np.float64)) for leaf in jax.tree.leaves(jax.device_get(state.params))]
+    np.testing.assert_allclose(metrics["param_norm"], np.sqrt(sum(squares)), rtol=1e-5)  # float32 sums
     assert metrics["learning_rate"] == np.float32(1e-2)
     assert state.step == 1
 
