@@ -39,6 +39,12 @@ def apply(graph, weights, x):
     return nnx.merge(graph, weights)(x)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def of_shared(graph, weights, x):
+    """What the expert gives that all tokens go through."""
+    return nnx.merge(graph, weights).shared(x)[0]
+
+
 route = jax.jit(moe.route, static_argnums=1)
 
 
@@ -63,10 +69,9 @@ def expected(experts, weights, x):
 @pytest.mark.parametrize("experts", KINDS.values(), ids=KINDS)
 def test_value_is_that_of_the_definition(x64, experts):
     graph, weights, x = example(experts)
-    module = nnx.merge(graph, weights)
     y, _ = apply(graph, weights, x)
-    of_experts = expected(experts, weights, np.asarray(x))
-    np.testing.assert_allclose(y, of_experts + (module.shared(x)[0] if experts.shared_mlp_dim else 0), rtol=1e-10)
+    shared = of_shared(graph, weights, x) if experts.shared_mlp_dim else 0
+    np.testing.assert_allclose(y, expected(experts, weights, np.asarray(x)) + np.asarray(shared), rtol=1e-10)
 
 
 @pytest.mark.parametrize("experts", KINDS.values(), ids=KINDS)
@@ -87,17 +92,15 @@ def test_gradients_match_finite_differences(x64, experts):
 @pytest.mark.parametrize("experts", KINDS.values(), ids=KINDS)
 def test_no_token_is_dropped_where_all_choose_the_same(x64, experts):
     graph, weights, x = example(dataclasses.replace(experts, balance_bias_rate=0.0))
-    weights["router"][...] = weights["router"][...] * 0
-    chosen = jnp.zeros((E,)).at[jnp.array([3, 1])].set(jnp.array([9.0, 5.0]))
+    x, router, chosen = np.array(x), np.zeros((D, E)), np.array([0.0, 5.0, 0.0, 9.0])
     if experts.bias:
-        weights["router_bias"][...] = chosen
+        weights["router_bias"][...] = jax.device_put(chosen)
     else:
-        x = x.at[:, :, 0].set(1.0)
-        weights["router"][...] = weights["router"][...].at[0].set(chosen)
+        x[:, :, 0], router[0] = 1.0, chosen
+    weights["router"][...] = jax.device_put(router)
     y, aux = apply(graph, weights, x)
-    module = nnx.merge(graph, weights)
-    of_experts = expected(experts, weights, np.asarray(x))
-    np.testing.assert_allclose(y, of_experts + (module.shared(x)[0] if experts.shared_mlp_dim else 0), rtol=1e-10)
+    shared = of_shared(graph, weights, x) if experts.shared_mlp_dim else 0
+    np.testing.assert_allclose(y, expected(experts, weights, x) + np.asarray(shared), rtol=1e-10)
     np.testing.assert_array_equal(aux["expert_load"], [0, B * T, 0, B * T])
 
 
@@ -121,7 +124,7 @@ def test_losses_are_those_of_the_papers(x64):
 
 
 def test_sums_over_rows_add_up(x64):
-    logits = jnp.asarray(np.random.default_rng(5).normal(size=(4, T, E)))
+    logits = np.random.default_rng(5).normal(size=(4, T, E))
     whole = route(logits, PLAIN)[2]
     parts = [route(logits[start : start + 2], PLAIN)[2] for start in (0, 2)]
     for name, value in whole.items():
@@ -137,8 +140,8 @@ def test_the_bias_decides_who_is_chosen_and_not_their_weight():
 
 
 def test_an_even_load_has_the_least_balance_loss():
-    even = jnp.tile(5 * jnp.eye(E), (1, 4, 1))
-    skewed = jnp.tile(5 * jnp.eye(E)[:1], (1, 4 * E, 1))[:, : 4 * E]
+    even = np.tile(5 * np.eye(E, dtype=np.float32), (1, 4, 1))
+    skewed = np.tile(even[:, :1], (1, 4 * E, 1))
     one = dataclasses.replace(PLAIN, experts_per_token=1, balance_loss=1.0)
     tokens = even.shape[1]
     assert float(route(even, one)[2]["balance_loss"]) / tokens == pytest.approx(1.0)
@@ -147,11 +150,12 @@ def test_an_even_load_has_the_least_balance_loss():
 
 def test_bfloat16_stays_and_the_router_is_float32():
     graph, weights, x = example(PLAIN, dtype=np.float32)
-    y, aux = apply(graph, weights, x.astype(jnp.bfloat16))
+    x = np.asarray(x, jnp.bfloat16)
+    y, aux = apply(graph, weights, x)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype.name for leaf in aux.values()} == {"float32"}
-    near, _ = apply(graph, weights, x.astype(jnp.bfloat16).astype(jnp.float32))
-    np.testing.assert_allclose(y.astype(jnp.float32), near, atol=0.15)  # three matmuls at 2⁻⁸ each
+    near, _ = apply(graph, weights, x.astype(np.float32))
+    np.testing.assert_allclose(np.asarray(y, np.float32), near, atol=0.15)  # three matmuls at 2⁻⁸ each
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
@@ -173,25 +177,26 @@ def test_gradients_of_biases_are_added_up_in_float32():
     """Of 4096 equal tokens; a sum in bfloat16 stops growing at 256 addends."""
 
     def gradients(dtype):
-        x, ids, gates = jnp.ones((4096, D), dtype), jnp.zeros((4096, 1), jnp.int32), jnp.ones((4096, 1))
-        weights = [jnp.full(shape, 0.25, dtype) for shape in ((1, D, F), (1, D, F), (1, F, D), (1, F), (1, F))]
+        rows = np.ones((4096, D), dtype), np.zeros((4096, 1), np.int32), np.ones((4096, 1), np.float32)
+        x, ids, gates = jax.device_put(rows)
+        weights = [np.full(shape, 0.25, dtype) for shape in ((1, D, F), (1, D, F), (1, F, D), (1, F), (1, F))]
         total = jax.grad(lambda *w: jnp.sum(mixture(x, ids, gates, *w).astype(jnp.float32)), argnums=(3, 4))
         return jax.jit(total)(*weights)
 
     for found, wanted in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
-        np.testing.assert_allclose(found.astype(jnp.float32), wanted, rtol=0.03)  # a few roundings at 2⁻⁸
+        np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=0.03)  # a few roundings at 2⁻⁸
 
 
 def test_sigmoids_that_are_all_zero_still_have_weights():
     """In float32 that of -200 is 0, and so is the sum of the chosen."""
     experts = dataclasses.replace(PLAIN, scores="sigmoid")
-    logits = -200 - jnp.arange(E, dtype=jnp.float32)[None, None]
+    logits = -200 - np.arange(E, dtype=np.float32)[None, None]
 
     def total(logits):
         _, gates, aux = route(logits, experts)
         return jnp.sum(gates**2) + aux["balance_loss"], gates
 
-    grads, gates = jax.grad(total, has_aux=True)(logits)
+    grads, gates = jax.jit(jax.grad(total, has_aux=True))(logits)
     np.testing.assert_allclose(gates[0, 0], jax.nn.softmax(jnp.array([0.0, -1.0])), rtol=1e-6)
     assert np.isfinite(grads).all()
     assert np.abs(grads).max() > 0
