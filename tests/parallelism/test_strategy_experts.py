@@ -13,11 +13,11 @@ EXPERTS = ExpertsConfig(
     num_experts=4, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
 )
 LAYOUTS = {
-    "single": ("single", "", 1, {}),
     "pmap, unrolled": ("pmap", "", 2, {"layer_loop": "unroll"}),
     "fsdp": ("mesh", "data=2,fsdp=4", 1, {}),
     "expert and others": ("mesh", "expert=2,sequence=2,tensor=2", 2, {"remat": "full"}),
 }
+"""One device alone has the bits of a mesh in test_reduction_exact.py."""
 STEPS = 4
 
 
@@ -51,10 +51,10 @@ def trained(compiled):
     return run
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "single"])
+@pytest.mark.parametrize("layout", ["fsdp", "expert and others"])
 def test_losses_and_reports_are_the_same_on_every_layout(trained, layout):
     rows, params = trained(layout)
-    expected, biases = trained("single")
+    expected, biases = trained("pmap, unrolled")
     for row, other in zip(rows, expected, strict=True):
         assert {"balance_loss", "router_z_loss", "router_entropy", "fullest_expert"} < row.keys()
         for name in ("balance_loss", "router_z_loss", "router_entropy", "fullest_expert"):
@@ -76,7 +76,7 @@ def test_what_is_not_learned_has_no_moments(make_tiny):
 
 
 def test_a_bad_step_leaves_the_bias(compiled):
-    tiny, strategy, take = compiled("single")
+    tiny, strategy, take = compiled("fsdp")
     state, batch = strategy.init(), tiny.batch(0)
     before = params_sha256(state.params)
     batch["targets"][0, 0] = 99  # no id: its loss is NaN
