@@ -39,7 +39,7 @@ def step(config):
 def example(config):
     """Parameters, and the logits of the whole text."""
     params = draw_params(config)
-    return params, jax.jit(lambda params: TransformerLM.from_params(config, params)(TOKENS)[0])(params)
+    return params, np.asarray(jax.jit(lambda params: TransformerLM.from_params(config, params)(TOKENS)[0])(params))
 
 
 @every
@@ -73,11 +73,11 @@ def test_padding_takes_no_slot_of_a_window(config):
     padded = np.where(at < lengths[:, None], TOKENS[:, :16], 0)
     logits, cache = step(config)(params, padded, at, KVCache.create(config, 2, ROOM), lengths)
     for row in range(2):
-        compare(logits[row, : lengths[row]], expected[row, : lengths[row]])
+        compare(np.asarray(logits)[row, : lengths[row]], expected[row, : lengths[row]])
     for more in range(8):
         position = lengths + more
         logits, cache = step(config)(params, TOKENS[[0, 1], position][:, None], position[:, None], cache, None)
-        compare(logits[:, 0], expected[[0, 1], position])
+        compare(logits, expected[[0, 1], position][:, None])
 
 
 @every
@@ -91,7 +91,7 @@ def test_tokens_that_are_taken_back_leave_nothing(config):
         wrong = TOKENS[:, start : start + 4].copy()
         wrong[:, 1:] = (wrong[:, 1:] + 1) % VOCAB
         logits, cache = step(config)(params, wrong, at, cache, None)
-        compare(logits[:, 0], expected[:, start])
+        compare(np.asarray(logits)[:, 0], expected[:, start])
 
 
 @every
@@ -99,11 +99,11 @@ def test_a_cache_may_grow_and_shrink_around_its_window(config):
     params, expected = example(config)
     cache, at = KVCache.create(config, 2, 3), np.tile(np.arange(3), (2, 1))
     _, cache = step(config)(params, TOKENS[:, :3], at, cache, np.array([3, 3]))
-    for position, room in [(3, 9), (4, 9), (5, 9), (6, 20), (7, 8), (8, 30)]:
+    for position, room in [(3, 8), (4, 8), (5, 8), (6, 20), (7, 8), (8, 20)]:
         cache = cache.resize(room)
         at = np.full((2, 1), position)
         logits, cache = step(config)(params, TOKENS[:, position][:, None], at, cache, None)
-        compare(logits[:, 0], expected[:, position])
+        compare(logits, expected[:, position : position + 1])
 
 
 def test_generator_batcher_and_speculation_continue_past_the_window():
