@@ -62,10 +62,10 @@ class Report:
     @property
     def shortage(self) -> tuple[float, float] | None:
         """Bytes that a step which does not fit would take, and bytes that there are, where the compiler says both."""
-        found = re.search(r"([\d.]+)([MG])\)? (?:of|exceeds available HBM) \(?([\d.]+)([MG])", self.error)
+        found = re.search(r"([\d.]+)([MGT])\)? (?:of|exceeds available HBM) \(?([\d.]+)([MG])", self.error)
         if found is None:
             return None
-        units = {"M": 2**20, "G": 2**30}
+        units = {"M": 2**20, "G": 2**30, "T": 2**40}
         return float(found[1]) * units[found[2]], float(found[3]) * units[found[4]]
 
     @property
