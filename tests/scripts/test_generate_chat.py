@@ -40,8 +40,9 @@ def answer(model, *turns):
     messages = [{"role": role, "content": content} for role, content in turns]
     prompt = Chat(plain_template(model.tokenizer), model.tokenizer).prompt(messages)
     request = make_request(model.tokenizer, ["a"], max_tokens=6, temperature=0)
-    (row,) = generator(model.config).generate(model.params, dataclasses.replace(request, prompts=[prompt]))
-    return "".join(decode(row.tolist(), model.tokenizer, "\nUser:"))
+    # Streamed, so that no further programs are compiled.
+    pairs = generator(model.config).stream(model.params, dataclasses.replace(request, prompts=[prompt]))
+    return "".join(decode((token for _, token in pairs), model.tokenizer, "\nUser:"))
 
 
 def test_one_message(folder, model, call):

@@ -3,7 +3,6 @@
 What a remedy breaks then, if anything, is another rule. Where a script would begin to compute, it is stopped.
 """
 
-import functools
 import importlib.util
 import re
 import shlex
@@ -11,11 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from parallax.inference.generate import Generator
+from parallax.inference import generate as generating
 from parallax.serving.engine import Engine
 from parallax.tokenizers.plain import CharTokenizer
 from scripts import convert, evaluate, generate, launch, plan, prepare, serve
-from scripts.generation import writer
 from scripts.launching import gcloud, local
 from tests.scripts.cases import read_cases
 from tests.scripts.test_convert import BAD as CONVERT
@@ -77,8 +75,8 @@ def test_a_remedy_works_when_it_is_pasted(script, always, table, least, call, tm
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if "cuda" in name or name == "libtpu" else Mock()
     )
-    monkeypatch.setattr(writer, "Generator", functools.cache(Generator))  # compiles once
-    for module, name in ((Engine, "warm_up"), (local, "supervise"), (gcloud, "_start")):
+    beginnings = [(generating, "start"), (generating, "whole"), (Engine, "warm_up"), (local, "supervise")]
+    for module, name in (*beginnings, (gcloud, "_start")):
         monkeypatch.setattr(module, name, begun)
     write_untrained(
         tmp_path / "run", CharTokenizer("abc"), one_layer(3), step=1, seq_len=24 if script is evaluate else 128
