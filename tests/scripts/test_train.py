@@ -28,14 +28,17 @@ def losses(folder):
 )
 def test_a_run_explains_itself(train_small, text, template, layout, monkeypatch):
     """And learns what a run on one device does."""
-    monkeypatch.setattr(record, "plot_loss", plot_loss)
+    is_drawn = "pmap" in layout  # once, since a picture takes as long as a run
+    if is_drawn:
+        monkeypatch.setattr(record, "plot_loss", plot_loss)
     (text / "rules.json").write_text('{"batch": ["tensor"], "head_dim": ["data"]}')
     layout = layout.split()
     status, out, err = train_small(*layout)
     assert (status, out) == (0, "")
     folder = text / "runs" / "text-tiny"
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"checkpoints", "config.json", "tokenizer.json", "metrics.jsonl", "loss.png", "summary.json"}
+    assert names >= {"checkpoints", "config.json", "tokenizer.json", "metrics.jsonl", "summary.json"}
+    assert ("loss.png" in names) == is_drawn
     assert list(folder.glob("events.out.tfevents.*"))
     assert [row["step"] for row in rows(folder) if "loss" in row] == [1, 4, 8, 12]
     assert [row["step"] for row in rows(folder) if "eval_loss" in row] == [6, 12]
