@@ -38,7 +38,8 @@ def test_whole_forward_and_the_sum_in_shards_back(mesh, array, large, monkeypatc
     spec = PartitionSpec(*(names if name == "embed" else None for name in logical))
     rng = np.random.default_rng(0)
     x = rng.normal(size=shape).astype(np.float32)
-    weights = rng.integers(-8, 8, (8, *shape)).astype(np.float32)  # of each device; sums of integers are exact
+    # Of each device; sums of integers are exact.
+    weights = rng.integers(-8, 8, (8, *shape), dtype=np.int8).astype(np.float32)
 
     def on_device(x, weights):
         x = jax.lax.pcast(x, () if "embed" in logical else names, to="varying")

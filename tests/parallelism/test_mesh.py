@@ -108,7 +108,7 @@ def test_describes_itself_by_its_axes(tiny, fsdp):
 
 def test_layers_may_be_split_by_an_axis_that_splits_the_batch(make_tiny, tmp_path):
     """Then no device can gather a layer as it comes to it, and the compiler does."""
-    tiny = make_tiny(num_layers=2)
+    tiny = make_tiny("gradient", num_layers=2)
     rules = tmp_path / "rules.json"
     rules.write_text('{"batch": ["data", "fsdp"], "layers": ["fsdp"]}')
     losses = []

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,7 +54,7 @@ def test_a_logit_depends_on_its_own_document_alone():
 
 
 @pytest.mark.usefixtures("chunk")
-@pytest.mark.parametrize(("window", "layers"), [(1, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize(("window", "layers"), [(1, 2), (2, 3)])
 def test_windows_add_up_over_the_layers(window, layers):
     """Each layer reaches window - 1 tokens further back."""
     expected = (LATER >= 0) & (layers * (window - 1) >= LATER)
@@ -65,18 +64,18 @@ def test_windows_add_up_over_the_layers(window, layers):
 def test_packed_documents_have_the_logits_of_each_alone():
     model = TransformerLM.from_params(SMALL, weights(SMALL))
     forward = jax.jit(lambda tokens, segments: model(tokens, segments=segments)[0])
-    packed = forward(TOKENS, DOCUMENTS)
+    packed = np.asarray(forward(TOKENS, DOCUMENTS))
     for document in (1, 2):
         own = DOCUMENTS[0] == document
         alone = forward(TOKENS[:, own], None)
         np.testing.assert_allclose(packed[:, own], alone, rtol=1e-4, atol=1e-4)  # turned from other positions
-    together = forward(TOKENS, None)
+    together = np.asarray(forward(TOKENS, None))
     assert np.abs(together - packed)[:, 4:].max() > 0.1
 
 
 def test_only_distances_between_positions_matter():
     model = TransformerLM.from_params(SMALL, weights(SMALL))
     forward = jax.jit(lambda positions: model(TOKENS, positions)[0])
-    plain, shifted = (forward(jnp.arange(T)[None] + start) for start in (0, 100))
+    plain, shifted = (forward(np.arange(T)[None] + start) for start in (0, 100))
     np.testing.assert_array_equal(jax.jit(lambda: model(TOKENS)[0])(), plain)
     np.testing.assert_allclose(shifted, plain, rtol=1e-3, atol=1e-3)  # float32 angles of up to 100
