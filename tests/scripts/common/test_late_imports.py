@@ -1,0 +1,30 @@
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+from scripts.common.late_imports import late_imports
+
+ROOT = Path(__file__).resolve().parents[3]
+FIRST = """
+import gc
+from scripts.common.late_imports import late_imports
+try:
+    with late_imports():
+        assert not gc.isenabled()
+        import no_such_module
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+
+
+def test_what_was_imported_is_looked_through_no_more():
+    done = subprocess.run([sys.executable, "-c", FIRST], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True True\n"
+
+
+def test_a_process_that_has_jax_is_left_as_it_is():
+    frozen = gc.get_freeze_count()
+    with late_imports():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen
