@@ -42,7 +42,11 @@ def drawn(config):
     return jax.tree.map(lambda leaf: jax.device_put(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)), shapes)
 
 
-init = jax.jit(init_params, static_argnums=0)
+@functools.cache
+def beginning():
+    """Adapters as they begin, beside matrices that are drawn."""
+    begin = jax.jit(lambda key: take_adapters(init_params(with_lora(), key)))
+    return join(take_base(drawn(with_lora())), begin(jax.random.key(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -51,9 +55,8 @@ def logits(config, params, key=None):
 
 
 def test_adapters_begin_as_nothing():
-    params = init(with_lora(), jax.random.key(0))
-    base = take_base(params)
-    np.testing.assert_array_equal(logits(with_lora(), params), logits(BASE, base))
+    base = take_base(beginning())
+    np.testing.assert_array_equal(logits(with_lora(), beginning()), logits(BASE, base))
 
 
 @pytest.mark.parametrize("lora", [{}, {"rslora": True, "alpha": 3.0, "targets": ("query", "down")}])
@@ -101,7 +104,7 @@ def test_frozen_parameters_have_neither_gradient_nor_moments():
 
 def test_gradients_of_adapters_are_those_among_all():
     """The same adapters beside matrices that are learned too have the same gradients."""
-    config = with_lora()
+    config = with_lora(dataclasses.replace(BASE, pattern=()))
     params, batch = drawn(config), {"inputs": TOKENS, "targets": TOKENS}
     loss_fn = make_loss(config, TrainConfig())
     _, _, alone = jax.jit(reduction.mean()(loss_fn))(params, batch, jax.random.key(0))
@@ -117,8 +120,8 @@ def test_dropout_is_of_what_adapters_read():
     dropped = logits(config, params, key)
     np.testing.assert_array_equal(dropped, logits(config, params, key))
     assert np.abs(dropped - logits(config, params)).max() > 0.01
-    beginning = init(with_lora(), jax.random.key(0))  # B is zero, so that nothing of the base may be dropped
-    np.testing.assert_array_equal(logits(config, beginning, key), logits(config, beginning))
+    # B is zero, so that nothing of the base may be dropped.
+    np.testing.assert_array_equal(logits(config, beginning(), key), logits(config, beginning()))
 
 
 def test_experts_are_frozen_and_what_all_tokens_go_through_is_adapted():
