@@ -12,6 +12,7 @@ from parallax.layers import attention
 from parallax.layers.attend import attend
 from parallax.layers.splash import attend_in_kernel
 from parallax.model.transformer import TransformerLM, init_params
+from tests.parallax.inference.models import draw_params
 
 B, T, H, G, K = 2, 256, 4, 2, 64
 
@@ -52,7 +53,7 @@ def test_values_and_gradients_are_those_of_attend(window, segmented):
 
 def test_a_model_gives_the_same_logits():
     config = TransformerConfig(embed_dim=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, mlp_dim=64)
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    params = draw_params(config)
     tokens = np.random.default_rng(1).integers(0, 65, (B, 128)).astype(np.int32)
 
     def logits(config):

@@ -15,7 +15,7 @@ TOKENS = np.random.default_rng(1).integers(0, VOCAB, (B, T))
 compare = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)  # float32 sums
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "attention_bias": True}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("changes", [{"qk_norm": True, "attention_bias": True}, {"dtype": "bfloat16"}], ids=str)
 def test_listed_equals_stacked(changes):
     config = CONFIG.replace(**changes)
     params = draw_params(config)
@@ -41,11 +41,11 @@ def test_listed_blocks_drop_as_their_stack_does():
 
 def test_preparing_copies_blocks_alone_and_once():
     config, params = CONFIG, draw_params(CONFIG)
-    listed = prepare(config, params)
+    listed, blocks = prepare(config, params), jax.device_get(params["blocks"])
     assert listed["embedding"]["table"] is params["embedding"]["table"]
     assert prepare(config, listed) is listed
     for number in range(config.num_layers):
-        own = jax.tree.map(lambda x, n=number: x[n], params["blocks"])
+        own = jax.tree.map(lambda x, n=number: x[n], blocks)
         jax.tree.map(np.testing.assert_array_equal, listed["blocks"][number], own)
 
 
