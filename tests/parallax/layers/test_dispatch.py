@@ -63,12 +63,12 @@ def layer(x_BTD, gates_BTk, into_EDF, out_EFD, ids_BTk):
 def value_and_gradients(arrays, bound=None):
     """Of a sum over all outputs, each weighted by another number."""
 
-    def loss(x, gates, into, out):
+    def loss(x, gates, into, out, ids):
         with axes.bound(bound):
-            y_BTD = layer(x, gates, into, out, arrays[-1])
+            y_BTD = layer(x, gates, into, out, ids)
         return jnp.sum(y_BTD * jnp.cos(jnp.arange(y_BTD.size).reshape(y_BTD.shape)))
 
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*arrays[:-1])
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*arrays)
 
 
 @functools.cache
