@@ -68,11 +68,11 @@ def test_random_weights_are_the_same_wherever_they_are_born(tiny):
     assert params_sha256(born[0].params) == params_sha256(born[1].params)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_state_moves_between_layouts_to_the_bit(make_tiny, optimizer):
+@pytest.mark.parametrize(("optimizer", "layouts"), [("adamw", LAYOUTS), ("muon", LAYOUTS[1::3])])
+def test_a_state_moves_between_layouts_to_the_bit(make_tiny, optimizer, layouts):
     """Out through numpy, as a checkpoint would go, and into every other layout, where `abstract` says."""
     tiny = make_tiny(optimizer)
-    strategies = [tiny.strategy(name, mesh) for name, mesh in LAYOUTS]
+    strategies = [tiny.strategy(name, mesh) for name, mesh in layouts]
     expected = params_sha256(tiny.init_state())
     for source in strategies:
         state = source.canonical(source.init())
