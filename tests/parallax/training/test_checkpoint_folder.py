@@ -32,7 +32,6 @@ from tests.parallax.training.checkpoints import (
 @pytest.mark.parametrize(
     ("keep", "losses", "expected"),
     [
-        (1, {}, [6]),
         (3, {}, [4, 5, 6]),
         (1, {1: 2.0, 3: 1.0, 5: 1.5}, [3, 6]),
         (2, {1: 2.0, 2: 1.0, 6: 0.5}, [5, 6]),
