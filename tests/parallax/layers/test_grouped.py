@@ -19,6 +19,9 @@ LOADS = {
 }
 
 
+compiled = jax.jit(grouped_matmul)
+
+
 def example(sizes, n=16, dtype=np.float64):
     rng = np.random.default_rng(sum(sizes) + len(sizes))
     x, w = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((n, D), (len(sizes), D, F)))
@@ -38,28 +41,28 @@ def expected(x, w, sizes):
 @pytest.mark.parametrize("sizes", LOADS.values(), ids=LOADS)
 def test_value_and_gradients_at_any_load(x64, sizes):
     x, w, sizes = example(sizes)
-    weights = (w, jnp.cos(w[..., :3]))
-    found = jax.jit(grouped_matmul)(x, weights, sizes)
+    weights = (w, jax.device_put(np.cos(np.asarray(w)[..., :3])))
+    found = compiled(x, weights, sizes)
     for each, stack in zip(found, weights, strict=True):
         np.testing.assert_allclose(each, expected(x, stack, sizes), rtol=1e-12, atol=1e-14)
+    # With sizes as an argument all loads share their programs.
     check_grads(
-        jax.jit(lambda x, *weights: grouped_matmul(x, weights, sizes)),
-        (x, *weights), order=1, modes=["rev"], atol=1e-7, rtol=1e-7,
-    )  # fmt: skip
+        lambda x, *weights: compiled(x, weights, sizes), (x, *weights), order=1, modes=["rev"], atol=1e-7, rtol=1e-7
+    )
 
 
 @pytest.mark.parametrize("sizes", [(300, 0, 37, 1163), (0, 1500, 0, 0), (425, 425, 425, 100), (1, 63, 1, 900)])
 def test_groups_of_many_blocks(sizes):
     x, w, sizes = example(sizes, 1500, np.float32)
     assert block_sizes(1500, 4) == [*BLOCKS]
-    value, of_x, of_w = squared(x, w, sizes)
+    value, of_x, of_w = jax.device_get(squared(x, w, sizes))
     np.testing.assert_allclose(value, expected(x, w, sizes), atol=1e-5)
     np.testing.assert_allclose(of_x, expected(value, np.swapaxes(w, 1, 2), sizes), atol=1e-4)
     ends = np.cumsum(sizes)
     for number, end in enumerate(ends):
         rows = slice(end - sizes[number], end)
         # In float32, up to 1,500 addends.
-        np.testing.assert_allclose(of_w[number], np.asarray(x)[rows].T @ np.asarray(value)[rows], rtol=1e-5, atol=2e-3)
+        np.testing.assert_allclose(of_w[number], np.asarray(x)[rows].T @ value[rows], rtol=1e-5, atol=2e-3)
 
 
 @jax.jit
@@ -93,9 +96,9 @@ def test_gradient_of_weights_is_summed_in_float32():
         assert value.dtype == jnp.bfloat16
         return vjp(jnp.ones_like(value))[0]
 
-    of_w = gradient(w)
-    np.testing.assert_array_equal(of_w[0].astype(jnp.float32), 512)
-    np.testing.assert_array_equal(of_w[1].astype(jnp.float32), 0)
+    of_w = np.asarray(gradient(w), np.float32)
+    np.testing.assert_array_equal(of_w[0], 512)
+    np.testing.assert_array_equal(of_w[1], 0)
 
 
 def test_blocks_fit_the_rows():
