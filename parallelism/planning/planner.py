@@ -5,6 +5,7 @@ estimate: the least by the peaks of arithmetic, memory and links, and what to ex
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +71,11 @@ class Build:
     cost: Cost
     attention: str
     """What computes attention, for a person to read."""
+
+    @functools.cached_property
+    def state(self) -> Any:
+        """ShapeDtypeStructs of the first state: many choices ask for them, and JAX takes 2 ms to give them."""
+        return jax.eval_shape(self.init_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,9 +187,8 @@ def _factors(number: int, count: int) -> Iterator[tuple[int, ...]]:
 
 def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report | None = None) -> Row:
     """A row, from the analytic model and, where there is one, the compiler's report."""
-    cost, generation = build.cost, accelerator.generation
+    cost, generation, state = build.cost, accelerator.generation, build.state
     devices = math.prod(choice.sizes.values())
-    state = jax.eval_shape(build.init_state)
     rules = in_parts(load_rules(choice.layout.rules), list(choice.sizes))
     parameters = held_bytes(state.params, build.axes.params, rules, choice.sizes)
     optimizer = held_bytes(state, build.axes, rules, choice.sizes) - parameters
