@@ -1,6 +1,7 @@
 """Adapters beside their base in one server: each answers by its own name as the merged model would."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from tests.parallax.serving.server import LETTERS, serving, write_run
 from tests.scripts.untrained import one_layer
 
 PROMPT = "Hello there"
+generator = functools.cache(Generator)  # compiles once for all models
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def folders(tmp_path_factory):
 def greedy(run):
     run = load_run(run)
     request = make_request(run.tokenizer, [PROMPT], max_tokens=12, temperature=0.0)
-    return run.tokenizer.decode(Generator(run.config).generate(run.params, request)[0])
+    return run.tokenizer.decode(generator(run.config).generate(run.params, request)[0])
 
 
 def test_a_base_and_its_adapters_answer_by_their_names(folders):
