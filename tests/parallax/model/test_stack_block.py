@@ -43,13 +43,15 @@ def test_adds_attention_of_the_norm_and_then_feedforward_of_the_norm():
 
 def test_is_the_identity_without_output_weights():
     block, x = example(zeroed=["'out'", "'down'"])
-    np.testing.assert_array_equal(block(x, POSITIONS)[0], x)
+    np.testing.assert_array_equal(jax.jit(lambda x: block(x, POSITIONS)[0])(x), x)
 
 
 def test_without_attention_each_token_is_alone():
     block, x = example(zeroed=["'out'"])
-    other = x.at[:, 2].set(9.0)
-    changed = np.any(block(x, POSITIONS)[0] != block(other, POSITIONS)[0], axis=(0, 2))
+    other = np.array(x)
+    other[:, 2] = 9.0
+    y, of_other = map(jax.jit(lambda x: block(x, POSITIONS)[0]), (x, other))
+    changed = np.any(np.asarray(y) != np.asarray(of_other), axis=(0, 2))
     np.testing.assert_array_equal(changed, np.arange(T) == 2)
 
 
@@ -58,7 +60,8 @@ def test_the_three_places_of_dropout_use_different_keys():
     block, x = example(dropout_rate=0.5)
     block.attention = lambda x, *_: (jnp.ones_like(x), None)
     block.mlp = lambda x, *_: (jnp.ones_like(x), {})
-    added = block(x, POSITIONS, dropout_keys_B=jax.random.split(jax.random.key(0), B))[0] - x
+    keys = jax.random.split(jax.random.key(0), B)
+    added = jax.jit(lambda x: block(x, POSITIONS, dropout_keys_B=keys)[0] - x)(x)
     np.testing.assert_allclose(np.unique(np.round(added, 4)), [0, 2, 4])  # neither, one, both; scaled by 2
 
 
@@ -70,7 +73,8 @@ def test_dropout_keeps_the_mean():
     samples = np.asarray(jax.jit(jax.vmap(lambda keys: block(x, POSITIONS, dropout_keys_B=keys)[0]))(keys))
     error = samples.std(0) / np.sqrt(len(samples))
     # Of 80 means one is beyond five standard errors in fewer than one of a thousand seeds.
-    assert np.all(np.abs(samples.mean(0) - block(x, POSITIONS)[0]) < 5 * error + 1e-6)
+    plain = jax.jit(lambda x: block(x, POSITIONS)[0])(x)
+    assert np.all(np.abs(samples.mean(0) - plain) < 5 * error + 1e-6)
 
 
 def test_compute_dtype_is_that_of_the_input():
