@@ -1,5 +1,6 @@
 """train.py from the outside: what it prints, what it leaves, what it takes from a run that it resumes."""
 
+import functools
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from parallax.training.plot import plot_loss
 from parallelism.exit_status import OUT_OF_MEMORY
 from scripts import train
-from scripts.training import choices, record
+from scripts.training import choices, overfit, record
 from scripts.training.flags import read_flags
 from tests.scripts.runs import rows
 
@@ -113,10 +114,11 @@ def test_a_folder_a_tokenizer_and_a_trace(train_small, text):
     assert list((run / "profile").rglob("*.xplane.pb"))
 
 
-def test_overfit_passes_and_fails(call):
-    overfit = ("--mode", "overfit", "--model.num-layers", "1", "--model.embed-dim", "64", "--model.mlp-dim", "64")
-    overfit += ("--batch-size", "1", "--learning-rate", "1e-2", "--schedule-steps", "100", "--warmup-steps", "1")
-    status, out, _ = call(train, *overfit, "--steps", "100")
+def test_overfit_passes_and_fails(call, monkeypatch):
+    monkeypatch.setattr(overfit, "Generator", functools.cache(overfit.Generator))  # compiles once
+    flags = ("--mode", "overfit", "--model.num-layers", "1", "--model.embed-dim", "64", "--model.mlp-dim", "64")
+    flags += ("--batch-size", "1", "--learning-rate", "1e-2", "--schedule-steps", "100", "--warmup-steps", "1")
+    status, out, _ = call(train, *flags, "--steps", "100")
     assert (status, out.splitlines()[-1]) == (0, "✅ OVERFIT TEST PASSED - Model is mathematically correct!")
-    status, out, _ = call(train, *overfit, "--steps", "1", "--output-dir", "short")
+    status, out, _ = call(train, *flags, "--steps", "1", "--output-dir", "short")
     assert (status, out.splitlines()[-1][0]) == (1, "❌")

@@ -226,7 +226,7 @@ def test_a_client_that_goes_away_in_the_middle_of_its_body(server):
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-    assert eventually(lambda: gone() == before + 1)
+    assert eventually(lambda: gone() > before)
     assert eventually(server.is_idle)  # and the server's end must show no traceback
 
 
