@@ -4,7 +4,7 @@ A ladder of --minutes, its forecast of a run with at least ten times the operati
 before that run begins, then the run. What is done is not done again, so the same command goes on after a stop. The last
 lines are those for docs/forecasting.md.
 
-Corpora: `grammar` is drawn from a source whose entropy is computed beside it; `sources` are the Python files of the
+Corpora: `grammar` is words of a lexicon, whose entropy is computed beside it; `sources` are the Python files of the
 installed packages, at least 50 MB. With --minutes 25 the ladder takes 25 minutes on the machine that designs it, about
 eight of them for its largest member, and the run ten times as many operations: about two hours in all, on an idle
 machine. To try it, --flops 1e12 --sizes 3 --lengths 3 --characters 2000000 asks for nearly the shortest runs that a
@@ -22,37 +22,58 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-SYMBOLS = "abcdefghijklmnopqrstuvwxyz .,;:\n"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+WORDS = 2**20
 CHARACTERS = 60_000_000
-SHAPE = ["--batch-size", "16", "--seq-len", "64"]
+LENGTH = 64
+SHAPE = ["--batch-size", "16", "--seq-len", str(LENGTH)]
 
 
 def grammar(path: Path, characters: int, seed: int = 0) -> float:
-    """Writes text in which two symbols decide how likely each next one is; returns its entropy in nats a symbol.
+    """Writes words of a lexicon, each drawn by itself; returns the entropy of what a row is scored on, nats a symbol.
 
-    Pairs of symbols are the states of a Markov chain. Its entropy is the mean of those of the states' distributions,
-    weighted by how often the chain is there.
+    Word k has a chance like k^-1.3. Frequent words are learned first and more of them by larger models, so that losses
+    fall as powers (Hutter 2021, arXiv:2102.04074; Michaud et al. 2023, arXiv:2303.13506).
     """
-    random, V = np.random.default_rng(seed), len(SYMBOLS)
-    next_VVV = random.dirichlet(np.full(V, 0.15), (V, V))
-    share_VV = np.full((V, V), 1 / V**2)
-    for _ in range(2000):
-        share_VV = np.einsum("ab,abc->bc", share_VV, next_VVV)
-    logs = np.log(np.where(next_VVV > 0, next_VVV, 1))
-    entropy = float(-np.sum(share_VV[:, :, None] * next_VVV * logs))
-    sums = np.cumsum(next_VVV, axis=2)
-    chains = 1000  # drawn side by side, each from two symbols on; where they meet the text does not follow the rule
-    length = characters // chains
-    drawn = np.empty((chains, length), np.uint8)
-    first, second = np.zeros(chains, int), random.integers(V, size=chains)
-    for position in range(length):
-        chance = random.random(chains)
-        third = np.minimum(np.sum(sums[first, second] < chance[:, None], axis=1), V - 1)
-        drawn[:, position] = third
-        first, second = second, third
-    letters = np.frombuffer(SYMBOLS.encode(), np.uint8)
-    path.write_bytes(letters[drawn].tobytes())
-    return entropy
+    random = np.random.default_rng(seed)
+    drawn = random.choice(list(LETTERS), (2 * WORDS, 8))
+    lengths = random.integers(3, 9, len(drawn))
+    words = list(dict.fromkeys("".join(letters[:length]) for letters, length in zip(drawn, lengths, strict=True)))[
+        :WORDS
+    ]
+    chances = np.arange(1, len(words) + 1) ** -1.3
+    chances /= chances.sum()
+    numbers = np.searchsorted(np.cumsum(chances), random.random(characters // 5))
+    text = " ".join([words[min(number, len(words) - 1)] for number in numbers.tolist()])[:characters]
+    path.write_text(text)
+    starts = random.integers(len(text) - LENGTH, size=20_000)
+    return _entropy(
+        [text[start : start + LENGTH + 1] for start in starts.tolist()], dict(zip(words, chances, strict=True))
+    )
+
+
+def _entropy(rows: list[str], chances: dict[str, float]) -> float:
+    """The mean -log of what follows the first symbol of each row, a symbol, from the chances of words.
+
+    A row begins anywhere: with the end of a word, then come words, then the beginning of one.
+    """
+    parts = [row.split(" ") for row in rows]
+    ends, begins = dict.fromkeys((each[0] for each in parts), 0.0), dict.fromkeys((each[-1] for each in parts), 0.0)
+    firsts = dict.fromkeys(LETTERS, 0.0)
+    for word, chance in chances.items():
+        for cut in range(len(word) + 1):
+            if word[cut:] in ends:
+                ends[word[cut:]] += chance
+            if word[:cut] in begins:
+                begins[word[:cut]] += chance
+        for letter in word:
+            firsts[letter] += chance
+    logs = [
+        np.log(ends[end]) + sum(np.log(chances[word]) for word in words) + np.log(begins[begin])
+        - np.log(firsts[end[0]] if end else 1.0)
+        for end, *words, begin in parts
+    ]  # fmt: skip
+    return float(-np.mean(logs) / (len(rows[0]) - 1))
 
 
 def sources(path: Path, characters: int) -> None:
