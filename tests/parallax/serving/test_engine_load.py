@@ -13,7 +13,7 @@ import pytest
 
 from tests.parallax.serving.server import eventually
 
-CLIENTS = 100
+CLIENTS = 200
 STREAM = {"stream": True}
 
 
