@@ -26,6 +26,8 @@ TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (".array_record", ".arrayrecord")
 NAMED = 10
 """Files at most that one message names."""
+DATA_SETS = {"tiny_shakespeare": load_tiny_shakespeare}
+"""What a name is enough for: the text and its title, from the folder of --data-dir or from where it is published."""
 OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way."
 
 
@@ -89,9 +91,9 @@ def load_corpus(
     Raises:
         ValueError: one line with the rule, the value and a remedy.
     """
-    if name_or_path == "tiny_shakespeare":
-        text, title = load_tiny_shakespeare(data_dir, notify)
-        corpus = Corpus("tiny_shakespeare", title, (text,))
+    if name_or_path in DATA_SETS:
+        text, title = DATA_SETS[name_or_path](data_dir, notify)
+        corpus = Corpus(name_or_path, title, (text,))
     else:
         corpus = _load(name_or_path)
         notify(f"dataset {corpus.edition}")
@@ -107,7 +109,7 @@ def _load(name: str) -> Corpus:
     if stores is not None or is_remote(name):
         return _of_stores(stores or open_stores(name))
     if not os.path.exists(path):  # that of pathlib raises for a name that is too long
-        rule = f"dataset {name!r} must be tiny_shakespeare or a path that exists"
+        rule = f"dataset {name!r} must be {', '.join(DATA_SETS)} or a path that exists"
         raise ValueError(f"{rule}; check the spelling")
     return _load_folder(path) if path.is_dir() else _load_file(path)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from parallax.training.metrics import METRICS_FILE, read_metrics
+from parallax.training.metric_writers import METRICS_FILE, read_metrics
 
 PREDICTION_FILE = "prediction.json"
 

@@ -32,7 +32,7 @@ from parallax.serving.errors import CLIENT_GONE, Refusal, json_response, say_ref
 from parallax.serving.openapi import describe_server
 from parallax.serving.request import Ask, CompletionForm, model_of, unknown_model
 from parallax.tokenizers.chat import Chat
-from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
+from parallax.training.metric_writers import METRICS_FILE, SAMPLES_FILE
 
 FOLDER = Path(__file__).resolve().parent / "page"
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from parallax.prediction import Prediction, read_prediction
-from parallax.training.metrics import METRICS_FILE, Row, read_metrics
+from parallax.training.metric_writers import METRICS_FILE, Row, read_metrics
 
 LOSS_PLOT = "loss.png"
 _SMOOTHING = 0.04

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from parallax.training.metrics import METRICS_FILE, read_metrics
+from parallax.training.metric_writers import METRICS_FILE, read_metrics
 from scripts.benchmarks.report import begin, show, write_report
 from scripts.benchmarks.rounds import TREE, environment, progress
 from scripts.common.command_line import parse

@@ -12,7 +12,7 @@ from typing import Any
 
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig, config_from_dict, config_to_dict
 from parallax.storage import write_json
-from parallax.training.metrics import METRICS_FILE, read_metrics
+from parallax.training.metric_writers import METRICS_FILE, read_metrics
 from scripts.forecasting.law import Point
 from scripts.training.summary import SUMMARY_FILE
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.corpus import is_plain
+from data.corpus import DATA_SETS, is_plain
 from data.preparing.preparation import Preparation, Settings
 from data.preparing.sources import Source, documents_in, find_sources, format_of, is_records, spelled
 from data.preparing.tokenizing import sample_texts
@@ -106,7 +106,7 @@ def _name_of(tokenizer: str) -> str:
 
 def _sources(dataset: str, notify: Callable[[str], None]) -> list[Source]:
     """The files of documents that the data set names, by their full paths; none where it is read in another way."""
-    if is_remote(dataset) or dataset == "tiny_shakespeare":
+    if is_remote(dataset) or dataset in DATA_SETS:
         return []
     path = Path(os.path.abspath(os.path.expanduser(dataset)))
     if os.path.isfile(path):  # that of pathlib raises for a name that is too long

@@ -24,7 +24,7 @@ from etils import epath
 
 from parallax.prediction import PREDICTION_FILE, read_prediction
 from parallax.storage import is_remote, open_folder, reason_of
-from parallax.training.metrics import METRICS_FILE, SAMPLES_FILE
+from parallax.training.metric_writers import METRICS_FILE, SAMPLES_FILE
 from scripts.training.lease import LEASE_FILE, Lease, Owner
 from scripts.training.summary import SUMMARY_FILE
 from scripts.training.weights_and_biases import FILE as WANDB_FILE

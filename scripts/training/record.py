@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parallax.prediction import expected_at, judge
 from parallax.training.loop import Row
-from parallax.training.metrics import MetricsWriter
+from parallax.training.metric_writers import MetricsWriter
 from parallax.training.plot import plot_loss
 from scripts.training.job import say
 

@@ -13,7 +13,7 @@ from typing import Any
 from parallax.prediction import judge
 from parallax.storage import write_json
 from parallax.training.loop import Stopwatch
-from parallax.training.metrics import METRICS_FILE
+from parallax.training.metric_writers import METRICS_FILE
 
 SUMMARY_FILE = "summary.json"
 

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 
-from parallax.training.metrics import SAMPLES_FILE
+from parallax.training.metric_writers import SAMPLES_FILE
 from tests.parallax.serving.browser import visiting
 from tests.parallax.serving.server import LETTERS, eventually, serving
 

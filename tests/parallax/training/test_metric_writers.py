@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.training.metrics import TIMING_FIELDS, MetricsWriter, read_metrics
+from parallax.training.metric_writers import TIMING_FIELDS, MetricsWriter, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
@@ -160,7 +160,7 @@ def test_tensorboard_reads_the_events_without_tensorflow_and_torch(tmp_path):
         assert read[name] == {step: pytest.approx(values(step)[name], rel=1e-6) for step in range(1, 9)}
     script = """
 import sys
-from parallax.training.metrics import MetricsWriter
+from parallax.training.metric_writers import MetricsWriter
 writer = MetricsWriter(sys.argv[1], resume_step=8)
 writer.write(9, {"loss": 1.0})
 writer.close()
