@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout runs, installed or not
 
 from scripts.common.command_line import errors_in_one_line, parse
-from scripts.common.late_imports import late_imports
+from scripts.common.quick_imports import quick_imports
 from scripts.generation.flags import DESCRIPTION, Flags, check
 
 
@@ -19,7 +19,7 @@ def main() -> int:
         flags = parse(Flags, description=DESCRIPTION)
         check(flags)
         # Late, since these load JAX: help and bad flags answer at once.
-        with late_imports():
+        with quick_imports():
             from parallax.run_folder import load_run
             from scripts.common.jax_process import expect_no_gpu, keep_compiled_programs
             from scripts.generation.prompt_loop import Talk, chat_of, converse

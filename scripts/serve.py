@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout ru
 
 from parallax.serving.access import listen
 from scripts.common.command_line import errors_in_one_line, parse, tell
-from scripts.common.late_imports import late_imports
+from scripts.common.quick_imports import quick_imports
 from scripts.serving.flags import DESCRIPTION, KEY_VARIABLE, Flags, check
 
 
@@ -23,7 +23,7 @@ def main() -> int:
         check(flags, key)
         listener = listen(flags.host, flags.port, key)
         # Late, since it loads JAX: help and bad flags answer at once.
-        with late_imports():
+        with quick_imports():
             from parallax.serving.process import serve
             from scripts.common.jax_process import expect_no_gpu, keep_compiled_programs
 

@@ -3,14 +3,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.common.late_imports import late_imports
+from scripts.common.quick_imports import quick_imports
 
 ROOT = Path(__file__).resolve().parents[3]
 FIRST = """
 import gc
-from scripts.common.late_imports import late_imports
+from scripts.common.quick_imports import quick_imports
 try:
-    with late_imports():
+    with quick_imports():
         assert not gc.isenabled()
         import no_such_module
 except ImportError:
@@ -25,6 +25,6 @@ def test_what_was_imported_is_looked_through_no_more():
 
 def test_a_process_that_has_jax_is_left_as_it_is():
     frozen = gc.get_freeze_count()
-    with late_imports():
+    with quick_imports():
         assert gc.isenabled()
     assert gc.get_freeze_count() == frozen

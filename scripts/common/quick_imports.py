@@ -1,4 +1,4 @@
-"""JAX imported late by a command: help and bad flags answer before it.
+"""What a command imports, JAX first of all, without a garbage collector that looks through it.
 
 Invariant: a process that has JAX already, as where tests call a script, is left as it is.
 """
@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def late_imports() -> Iterator[None]:
+def quick_imports() -> Iterator[None]:
     """Imports within it are not looked through for garbage, then or later, since what they make stays.
 
-    That saves 0.6 s of the 3.8 s in which a small model is served: while it is imported and while it is traced.
+    That saves train.py 0.3 s and serve.py, of a small model, 0.6 of 3.8 s: while they import and while JAX traces.
     """
     if "jax" in sys.modules:
         yield
