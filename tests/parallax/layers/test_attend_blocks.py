@@ -71,14 +71,14 @@ def test_no_token_sees_the_future():
 @pytest.mark.parametrize("remat", ["full", "dots"])
 def test_memory_is_far_below_that_of_all_scores(remat):
     """Under rematerialisation too, which would keep the masks of all parts where they follow from no argument."""
-    T, H = 4096, 2
+    T, H = 8192, 2
     q, k, v, w = arrays(T, H=H, G=H, B=1)
     value = jax.checkpoint(
         lambda q, k, v: jnp.sum(attend_by_blocks(q, k, v, None, 0) * w), policy=REMAT_POLICIES[remat]
     )
     analysis = jax.jit(jax.grad(value, (0, 1, 2))).lower(q, k, v).compile().memory_analysis()
     assert analysis is not None
-    assert analysis.temp_size_in_bytes < 4 * H * T * T / 4, "masks of all pairs would be an eighth of the scores"
+    assert analysis.temp_size_in_bytes < T * T, "an eighth of the scores, which masks of all pairs would take"
 
 
 def test_a_part_of_a_sequence_is_refused():
