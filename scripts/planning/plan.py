@@ -181,11 +181,10 @@ class Plan:
         powers = range(1 if flags.batch_size == MAX else batch_size.bit_length())
         for microbatches in (2**power for power in powers):
             build = self._build_of("none", microbatches, "xla", batch_size, seq_len)
-            shapes = jax.eval_shape(build.init_state)
             layout = Layout(
                 strategy="mesh", rules=flags.rules, accumulate=microbatches, batch_size=batch_size, seq_len=seq_len
             )
-            fits = functools.partial(is_legal, rules=rules, shapes=shapes, state_axes=build.axes, layout=layout)
+            fits = functools.partial(is_legal, rules=rules, shapes=build.state, state_axes=build.axes, layout=layout)
             laid = [
                 (dataclasses.replace(layout, mesh=mesh_text(sizes, self._slice)), sizes)
                 for sizes in legal_meshes(devices, fits, self._slice.slices)

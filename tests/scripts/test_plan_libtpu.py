@@ -171,7 +171,7 @@ def test_few_mebibytes_are_estimated_too_and_tiles_and_recomputed_operations(mes
     row = compiled_row(flags, choice, "xla", tmp_path)
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.15)
     build, rules = make_build(flags, remat, microbatches, "xla"), load_rules(choice.layout.rules)
-    state = held_bytes(jax.eval_shape(build.init_state), build.axes, rules, choice.sizes, tiled_size)
+    state = held_bytes(build.state, build.axes, rules, choice.sizes, tiled_size)
     batch = sum(ids.size * ids.dtype.itemsize for ids in jax.tree.leaves(build.batch)) // 2
     assert state + batch == pytest.approx(row.report.state_bytes, rel=0.01)
     assert row.report.flops == pytest.approx(build.cost.product_flops(choice.sizes) / 8, rel=0.01)
@@ -199,7 +199,7 @@ def test_bytes_of_parameters_and_optimizer_are_those_of_the_arrays(mesh, sizes):
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(strategy.abstract())
     )
-    assert held_bytes(jax.eval_shape(build.init_state), build.axes, load_rules(choice.layout.rules), sizes) == held
+    assert held_bytes(build.state, build.axes, load_rules(choice.layout.rules), sizes) == held
 
 
 def test_both_uses_of_a_tied_table_send_one_gradient_in_bfloat16():
