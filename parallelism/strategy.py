@@ -18,7 +18,7 @@ from parallelism.rows import Batch
 State: TypeAlias = Any
 """A dataclass of arrays, with the parameters in its field `params`."""
 Part: TypeAlias = Callable[[State], Any]
-"""Of a state of anything, arrays or their shardings."""
+"""What is taken of a state, whether of arrays or of their shardings."""
 
 
 def everything(state: State) -> State:
