@@ -45,7 +45,7 @@ TASKS = {
         "output_type": "generate_until",
         "doc_to_text": "{{text}}",
         "doc_to_target": "{{text}}",
-        "generation_kwargs": {"until": ["E", "\n"], "max_gen_toks": 20, "do_sample": False},
+        "generation_kwargs": {"until": ["E", "\n"], "max_gen_toks": 20, "do_sample": False, "repetition_penalty": 1.3},
         "metric_list": [{"metric": "exact_match"}],
     },
 }
