@@ -85,7 +85,7 @@ def test_tokens_equal_full_recomputation_under_every_setting(variant, max_seq_le
     assert len({tuple(tokens) for tokens in expected}) == len(SETTINGS)
 
 
-@pytest.mark.parametrize(("variant", "chunk"), [("grouped", 1), ("grouped", 5)])
+@pytest.mark.parametrize(("variant", "chunk"), [("grouped", 1), ("window", 5)])
 def test_a_stream_is_the_whole(variant, chunk):
     _, params, generator = model(variant)
     eos_id = int(generator.generate(params, request())[2][9])  # some rows end early
