@@ -1,5 +1,6 @@
 """The promise of the whole: one curve, one gradient and one state, whatever the strategy and the model."""
 
+import dataclasses
 import functools
 import re
 
@@ -84,6 +85,19 @@ def test_a_state_moves_between_layouts_to_the_bit(make_tiny, optimizer, layouts)
             adopted = target.adopt(restored)
             assert jax.tree.structure(adopted) == jax.tree.structure(target.init())
             assert params_sha256(target.canonical(adopted)) == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1::3], ids=str)
+def test_a_part_of_a_first_state_is_what_the_whole_has_there(tiny, layout):
+    """All but parameters, as a run takes it that begins with those of another."""
+    strategy = tiny.strategy(*layout)
+
+    def part(state):
+        return dataclasses.replace(state, params={})
+
+    own = strategy.canonical(strategy.init(part))
+    jax.tree.map(np.testing.assert_array_equal, own, part(strategy.canonical(strategy.init())))
+    jax.tree.map(assert_placed, own, part(strategy.abstract()))
 
 
 def assert_placed(leaf, shape):
