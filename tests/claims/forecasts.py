@@ -38,21 +38,19 @@ def grammar(path: Path, characters: int, seed: int = 0) -> float:
     random = np.random.default_rng(seed)
     drawn = random.choice(list(LETTERS), (2 * WORDS, 8))
     lengths = random.integers(3, 9, len(drawn))
-    words = list(dict.fromkeys("".join(letters[:length]) for letters, length in zip(drawn, lengths, strict=True)))[
-        :WORDS
-    ]
+    spelled = ("".join(letters[:length]) for letters, length in zip(drawn, lengths, strict=True))
+    words = list(dict.fromkeys(spelled))[:WORDS]
     chances = np.arange(1, len(words) + 1) ** -1.3
     chances /= chances.sum()
     numbers = np.searchsorted(np.cumsum(chances), random.random(characters // 5))
     text = " ".join([words[min(number, len(words) - 1)] for number in numbers.tolist()])[:characters]
     path.write_text(text)
     starts = random.integers(len(text) - LENGTH, size=20_000)
-    return _entropy(
-        [text[start : start + LENGTH + 1] for start in starts.tolist()], dict(zip(words, chances, strict=True))
-    )
+    rows = [text[start : start + LENGTH + 1] for start in starts.tolist()]
+    return entropy_of(rows, dict(zip(words, chances, strict=True)))
 
 
-def _entropy(rows: list[str], chances: dict[str, float]) -> float:
+def entropy_of(rows: list[str], chances: dict[str, float]) -> float:
     """The mean -log of what follows the first symbol of each row, a symbol, from the chances of words.
 
     A row begins anywhere: with the end of a word, then come words, then the beginning of one.

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from tests.claims.forecasts import _entropy
+from tests.claims.forecasts import entropy_of
 
 WORDS = {"ab": 0.5, "a": 0.2, "bab": 0.2, "b": 0.1}
 SYMBOLS = 8
@@ -30,4 +30,4 @@ def test_the_entropy_of_rows_is_that_of_all_texts_they_are_cut_from():
             lengthen(f"{word} ", begin, chance / symbols)
     assert sum(chances.values()) == pytest.approx(1)
     for row, chance in chances.items():
-        assert _entropy([row], WORDS) == pytest.approx(-np.log(chance / firsts[row[0]]) / (SYMBOLS - 1))
+        assert entropy_of([row], WORDS) == pytest.approx(-np.log(chance / firsts[row[0]]) / (SYMBOLS - 1))
