@@ -10,10 +10,8 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from tyro import _docstrings, _unsafe_cache
 
 from parallelism import reduction
 from parallelism.pmap import Pmap
@@ -45,15 +43,11 @@ def shared_programs():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def flags_are_read_quickly():
+def sources_are_read_once():
     """For each command line tyro looks for the comments of flags in their classes, whose files Python parses for that:
-    half of the time of a command line that is refused. And under pytest it computes a tenth of what it has cached
-    again, to compare it."""
-    tokens = _docstrings._ClassTokenization
+    half of the time of a command line that is refused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        patch.setattr(tokens, "make", staticmethod(functools.cache(tokens.make)))
-        patch.setattr(_unsafe_cache, "sys", SimpleNamespace(modules={}))
         yield
 
 
