@@ -27,7 +27,7 @@ RECORD_SUFFIXES = (".array_record", ".arrayrecord")
 NAMED = 10
 """Files at most that one message names."""
 DATA_SETS = {"tiny_shakespeare": load_tiny_shakespeare}
-"""What a name is enough for: the text and its title, from the folder of --data-dir or from where it is published."""
+"""Data sets given by name: each loads its text and title, from `data_dir` or from where it is published."""
 OVERFIT_SENTENCE = "All happy families are alike; each is unhappy in its own way."
 
 

@@ -105,6 +105,7 @@ def hashing_handler() -> Any:
             return [*futures, CommitFutureAwaitingContractedSignals(_leave_hashes(infos, held), name="sha256")]
 
     # Replicas share the writing of an array, each a part, but not where to cut the part takes longer than to write it.
+    # Orbax bounds the part and not the array, so one of many replicas writes an array of some hundred MiB alone.
     return Hashing(array_metadata_store=Store(), min_slice_bytes_for_replica_parallel=PIECE_BYTES)
 
 
