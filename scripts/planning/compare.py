@@ -20,7 +20,7 @@ from parallelism.planning.hardware import Machine, machine
 from parallelism.planning.planner import Row, name_of
 from scripts.planning.flags import Flags
 from scripts.planning.plan import Plan
-from scripts.planning.report import bill, commands, row_to_json, sought
+from scripts.planning.report import bill, commands, plan_file, refused_in_one_line, row_to_json, sought
 
 
 class Best(NamedTuple):
@@ -40,6 +40,7 @@ def compare(flags: Flags) -> int:
     console = Console(stderr=True)
     for name in flags.compared:
         check_compiler(machine(name))
+    path = plan_file(flags, f"compare-{flags.name}-{flags.batch_size}x{flags.seq_len}.json")
     found = []
     for name in flags.compared:
         asked, sliced = dataclasses.replace(flags, topology=name), machine(name)
@@ -48,13 +49,10 @@ def compare(flags: Flags) -> int:
         found.append(Best(sliced, row, *(bill(row, sliced, asked) if row else (None, None))))
     found.sort(key=lambda best: (best.hours is None, best.hours))
     Console(width=None if sys.stdout.isatty() else 200).print(comparison(found, flags))
-    path = Path(flags.output or f"plans/compare-{flags.name}-{flags.batch_size}x{flags.seq_len}.json")
-    try:
+    with refused_in_one_line(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([_to_json(best, flags) for best in found], indent=1) + "\n")
         plot(found, flags, path.with_suffix(".png"))
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
     console.print(f"The comparison is also in {path}, drawn in {path.with_suffix('.png')}.", highlight=False)
     for best in found:
         if best.row:

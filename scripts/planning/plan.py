@@ -41,7 +41,7 @@ from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
 from scripts.planning.maxtext import MaxText
 from scripts.planning.report import commands as commands_of
-from scripts.planning.report import describe, plan_table, plan_to_json
+from scripts.planning.report import describe, plan_file, plan_table, plan_to_json, refused_in_one_line
 from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized, size_of
 from scripts.training.choices import choose_attention
 from scripts.training.flags import check_length
@@ -66,8 +66,10 @@ class Plan:
     def run(self) -> int:
         """Shows the plan. The exit status: 0 where something fits, else 1."""
         console, own = Console(stderr=True), self._own_layout()
+        flags = self._flags
+        path = plan_file(flags, f"{flags.topology}-{flags.name}-{flags.batch_size}x{flags.seq_len}.json")
         rows, ranked = self.rows(console)
-        status = self._show(console, rows, ranked)
+        status = self._show(console, path, rows, ranked)
         if own and self._maxtext:
             print("\n".join([f"MaxText's own layout: {describe(own, self._slice)}", *self._maxtext.notes]))
         return status
@@ -215,17 +217,13 @@ class Plan:
     def _row(self, choice: Choice, report: Any = None) -> Row:
         return estimate(choice, self._build(choice), self._slice, report)
 
-    def _show(self, console: Console, rows: list[Row], ranked: int) -> int:
+    def _show(self, console: Console, path: Path, rows: list[Row], ranked: int) -> int:
         flags, sliced = self._flags, self._slice
         fitting = [row for row in rows if row.report and row.fits(sliced.device_memory)]
         Console(width=None if sys.stdout.isatty() else 200).print(plan_table(rows, sliced, flags, ranked))
-        name = f"{flags.topology}-{flags.name}-{flags.batch_size}x{flags.seq_len}.json"
-        path = Path(flags.output or Path("plans") / name)
-        try:
+        with refused_in_one_line(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan_to_json(rows, sliced, flags), indent=1) + "\n")
-        except OSError as error:
-            raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
         console.print(f"The plan is also in {path}.", highlight=False)
         vocabulary = f"Planned for a vocabulary of {flags.model.vocab_size:,}; train.py takes its tokenizer's."
         console.print(vocabulary, highlight=False)

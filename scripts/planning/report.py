@@ -3,9 +3,14 @@
 Invariant: a number says whether the compiler or the analytic model gave it.
 """
 
+import contextlib
 import dataclasses
+import errno
+import os
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -25,6 +30,28 @@ NUMBERS = ("HBM", "state", "temporary", "TFLOP", "GB sent", "compute", "memory",
 EXPECTED = ("expected", "tokens/s", "MFU")
 LACKING = 4
 """Rows beside these of layouts that do not fit, of which those that lack the least."""
+
+
+def plan_file(asked: Flags, name: str) -> Path:
+    """Where the plan goes: --output, or a file of this name in plans.
+
+    Raises ValueError if it cannot be written, which is better known before minutes go to compiling.
+    """
+    path = Path(asked.output or Path("plans") / name)
+    with refused_in_one_line(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())).close()
+    return path
+
+
+@contextlib.contextmanager
+def refused_in_one_line(path: Path) -> Iterator[None]:
+    """Raises ValueError where the block cannot write the plan."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
 
 
 def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) -> Table:

@@ -61,6 +61,8 @@ seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --compare v4-8,v4-8 --tokens 1e9 | must name machines, each once
 --compare v4-8,h100-8 --topology v4-8 --tokens 1e9 | --topology v4-8 does not go with --compare | leave one out
 --compare v4-8,h100-8 --tokens 1e9 --output a.png | --output a.png is what --compare names its drawing | a.json
+--topology v4-8 --output . | --output . cannot be written: Is a directory | choose another
+--topology v4-8 --output /dev/null/plan.json | /dev/null/plan.json cannot be written: Not a directory | choose another
 --model.num-kv-heads 3 | num_kv_heads=3 | try 2
 --config tiny | libtpu | not installed | pip install -e ".[plan]"
 """
