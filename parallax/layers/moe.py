@@ -48,7 +48,8 @@ class Experts(nnx.Module):
             self.router_bias = vector(rngs.params(), (E,), (None,))
             self.gate_bias = vector(rngs.params(), (E, F), ("experts", "mlp"))
             self.up_bias = vector(rngs.params(), (E, F), ("experts", "mlp"))
-            self.down_bias = vector(rngs.params(), (E, D), ("experts", "embed"), multiplier=multiplier)
+            # Whole on the devices that share experts, since it is added outside of what each computes for its own.
+            self.down_bias = vector(rngs.params(), (E, D), (None, "embed"), multiplier=multiplier)
         if experts.balance_bias_rate:
             self.balance_bias = vector(rngs.params(), (E,), (None,), learned=False)
         if experts.shared_mlp_dim:

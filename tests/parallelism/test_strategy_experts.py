@@ -10,11 +10,12 @@ from parallax.config import ExpertsConfig
 from parallax.training.state import params_sha256
 
 EXPERTS = ExpertsConfig(
-    num_experts=4, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
-)
+    num_experts=4, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid",
+    bias=True,
+)  # fmt: skip
 LAYOUTS = {
     "pmap, unrolled": ("pmap", "", 2, {"layer_loop": "unroll"}),
-    "fsdp": ("mesh", "data=2,fsdp=4", 1, {}),
+    "expert and fsdp": ("mesh", "expert=2,fsdp=4", 1, {}),
     "expert and others": ("mesh", "expert=2,sequence=2,tensor=2", 2, {"remat": "full"}),
 }
 """One device alone has the bits of a mesh in test_reduction_exact.py."""
@@ -51,7 +52,7 @@ def trained(compiled):
     return run
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "expert and others"])
+@pytest.mark.parametrize("layout", ["expert and fsdp", "expert and others"])
 def test_losses_and_reports_are_the_same_on_every_layout(trained, layout):
     rows, params = trained(layout)
     expected, biases = trained("pmap, unrolled")
@@ -76,7 +77,7 @@ def test_what_is_not_learned_has_no_moments(make_tiny):
 
 
 def test_a_bad_step_leaves_the_bias(compiled):
-    tiny, strategy, take = compiled("fsdp")
+    tiny, strategy, take = compiled("expert and fsdp")
     state, batch = strategy.init(), tiny.batch(0)
     before = params_sha256(state.params)
     batch["targets"][0, 0] = 99  # no id: its loss is NaN
