@@ -99,7 +99,7 @@ class Experts(nnx.Module):
             return y_nD.reshape(*arrays[0].shape[:2], 1, -1)
 
         names = (rows, rows, rows, into, into, out, *[("experts", "act_mlp") for _ in biases])
-        # JAX cannot see into the kernel that adds up the gradients of experts on a TPU.
+        # JAX cannot see into the kernels of experts.
         run = local(on_device, names, (*rows[:2], "act_mlp", None), checked=False)
         # One partial sum from each device that shares the hidden units.
         return jnp.sum(run(x_BTD, ids_BTk, gates_BTk, *weights, *biases), axis=2)

@@ -200,7 +200,7 @@ def estimate(choice: Choice, build: Build, accelerator: Machine, report: Report 
     flops, sent = cost.product_flops(choice.sizes) / devices, cost.sent(choice.sizes)
     experts = cost.expert_flops() / devices
     if report is not None and report.fits:
-        # Those inside experts are in kernels on TPUs, into which the compiler does not see.
+        # Those inside experts are in kernels on TPUs and GPUs, into which the compiler does not see.
         in_kernels = experts if report.flops < flops - experts / 2 else 0.0
         flops, sent = report.flops + in_kernels, report.traffic
         temporary = report.temporary_bytes

@@ -1,5 +1,6 @@
 """plan.py with XLA's compiler for GPUs: what it plans compiles, has the estimated size, and is rehearsed here."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -8,6 +9,7 @@ import jax
 import pytest
 
 from parallax.config import PRESETS
+from parallax.model.cost import StepCost
 from parallelism.mesh_shape import parse_mesh
 from parallelism.planning.compiler import topology_devices
 from parallelism.planning.gpus import cards, gpus
@@ -112,6 +114,25 @@ def test_the_memory_of_a_large_step_is_estimated_within_a_tenth(mesh, remat, tmp
     sizes = {"config": "llama-1b", "batch_size": 64, "seq_len": 2048}
     row = compiled_row("h100-8", mesh, **sizes, remat=remat, cache=tmp_path)
     assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")  # by jax 0.12
+@pytest.mark.parametrize(
+    ("topology", "mesh", "config", "seq_len"),
+    [
+        ("h100-64", "fsdp=16,expert=4", "mixtral-8x7b", 4096),
+        ("h100-64", "fsdp=8,expert=8", "qwen3-30b-a3b", 4096),
+        ("l4-1", "", "nano-moe", 256),
+    ],
+)
+def test_experts_are_computed_in_kernels(topology, mesh, config, seq_len, tmp_path):
+    """By the compiler itself each would be multiplied by all rows of a device, up to 60 times what is needed."""
+    row = compiled_row(topology, mesh, config=config, seq_len=seq_len, cache=tmp_path)
+    model = dataclasses.replace(PRESETS[config], remat="full", attention="cudnn")
+    cost, devices = StepCost(model, batch_size=64, seq_len=seq_len), gpus(topology).devices
+    of_experts = cost.expert_flops() / devices
+    assert row.report.flops == pytest.approx(cost.product_flops(row.choice.sizes) / devices - of_experts, rel=0.03)
+    assert row.flops == row.report.flops + of_experts + cost.kernel_flops() / devices
 
 
 def test_what_is_too_large_for_the_card_is_compiled_and_said_not_to_fit(folder):

@@ -79,11 +79,59 @@ def test_the_kernel_of_a_tpu_adds_up_each_groups_rows(sizes, n):
     """Interpreted, with rows, D and F that fill no tile."""
     x, _, sizes = example(sizes, n, np.float32)
     g = jnp.cos(jnp.arange(n * F, dtype=jnp.float32)).reshape(n, F)
-    found = grouped._rows_by_rows_in_kernel(x, g, sizes, interpret=True)
+    found = grouped.rows_by_rows_in_megablox(x, g, sizes, interpret=True)
     ends = np.cumsum(sizes)
     groups = [slice(end - size, end) for end, size in zip(ends, np.asarray(sizes), strict=True)]
     wanted = [np.asarray(x, np.float64)[group].T @ np.asarray(g, np.float64)[group] for group in groups]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module", params=[("float32", 21, 37), ("bfloat16", 21, 37), ("bfloat16", 64, 48)])
+def on_gpu(request):
+    """The kernels of a GPU, interpreted with small tiles: the value, the gradient by rows of two stacks, by weights.
+
+    D and F are whole tiles or not. All loads share their programs.
+    """
+    dtype, depth, width = request.param
+    n, E = 200, 4
+    rng = np.random.default_rng(0)
+    shapes = {"x": (n, depth), "g": (n, width), "v": (E, depth, width), "w": (E, depth, width)}
+    given = {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+
+    @jax.jit
+    def run(sizes, x, g, v, w):
+        return (
+            grouped.rows_by_weights_in_triton((x,), (w,), sizes, interpret=True),
+            grouped.rows_by_weights_in_triton((g, x @ w[0]), (v, w), sizes, transposed=True, interpret=True),
+            grouped.rows_by_rows_in_triton(x, g, sizes, interpret=True),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "TILE", 16)
+        patch.setattr(grouped, "DEPTH", 64)
+        yield given, lambda sizes, **other: run(jnp.asarray(sizes, jnp.int32), **given | other)
+
+
+@pytest.mark.parametrize("sizes", [(90, 0, 103, 7), (0, 200, 0, 0), (3, 0, 2, 130), (48, 64, 16, 0), (0, 0, 0, 0)])
+def test_the_kernels_of_a_gpu(on_gpu, sizes):
+    given, run = on_gpu
+    total = sum(sizes)
+    # Rows of no group may be anything at all.
+    x, g = (given[name].at[total:].set(jnp.nan) for name in ("x", "g"))
+    value, of_x, of_w = run(sizes, x=x, g=g)
+    assert {each.dtype for each in (value, of_x, of_w)} == {x.dtype}
+    x, g, v, w = (np.asarray(given[name], np.float64) for name in "xgvw")
+    other = np.asarray(given["x"] @ given["w"][0], np.float64)
+    wanted = np.zeros_like(w)
+    for number, end in enumerate(np.cumsum(sizes)):
+        rows = slice(end - sizes[number], end)
+        wanted[number] = x[rows].T @ g[rows]
+    # Sums are float32's, of up to 200 addends; what is given is rounded once.
+    close = {"rtol": 2**-8 if value.dtype == jnp.bfloat16 else 1e-5, "atol": 1e-4}
+    np.testing.assert_allclose(np.asarray(value, np.float64), expected(x, w, sizes), **close)
+    both = sum(expected(rows, np.swapaxes(each, 1, 2), sizes) for rows, each in ((g, v), (other, w)))
+    np.testing.assert_allclose(np.asarray(of_x, np.float64), both, **close)
+    np.testing.assert_allclose(np.asarray(of_w, np.float64), wanted, **close)
 
 
 def test_gradient_of_weights_is_summed_in_float32():
