@@ -74,6 +74,8 @@ class Placement(Protocol):
 
     def group(self, name: str) -> tuple[str, ...]: ...
 
+    def alike(self, fn: Callable) -> Callable: ...
+
     @property
     def ragged(self) -> bool: ...
 
@@ -138,6 +140,19 @@ def group(name: str) -> tuple[str, ...]:
     check_names((name,))
     placement = _placement.get()
     return () if placement is None else placement.group(name)
+
+
+def alike(fn: Callable) -> Callable:
+    """`fn` of whole arrays on every device where a strategy promises the same bits on all layouts; else `fn` itself.
+
+    For what sums over dims that layouts split, as the matmuls of an optimizer do. Arguments and results are trees.
+    """
+
+    def call(*arguments: Any) -> Any:
+        placement = _placement.get()
+        return (fn if placement is None else placement.alike(fn))(*arguments)
+
+    return call
 
 
 def sends_ragged() -> bool:

@@ -46,6 +46,9 @@ class ShardPlacement:
     def group(self, name: str) -> tuple[str, ...]:
         return tuple(split_by(name, self._rules, self._mesh_shape))
 
+    def alike(self, fn: Callable) -> Callable:
+        return fn
+
 
 class OnShards:
     """Bound inside `local` of a mesh: arrays are what a device holds, and nothing in them is to be placed.
@@ -68,6 +71,9 @@ class OnShards:
 
     def group(self, name: str) -> tuple[str, ...]:
         return self._split.get(name, ())
+
+    def alike(self, fn: Callable) -> Callable:
+        return fn
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -42,12 +42,13 @@ class MeshPlacement:
 
     Args:
       mapped: axes of the mesh over which a `shard_map` is under way: the rules hold for what is left.
+      exact: whether the same bits are promised on all layouts.
     """
 
-    def __init__(self, mesh: Mesh, rules: Rules, mapped: Sequence[str] = ()):
+    def __init__(self, mesh: Mesh, rules: Rules, mapped: Sequence[str] = (), exact: bool = False):
         self.rules = in_parts(check_rules(rules), mesh.axis_names)
         self.ragged = mesh.devices.flat[0].device_kind in RAGGED
-        self._mesh, self._mapped = mesh, mapped
+        self._mesh, self._mapped, self._exact = mesh, mapped, exact
         self._sizes = {axis: size for axis, size in mesh.shape.items() if axis not in mapped}
 
     def spec(self, names: axes.Names, shape: Sequence[int]) -> PartitionSpec:
@@ -93,6 +94,12 @@ class MeshPlacement:
     def group(self, name: str) -> tuple[str, ...]:
         return ()  # arrays are global
 
+    def alike(self, fn: Callable) -> Callable:
+        if not self._exact:
+            return fn
+        whole = PartitionSpec()
+        return jax.shard_map(fn, mesh=self._mesh, in_specs=whole, out_specs=whole, check_vma=False)
+
 
 class MeshStrategy:
     """State and batch sharded over a mesh by a rule set."""
@@ -111,7 +118,7 @@ class MeshStrategy:
         sizes = {axis: size for axis, size in sizes.items() if size > 1} or {"data": 1}
         self._mesh = Mesh(lay_out(devices, sizes), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
         self.devices = list(self._mesh.devices.flat)
-        self._placement, self._rules = MeshPlacement(self._mesh, rules), rules
+        self._placement, self._rules = MeshPlacement(self._mesh, rules, exact=layout.reduction == "exact"), rules
         rules = self._placement.rules
         self._shardings = jax.tree.map(
             lambda leaf, names: self._placement.sharding(names, leaf.shape), shapes, state_axes

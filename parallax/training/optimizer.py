@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from parallax.axes import Parameter
+from parallax.axes import Parameter, alike
 from parallax.config import OptimizerConfig
 from parallax.model.transformer import Params
 from parallax.mup import muon_rate
@@ -82,6 +82,7 @@ def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransf
         muon_weight_dimension_numbers=jax.tree.map(_muon_dims, labels),
         consistent_rms=0.2,
     )
+    muon = optax.GradientTransformation(muon.init, alike(muon.update))
     # Its own decay would go by who updates a parameter, and leave out the tables.
     rates = [_at_rates(labels, _muon_rate)] if scaled else []
     return optax.chain(clip, muon, *rates, decay)

@@ -311,12 +311,6 @@ def build(flags: Flags, *, pairs: bool = False) -> tuple[Layout, Strategy, Calla
     init_state, axes = bind_state(flags.model, flags.train, flags.learning)
     strategy = get_strategy(layout, init_state, axes)
     model = settle_model(flags, strategy)
-    split = any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(strategy.abstract().params))
-    if flags.train.reduction == "exact" and flags.learning.optimizer == "muon" and split:
-        raise ValueError(
-            "reduction=exact with optimizer=muon needs whole parameters, since Muon multiplies them, and fsdp splits "
-            f"them; try --mesh data={len(strategy.devices)}"
-        )
     preference = flags.dpo if pairs else None
     step = bind_step(model, flags.train, flags.learning, strategy.gradients, preference)
     evaluate = make_evaluation(model) if preference is None else make_preference_evaluation(model, preference)

@@ -26,7 +26,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = 2**20
 CHARACTERS = 60_000_000
 LENGTH = 64
-SHAPE = ["--batch-size", "16", "--seq-len", str(LENGTH)]
+SHAPE = ("--batch-size", "32", "--seq-len", str(LENGTH), "--final-rate", "0")
+TRIED = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+"""Learning rates."""
 
 
 def grammar(path: Path, characters: int, seed: int = 0) -> float:
@@ -106,6 +108,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=25, help="of the ladder's runs together")
     parser.add_argument("--flops", type=float, help="operations of the ladder's runs, in place of --minutes")
     parser.add_argument("--sizes", type=int, default=4)
+    parser.add_argument("--largest", type=float, default=0.75, help="width of the largest, as a share of the run's")
     parser.add_argument("--lengths", type=int, default=4)
     parser.add_argument("--times", type=float, default=10, help="operations of the run, by the ladder's largest member")
     parser.add_argument("--characters", type=int, default=CHARACTERS)
@@ -119,8 +122,14 @@ def main() -> int:
     if not ladder.exists():
         model = ("--config", "nano", "--model.num-heads", 8, "--model.num-kv-heads", 8, "--model.head-dim", 16)
         budget = ("--minutes", flags.minutes) if flags.flops is None else ("--flops", flags.flops)
-        budget += ("--sizes", flags.sizes, "--lengths", flags.lengths, "--learning-rate", "4e-3")
-        call("ladder.py", "design", "--dataset", text, *map(str, model), *map(str, budget), *SHAPE, "--output", ladder)
+        sizes = ("--sizes", flags.sizes, "--lengths", flags.lengths, "--largest", flags.largest)
+        design = ("design", "--dataset", text, *model, *budget, *sizes, *SHAPE, "--output")
+        tried = folder / "tried"
+        if not tried.exists():
+            call("ladder.py", *design, tried)
+        call("ladder.py", "tune", tried, "--rates", *TRIED)
+        rate = json.loads((tried / "tune.json").read_text())["best"]["rate"]
+        call("ladder.py", *design, ladder, "--learning-rate", rate)
     call("ladder.py", "run", ladder)
     call("ladder.py", "fit", ladder)
     run, tokens = folder / "run", _tokens(ladder, flags.times)

@@ -17,11 +17,12 @@ EXPERTS = ExpertsConfig(
     num_experts=8, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.01, shared_mlp_dim=8, scores="sigmoid"
 )
 # The dense one has a size at which XLA rounds tanh in two ways on these layouts: its activation must do without.
-# With experts there are eight rows: a shard a device, a loop of one, which compilers like to dissolve, or of eight.
+# With experts there are eight rows: a shard a device, a loop of one, which compilers like to dissolve, or of eight; and
+# Muon, whose matmuls sum over dims that fsdp splits.
 MODELS = {
     "dense": ({"activation": "gelu_tanh", "embed_dim": 64}, 16, [("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
     "experts": (
-        {"experts": EXPERTS, "dropout_rate": 0.1},
+        {"experts": EXPERTS, "dropout_rate": 0.1, "optimizer": "muon"},
         8,
         [("single", "", 1), ("mesh", "data=2,fsdp=2,expert=2", 1)],
     ),
@@ -56,7 +57,7 @@ print(json.dumps(found))
 
 
 def test_every_layout_has_the_same_bits():
-    """The loss of each AdamW step with clipping, and the parameters after them, of two models.
+    """The loss of each step with clipping, and the parameters after them, of two models, by AdamW and by Muon.
 
     In a process whose rounding is fixed, compiled as for users, though in one piece. docs/evidence/equivalence.md has
     many more layouts, and real processes.
