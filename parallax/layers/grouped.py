@@ -242,7 +242,7 @@ def rows_by_rows_in_triton(x_nD: jax.Array, g_nF: jax.Array, sizes_E: jax.Array,
             g_rf = triton.load(g_ref.at[some, out], mask=own_r1 & own_f[None], other=0.0)
             return w_df + _dot(x_rd, g_rf, 0, 0)
 
-        w_df = jax.lax.fori_loop(0, pl.cdiv(end - first, depth), add, jnp.zeros((TILE, TILE), jnp.float32))
+        w_df = jax.lax.fori_loop(0, (end - first + depth - 1) // depth, add, jnp.zeros((TILE, TILE), jnp.float32))
         triton.store(w_ref.at[group, into, out], w_df.astype(w_ref.dtype), mask=own_d[:, None] & own_f[None])
 
     until_E = jnp.cumsum(sizes_E, dtype=jnp.int32)

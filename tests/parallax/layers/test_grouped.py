@@ -134,6 +134,19 @@ def test_the_kernels_of_a_gpu(on_gpu, sizes):
     np.testing.assert_allclose(np.asarray(of_w, np.float64), wanted, **close)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16", "float64"])
+def test_a_gpu_has_kernels_of_two_dtypes(x64, dtype):
+    x, w, sizes = example(LOADS["skewed"], dtype=dtype)
+
+    def both(x, w):
+        value, vjp = jax.vjp(lambda x, w: grouped_matmul(x, (w,), sizes)[0], x, w)
+        return vjp(value)
+
+    program = str(jax.make_jaxpr(both)(x, w))
+    kernels = [program.count(f"name={name}\n") for name in ("rows_by_weights", "rows_by_rows")]
+    assert kernels == ([2, 1] if dtype in ("bfloat16", "float32") else [0, 0])
+
+
 def test_gradient_of_weights_is_summed_in_float32():
     """512 equal addends: in bfloat16 a sum of ones stops at 256."""
     x, w, sizes = jnp.ones((512, 2), jnp.bfloat16), jnp.ones((2, 2, 3), jnp.bfloat16), jnp.array([512, 0])
