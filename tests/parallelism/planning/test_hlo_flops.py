@@ -77,12 +77,14 @@ ENTRY %main (a: bf16[4,8,16], b: bf16[4,16,32]) -> f32[4,8,32] {
 backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],\
 "rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
   %attend = (bf16[4,8,32]{2,1,0}, u8[0]{0}) custom-call(%a, %b), custom_call_target="__cudnn$fmhaSoftmax"
+  %experts = bf16[4,8,32]{2,1,0} custom-call(%a, %b), custom_call_target="__gpu$xla.gpu.triton", backend_config={\
+name = "rows_by_weights", ir = "..."}
   ROOT %result = f32[4,8,32]{2,1,0} get-tuple-element(%gemm), index=0
 }
 """
 
 
-def test_matmuls_by_a_gpus_library_are_counted_and_its_attention_is_left_to_the_model():
+def test_matmuls_by_a_gpus_library_are_counted_and_kernels_are_left_to_the_model():
     assert read_flops(GEMM) == 2 * 4 * 8 * 32 * 16
     with pytest.raises(ValueError, match="custom-call gemm does not say which dims it sums over"):
         read_flops(GEMM.replace("lhs_contracting_dimensions", "dims"))
