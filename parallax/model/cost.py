@@ -186,7 +186,7 @@ class StepCost:
         fullest = max(
             tokens * working + self._expert_bytes(tokens, sizes) + gathered + of_table, table + of_table + logits
         )
-        of_blocks = tokens * config.num_layers * saved + weights + fullest
+        of_blocks = tokens * config.num_layers * saved + self._kept_by_experts(tokens, sizes) + weights + fullest
         # When the blocks are done the sum of gradients over rows comes beside its parts.
         loose = 0.0 if self.tiled else self._loose_bytes(tokens, sizes, parameter_bytes)
         return gradients + max(0.0, max(of_blocks, sums) - on_chip) + loose
@@ -219,7 +219,7 @@ class StepCost:
         _, working = bare._block_bytes(tensor, sequence)
         weights = parameter_bytes * self._casts / 2 if fsdp == 1 else 2 * e * self._whole_block(sizes)
         table, logits = self._head_bytes(tokens, sizes)
-        working = tokens * working + self._expert_bytes(tokens, sizes) / 2
+        working = tokens * working + self._expert_bytes(tokens, sizes)
         return weights + table + tokens * e * config.embed_dim + max(working, logits)
 
     def _whole_block(self, sizes: Mapping[str, int]) -> float:
@@ -230,15 +230,28 @@ class StepCost:
     def _expert_bytes(self, tokens: float, sizes: Mapping[str, int]) -> float:
         """At work in one round of the tokens of a group: rows as many as may arrive, and what experts make of them.
 
-        Twelve arrays of each width, as libtpu has for qwen3-30b-a3b on 64 chips of v5p, gradients among them.
+        Four arrays of each width, as libtpu has them in seven steps of three models, gradients among them.
         """
+        rows, rounds, width = self._expert_rows(tokens, sizes)
+        return 4 * self.item * rows / rounds * (self.config.embed_dim + width)
+
+    def _kept_by_experts(self, tokens: float, sizes: Mapping[str, int]) -> float:
+        """For the backward pass where nothing is computed again: eight arrays of D and six of hidden units, by three
+        steps of nano-moe. Of several rounds each is computed again."""
+        rows, rounds, width = self._expert_rows(tokens, sizes)
+        if self.config.remat != "none" or rounds > 1:
+            return 0.0
+        layers = sum(layer.feed_forward == "experts" for layer in self.config.layers)
+        return layers * self.item * rows * (8 * self.config.embed_dim + 6 * width)
+
+    def _expert_rows(self, tokens: float, sizes: Mapping[str, int]) -> tuple[float, float, float]:
+        """Rows that may arrive at a device's experts, in how many rounds, and the hidden units that it has of one."""
         experts, devices = self.config.experts, sizes.get("expert", 1)
         if not experts.num_experts:
-            return 0.0
+            return 0.0, 1.0, 0.0
         width = self.config.expert_dim / sizes.get("tensor", 1)
         rows = tokens * devices * min(experts.experts_per_token, experts.num_experts // devices)
-        rounds = min(max(ROUNDS), max(1, rows * max(width, self.config.embed_dim) / ROUND))
-        return 12 * self.item * rows / rounds * (self.config.embed_dim + width)
+        return rows, min(max(ROUNDS), max(1, rows * max(width, self.config.embed_dim) / ROUND)), width
 
     def even_share(self, sizes: Mapping[str, int]) -> float:
         """How full the buffers are in which tokens travel to experts, where all experts are used alike."""
@@ -264,7 +277,7 @@ class StepCost:
     def _block_bytes(self, tensor: int, sequence: int) -> tuple[float, float]:
         """A token's bytes that one block keeps for the backward pass, and of what one block at a time recomputes."""
         config, e = self.config, self.item
-        D, F = config.embed_dim, hidden_units(config, None if config.remat == "none" else 0) / tensor
+        D, F = config.embed_dim, hidden_units(config, routed=0) / tensor
         heads = config.num_heads * config.head_dim / tensor
         keys = config.num_kv_heads * config.head_dim / tensor
         kernel = config.attention in KERNELS
