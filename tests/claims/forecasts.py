@@ -26,8 +26,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = 2**20
 CHARACTERS = 60_000_000
 LENGTH = 64
-SHAPE = ("--batch-size", "32", "--seq-len", str(LENGTH), "--final-rate", "0")
-TRIED = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+SHAPE = ("--batch-size", "16", "--seq-len", str(LENGTH), "--final-rate", "0")
+TRIED = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 """Learning rates."""
 
 
@@ -108,7 +108,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=25, help="of the ladder's runs together")
     parser.add_argument("--flops", type=float, help="operations of the ladder's runs, in place of --minutes")
     parser.add_argument("--sizes", type=int, default=4)
-    parser.add_argument("--largest", type=float, default=0.75, help="width of the largest, as a share of the run's")
     parser.add_argument("--lengths", type=int, default=4)
     parser.add_argument("--times", type=float, default=10, help="operations of the run, by the ladder's largest member")
     parser.add_argument("--characters", type=int, default=CHARACTERS)
@@ -120,9 +119,10 @@ def main() -> int:
         entropy = grammar(text, flags.characters) if flags.corpus == "grammar" else sources(text, flags.characters)
         facts.write_text(json.dumps({"entropy": entropy}))
     if not ladder.exists():
-        model = ("--config", "nano", "--model.num-heads", 8, "--model.num-kv-heads", 8, "--model.head-dim", 16)
+        heads = ("--model.num-heads", 16, "--model.num-kv-heads", 16, "--model.head-dim", 8)
+        model = ("--config", "nano", "--model.num-layers", 2, *heads)
         budget = ("--minutes", flags.minutes) if flags.flops is None else ("--flops", flags.flops)
-        sizes = ("--sizes", flags.sizes, "--lengths", flags.lengths, "--largest", flags.largest)
+        sizes = ("--sizes", flags.sizes, "--lengths", flags.lengths)
         design = ("design", "--dataset", text, *model, *budget, *sizes, *SHAPE, "--output")
         tried = folder / "tried"
         if not tried.exists():
