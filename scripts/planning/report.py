@@ -5,8 +5,6 @@ Invariant: a number says whether the compiler or the analytic model gave it.
 
 import contextlib
 import dataclasses
-import errno
-import os
 import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,9 +37,10 @@ def plan_file(asked: Flags, name: str) -> Path:
     """
     path = Path(asked.output or Path("plans") / name)
     with refused_in_one_line(path):
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())).close()
+        if path.exists():  # a pipe too, whose folder takes no other file
+            path.open("ab").close()
+        else:
+            tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())).close()
     return path
 
 

@@ -1,6 +1,7 @@
-"""The commands that a plan ends with."""
+"""Where a plan goes, and the commands that it ends with."""
 
 import dataclasses
+import os
 import shlex
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from parallelism.planning.hardware import machine
 from parallelism.planning.planner import Choice
 from parallelism.strategy import Layout
 from scripts.planning.flags import Flags
-from scripts.planning.report import commands
+from scripts.planning.report import commands, plan_file
 from scripts.training.flags import read_flags
 
 
@@ -24,3 +25,18 @@ def test_adapters_are_rehearsed_alone_and_trained_beside_a_run():
     assert "--init-from RUN --strategy mesh" in command
     flags = read_flags(shlex.split(rehearsal)[3:])
     assert (flags.model.lora, flags.config, flags.mesh) == (lora, "tiny", "fsdp=8")
+
+
+def test_asking_whether_a_plan_can_be_written_changes_nothing(tmp_path):
+    there, new = tmp_path / "plan.json", tmp_path / "plans" / "plan.json"
+    there.write_text("a plan")
+    for path in (there, new):
+        assert plan_file(Flags(topology="v3-8", output=str(path)), "a.json") == path
+    assert there.read_text() == "a plan"
+    assert list(tmp_path.iterdir()) == [there]
+    read, write = os.pipe()  # what a shell gives for >(a program)
+    plan_file(Flags(topology="v3-8", output=f"/dev/fd/{write}"), "a.json")
+    os.write(write, b"a plan")
+    assert os.read(read, 10) == b"a plan"
+    os.close(read)
+    os.close(write)
