@@ -1,14 +1,14 @@
 """A forecast held against the run that it was made for: `python tests/claims/forecasts.py FOLDER --corpus grammar`.
 
-A ladder of --minutes, its forecast of a run with at least ten times the operations of its largest member, registered
-before that run begins, then the run. What is done is not done again, so the same command goes on after a stop. The last
-lines are those for docs/forecasting.md.
+A ladder of --minutes at the rate that `tune` finds on the smallest size, its forecast of a run with at least ten times
+the operations of its largest member, registered before that run begins, then the run. What is done is not done again,
+so the same command goes on after a stop. The last lines are those for docs/forecasting.md.
 
 Corpora: `grammar` is words of a lexicon, whose entropy is computed beside it; `sources` are the Python files of the
 installed packages, at least 50 MB. With --minutes 25 the ladder takes 25 minutes on the machine that designs it, about
-eight of them for its largest member, and the run ten times as many operations: about two hours in all, on an idle
-machine. To try it, --flops 1e12 --sizes 3 --lengths 3 --characters 2000000 asks for nearly the shortest runs that a
-ladder may have.
+eight of them for its largest member, and the run ten times as many operations: about two hours on an idle machine,
+tuning aside. To try it, --flops 1e12 --sizes 3 --lengths 3 --characters 2000000 asks for nearly the shortest runs that
+a ladder may have.
 """
 
 import argparse
