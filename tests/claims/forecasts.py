@@ -96,7 +96,7 @@ def sources(path: Path, characters: int) -> None:
         raise ValueError(f"--characters {characters} must not exceed {written}, those in {packages}; ask for fewer")
 
 
-def call(script: str, *words: str | Path) -> None:
+def call(script: str, *words: str | float | Path) -> None:
     subprocess.run([sys.executable, str(ROOT / "scripts" / script), *map(str, words)], check=True)
 
 
