@@ -42,6 +42,8 @@ class Prediction:
     curve: tuple[tuple[float, float, float], ...]
     """At shares of the steps, ascending to 1: by what the last loss is multiplied on the way, and by what factor up or
     down that may differ."""
+    left_out: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    """Names of the ladder's runs on which it does not stand, and why."""
 
     def at(self, share: float) -> tuple[float, float, float]:
         """Low, expected and high loss when this share of the steps is done; before the curve begins, as there."""

@@ -12,12 +12,13 @@ from rich.table import Table
 
 from parallax.storage import write_json
 from scripts.common.command_line import parse
-from scripts.forecasting.flags import LadderFlags
-from scripts.forecasting.ladder import Ladder, Result, point_of, read_ladder, result_of
+from scripts.forecasting.flags import FitFlags
+from scripts.forecasting.ladder import Ladder, Result, point_of, read_ladder, require_names, result_of
 from scripts.forecasting.law import BOUNDS, Fit, Point, find_diverged, fit_many
 
 DESCRIPTION = "Fit L(N, D) = E + A/N^a + B/D^b to the finished runs of a ladder."
 FIT_FILE = "fit.json"
+ASKED = "--without names it"
 FAR = 30.0
 """Beyond so many times the FLOPs of the largest run a law is a guess."""
 FEW = 5.0
@@ -43,10 +44,22 @@ class Fitted:
     def finished(self) -> list[Result]:
         return [result for result in self.results if result.loss is not None]
 
+    @property
+    def left_out(self) -> dict[str, str | None]:
+        """Names of the others, and why; None of those that are not finished."""
+        return {result.member.name: result.failure for result in self.results if result.loss is None}
 
-def fit_ladder(ladder: Ladder) -> Fitted:
-    """Raises ValueError if too few runs are finished, and have learned."""
+
+def fit_ladder(ladder: Ladder, without: Sequence[str] = ()) -> Fitted:
+    """The fit of all runs but those of these names.
+
+    Raises ValueError for a name that no run has, or if too few runs are finished, and have learned.
+    """
+    require_names(ladder, "--without", without)
     results = [result_of(ladder, member) for member in ladder.members]
+    for place, result in enumerate(results):
+        if result.member.name in without:
+            results[place] = dataclasses.replace(result, loss=None, failure=ASKED)
     finished = [place for place, result in enumerate(results) if result.loss is not None]
     points = [point_of(ladder, results[place]) for place in finished]
     for number in find_diverged(points):
@@ -59,7 +72,8 @@ def fit_ladder(ladder: Ladder) -> Fitted:
 
 def fit(args: Sequence[str]) -> int:
     """Shows the fit and writes fit.json. Exit status 0."""
-    fitted = fit_ladder(read_ladder(parse(LadderFlags, description=DESCRIPTION, args=args).ladder))
+    flags = parse(FitFlags, description=DESCRIPTION, args=args)
+    fitted = fit_ladder(read_ladder(flags.ladder), flags.without)
     show(fitted)
     try:
         write_json(fitted.ladder.folder / FIT_FILE, fit_to_json(fitted))
@@ -94,9 +108,9 @@ def warnings(fitted: Fitted) -> Iterator[str]:
     """What makes the law doubtful."""
     ladder, fit = fitted.ladder, fitted.fit
     for result in fitted.results:
-        if result.failure:
+        if result.failure and result.failure != ASKED:
             yield f"{result.member.name} failed and is left out: {result.failure}"
-        elif result.loss is None:
+        elif result.loss is None and not result.failure:
             yield f"{result.member.name} is not finished; go on with ladder.py run {ladder.folder}"
     points = [(result.member.name, point_of(ladder, result)) for result in fitted.finished]
     if few := [name for name, point in points if point.tokens < FEW * point.params]:
@@ -145,6 +159,6 @@ def fit_to_json(fitted: Fitted) -> dict:
         "noise": fitted.fit.noise,
         "draws": [dataclasses.asdict(law) for law in fitted.fit.laws],
         "runs": [plain(point) for point in fitted.fit.points],
-        "left_out": {result.member.name: result.failure for result in fitted.results if result.loss is None},
+        "left_out": fitted.left_out,
         "warnings": list(warnings(fitted)),
     }

@@ -93,6 +93,12 @@ class RunFlags(LadderFlags):
 
 
 @dataclasses.dataclass(frozen=True)
+class FitFlags(LadderFlags):
+    without: tuple[str, ...] = ()
+    """Names of runs to leave out, such as those of a size that is too small for the law of the others."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ForecastFlags:
     ladder: tyro.conf.Positional[Path]
     """The folder that design made."""
@@ -112,6 +118,8 @@ class ForecastFlags:
     """US dollars for a chip or card and an hour, in place of the list price."""
     register: Path | None = None
     """A run folder that is not there yet: the forecast is written into it, and train.py holds the run against it."""
+    without: tuple[str, ...] = ()
+    """Names of runs to leave out of the fit, as for `fit`."""
     level: float = 0.8
     """Probability that the interval holds the loss."""
     output: Path | None = None

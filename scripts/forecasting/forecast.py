@@ -67,7 +67,7 @@ def forecast(args: Sequence[str]) -> int:
     flags = parse(ForecastFlags, description=DESCRIPTION, args=args)
     if flags.register is not None:
         _require_new(flags.register)
-    fitted = fit_ladder(read_ladder(flags.ladder))
+    fitted = fit_ladder(read_ladder(flags.ladder), flags.without)
     model = at_share(asked_model(fitted.ladder, flags.config), flags.share)
     own = tell_of(fitted, model, flags.tokens, flags.level)
     best, doubled = (optimum(fitted, times * own.flops, flags.level) for times in (1, 2))
@@ -76,6 +76,7 @@ def forecast(args: Sequence[str]) -> int:
         return 1
     result = {
         "ladder_sha256": fitted.ladder.sha256,
+        "left_out": fitted.left_out,
         "corpus_sha256": fitted.ladder.corpus_sha256,
         "level": flags.level,
         "run": dataclasses.asdict(own),
@@ -189,6 +190,7 @@ def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: flo
         "model": config_to_dict(model),
         "corpus_sha256": fitted.ladder.corpus_sha256,
         "ladder_sha256": fitted.ladder.sha256,
+        "left_out": fitted.left_out,
         "curve": curve_of(fitted, level),
     }
     try:

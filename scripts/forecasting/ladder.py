@@ -7,6 +7,7 @@ reached is in their own folders.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ def read_ladder(folder: Path) -> Ladder:
         return Ladder(folder, target, train=train, learning=learning, members=tuple(members), **values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{folder} has no {LADDER_FILE} ({error}); make one with ladder.py design") from None
+
+
+def require_names(ladder: Ladder, flag: str, given: Sequence[str]) -> None:
+    """Raises ValueError for a name that no run has."""
+    names = [member.name for member in ladder.members]
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"{flag} {' '.join(unknown)} is no run of {ladder.folder}; choose from {', '.join(names)}")
 
 
 @dataclasses.dataclass(frozen=True)

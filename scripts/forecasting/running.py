@@ -19,7 +19,7 @@ from parallelism.exit_status import FAILED
 from scripts.common.command_line import parse, tell
 from scripts.common.config_words import config_words
 from scripts.forecasting.flags import RunFlags
-from scripts.forecasting.ladder import Ladder, Member, read_ladder, result_of
+from scripts.forecasting.ladder import Ladder, Member, read_ladder, require_names, result_of
 from scripts.launching.child import tied
 
 DESCRIPTION = """Train all runs of a ladder that are not finished. What follows -- goes to train.py, as
@@ -52,9 +52,7 @@ def run(args: Sequence[str]) -> int:
 
 def _chosen(ladder: Ladder, only: Sequence[str]) -> list[tuple[int, Member]]:
     """Members of these names, or all, with their numbers from 1. Raises ValueError for a name that none has."""
-    names = [member.name for member in ladder.members]
-    if unknown := [name for name in only if name not in names]:
-        raise ValueError(f"--only {' '.join(unknown)} is no run of {ladder.folder}; choose from {', '.join(names)}")
+    require_names(ladder, "--only", only)
     return [each for each in enumerate(ladder.members, start=1) if not only or each[1].name in only]
 
 

@@ -39,6 +39,25 @@ def test_a_run_that_diverged_and_ended_is_left_out(tmp_path):
     assert expected == pytest.approx(truth, rel=0.01)
 
 
+def test_a_size_that_follows_another_law_can_be_left_out(tmp_path, capsys):
+    ladder = ladder_in(tmp_path / "ladder")
+    finish_all(ladder)
+    *others, size = [member for member in ladder.members if member.params == ladder.members[0].params]
+    for member in (*others, size):
+        shutil.rmtree(ladder.run_folder(member))
+        finish(ladder, member, 1.04 * LAW.loss(member.params, ladder.tokens(member)))
+    names = [member.name for member in (*others, size)]
+    assert fit([str(ladder.folder), "--without", *names]) == 0
+    written = json.loads((ladder.folder / "fit.json").read_text())
+    assert written["left_out"] == dict.fromkeys(names, "--without names it")
+    assert len(written["runs"]) == len(ladder.members) - len(names)
+    assert written["law"]["E"] == pytest.approx(LAW.E, rel=0.02)
+    assert pytest.approx(LAW.E, rel=0.02) != fit_ladder(ladder).fit.law.E
+    assert "left out" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"--without 7x7 is no run of .*; choose from"):
+        fit([str(ladder.folder), "--without", "7x7"])
+
+
 def test_the_same_ladder_gives_the_same_bits(tmp_path):
     found = []
     for name in ("one", "other"):

@@ -32,9 +32,21 @@ def test_tells_the_loss_of_a_larger_run(ladder, tmp_path, capsys):
 
 def test_registers_before_the_run_alone(ladder, tmp_path):
     run = tmp_path / "run"
-    asked = [str(ladder.folder), "--tokens", "1e6", "--register", str(run), "--output", str(tmp_path)]
+    first = ladder.members[0].name
+    asked = [
+        str(ladder.folder),
+        "--tokens",
+        "1e6",
+        "--register",
+        str(run),
+        "--output",
+        str(tmp_path),
+        "--without",
+        first,
+    ]
     assert forecast(asked) == 0
     prediction = read_prediction(run)
+    assert prediction.left_out == {first: "--without names it"}
     assert prediction.low < prediction.loss < prediction.high
     assert (prediction.corpus_sha256, prediction.ladder_sha256) == ("c0ffee", ladder.sha256)
     assert prediction.model["embed_dim"] == TARGET.embed_dim
