@@ -5,7 +5,8 @@ they are used. No row is dropped, and rows beyond all groups are zero.
 
 A CPU multiplies blocks of rows in loops. A TPU has ragged dots, and Megablox's kernel for the gradients of weights.
 XLA's compiler for GPUs makes of a ragged dot a dense matmul of all rows by all weights, so GPUs have Triton kernels,
-written here in Pallas. They were compiled for GPUs and interpreted on a CPU, and never ran on a GPU.
+written here in Pallas, whose Triton backend JAX 0.12 calls deprecated. They were compiled for GPUs and interpreted on a
+CPU, and never ran on a GPU.
 """
 
 import dataclasses

@@ -133,6 +133,7 @@ def test_experts_are_computed_in_kernels(topology, mesh, config, seq_len, tmp_pa
     of_experts = cost.expert_flops() / devices
     assert row.report.flops == pytest.approx(cost.product_flops(row.choice.sizes) / devices - of_experts, rel=0.03)
     assert row.flops == row.report.flops + of_experts + cost.kernel_flops() / devices
+    assert row.estimated_bytes == pytest.approx(row.peak_bytes, rel=0.1, abs=2**26)  # 64 MiB, of small steps
 
 
 def test_what_is_too_large_for_the_card_is_compiled_and_said_not_to_fit(folder):
