@@ -378,6 +378,9 @@ class _OneRow:
     def group(self, name: str) -> tuple[str, ...]:
         return self._placement.group(name)
 
+    def alike(self, fn):
+        return self._placement.alike(fn)
+
     @property
     def ragged(self) -> bool:
         return self._placement.ragged
