@@ -2,7 +2,8 @@
 
 A ladder of --minutes at the rate that `tune` finds on the smallest size, its forecast of a run with at least ten times
 the operations of its largest member, registered before that run begins, then the run. What is done is not done again,
-so the same command goes on after a stop. The last lines are those for docs/forecasting.md.
+so the same command goes on after a stop. The last lines are those for docs/forecasting.md. --trimmed --share 1.25
+--run other trains another run, wider than the ladder's target, forecast by the runs that are large and long.
 
 Corpora: `grammar` is words of a lexicon, whose entropy is computed beside it; `sources` are the Python files of the
 installed packages, at least 50 MB. With --minutes 25 the ladder takes 25 minutes on the machine that designs it, about
@@ -20,6 +21,12 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from scripts.forecasting.family import at_share, flops_of
+from scripts.forecasting.ladder import Ladder, Member, read_ladder
+from scripts.forecasting.running import train_words
 
 ROOT = Path(__file__).resolve().parents[2]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -110,6 +117,9 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, default=4)
     parser.add_argument("--lengths", type=int, default=4)
     parser.add_argument("--times", type=float, default=10, help="operations of the run, by the ladder's largest member")
+    parser.add_argument("--share", type=float, default=1, help="width of the run's model, by the ladder's target")
+    parser.add_argument("--trimmed", action="store_true", help="forecast without the smallest size and shortest runs")
+    parser.add_argument("--run", default="run", help="folder of the run in FOLDER")
     parser.add_argument("--characters", type=int, default=CHARACTERS)
     flags = parser.parse_args()
     folder, ladder = flags.folder, flags.folder / "ladder"
@@ -131,37 +141,28 @@ def main() -> int:
         rate = json.loads((tried / "tune.json").read_text())["best"]["rate"]
         call("ladder.py", *design, ladder, "--learning-rate", rate)
     call("ladder.py", "run", ladder)
-    call("ladder.py", "fit", ladder)
-    run, tokens = folder / "run", _tokens(ladder, flags.times)
+    read, run = read_ladder(ladder), folder / flags.run
+    without = ("--without", *_least(read)) if flags.trimmed else ()
+    call("ladder.py", "fit", ladder, *without)
+    model, a_step = at_share(read.target, flags.share), read.train.batch_size * read.train.seq_len
+    wanted = flags.times * max(member.flops for member in read.members)
+    steps = int(np.ceil(wanted / flops_of(model, read.train.seq_len) / a_step))
     if not run.exists():
-        call("ladder.py", "forecast", ladder, "--tokens", str(tokens), "--register", run)
+        asked = ("--share", flags.share, "--tokens", steps * a_step, "--register", run)
+        call("ladder.py", "forecast", ladder, *asked, *without)
     summary = run / "summary.json"
     if not summary.exists() or not json.loads(summary.read_text())["finished"]:
-        call("train.py", *_words(ladder, tokens), "--output-dir", run, "--resume")
+        words = train_words(read, Member("run", model, steps, 1, 0, 0.0, 0.0))
+        own = words[3:]  # without the ladder's --output-dir FOLDER --resume
+        call("train.py", *own, "--output-dir", run, "--resume")
     return _verdict(folder, ladder, run)
 
 
-def _tokens(ladder: Path, times: float) -> int:
-    """Whole steps of the target that take so many times the operations of the largest member."""
-    sys.path.insert(0, str(ROOT))
-    from scripts.forecasting.family import flops_of
-    from scripts.forecasting.ladder import read_ladder
-
-    read = read_ladder(ladder)
-    wanted = times * max(member.flops for member in read.members)
-    a_step = read.train.batch_size * read.train.seq_len
-    return int(np.ceil(wanted / flops_of(read.target, read.train.seq_len) / a_step)) * a_step
-
-
-def _words(ladder: Path, tokens: int) -> list[str]:
-    """train.py's flags for the target and so many tokens."""
-    from scripts.forecasting.ladder import Member, read_ladder
-    from scripts.forecasting.running import train_words
-
-    read = read_ladder(ladder)
-    steps = tokens // (read.train.batch_size * read.train.seq_len)
-    words = train_words(read, Member("run", read.target, steps, 1, 0, 0.0, 0.0))
-    return words[3:]  # without the ladder's own --output-dir FOLDER --resume
+def _least(ladder: Ladder) -> list[str]:
+    """Names of the runs of the smallest size, and of the shortest of each other."""
+    smallest = min(member.params for member in ladder.members)
+    shortest = min(member.steps for member in ladder.members)
+    return [each.name for each in ladder.members if each.params == smallest or each.steps == shortest]
 
 
 def _verdict(folder: Path, ladder: Path, run: Path) -> int:
