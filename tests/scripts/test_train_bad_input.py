@@ -42,7 +42,6 @@ CASES = """
 --rules collision.json --mesh fsdp=8 | 'fsdp' | 'mlp' | 'embed' | remove it from one
 --reduction exact --mesh data=4,tensor=2 | reduction=exact | tensor=2 | try --mesh data=8
 --reduction exact --mesh data=2,fsdp=4 --batch-size 24 | 12 equal shards | data×fsdp=8 | try --batch-size 32
---reduction exact --optimizer muon --mesh fsdp=8 | reduction=exact | optimizer=muon | try --mesh data=8
 --step-timeout -1 | step_timeout=-1 | must not be negative | try --step-timeout 300
 --local-device-ids 0 | --local-device-ids | leave it out
 --check-interval 0 | check_interval=0 | at least 1 | try 250
