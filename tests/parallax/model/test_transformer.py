@@ -234,8 +234,8 @@ def test_every_dim_of_every_parameter_has_one_known_name(config):
         own = sizes | {"layers": of_stack.get(path[1].key, sizes["layers"])}
         if "experts" in names:
             own["mlp"] = config.expert_dim
-        router = path[-1].key in ("router", "router_bias", "balance_bias")
-        assert (len(named) < len(names)) == router, "no device needs a part of the router"
+        whole = path[-1].key in ("router", "router_bias", "balance_bias", "down_bias")
+        assert (len(named) < len(names)) == whole, "each device chooses among all experts, and adds their last biases"
         assert leaf.shape == tuple(own[name] if name else sizes["experts"] for name in names)
         assert (names[0] == "layers") == (path[0].key == "blocks")
 
