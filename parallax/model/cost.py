@@ -230,7 +230,7 @@ class StepCost:
     def _expert_bytes(self, tokens: float, sizes: Mapping[str, int]) -> float:
         """At work in one round of the tokens of a group: rows as many as may arrive, and what experts make of them.
 
-        Four arrays of each width, as libtpu has them in seven steps of three models, gradients among them.
+        Four arrays of each width, gradients among them, by ten steps of three models for TPUs and GPUs.
         """
         rows, rounds, width = self._expert_rows(tokens, sizes)
         return 4 * self.item * rows / rounds * (self.config.embed_dim + width)
