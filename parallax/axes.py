@@ -9,7 +9,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -63,24 +63,32 @@ class Parameter:
         return tuple(dim for dim, name in enumerate(self.names) if name not in others)
 
 
-class Placement(Protocol):
-    """What a strategy binds: how arrays with named dims are sharded over its devices."""
+class Placement:
+    """What a strategy binds: how arrays with named dims are sharded over its devices.
 
-    def constrain(self, x: jax.Array, names: Names) -> jax.Array: ...
+    Here nothing is split; a strategy's own overrides what it splits. The functions of this file say what each does.
+    """
 
-    def gather(self, x: jax.Array, names: Names) -> jax.Array: ...
+    ragged: bool = False
 
-    def local(self, fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked: bool) -> Callable: ...
+    def constrain(self, x: jax.Array, names: Names) -> jax.Array:
+        return x
 
-    def group(self, name: str) -> tuple[str, ...]: ...
+    def gather(self, x: jax.Array, names: Names) -> jax.Array:
+        return x
 
-    def alike(self, fn: Callable) -> Callable: ...
+    def local(self, fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked: bool) -> Callable:
+        return fn
 
-    @property
-    def ragged(self) -> bool: ...
+    def group(self, name: str) -> tuple[str, ...]:
+        return ()
+
+    def alike(self, fn: Callable) -> Callable:
+        return fn
 
 
-_placement: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement", default=None)
+_UNBOUND = Placement()
+_placement: contextvars.ContextVar[Placement] = contextvars.ContextVar("placement", default=_UNBOUND)
 
 
 @contextlib.contextmanager
@@ -89,7 +97,7 @@ def bound(placement: Placement | None) -> Iterator[None]:
 
     JAX caches a trace by function, not by context: trace a fresh closure under each placement.
     """
-    token = _placement.set(placement)
+    token = _placement.set(placement or _UNBOUND)
     try:
         yield
     finally:
@@ -98,7 +106,7 @@ def bound(placement: Placement | None) -> Iterator[None]:
 
 def is_bound() -> bool:
     """Whether a placement is, under which a function may see shards of its arrays."""
-    return _placement.get() is not None
+    return _placement.get() is not _UNBOUND
 
 
 def check_names(names: Names) -> None:
@@ -116,8 +124,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     check_names(names)
     if len(names) != x.ndim:
         raise ValueError(f"axes {names} must be one a dim of shape {x.shape}; give {x.ndim} names")
-    placement = _placement.get()
-    return x if placement is None else placement.constrain(x, names)
+    return _placement.get().constrain(x, names)
 
 
 def local(fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked: bool = True) -> Callable:
@@ -128,8 +135,7 @@ def local(fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked:
     """
     for names in (*in_names, out_names):
         check_names(names)
-    placement = _placement.get()
-    return fn if placement is None else placement.local(fn, in_names, out_names, checked=checked)
+    return _placement.get().local(fn, in_names, out_names, checked=checked)
 
 
 def group(name: str) -> tuple[str, ...]:
@@ -138,8 +144,7 @@ def group(name: str) -> tuple[str, ...]:
     Of experts and activations alone; () where each device has all of that axis, and outside `local`.
     """
     check_names((name,))
-    placement = _placement.get()
-    return () if placement is None else placement.group(name)
+    return _placement.get().group(name)
 
 
 def alike(fn: Callable) -> Callable:
@@ -149,16 +154,14 @@ def alike(fn: Callable) -> Callable:
     """
 
     def call(*arguments: Any) -> Any:
-        placement = _placement.get()
-        return (fn if placement is None else placement.alike(fn))(*arguments)
+        return _placement.get().alike(fn)(*arguments)
 
     return call
 
 
 def sends_ragged() -> bool:
     """Whether the devices can send parts of buffers that only a run knows (`jax.lax.ragged_all_to_all`)."""
-    placement = _placement.get()
-    return placement is not None and placement.ragged
+    return _placement.get().ragged
 
 
 def param(
@@ -198,9 +201,8 @@ def read(variable: nnx.Param, dtype: Any) -> jax.Array:
     It is cast first: what devices send, in the backward pass too, is in the compute dtype.
     """
     value = variable[...].astype(dtype)
-    placement = _placement.get()
     names = names_of(variable)[-value.ndim :]  # a scan over layers has taken the leading dim
-    return value if placement is None else placement.gather(value, names)
+    return _placement.get().gather(value, names)
 
 
 def names_of(variable: Any) -> tuple[str | None, ...]:

@@ -5,7 +5,7 @@ Invariant: inside `shard_map` nothing is left to the compiler: what travels is w
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,11 @@ LARGE = 2**28
 """Numbers of a table that is gathered in pieces too: below, a second copy costs less than the buffer for pieces."""
 
 
-class ShardPlacement:
+class ShardPlacement(axes.Placement):
     """Bound inside shard_map over all axes of a mesh, each of which splits the batch."""
 
     def __init__(self, rules: Rules, mesh_shape: Mapping[str, int], ragged: bool = False):
         self._rules, self._mesh_shape, self.ragged = rules, mesh_shape, ragged
-
-    def constrain(self, x: jax.Array, names: axes.Names) -> jax.Array:
-        return x
 
     def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
         for dim, name in enumerate(names):
@@ -40,17 +37,11 @@ class ShardPlacement:
                 x = _gather(x, dim, tuple(over.items()))
         return x
 
-    def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
-        return fn
-
     def group(self, name: str) -> tuple[str, ...]:
         return tuple(split_by(name, self._rules, self._mesh_shape))
 
-    def alike(self, fn: Callable) -> Callable:
-        return fn
 
-
-class OnShards:
+class OnShards(axes.Placement):
     """Bound inside `local` of a mesh: arrays are what a device holds, and nothing in them is to be placed.
 
     Args:
@@ -60,20 +51,8 @@ class OnShards:
     def __init__(self, split: Mapping[str, tuple[str, ...]], ragged: bool):
         self._split, self.ragged = split, ragged
 
-    def constrain(self, x: jax.Array, names: axes.Names) -> jax.Array:
-        return x
-
-    def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
-        return x
-
-    def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
-        return fn
-
     def group(self, name: str) -> tuple[str, ...]:
         return self._split.get(name, ())
-
-    def alike(self, fn: Callable) -> Callable:
-        return fn
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -37,7 +37,7 @@ RAGGED = ("TPU v5", "TPU v5p")
 others were not tried."""
 
 
-class MeshPlacement:
+class MeshPlacement(axes.Placement):
     """Binds the model's logical axes to one mesh and one rule set.
 
     Args:
@@ -61,9 +61,6 @@ class MeshPlacement:
         # Inside shard_map the mesh is that of the context, which knows what is mapped.
         where = self.spec if self._mapped else self.sharding
         return jax.lax.with_sharding_constraint(x, where(names, x.shape))
-
-    def gather(self, x: jax.Array, names: axes.Names) -> jax.Array:
-        return x  # the compiler gathers where it must
 
     def local(self, fn: Callable, in_names: Sequence[axes.Names], out_names: axes.Names, *, checked: bool) -> Callable:
         # What fn returns is known only inside shard_map; a size that any mesh divides asks for the rule alone.
@@ -90,9 +87,6 @@ class MeshPlacement:
             return run(*arrays)
 
         return call
-
-    def group(self, name: str) -> tuple[str, ...]:
-        return ()  # arrays are global
 
     def alike(self, fn: Callable) -> Callable:
         if not self._exact:

@@ -8,7 +8,7 @@ Log-probabilities are those of the model itself, softmax(logits): before penalty
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -360,11 +360,11 @@ def _prompt_tokens(ticket: int, request: Request, scores_PR: jax.Array) -> Itera
         yield Token(ticket, *read_report(words_R), True, finish if at == len(prompt) else None)
 
 
-class _OneRow:
+class _OneRow(Placement):
     """A placement for one prompt, a row that no devices can share: each works on it with the heads that it has."""
 
     def __init__(self, placement: Placement):
-        self._placement = placement
+        self._placement, self.ragged = placement, placement.ragged
 
     def constrain(self, x: jax.Array, names: Names) -> jax.Array:
         return self._placement.constrain(x, _alone(names))
@@ -372,18 +372,14 @@ class _OneRow:
     def gather(self, x: jax.Array, names: Names) -> jax.Array:
         return self._placement.gather(x, names)
 
-    def local(self, fn, in_names: Sequence[Names], out_names: Names, *, checked: bool):
+    def local(self, fn: Callable, in_names: Sequence[Names], out_names: Names, *, checked: bool) -> Callable:
         return self._placement.local(fn, [_alone(names) for names in in_names], _alone(out_names), checked=checked)
 
     def group(self, name: str) -> tuple[str, ...]:
         return self._placement.group(name)
 
-    def alike(self, fn):
+    def alike(self, fn: Callable) -> Callable:
         return self._placement.alike(fn)
-
-    @property
-    def ragged(self) -> bool:
-        return self._placement.ragged
 
 
 def _alone(names: Names) -> Names:

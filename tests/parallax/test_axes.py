@@ -13,7 +13,7 @@ X = jnp.arange(6.0).reshape(2, 3)
 UNKNOWN = "logical axis 'tensor' is unknown; known are .*act_embed.*vocab"
 
 
-class Recorder:
+class Recorder(axes.Placement):
     """A placement that notes what it is asked, and marks what passes through it."""
 
     def __init__(self):

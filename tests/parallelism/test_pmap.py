@@ -90,7 +90,7 @@ def test_devices_drop_different_values_of_equal_rows(strategy):
 def test_constraints_of_the_model_are_off_inside(strategy, tiny):
     """Whatever is bound outside, a replica computes alone."""
 
-    class Refusing:
+    class Refusing(axes.Placement):
         def constrain(self, x, names):
             raise AssertionError("bound inside pmap")
 
