@@ -13,13 +13,15 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from parallelism.exit_status import INTERRUPTED, code_of
 
 Flags = TypeVar("Flags")
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A flag without a --no- form."""
 
 
 def parse(
@@ -64,6 +66,25 @@ def _first_message(box: str) -> str:
     # What a dataclass refuses by itself says its rule, and needs no name of the class or of its flag.
     message = re.sub(r"^Error parsing (?:\w+|[\w.-]*(?=: \w+=)): ", "", message)
     return message if "; " in message else f"{message}; see --help"
+
+
+def flag_name(arg: str) -> str:
+    """The flag in --flag or --flag=value, spelt with dashes."""
+    return arg.partition("=")[0].replace("_", "-")
+
+
+def flag_value(args: Sequence[str], flag: str) -> str:
+    """The value of one flag, before the command line can be parsed as a whole; empty where it is not given."""
+    for arg, following in zip(args, (*args[1:], ""), strict=False):
+        if flag_name(arg) == flag:
+            return arg.partition("=")[2] if "=" in arg else following
+    return ""
+
+
+def split_at_dashes(args: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """A command's own words, and those behind -- for train.py; None where there is no --."""
+    at = list(args).index("--") if "--" in args else len(args)
+    return list(args[:at]), list(args[at + 1 :]) if at < len(args) else None
 
 
 def tell(line: str) -> None:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from scripts.common.command_line import Switch
+
 
 @dataclasses.dataclass(frozen=True)
 class ImportFlags:
@@ -28,7 +30,7 @@ class ExportFlags:
     """The Hugging Face folder to make."""
     step: int | None = None
     """Which checkpoint; by default the best."""
-    adapter: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    adapter: Switch = False
     """The adapters of the run alone, as PEFT saves them; by default they are merged into their base."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the tensors are rounded to."""

@@ -1,9 +1,9 @@
 """The flags of evaluate.py."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
+from scripts.common.command_line import Switch
 
 ONLY_DATASET = "data_dir", "held_out", "stride"
 ONLY_TASKS = "task_dir", "num_fewshot", "limit", "apply_chat_template"
@@ -24,7 +24,7 @@ class Flags:
     mixture each store is scored, and all of their documents together, whatever the weights."""
     data_dir: str | None = None
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
-    held_out: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    held_out: Switch = False
     """Score only what train.py holds out of this data set: of a single text its last tenth, of documents the last tenth
     of them, of a store what it holds out. Text of more than 64 MiB is trained on as a store: give that."""
     tasks: str = ""
@@ -36,7 +36,7 @@ class Flags:
     """For --tasks: examples before each question; by default as each task says."""
     limit: int | None = None
     """For --tasks: only so many questions of each."""
-    apply_chat_template: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    apply_chat_template: Switch = False
     """For --tasks: ask in the form of the model's chat template."""
     window: int | None = None
     """Tokens that the model sees at once; by default as in its training, or 1024 where that is not known."""

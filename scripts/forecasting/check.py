@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from parallax.config import PRESETS, TrainConfig, TransformerConfig
+from parallax.config import TrainConfig, TransformerConfig
 from parallax.model.stack import list_blocks
 from parallax.model.transformer import Params, TransformerLM, parameters
 from parallax.storage import write_json
@@ -31,7 +31,7 @@ from scripts.common.layer_words import REGISTRY
 from scripts.forecasting.family import at_share, with_mup
 from scripts.forecasting.flags import CheckFlags
 from scripts.forecasting.plot import plot_sizes
-from scripts.training.flags import flag_value
+from scripts.training.flags import preset_of
 from scripts.training.step import bind_state, bind_step
 
 DESCRIPTION = "Measure activations against width after a few steps: in muP they hardly change."
@@ -39,7 +39,7 @@ DESCRIPTION = "Measure activations against width after a few steps: in muP they 
 
 def check(args: Sequence[str]) -> int:
     """Writes coordinates.json and coordinates.png. Exit status 0."""
-    preset = PRESETS.get(flag_value(list(args), "--config"), PRESETS["tiny"])
+    preset = preset_of(args)
     widths = tuple(preset.head_dim * 2**power for power in range(1, 6))
     default = CheckFlags(output=Path("coordinates"), widths=widths, model=preset)
     flags = parse(CheckFlags, default=default, description=DESCRIPTION, args=args, registry=REGISTRY)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.pipeline import training_batches
-from parallax.config import PRESETS, TransformerConfig
+from parallax.config import TransformerConfig
 from parallax.training.optimizer import make_learning_rate
 from scripts.common.command_line import parse, tell
 from scripts.common.layer_words import REGISTRY
@@ -21,7 +21,7 @@ from scripts.forecasting.family import below, flops_of, size_of, with_mup
 from scripts.forecasting.flags import DesignFlags
 from scripts.forecasting.ladder import Ladder, Member, require_new
 from scripts.forecasting.running import EVALUATIONS
-from scripts.training.flags import Flags, flag_value
+from scripts.training.flags import Flags, preset_of
 from scripts.training.job import Job, prepare_job
 from scripts.training.step import TimedRun
 
@@ -50,8 +50,7 @@ class Timed:
 
 def design(args: Sequence[str]) -> int:
     """Writes the ladder and shows it. Exit status 0."""
-    preset = PRESETS.get(flag_value(list(args), "--config"), PRESETS["tiny"])
-    default = DesignFlags(model=preset)
+    default = DesignFlags(model=preset_of(args))
     flags = parse(DesignFlags, default=default, description=DESCRIPTION, args=args, registry=REGISTRY)
     flags.check_whole()
     ladder = design_ladder(flags)

@@ -16,7 +16,7 @@ from typing import Any
 from parallax.config import PRESETS, OptimizerConfig, TrainConfig
 from parallax.storage import write_atomically
 from parallelism.exit_status import FAILED
-from scripts.common.command_line import parse, tell
+from scripts.common.command_line import parse, split_at_dashes, tell
 from scripts.common.config_words import config_words
 from scripts.forecasting.flags import RunFlags
 from scripts.forecasting.ladder import Ladder, Member, read_ladder, require_names, result_of
@@ -32,7 +32,7 @@ CHECKPOINTS = 4
 
 def run(args: Sequence[str]) -> int:
     """Exit status: 0 all are finished or failed by themselves, or a stop was asked for; else that of train.py."""
-    own, passed = split_words(args)
+    own, passed = split_at_dashes(args)
     flags = parse(RunFlags, description=DESCRIPTION, args=own)
     ladder = read_ladder(flags.ladder)
     for number, member in _chosen(ladder, flags.only):
@@ -40,7 +40,7 @@ def run(args: Sequence[str]) -> int:
         if result.loss is not None or result.failure:
             continue
         tell(f"ladder    run {number} of {len(ladder.members)}: {member.name}")
-        status = train_member(ladder, member, passed)
+        status = train_member(ladder, member, passed or [])
         if status not in (0, FAILED):
             return status
         result = result_of(ladder, member)
@@ -54,13 +54,6 @@ def _chosen(ladder: Ladder, only: Sequence[str]) -> list[tuple[int, Member]]:
     """Members of these names, or all, with their numbers from 1. Raises ValueError for a name that none has."""
     require_names(ladder, "--only", only)
     return [each for each in enumerate(ladder.members, start=1) if not only or each[1].name in only]
-
-
-def split_words(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of a command, and those behind -- for train.py."""
-    words = list(args)
-    at = words.index("--") if "--" in words else len(words)
-    return words[:at], words[at + 1 :]
 
 
 def train_member(ladder: Ladder, member: Member, passed: Sequence[str]) -> int:

@@ -14,10 +14,10 @@ from rich.table import Table
 
 from parallax.storage import write_json
 from parallelism.exit_status import FAILED
-from scripts.common.command_line import parse, tell
+from scripts.common.command_line import parse, split_at_dashes, tell
 from scripts.forecasting.flags import TuneFlags
 from scripts.forecasting.ladder import Ladder, Member, read_ladder, result_of
-from scripts.forecasting.running import split_words, train_member
+from scripts.forecasting.running import train_member
 
 DESCRIPTION = """Choose the learning rate by successive halving on the smallest size (Jamieson & Talwalkar 2016,
 arXiv:1502.07943): a share of the settings goes on to twice the steps. What follows -- goes to train.py."""
@@ -49,14 +49,14 @@ class Trial:
 
 def tune(args: Sequence[str]) -> int:
     """Writes tune.json and says what is best. Exit status: 0, or that of train.py where that was stopped."""
-    own, passed = split_words(args)
+    own, passed = split_at_dashes(args)
     flags = parse(TuneFlags, description=DESCRIPTION, args=own)
     ladder = read_ladder(flags.ladder)
     settings, trials = _settings(ladder, flags), []
     for longest in rungs(ladder, len(settings), flags.keep):
         rung = []
         for setting in settings:
-            trial, status = _try(ladder, setting, longest, passed)
+            trial, status = _try(ladder, setting, longest, passed or [])
             if trial is None:
                 tell(f"go on     python scripts/ladder.py tune {ladder.folder}")
                 return status

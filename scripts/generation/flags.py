@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from scripts.common.command_line import Switch
+
 DESCRIPTION = "Continue a prompt with a trained model. The text goes to standard output, all else to standard error."
 
 
@@ -48,9 +50,9 @@ class Flags:
     param_dtype: Literal["float32", "bfloat16"] | None = None
     """What parameters are held in; by default as the checkpoint has them: float32 after training, an imported model's
     own."""
-    interactive: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    interactive: Switch = False
     """Read prompts from standard input, one a line."""
-    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    chat: Switch = False
     """Talk with the model in the form of its chat template: each line of standard input is a message, or --prompt the
     only one."""
     system: str = ""

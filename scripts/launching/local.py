@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from scripts.common.command_line import parse
+from scripts.common.command_line import flag_name, flag_value, parse, split_at_dashes
 from scripts.launching.child import Command
 from scripts.launching.supervisor import FIRST_PAUSE, supervise
 
@@ -73,14 +73,14 @@ def local(args: Sequence[str], train: Path = TRAIN, pause: float = FIRST_PAUSE) 
 
     Raises ValueError if a flag is wrong, or the log folder cannot be made.
     """
-    own, marker, train_flags = split(args)
+    own, train_flags = split_at_dashes(args)
     flags = parse(LocalFlags, description=DESCRIPTION, args=own)
-    if not marker:
+    if train_flags is None:
         raise ValueError("-- is missing before the flags of train.py; try launch.py local --processes 2 -- --steps 100")
     for arg in train_flags:
         if flag_name(arg) in OWN_FLAGS:
             raise ValueError(f"{flag_name(arg)} is given to each process by launch.py; leave it out")
-    folder = _output_dir(train_flags)
+    folder = flag_value(train_flags, "--output-dir") or None
     if flags.restarts and folder is None:
         raise ValueError(
             f"--restarts {flags.restarts} needs a run folder to go on from; add --output-dir runs/NAME after --"
@@ -135,25 +135,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def split(args: Sequence[str]) -> tuple[list[str], bool, list[str]]:
-    """What stands before the first --, whether there is one, and what stands behind it."""
-    at = list(args).index("--") if "--" in args else len(args)
-    return list(args[:at]), at < len(args), list(args[at + 1 :])
-
-
-def flag_name(arg: str) -> str:
-    """The flag in --flag or --flag=value, spelt with dashes."""
-    return arg.partition("=")[0].replace("_", "-")
-
-
-def _output_dir(train_flags: Sequence[str]) -> str | None:
-    for at, arg in enumerate(train_flags):
-        if flag_name(arg) == "--output-dir":
-            value = arg.partition("=")[2] if "=" in arg else "".join(train_flags[at + 1 : at + 2])
-            return value or None
-    return None
 
 
 def _log_dir(output_dir: str | None) -> Path:

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import FrameType
 
 from parallelism.exit_status import FAILED, OUTSIDE_FAILURE
-from scripts.common.command_line import parse
+from scripts.common.command_line import Switch, flag_name, parse, split_at_dashes
 from scripts.launching.gcloud import DESCRIBE_SECONDS, GcloudError, copy, find_node, list_objects
 from scripts.launching.gcloud import run as run_gcloud
-from scripts.launching.local import OWN_FLAGS, flag_name, split
+from scripts.launching.local import OWN_FLAGS
 from scripts.launching.supervisor import FIRST_PAUSE, keep_running, signal_name
-from scripts.launching.tpu import ChangeFlags, Switch, deletion, say, show
+from scripts.launching.tpu import ChangeFlags, deletion, say, show
 from scripts.launching.watch import HostCommands, Training
 
 CHECKOUT = Path(__file__).resolve().parent.parent.parent
@@ -112,9 +112,9 @@ def run(args: Sequence[str], checkout: Path = CHECKOUT) -> int:
 
     Raises ValueError if a flag is wrong, the checkout has changes, or the TPU is another one than was asked for.
     """
-    own, marker, train_flags = split(args)
+    own, train_flags = split_at_dashes(args)
     flags = parse(RunFlags, description=DESCRIPTION, args=own)
-    if not marker:
+    if train_flags is None:
         raise ValueError("-- is missing before the flags of train.py; try launch.py run --bucket B -- --steps 100")
     bucket = flags.required_bucket()
     _check(train_flags)

@@ -9,12 +9,9 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated
-
-import tyro
 
 from parallelism.exit_status import FAILED
-from scripts.common.command_line import parse
+from scripts.common.command_line import Switch, parse
 from scripts.launching.gcloud import (
     ANSWER_SECONDS,
     GcloudError,
@@ -28,8 +25,6 @@ from scripts.launching.gcloud import (
     run_all,
 )
 from scripts.launching.tpu_lifecycle import Keeper
-
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,10 @@ import tyro
 from parallax.config import PRESETS, OptimizerConfig, TransformerConfig
 from parallax.interop.folders import read_config
 from parallelism.planning.hardware import machine
+from scripts.common.command_line import Switch, flag_value
 from scripts.planning.maxtext import MaxText, read_maxtext
 from scripts.planning.search import MAX, What
-from scripts.training.flags import Preset, Switch, flag_value
+from scripts.training.flags import Preset, preset_of
 
 DESCRIPTION = """Choose a layout for TPUs or GPUs, without one. Every legal mesh, rematerialisation and number of
 microbatches is ranked by an analytic model; the best are compiled by the machine's own compiler."""
@@ -129,7 +130,7 @@ def first_flags(args: list[str]) -> tuple[Flags, MaxText | None]:
         devices = machine(flag_value(args, "--topology") or Flags.topology).devices
         batch_size = round(asked.per_device * devices * asked.accumulate)
         return Flags(model=asked.model, batch_size=batch_size, seq_len=asked.seq_len, dtype=asked.dtype), asked
-    return Flags(model=PRESETS.get(flag_value(args, "--config"), PRESETS["tiny"])), None
+    return Flags(model=preset_of(args)), None
 
 
 def _refuse_preset(args: list[str], flag: str) -> None:

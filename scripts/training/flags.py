@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -19,7 +19,7 @@ from parallax.run_folder import read_settings
 from parallax.storage import open_folder
 from parallax.training.preference import PreferenceConfig
 from scripts.common import layer_words
-from scripts.common.command_line import parse
+from scripts.common.command_line import Switch, flag_value, parse
 
 DESCRIPTION = "Train a Transformer on text: on one device, under pmap, or over a mesh; the loss curve is the same."
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     Preset = str
 else:
     Preset = tyro.extras.literal_type_from_choices(tuple(PRESETS))
-Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,21 +179,16 @@ def model_name(flags: Flags) -> str:
     return flags.config if flags.init_from is None else epath.Path(flags.init_from).name
 
 
-def flag_value(args: list[str], flag: str) -> str:
-    """The value of one flag, before the command line can be parsed as a whole."""
-    for position, arg in enumerate(args):
-        if arg.startswith(f"{flag}="):
-            return arg.partition("=")[2]
-        if arg == flag:
-            return next(iter(args[position + 1 :]), "")
-    return ""
+def preset_of(args: Sequence[str]) -> TransformerConfig:
+    """The model that --model.* flags change, by --config, before the command line can be parsed as a whole."""
+    return PRESETS.get(flag_value(args, "--config"), PRESETS["tiny"])
 
 
 def _first_model(args: list[str]) -> TransformerConfig:
     """The model that --model.* flags change: that of --init-from, or a preset."""
-    source = flag_value(args, "--init-from") or flag_value(args, "--init_from")
+    source = flag_value(args, "--init-from")
     if not source:
-        return PRESETS.get(flag_value(args, "--config"), PRESETS["tiny"])
+        return preset_of(args)
     for flag in ("--config", "--tokenizer"):
         if flag_value(args, flag):
             raise ValueError(
@@ -211,7 +205,7 @@ def _first_model(args: list[str]) -> TransformerConfig:
 def _saved_flags(args: list[str]) -> Flags | None:
     if "--resume" not in args:
         return None
-    folder = flag_value(args, "--output-dir") or flag_value(args, "--output_dir")
+    folder = flag_value(args, "--output-dir")
     if not folder:
         raise ValueError("--resume needs the run to continue; try --resume --output-dir runs/NAME")
     path = open_folder(folder) / "config.json"
