@@ -5,7 +5,7 @@ for a store of any size: nothing is listed or shuffled ahead, and of documents n
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -58,13 +58,19 @@ class StoreRows(ABC):
     def rows_of(self, start: int, stop: int) -> Iterable[int]:
         """The rows that show a token from start to stop - 1, as input or target."""
 
-    @abstractmethod
     def epochs(self, count: int) -> float:
         """What `count` rows are in epochs."""
+        return count / self.order.size
 
     def count_cut(self) -> int:
         """Of how many documents, or pairs, no row shows the end."""
         return 0
+
+    def _that_show(self, rows: Sequence[int], start: int, stop: int) -> Iterator[int]:
+        """Those of some rows that show a token from start to stop - 1."""
+        for row, spans in zip(rows, self.spans(rows), strict=True):
+            if any(span.start < stop and span.stop > start for span in spans):
+                yield row
 
     def draw(self, batch_size: int, seed: int, k: int) -> np.ndarray:
         return self.order.rows(np.arange(k * batch_size, (k + 1) * batch_size), seed)
@@ -141,13 +147,13 @@ class PackedBlocks(StoreRows):
         self._packed = lru_cache(2 * GROUP)(self._pack)
 
     def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
-        return [self._spans(row) for row in rows]
-
-    def _spans(self, row: int) -> Sequence[Span]:
-        block, place = divmod(row, self._rows)
-        starts, lengths, goes_on, firsts = self._packed(block)
-        at = slice(firsts[place], firsts[place + 1])
-        return list(map(Span, starts[at].tolist(), lengths[at].tolist(), goes_on[at].tolist()))
+        found: list[Sequence[Span]] = []
+        for row in rows:
+            block, place = divmod(row, self._rows)
+            starts, lengths, goes_on, firsts = self._packed(block)
+            at = slice(firsts[place], firsts[place + 1])
+            found.append(list(map(Span, starts[at].tolist(), lengths[at].tolist(), goes_on[at].tolist())))
+        return found
 
     def rows_of(self, start: int, stop: int) -> Iterable[int]:
         size = self._rows * self.seq_len
@@ -192,12 +198,7 @@ class SingleDocuments(StoreRows):
 
     def rows_of(self, start: int, stop: int) -> Iterable[int]:
         rows = range(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1)
-        for row, spans in zip(rows, self.spans(rows), strict=True):
-            if any(span.start < stop and span.stop > start for span in spans):
-                yield row
-
-    def epochs(self, count: int) -> float:
-        return count / self.order.size
+        return self._that_show(rows, start, stop)
 
     def count_cut(self) -> int:
         return _longer(self.tokens, self.seq_len + 1)
@@ -229,28 +230,23 @@ class WholeDocuments(StoreRows):
         self.order = Shuffled(packed.num_rows)
 
     def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
-        return [self._spans(row) for row in rows]
-
-    def _spans(self, row: int) -> Sequence[Span]:
-        at = slice(self._firsts[row], self._firsts[row + 1])
-        pairs = zip(self._starts[at].tolist(), self._lengths[at].tolist(), strict=True)
-        return [Span(start, length, True) for start, length in pairs]
+        found: list[Sequence[Span]] = []
+        for row in rows:
+            at = slice(self._firsts[row], self._firsts[row + 1])
+            pairs = zip(self._starts[at].tolist(), self._lengths[at].tolist(), strict=True)
+            found.append([Span(start, length, True) for start, length in pairs])
+        return found
 
     def rows_of(self, start: int, stop: int) -> Iterable[int]:
-        documents = slice(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1)
-        for row in np.unique(self._row_of[documents]).tolist():
-            if row >= 0 and any(span.start < stop and span.stop > start for span in self._spans(row)):
-                yield row
-
-    def epochs(self, count: int) -> float:
-        return count / self.order.size
+        rows = np.unique(self._row_of[self.tokens.number_at(start) : self.tokens.number_at(stop - 1) + 1])
+        return self._that_show(rows[rows >= 0].tolist(), start, stop)
 
     def count_cut(self) -> int:
         return _longer(self.tokens, self.seq_len + 1)
 
 
-class Pairs(StoreRows):
-    """Two conversations a row, the preferred one first, each a segment of its own.
+class Pairs(SingleDocuments):
+    """A document a row, which is two conversations: the preferred one first, each a segment of its own.
 
     Of each at most T/2 tokens are read: of a longer one the first, so that its answer, which alone is learned, may be
     cut off.
@@ -258,21 +254,9 @@ class Pairs(StoreRows):
 
     has_segments = True
 
-    def __init__(self, tokens: TokenSide, seq_len: int, what: str) -> None:
-        """Raises ValueError where there is no pair; `what` names them in it."""
-        _require_documents(tokens, what)
-        self.tokens, self.seq_len = tokens, seq_len
-        self.order = Shuffled(tokens.num_documents)
-
     def spans(self, rows: Sequence[int]) -> list[Sequence[Span]]:
         most = self.seq_len // 2
         return [[Span(begin, min(end - begin - 1, most), True) for begin, end in sides] for sides in self._sides(rows)]
-
-    def rows_of(self, start: int, stop: int) -> Iterable[int]:
-        rows = range(self.tokens.number_at(start), self.tokens.number_at(stop - 1) + 1)
-        for row, spans in zip(rows, self.spans(rows), strict=True):
-            if any(span.start < stop and span.stop > start for span in spans):
-                yield row
 
     def count_cut(self) -> int:  # reads all of them
         most, count = self.seq_len // 2 + 1, 0
@@ -289,9 +273,6 @@ class Pairs(StoreRows):
             first = start + int(np.flatnonzero(np.diff(learned.astype(np.int8)) == -1)[0]) + 1
             found.append(((start, first), (first, stop)))
         return found
-
-    def epochs(self, count: int) -> float:
-        return count / self.order.size
 
 
 Packing = type[Windows] | type[PackedBlocks] | type[WholeDocuments] | type[SingleDocuments] | type[Pairs]
