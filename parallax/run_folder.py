@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import jax
@@ -134,11 +135,8 @@ def load_adapters(folder: str | os.PathLike, base: Run) -> Run:
 
 def identity_of(run: epath.Path, step: int) -> str:
     """What tells the checkpoint of a step from others. Raises ValueError if it cannot be trusted."""
-    checkpoints = Checkpointer(run / "checkpoints", keep=1, is_writer=False)
-    try:
+    with _checkpoints(run) as checkpoints:
         return checkpoints.identity(step)
-    finally:
-        checkpoints.close()
 
 
 class Source(NamedTuple):
@@ -165,26 +163,24 @@ def read_checkpoint(
 
     Raises ValueError if it has no such checkpoint that is intact, or one of other shapes.
     """
-    folder = open_folder(run)
-    checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False, notify=notify)
-    try:
+    with _checkpoints(open_folder(run), notify) as checkpoints:
         found, params, _ = checkpoints.restore_params(abstract, step, as_saved=as_saved)
         return params, Source(_whole_path(run), found, checkpoints.identity(found))
-    finally:
-        checkpoints.close()
 
 
 def best_source(run: str | os.PathLike) -> Source:
     """The best checkpoint of a run, whose arrays are not read. Raises ValueError if it has none."""
     folder = open_folder(run)
-    checkpoints = Checkpointer(folder / "checkpoints", keep=1, is_writer=False)
-    try:
+    with _checkpoints(folder) as checkpoints:
         step = checkpoints.best_step()
         if step is None:
             raise ValueError(f"{folder} must have a checkpoint and has none; give another run")
         return Source(_whole_path(run), step, checkpoints.identity(step))
-    finally:
-        checkpoints.close()
+
+
+def _checkpoints(run: epath.Path, notify: Callable[[str], None] = to_stderr) -> closing[Checkpointer]:
+    """Those of a run, to be read alone."""
+    return closing(Checkpointer(run / "checkpoints", keep=1, is_writer=False, notify=notify))
 
 
 def _whole_path(run: str | os.PathLike) -> str:

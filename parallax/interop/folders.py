@@ -59,15 +59,7 @@ def import_model(source: Path, run: str | Path, place: Place = abstract_params, 
         read = read_model(source, place, param_dtype)
         if read.chat_template:
             read.chat_template.check()
-            write_chat_template(read.chat_template, draft)
-        write_json(draft / "config.json", read.settings)
-        save_tokenizer(read.tokenizer, draft / "tokenizer.json")
-        checkpoints = Checkpointer(draft / "checkpoints", keep=1)
-        try:
-            documents = {"config": read.settings, "tokenizer": read.tokenizer.to_json()}
-            checkpoints.save(read.step, {"params": read.params}, documents)
-        finally:
-            checkpoints.close()
+        _write_run(draft, read.settings, read.tokenizer, read.chat_template, read.params)
     size, kind = f"{read.config.num_params():,} parameters", f"{read.tokenizer.name} tokens"
     return f"imported  {source}: {size}, {kind}; run folder: {run}"
 
@@ -172,16 +164,7 @@ def import_adapters(source: Path, base: str | Path, run: str | Path) -> str:
         imported = {"folder": source.resolve().name, "model_type": "adapters"}
         kept = {"model": config_to_dict(config), "trained_length": trained_length(settings)}
         settings = kept | {"imported": imported, "base": named}
-        if template := read_chat_template(above, tokenizer):
-            write_chat_template(template, draft)
-        write_json(draft / "config.json", settings)
-        save_tokenizer(tokenizer, draft / "tokenizer.json")
-        checkpoints = Checkpointer(draft / "checkpoints", keep=1)
-        try:
-            documents = {"config": settings, "tokenizer": tokenizer.to_json()}
-            checkpoints.save(0, {"params": adapters}, documents)
-        finally:
-            checkpoints.close()
+        _write_run(draft, settings, tokenizer, read_chat_template(above, tokenizer), adapters)
     return f"imported  {source}: adapters of rank {config.lora.rank} for {base}; run folder: {run}"
 
 
@@ -202,6 +185,18 @@ def export_adapters(run: str, target: str | Path, *, step: int | None = None) ->
         adapters, source = read_checkpoint(folder, take_adapters(abstract_params(config)), step)
         write_adapters(adapters, config, draft)
     return f"exported  {run}, step {source.step}: adapters of rank {config.lora.rank}; folder: {target}"
+
+
+def _write_run(
+    folder: Path, settings: dict[str, Any], tokenizer: Tokenizer, template: ChatTemplate | None, params: Params
+) -> None:
+    """The files of a run folder, with checkpoint 0."""
+    if template:
+        write_chat_template(template, folder)
+    write_json(folder / "config.json", settings)
+    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    with contextlib.closing(Checkpointer(folder / "checkpoints", keep=1)) as checkpoints:
+        checkpoints.save(0, {"params": params}, {"config": settings, "tokenizer": tokenizer.to_json()})
 
 
 @contextlib.contextmanager

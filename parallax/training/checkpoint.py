@@ -217,15 +217,6 @@ class Checkpointer:
         held = json.dumps({name: manifest[name] for name in ("arrays", "files")}, sort_keys=True)
         return hashlib.sha256(held.encode()).hexdigest()
 
-    def read_documents(self, step: int | None = None) -> Documents:
-        """The JSON documents of `step`, by default of the best step, without its arrays.
-
-        Raises ValueError if the step is not there, or its documents are damaged.
-        """
-        chosen = self._folder.require(self.best_step() if step is None else step)
-        self._folder.check(chosen, under="documents/")
-        return self._documents(chosen)
-
     def _restore(
         self,
         step: int | None,
@@ -276,6 +267,8 @@ class Checkpointer:
 
         Raises DamageError if an array is not as it was saved, ValueError if it is none that was asked for.
         """
+        import orbax.checkpoint as ocp
+
         folder = self._folder.path(step)
         manifest, wanted = read_manifest(folder), _signature(abstract)
         saved = manifest["arrays"]
@@ -287,12 +280,8 @@ class Checkpointer:
                 raise ValueError(
                     f"{name} is {there} in checkpoint {step} but {here} here; use the config saved with it"
                 )
-        return read_arrays(folder / "state", abstract, as_saved), self._documents(step), manifest["eval_loss"]
-
-    def _documents(self, step: int) -> Documents:
-        import orbax.checkpoint as ocp
-
-        return dict(ocp.JsonCheckpointHandler().restore(self._folder.path(step) / "documents"))
+        arrays = read_arrays(folder / "state", abstract, as_saved)
+        return arrays, dict(ocp.JsonCheckpointHandler().restore(folder / "documents")), manifest["eval_loss"]
 
     def _finish(self, step: int, facts: dict[str, Any], together: Together) -> None:
         """Runs in the background: Orbax's commit, then the manifest, then the deletion of older steps."""

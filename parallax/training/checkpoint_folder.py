@@ -61,14 +61,12 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
     return content
 
 
-def verify(folder: epath.Path, under: str = "") -> None:
-    """Compares every file whose relative name starts with `under` to the manifest.
+def verify(folder: epath.Path) -> None:
+    """Compares every file to the manifest.
 
     Raises DamageError if a file is missing, left over, of another length or, where it was hashed, of other contents.
     """
-    entries = read_manifest(folder)["files"]
-    expected = {name: entry for name, entry in entries.items() if name.startswith(under)}
-    found = {name: size for name, size in _sizes(folder).items() if name.startswith(under)}
+    expected, found = read_manifest(folder)["files"], _sizes(folder)
     for name in sorted(expected.keys() ^ found.keys()):
         raise DamageError(f"{name} is missing" if name in expected else f"{name} was not saved with it")
     for name, size in found.items():
@@ -160,10 +158,10 @@ class CheckpointFolder:
         found = f"steps {', '.join(map(str, steps))}" if steps else "no checkpoint"
         return ValueError(f"{missing} is asked for, but {self.root} has {found}; name another")
 
-    def check(self, step: int, under: str = "") -> None:
-        """Raises ValueError unless `verify` takes the files of `step` that start with `under`."""
+    def check(self, step: int) -> None:
+        """Raises ValueError unless `verify` takes the files of `step`."""
         try:
-            verify(self.path(step), under)
+            verify(self.path(step))
         except DamageError as damage:
             raise damaged(step, str(damage)) from None
 
