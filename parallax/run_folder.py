@@ -164,7 +164,7 @@ def read_checkpoint(
     Raises ValueError if it has no such checkpoint that is intact, or one of other shapes.
     """
     with _checkpoints(open_folder(run), notify) as checkpoints:
-        found, params, _ = checkpoints.restore_params(abstract, step, as_saved=as_saved)
+        found, params = checkpoints.restore_params(abstract, step, as_saved=as_saved)
         return params, Source(_whole_path(run), found, checkpoints.identity(found))
 
 

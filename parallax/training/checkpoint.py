@@ -197,8 +197,8 @@ class Checkpointer:
 
     def restore_params(
         self, abstract_params: Any, step: int | None = None, *, as_saved: bool = False
-    ) -> tuple[int, Any, Documents]:
-        """(step, params, documents) of the best intact checkpoint, or of `step`; no other array is read.
+    ) -> tuple[int, Any]:
+        """(step, params) of the best intact checkpoint, or of `step`; no other array is read.
 
         They are read straight into the dtypes of `abstract_params`, whatever they were saved in, or `as_saved`.
 
@@ -209,7 +209,7 @@ class Checkpointer:
         found = self._restore(step, lambda: folder.best_first() or folder.newest_first(), wanted, "params", as_saved)
         if found is None:
             raise folder.missing(None)
-        return found.step, found.state["params"], found.documents
+        return found.step, found.state["params"]
 
     def identity(self, step: int) -> str:
         """The sha256 of what a trusted step holds: all of its files, by their own sha256, but not its evaluation."""
