@@ -20,6 +20,7 @@ from rich.table import Table
 
 from parallax.storage import write_json
 from scripts.benchmarks.settings import cores
+from scripts.common.command_line import writing
 
 FOLDER = "benchmarks"
 QUIET = 0.2
@@ -120,8 +121,6 @@ def write_report(output: str | None, command: str, results: Any, *, busy: float)
         "versions": versions(),
         "results": results,
     }
-    try:
+    with writing(f"--output {path}"):
         write_json(path, report)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
     print(f"report    {path}", file=sys.stderr)

@@ -93,6 +93,17 @@ def tell(line: str) -> None:
 
 
 @contextlib.contextmanager
+def writing(what: str, remedy: str = "choose another") -> Iterator[None]:
+    """Around what writes files; raises ValueError where one cannot be written, such as `--output FILE`."""
+    try:
+        yield
+    except OSError as error:
+        from parallax.storage import reason_of  # late: help needs no file system
+
+        raise ValueError(f"{what} cannot be written: {reason_of(error)}; {remedy}") from None
+
+
+@contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
     """Around a script's main: bad input prints one line and exits 2; a closed pipe or Ctrl-C exits quietly."""
     try:

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from parallax.config import TrainConfig, TransformerConfig
 from parallax.model.stack import list_blocks
@@ -26,8 +24,9 @@ from parallax.training.optimizer import make_optimizer
 from parallax.training.state import make_init
 from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout
-from scripts.common.command_line import parse
+from scripts.common.command_line import parse, writing
 from scripts.common.layer_words import REGISTRY
+from scripts.common.tables import show_numbers
 from scripts.forecasting.family import at_share, with_mup
 from scripts.forecasting.flags import CheckFlags
 from scripts.forecasting.plot import plot_sizes
@@ -48,12 +47,10 @@ def check(args: Sequence[str]) -> int:
         for name, values in measure(member(flags, width), flags).items():
             sizes.setdefault(name, {})[width] = values
     _show(sizes, flags)
-    try:
+    with writing(f"--output {flags.output}"):
         flags.output.mkdir(parents=True, exist_ok=True)
         write_json(flags.output / "coordinates.json", {"steps": list(flags.steps), "sizes": sizes})
         plot_sizes(sizes, flags.steps, flags.output / "coordinates.png")
-    except OSError as error:
-        raise ValueError(f"--output {flags.output} cannot be written: {error.strerror}; choose another") from None
     return 0
 
 
@@ -132,10 +129,7 @@ def _batch(model: TransformerConfig, flags: CheckFlags, seed: int) -> dict[str, 
 
 def _show(sizes: dict[str, dict[int, list[float]]], flags: CheckFlags) -> None:
     """Sizes at the last step, and by how much those of the largest width differ from those of the smallest."""
-    table = Table(title=f"root mean squares after {flags.steps[-1]} steps, {flags.parametrization}; changes of logits")
-    for name in ("activation", *map(str, flags.widths), "change"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, by_width in sizes.items():
-        last = [by_width[width][-1] for width in flags.widths]
-        table.add_row(name, *(f"{size:.3g}" for size in last), f"{last[-1] / last[0] - 1:+.0%}")
-    Console(width=None if Console().is_terminal else 140).print(table)
+    title = f"root mean squares after {flags.steps[-1]} steps, {flags.parametrization}; changes of logits"
+    last = {name: [by_width[width][-1] for width in flags.widths] for name, by_width in sizes.items()}
+    rows = ((name, *(f"{x:.3g}" for x in found), f"{found[-1] / found[0] - 1:+.0%}") for name, found in last.items())
+    show_numbers(title, ("activation", *map(str, flags.widths), "change"), rows)

@@ -9,14 +9,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from data.pipeline import training_batches
 from parallax.config import TransformerConfig
 from parallax.training.optimizer import make_learning_rate
 from scripts.common.command_line import parse, tell
 from scripts.common.layer_words import REGISTRY
+from scripts.common.tables import show_numbers
 from scripts.forecasting.family import below, flops_of, size_of, with_mup
 from scripts.forecasting.flags import DesignFlags
 from scripts.forecasting.ladder import Ladder, Member, require_new
@@ -151,16 +149,14 @@ def _timed(job: Job, began: float) -> Timed:
 
 def show(ladder: Ladder) -> None:
     """The members as a table, and what they take together."""
-    table = Table(title=f"{ladder.folder}: {len(ladder.members)} runs below {size_of(ladder.target):,} parameters")
-    for name in ("run", "width", "layers", "parameters", "tokens", "a parameter", "epochs", "FLOPs", "minutes"):
-        table.add_column(name, justify="right", no_wrap=True)
+    columns = ("run", "width", "layers", "parameters", "tokens", "a parameter", "epochs", "FLOPs", "minutes")
+    rows = []
     for member in ladder.members:
-        tokens = ladder.tokens(member)
-        table.add_row(
-            *(member.name, str(member.model.embed_dim), str(member.model.num_layers), f"{member.params:,}"),
-            *(f"{tokens:,}", f"{tokens / member.params:.1f}", f"{tokens / ladder.unique_tokens:.2f}"),
-            *(f"{member.flops:.3g}", f"{member.seconds / 60:.1f}"),
-        )
-    Console(width=None if Console().is_terminal else 160).print(table)
+        tokens, model = ladder.tokens(member), member.model
+        row = [member.name, str(model.embed_dim), str(model.num_layers), f"{member.params:,}", f"{tokens:,}"]
+        row += [f"{tokens / member.params:.1f}", f"{tokens / ladder.unique_tokens:.2f}"]
+        rows.append([*row, f"{member.flops:.3g}", f"{member.seconds / 60:.1f}"])
+    title = f"{ladder.folder}: {len(ladder.members)} runs below {size_of(ladder.target):,} parameters"
+    show_numbers(title, columns, rows)
     minutes = sum(member.seconds for member in ladder.members) / 60
     print(f"All runs take about {minutes:.0f} minutes here. Parameters are those a token uses, embedding tables aside.")

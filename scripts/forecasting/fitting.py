@@ -7,14 +7,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from parallax.storage import write_json
-from scripts.common.command_line import parse
+from scripts.common.command_line import parse, writing
+from scripts.common.tables import show_numbers
 from scripts.forecasting.flags import FitFlags
 from scripts.forecasting.ladder import Ladder, Result, point_of, read_ladder, require_names, result_of
-from scripts.forecasting.law import BOUNDS, Fit, Point, find_diverged, fit_many
+from scripts.forecasting.law import BOUNDS, Fit, find_diverged, fit_many
 
 DESCRIPTION = "Fit L(N, D) = E + A/N^a + B/D^b to the finished runs of a ladder."
 FIT_FILE = "fit.json"
@@ -75,27 +74,22 @@ def fit(args: Sequence[str]) -> int:
     flags = parse(FitFlags, description=DESCRIPTION, args=args)
     fitted = fit_ladder(read_ladder(flags.ladder), flags.without)
     show(fitted)
-    try:
+    with writing(str(fitted.ladder.folder), "copy the ladder"):
         write_json(fitted.ladder.folder / FIT_FILE, fit_to_json(fitted))
-    except OSError as error:
-        raise ValueError(f"{fitted.ladder.folder} cannot be written: {error.strerror}; copy the ladder") from None
     return 0
 
 
 def show(fitted: Fitted) -> None:
     """The law with its intervals, the runs with their residuals, and the warnings."""
     law, laws = fitted.fit.law, fitted.fit.laws
-    table = Table(title=f"{fitted.ladder.folder}: {len(fitted.finished)} of {len(fitted.results)} runs")
-    for name in ("run", "parameters", "tokens", "loss", "law", "residual"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for result in fitted.finished:
         point = point_of(fitted.ladder, result)
         expected = law.loss(point.params, point.worth)
-        table.add_row(
-            *(result.member.name, f"{point.params:,.0f}", f"{point.tokens:,.0f}", f"{point.loss:.4f}"),
-            *(f"{expected:.4f}", f"{100 * np.log(point.loss / expected):+.2f}%"),
-        )
-    Console(width=None if Console().is_terminal else 120).print(table)
+        row = [result.member.name, f"{point.params:,.0f}", f"{point.tokens:,.0f}", f"{point.loss:.4f}"]
+        rows.append([*row, f"{expected:.4f}", f"{100 * np.log(point.loss / expected):+.2f}%"])
+    title = f"{fitted.ladder.folder}: {len(fitted.finished)} of {len(fitted.results)} runs"
+    show_numbers(title, ("run", "parameters", "tokens", "loss", "law", "residual"), rows)
     for name in ("E", "A", "B", "alpha", "beta", "size_exponent"):
         low, high = np.quantile([getattr(each, name) for each in laws], [0.1, 0.9])
         print(f"{name:13} {getattr(law, name):10.4g}   80%: {low:.4g} to {high:.4g}")
@@ -149,16 +143,12 @@ def far_beyond(fitted: Fitted, flops: float) -> str | None:
 
 def fit_to_json(fitted: Fitted) -> dict:
     """The law, its bootstrap draws and the runs that it stands on."""
-
-    def plain(point: Point) -> dict:
-        return dataclasses.asdict(point)
-
     return {
         "ladder_sha256": fitted.ladder.sha256,
         "law": dataclasses.asdict(fitted.fit.law),
         "noise": fitted.fit.noise,
         "draws": [dataclasses.asdict(law) for law in fitted.fit.laws],
-        "runs": [plain(point) for point in fitted.fit.points],
+        "runs": [dataclasses.asdict(point) for point in fitted.fit.points],
         "left_out": fitted.left_out,
         "warnings": list(warnings(fitted)),
     }

@@ -16,7 +16,7 @@ from parallax.config import PRESETS, TransformerConfig, config_to_dict
 from parallax.prediction import FREE, PREDICTION_FILE
 from parallax.storage import write_json
 from parallelism.planning.hardware import machine
-from scripts.common.command_line import parse, tell
+from scripts.common.command_line import parse, tell, writing
 from scripts.forecasting.family import at_share, flops_of, size_of
 from scripts.forecasting.fitting import Fitted, far_beyond, fit_ladder, warnings
 from scripts.forecasting.flags import ForecastFlags
@@ -94,12 +94,10 @@ def forecast(args: Sequence[str]) -> int:
     for line in result["warnings"]:
         print(f"warning: {line}")
     folder = flags.output or fitted.ladder.folder
-    try:
+    with writing(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "forecast.json", result)
         plot_forecast(fitted, own, folder / "forecast.png")
-    except OSError as error:
-        raise ValueError(f"--output {folder} cannot be written: {error.strerror}; choose another") from None
     if flags.register is not None:
         register(fitted, model, own, flags.level, flags.register)
     return 0
@@ -193,11 +191,9 @@ def register(fitted: Fitted, model: TransformerConfig, own: Forecast, level: flo
         "left_out": fitted.left_out,
         "curve": curve_of(fitted, level),
     }
-    try:
+    with writing(f"--register {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / PREDICTION_FILE, values)
-    except OSError as error:
-        raise ValueError(f"--register {folder} cannot be written: {error.strerror}; choose another") from None
     words = f"--output-dir {folder} --seq-len {values['seq_len']}"
     words += f" --eval-tokens {values['eval_tokens']}" if values["eval_tokens"] else ""
     tell(f"registered {folder / PREDICTION_FILE}; a run of train.py with {words} is held against it")

@@ -14,6 +14,7 @@ from typing import Any
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig, config_from_dict, config_to_dict
 from parallax.storage import write_json
 from parallax.training.metric_writers import METRICS_FILE, read_metrics
+from scripts.common.command_line import writing
 from scripts.forecasting.law import Point
 from scripts.training.summary import SUMMARY_FILE
 
@@ -86,11 +87,9 @@ class Ladder:
     def write(self) -> None:
         """Raises ValueError if the folder is there already, or cannot be written."""
         require_new(self.folder)
-        try:
+        with writing(f"--output {self.folder}"):
             self.folder.mkdir(parents=True)
             write_json(self.folder / LADDER_FILE, self.to_json())
-        except OSError as error:
-            raise ValueError(f"--output {self.folder} cannot be written: {error.strerror}; choose another") from None
 
 
 def require_new(folder: Path) -> None:

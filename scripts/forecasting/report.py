@@ -5,10 +5,8 @@ Invariant: only reads.
 
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from scripts.common.command_line import parse
+from scripts.common.tables import show_numbers
 from scripts.forecasting.fitting import fit_ladder, show
 from scripts.forecasting.flags import LadderFlags
 from scripts.forecasting.ladder import Ladder, Result, read_ladder, result_of
@@ -32,12 +30,10 @@ def report(args: Sequence[str]) -> int:
 
 
 def _show_runs(ladder: Ladder, results: Sequence[Result]) -> None:
-    table = Table(title=str(ladder.folder))
-    for name in ("run", "steps", "done", "loss", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for result in results:
         done, loss = result.curve[-1] if result.curve else (0.0, None)
         state = "failed" if result.failure else "finished" if result.loss is not None else ""
         shown = "" if loss is None else f"{loss:.4f}"
-        table.add_row(result.member.name, f"{result.member.steps:,}", f"{done:.0%}", shown, state)
-    Console(width=None if Console().is_terminal else 120).print(table)
+        rows.append((result.member.name, f"{result.member.steps:,}", f"{done:.0%}", shown, state))
+    show_numbers(str(ladder.folder), ("run", "steps", "done", "loss", ""), rows)

@@ -9,12 +9,10 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from parallax.storage import write_json
 from parallelism.exit_status import FAILED
-from scripts.common.command_line import parse, split_at_dashes, tell
+from scripts.common.command_line import parse, split_at_dashes, tell, writing
+from scripts.common.tables import show_numbers
 from scripts.forecasting.flags import TuneFlags
 from scripts.forecasting.ladder import Ladder, Member, read_ladder, result_of
 from scripts.forecasting.running import train_member
@@ -116,21 +114,18 @@ def _try(ladder: Ladder, setting: Setting, steps: int, passed: Sequence[str]) ->
 
 
 def _say(ladder: Ladder, trials: Sequence[Trial], best: Setting) -> int:
-    table = Table(title=f"{ladder.folder}: {len(trials)} trials of width {_smallest(ladder).model.embed_dim}")
-    for name in ("rate", "batch", "weight decay", "steps", "loss"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for trial in trials:
         own = trial.setting
         loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else "failed"
-        table.add_row(f"{own.rate:.3g}", str(own.batch_size), f"{own.weight_decay:g}", f"{trial.steps:,}", loss)
-    Console(width=None if Console().is_terminal else 100).print(table)
+        rows.append((f"{own.rate:.3g}", str(own.batch_size), f"{own.weight_decay:g}", f"{trial.steps:,}", loss))
+    title = f"{ladder.folder}: {len(trials)} trials of width {_smallest(ladder).model.embed_dim}"
+    show_numbers(title, ("rate", "batch", "weight decay", "steps", "loss"), rows)
     values = [dataclasses.asdict(trial) for trial in trials]
     for value in values:
         value["loss"] = value["loss"] if math.isfinite(value["loss"]) else None
-    try:
+    with writing(str(ladder.folder), "copy the ladder"):
         write_json(ladder.folder / "tune.json", {"best": dataclasses.asdict(best), "trials": values})
-    except OSError as error:
-        raise ValueError(f"{ladder.folder} cannot be written: {error.strerror}; copy the ladder") from None
     kind = ladder.target.parametrization.kind
     print(
         f"for the ladder and its target: --learning-rate {best.rate:g} --batch-size {best.batch_size} "

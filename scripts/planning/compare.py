@@ -5,7 +5,6 @@ Invariant: what stands for a machine was compiled for it and fits; a machine wit
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +17,11 @@ from parallelism.planning.compiler import check_compiler
 from parallelism.planning.gpus import GIB
 from parallelism.planning.hardware import Machine, machine
 from parallelism.planning.planner import Row, name_of
+from scripts.common.command_line import writing
+from scripts.common.tables import show_table
 from scripts.planning.flags import Flags
 from scripts.planning.plan import Plan
-from scripts.planning.report import bill, commands, plan_file, refused_in_one_line, row_to_json, sought
+from scripts.planning.report import bill, commands, plan_file, row_to_json, sought
 
 
 class Best(NamedTuple):
@@ -48,8 +49,8 @@ def compare(flags: Flags) -> int:
         row = next((row for row in rows if row.report and row.fits(sliced.device_memory)), None)
         found.append(Best(sliced, row, *(bill(row, sliced, asked) if row else (None, None))))
     found.sort(key=lambda best: (best.hours is None, best.hours))
-    Console(width=None if sys.stdout.isatty() else 200).print(comparison(found, flags))
-    with refused_in_one_line(path):
+    show_table(comparison(found, flags))
+    with writing(f"--output {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([_to_json(best, flags) for best in found], indent=1) + "\n")
         plot(found, flags, path.with_suffix(".png"))

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,12 @@ from parallelism.planning.planner import (
 )
 from parallelism.rules import MESH_AXES, Rules, crosses_slices, in_parts, load_rules, split_by
 from parallelism.strategy import Layout
+from scripts.common.command_line import writing
+from scripts.common.tables import show_table
 from scripts.planning.flags import Flags
 from scripts.planning.maxtext import MaxText
 from scripts.planning.report import commands as commands_of
-from scripts.planning.report import describe, plan_file, plan_table, plan_to_json, refused_in_one_line
+from scripts.planning.report import describe, plan_file, plan_table, plan_to_json
 from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized, size_of
 from scripts.training.choices import choose_attention
 from scripts.training.flags import check_length
@@ -220,8 +221,8 @@ class Plan:
     def _show(self, console: Console, path: Path, rows: list[Row], ranked: int) -> int:
         flags, sliced = self._flags, self._slice
         fitting = [row for row in rows if row.report and row.fits(sliced.device_memory)]
-        Console(width=None if sys.stdout.isatty() else 200).print(plan_table(rows, sliced, flags, ranked))
-        with refused_in_one_line(path):
+        show_table(plan_table(rows, sliced, flags, ranked))
+        with writing(f"--output {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(plan_to_json(rows, sliced, flags), indent=1) + "\n")
         console.print(f"The plan is also in {path}.", highlight=False)

@@ -3,11 +3,10 @@
 Invariant: a number says whether the compiler or the analytic model gave it.
 """
 
-import contextlib
 import dataclasses
 import shlex
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from parallelism.planning.compiler import NOT_COUNTED
 from parallelism.planning.gpus import GIB, USED, Gpus
 from parallelism.planning.hardware import Machine
 from parallelism.planning.planner import Choice, Row, name_of
+from scripts.common.command_line import writing
 from scripts.common.config_words import config_words
 from scripts.planning.flags import Flags
 from scripts.planning.prices import Price, hours, price_of
@@ -36,21 +36,12 @@ def plan_file(asked: Flags, name: str) -> Path:
     Raises ValueError if it cannot be written, which is better known before minutes go to compiling.
     """
     path = Path(asked.output or Path("plans") / name)
-    with refused_in_one_line(path):
+    with writing(f"--output {path}"):
         if path.exists():  # a pipe too, whose folder takes no other file
             path.open("ab").close()
         else:
             tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())).close()
     return path
-
-
-@contextlib.contextmanager
-def refused_in_one_line(path: Path) -> Iterator[None]:
-    """Raises ValueError where the block cannot write the plan."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error.strerror}; choose another") from None
 
 
 def plan_table(rows: Sequence[Row], sliced: Machine, asked: Flags, ranked: int) -> Table:

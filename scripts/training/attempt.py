@@ -17,7 +17,7 @@ from data.pipeline import evaluation_batches, training_batches
 from data.samples import Samples
 from data.stores.mixture import by_source
 from parallax.model.flops import step_flops
-from parallax.storage import is_of_storage, reason_of, write_json
+from parallax.storage import is_of_storage, write_json
 from parallax.tokenizers.chat_template import FILE, write_chat_template
 from parallax.tokenizers.registry import save_tokenizer
 from parallax.training.checkpoint import Checkpointer
@@ -28,6 +28,7 @@ from parallelism import sentinel
 from parallelism.exit_status import FAILED, LOST_PEER, OUTSIDE_FAILURE, status_of
 from parallelism.hosts import explain, fetch, has_peers
 from parallelism.planning.hardware import peak_flops
+from scripts.common.command_line import writing
 from scripts.common.ending import end_without_main_thread
 from scripts.training.base import Base
 from scripts.training.flags import flags_to_dict
@@ -113,7 +114,7 @@ class Attempt:
         self._references = refer(job, state, self._start) if job.has_pairs else {}
         if strategy.is_writer:
             description = describe_run(job)
-            try:
+            with writing(f"--output-dir {job.folder}"):
                 self._workspace.fetch()
                 # In this order: --resume takes a folder with a config, and makes the tokenizer that is not there yet.
                 write_json(self._workspace.path / "config.json", description | self._base.describe())
@@ -123,10 +124,6 @@ class Attempt:
                 if job.chat_template and not (self._workspace.path / FILE).exists():
                     write_chat_template(job.chat_template, self._workspace.path)
                 self._workspace.send()
-            except OSError as error:
-                raise ValueError(
-                    f"--output-dir {job.folder} cannot be written: {reason_of(error)}; choose another"
-                ) from None
         return state
 
     def run(self, state: TrainState) -> int:

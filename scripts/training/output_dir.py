@@ -25,6 +25,7 @@ from etils import epath
 from parallax.prediction import PREDICTION_FILE, read_prediction
 from parallax.storage import is_remote, open_folder, reason_of
 from parallax.training.metric_writers import METRICS_FILE, SAMPLES_FILE
+from scripts.common.command_line import writing
 from scripts.training.lease import LEASE_FILE, Lease, Owner
 from scripts.training.summary import SUMMARY_FILE
 from scripts.training.weights_and_biases import FILE as WANDB_FILE
@@ -126,13 +127,8 @@ class Workspace:
                 return
             self._lock()
         lease = Lease(self._folder)
-        try:
-            with _errors_of(self._folder):
-                rival = lease.take()
-        except OSError as error:
-            raise ValueError(
-                f"--output-dir {self._folder} cannot be written: {reason_of(error)}; choose another"
-            ) from None
+        with writing(f"--output-dir {self._folder}"), _errors_of(self._folder):
+            rival = lease.take()
         if rival is not None:
             raise self._held_by(_describe(rival))
         self._lease, self._lock = lease, weakref.finalize(self, lease.release)
