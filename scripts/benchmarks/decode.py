@@ -12,7 +12,7 @@ from typing import Any
 
 from parallax.config import TransformerConfig
 from scripts.benchmarks.report import begin, show, spread, write_report
-from scripts.benchmarks.rounds import BEFORE, TREE, Rounds, Timing, Worker, measure, ratio, require_positive
+from scripts.benchmarks.rounds import BEFORE, TREE, Compared, Rounds, Worker, measure, ratio, require_positive
 from scripts.benchmarks.settings import MODELS
 from scripts.benchmarks.theirs import require
 from scripts.common.command_line import parse
@@ -21,7 +21,7 @@ MEMORY = "bandwidth"
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(Timing):
+class Flags(Compared):
     models: str = "tiny,nano,small,small-1365"
     """Which models, with first weights."""
     batches: str = "1,16"
@@ -32,8 +32,6 @@ class Flags(Timing):
     """How many tokens are generated, greedily."""
     contenders: str = "parallax,transformers"
     """Who takes part: parallax alone, or with transformers."""
-    against: str | None = None
-    """A folder with another checkout of this project, measured as `before`."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -54,6 +54,19 @@ class Timing:
         require_positive(self, "rounds", "seconds")
 
 
+@dataclasses.dataclass(frozen=True)
+class Compared(Timing):
+    """Flags of the commands that also measure another checkout."""
+
+    against: str | None = None
+    """A folder with another checkout of this project, measured as `before` beside this one."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.against:
+            find(Path(self.against), WORKERS)
+
+
 def require_positive(flags: Any, *names: str) -> None:
     """Raises ValueError for the first of these flags that is not above 0, with its default as the remedy."""
     for name in names:

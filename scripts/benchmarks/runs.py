@@ -92,9 +92,13 @@ def run_train(flags: Sequence[str], folder: Path, limit: float = SECONDS) -> Cur
             process.kill()
             process.wait()
     if process.returncode and not running:
-        last = (log.read_text().splitlines() or ["it wrote nothing"])[-1]
-        raise ValueError(f"train.py ended with status {process.returncode}: {last}")
+        raise ValueError(f"train.py ended with status {process.returncode}: {last_line(log)}")
     return curve
+
+
+def last_line(log: Path) -> str:
+    """Of what a process wrote."""
+    return (log.read_text().splitlines() or ["it wrote nothing"])[-1]
 
 
 FORMS = {f"seconds to a loss of {LOSS}": ".1f", f"loss after {SECONDS:.0f} seconds": ".4f"}

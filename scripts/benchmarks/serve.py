@@ -23,8 +23,8 @@ from scripts.benchmarks.report import begin, show, write_report
 from scripts.benchmarks.rounds import (
     BEFORE,
     TREE,
+    Compared,
     Rounds,
-    Timing,
     Worker,
     environment,
     find,
@@ -32,7 +32,7 @@ from scripts.benchmarks.rounds import (
     ratio,
     require_positive,
 )
-from scripts.benchmarks.runs import run_train
+from scripts.benchmarks.runs import last_line, run_train
 from scripts.benchmarks.settings import MODELS, prompts
 from scripts.common.command_line import parse
 
@@ -44,7 +44,7 @@ MANY = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(Timing):
+class Flags(Compared):
     model: str = "small"
     """Which model, after one step of training: tiny, nano or small."""
     clients: int = 16
@@ -53,8 +53,6 @@ class Flags(Timing):
     """Length of a prompt."""
     new_tokens: int = 64
     """Length of an answer."""
-    against: str | None = None
-    """A folder with another checkout of this project, whose server is measured as `before`."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,8 +84,7 @@ class Server:
         try:
             self.address = self._process.stdout.readline().strip() if self._process.stdout else ""
             if not self.address:
-                last = (log.read_text().splitlines() or ["it wrote nothing"])[-1]
-                raise ValueError(f"serve.py of {tree} did not start: {last}")
+                raise ValueError(f"serve.py of {tree} did not start: {last_line(log)}")
         except BaseException:
             self.close()
             raise

@@ -14,7 +14,7 @@ from typing import Any
 from parallax.model.flops import step_flops
 from parallelism.strategies import STRATEGIES
 from scripts.benchmarks.report import begin, show, spread, write_report
-from scripts.benchmarks.rounds import BEFORE, TREE, WORKERS, Rounds, Timing, Worker, find, measure, ratio
+from scripts.benchmarks.rounds import BEFORE, TREE, Compared, Rounds, Worker, measure, ratio
 from scripts.benchmarks.settings import DENSE, Setting, read_setting
 from scripts.benchmarks.theirs import NEEDED, require
 from scripts.common.command_line import parse
@@ -27,23 +27,20 @@ COUNTERPART = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
-class Flags(Timing):
+class Flags(Compared):
     settings: str = "nano-12x64,nano-32x256,small-1365-4x256,nano-4x1024"
     """What to train, as MODEL-BATCHxLENGTH; the models are trial, tiny, nano, small, small-1365, and nano-moe with its
     dense counterpart nano-352."""
     contenders: str = "single,pmap,mesh,torch,torch-compiled,transformers"
     """Who takes part: the strategies of Parallax, then torch, torch-compiled and transformers, and for experts dense,
-    the model without that has as many active parameters. The first is what the others are compared with."""
-    against: str | None = None
-    """A folder with another checkout of this project, measured as `before` with the strategy of the first contender."""
+    the model without that has as many active parameters. The first is what the others are compared with, and gives
+    `before` its strategy."""
 
 
 def train(args: Sequence[str]) -> int:
     """Measures every setting; returns 0."""
     flags = parse(Flags, description="Compare the speed of training, contender by contender.", args=args)
     check_contenders(flags.contenders.split(","))
-    if flags.against:
-        find(Path(flags.against), WORKERS)
     settings = [read_setting(name) for name in flags.settings.split(",")]
     for setting in settings:
         check_model(flags.contenders.split(","), setting)

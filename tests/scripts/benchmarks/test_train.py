@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from parallax.model.flops import step_flops
+from scripts.benchmarks import rounds
 from scripts.benchmarks import train as benchmark_train
 from scripts.benchmarks.rounds import TREE
 from scripts.benchmarks.settings import MODELS, SEED, read_setting, samples
@@ -96,13 +97,12 @@ def test_other_work_is_refused(call, monkeypatch):
         return SimpleNamespace(name=name, facts={"params": 10, "losses": losses}, close=lambda: None)
 
     monkeypatch.setattr(benchmark_train, "Worker", worker)
-    monkeypatch.setattr(benchmark_train, "find", lambda tree, files: tree)
+    monkeypatch.setattr(rounds, "find", lambda tree, files: tree)
     status, _, err = call(*f"{SHORT} single --against before".split())
     assert status == 2
     assert "before has the loss 4.1 in step 1 and single 4.0" in err
 
 
-def test_what_is_no_checkout_is_refused(call, tmp_path):
-    status, _, err = call(*f"{SHORT} single --against {tmp_path}".split())
-    assert status == 2
-    assert f"--against {tmp_path} holds no scripts/benchmarks/worker.py" in err
+@pytest.mark.parametrize("command", ["train", "decode", "serve"])
+def test_what_is_no_checkout_is_refused(refuse, tmp_path, command):
+    refuse(f"{command} --against {tmp_path}", f"--against {tmp_path} holds no scripts/benchmarks/worker.py")
