@@ -165,8 +165,13 @@ def changes(saved: Flags, flags: Flags) -> Iterator[Change]:
     for part, values in before.items():
         for name, value in values.items():
             if after[part][name] != value:
-                prefix = f"{part}." if part in ("model", "dpo") else ""
-                yield Change(part, f"--{prefix}{name.replace('_', '-')}", value, after[part][name])
+                yield Change(part, flag_of(part, name), value, after[part][name])
+
+
+def flag_of(part: str, name: str) -> str:
+    """The flag of a value in config.json, by the part of it that holds the value."""
+    prefix = f"{part}." if part in ("model", "dpo") else ""
+    return f"--{prefix}{name.replace('_', '-')}"
 
 
 def may_change(flag: str) -> bool:

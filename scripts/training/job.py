@@ -36,7 +36,7 @@ from parallelism.strategies import get_strategy
 from parallelism.strategy import Layout, Strategy
 from scripts.preparing.automatic import find_unprepared, prepare_into_cache
 from scripts.training.choices import choose_accumulate, choose_attention, choose_eval_tokens, choose_layer_loop
-from scripts.training.flags import Flags, flags_to_dict, may_change, model_name
+from scripts.training.flags import Flags, flag_of, flags_to_dict, may_change, model_name
 from scripts.training.output_dir import choose_folder, require_corpus
 from scripts.training.prompts import Prompts
 from scripts.training.step import bind_state, bind_step
@@ -80,15 +80,12 @@ class Job:
     notes: list[str]
     trained_length: int
     """The longest sequence, in tokens, that the parameters will have learned from."""
-    chat_template: ChatTemplate | None = None
+    chat_template: ChatTemplate | None
     """How the conversations that it learns are written, or those of the run it starts from."""
-    prompts: Prompts | None = None
+    prompts: Prompts | None
     """What is continued at each evaluation."""
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether it learns from pairs of answers, which one is preferred."""
-        return _has_pairs(self.corpus)
+    has_pairs: bool
+    """Whether it learns from pairs of answers, which one is preferred."""
 
     def describe(self) -> None:
         """Says what is about to be trained."""
@@ -138,15 +135,32 @@ def prepare_job(flags: Flags) -> Job:
     training, held_out = prepare(
         corpus, tokenizer, flags.train.seq_len, held_out_fraction=fraction, packing=flags.packing
     )
-    _require_pairs(flags, corpus)
-    _require_targets(flags, corpus, training, held_out)
-    notes += _say_cut(corpus, training, flags.train.seq_len)
-    layout, strategy, step, evaluate = _build_or_explain(flags, pairs=_has_pairs(corpus))
+    pairs = _has_pairs(corpus)
+    if not pairs:
+        _refuse_preferences(flags, corpus)
+    _require_targets(flags, corpus, training, held_out, pairs=pairs)
+    notes += _count_cut(corpus, training, flags.train.seq_len)
+    layout, strategy, step, evaluate = _build_or_explain(flags, pairs=pairs)
     length = _trained_length(flags, folder)
     template = _chat_template(flags, corpus, tokenizer)
     prompts = flags.sample_prompts and Prompts(flags.sample_prompts, flags.model, tokenizer, template)
-    what = (corpus, tokenizer, training, held_out, layout, strategy, step, evaluate, folder, notes, length, template)
-    job = Job(flags, *what, prompts or None)
+    job = Job(
+        flags=flags,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        training=training,
+        held_out=held_out,
+        layout=layout,
+        strategy=strategy,
+        step=step,
+        evaluate=evaluate,
+        folder=folder,
+        notes=notes,
+        trained_length=length,
+        chat_template=template,
+        prompts=prompts or None,
+        has_pairs=pairs,
+    )
     if jax.process_count() == 1:
         return job
     require_same(facts(job))
@@ -168,7 +182,7 @@ def _prepared(flags: Flags) -> str:
     return prepare_into_cache(flags.dataset, sources, flags.init_from or flags.tokenizer or "char", say)
 
 
-def _say_cut(corpus: Corpus, training: Samples, seq_len: int) -> Iterator[str]:
+def _count_cut(corpus: Corpus, training: Samples, seq_len: int) -> Iterator[str]:
     """A line about conversations that are too long for a row, if there are some."""
     stores = () if corpus.stores is None else corpus.stores.stores
     if not any(store.learned for store in stores):
@@ -179,12 +193,12 @@ def _say_cut(corpus: Corpus, training: Samples, seq_len: int) -> Iterator[str]:
         yield f"cut       {cut:,} of {documents:,} conversations, for which --seq-len {seq_len} is too short"
 
 
-def _require_pairs(flags: Flags, corpus: Corpus) -> None:
-    """Raises ValueError if flags of preferences are given and there are none."""
+def _refuse_preferences(flags: Flags, corpus: Corpus) -> None:
+    """Raises ValueError if flags of preferences are given, for a corpus without pairs."""
     for name, value in config_to_dict(flags.dpo).items():
-        if value != getattr(PreferenceConfig(), name) and not _has_pairs(corpus):
+        if value != getattr(PreferenceConfig(), name):
             raise ValueError(
-                f"--dpo.{name.replace('_', '-')} {value} needs pairs, and {corpus.name} has none; "
+                f"{flag_of('dpo', name)} {value} needs pairs, and {corpus.name} has none; "
                 "prepare some with prepare.py --chat pairs, or leave it out"
             )
 
@@ -200,12 +214,12 @@ def _has_pairs(corpus: Corpus) -> bool:
     return found == {True}
 
 
-def _require_targets(flags: Flags, corpus: Corpus, training: Samples, held_out: Samples) -> None:
+def _require_targets(flags: Flags, corpus: Corpus, training: Samples, held_out: Samples, *, pairs: bool) -> None:
     """Raises ValueError where conversations are cut off before anything that is learned of them, all of a side."""
     stores = [store for stores in (corpus.stores, corpus.evaluated) if stores is not None for store in stores.stores]
     if not any(store.learned for store in stores):
         return
-    pairs, parts = _has_pairs(corpus), by_source(held_out)
+    parts = by_source(held_out)
     most = None if flags.eval_tokens is None else flags.eval_tokens // len(parts)
     sides = [("training", training, None), *((f"held-out {name}".strip(), part, most) for name, part in parts.items())]
     for side, samples, most_tokens in sides:
@@ -232,9 +246,8 @@ def facts(job: Job) -> dict[str, tuple[str, str]]:
     flags, settings = job.flags, job.flags.train
     found = {f"package {name}": (importlib.metadata.version(name), "") for name in PACKAGES}
     for part, values in flags_to_dict(flags).items():
-        prefix = f"{part}." if part in ("model", "dpo") else ""
         for name in values.keys() - PATHS:
-            found[f"--{prefix}{name.replace('_', '-')}"] = (json.dumps(values[name]), "")
+            found[flag_of(part, name)] = (json.dumps(values[name]), "")
     for name in COLLECTIVE:
         found[f"--{name.replace('_', '-')}"] = (str(getattr(flags, name)), "")
     shardings = [str(leaf.sharding) for leaf in jax.tree.leaves(job.strategy.abstract())]
