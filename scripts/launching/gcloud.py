@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from scripts.common.command_line import Switch
+
 RUNTIMES = {
     "v2": "tpu-ubuntu2204-base",
     "v3": "tpu-ubuntu2204-base",
@@ -43,29 +45,40 @@ DESCRIBE_SECONDS = 120
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """One TPU as it is asked for: a node of one or more hosts, perhaps through a queued resource of the same name.
+    """One TPU as flags ask for it: a node of one or more hosts, perhaps through a queued resource of the same name.
 
     Several slices are nodes NAME-0, NAME-1 … of one queued resource: all are given, and all taken, at once.
     """
 
-    name: str
-    zone: str
+    name: str = "parallax-dev-tpu"
+    """Of the TPU, and of its queued resource."""
+    zone: str = "us-central1-a"
+    """Where it is."""
     accelerator: str = "v3-8"
+    """GENERATION-SIZE; the size counts cores, but chips for v5e (also v5litepod) and v6e."""
     slices: int = 1
+    """How many of these, connected by the data-center network, which one axis of --mesh crosses, as in
+    data=2@dcn,fsdp=256. They are asked for together, through a queued resource."""
     runtime: str | None = None
-    """By default the one of RUNTIMES."""
-    spot: bool = False
-    queued: bool = False
+    """Software of its hosts; by default the one for its generation."""
+    spot: Switch = False
+    """Cheaper, and taken away when Google Cloud needs it."""
+    queued: Switch = False
+    """Ask through a queued resource, which waits in line."""
     reservation: str | None = None
-    """Its name, or any for one that fits."""
+    """Take it from this reservation, with --queued; any takes it from one that fits."""
     flex_start_hours: float | None = None
-    """Ask for it by flex-start, which gives it for so long."""
-    external_ips: bool = False
-    """Whether its hosts have public addresses; else they are reached through an IAP tunnel."""
+    """Ask by flex-start, with --queued: for so many hours at most, after which it is taken back."""
+    external_ips: Switch = False
+    """Give its hosts public addresses; by default they have none, and are reached by an IAP tunnel."""
     project: str | None = None
+    """By default that of gcloud."""
     service_account: str | None = None
+    """As whom its hosts act; by default as the project's compute account."""
     network: str | None = None
+    """By default the network "default"."""
     subnetwork: str | None = None
+    """By default the network's subnetwork in that region."""
 
     def __post_init__(self):
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", self.name):

@@ -104,7 +104,7 @@ class RunFlags(ChangeFlags):
             raise ValueError(f"--run-name {self.run_name} must be letters, digits, dashes; try --run-name first")
 
     def folder_name(self) -> str:
-        return self.run_name or self.name
+        return self.run_name or self.tpu.name
 
 
 def run(args: Sequence[str], checkout: Path = CHECKOUT) -> int:
@@ -196,16 +196,16 @@ def _close(flags: RunFlags) -> bool:
             if not deleted:  # one whose creation was cut short may show late
                 time.sleep(flags.poll_seconds)
                 deleted = flags.keeper().delete()
-            say(f"deleted: {', '.join(deleted)}" if deleted else f"there was no TPU {flags.name} to delete")
-        node = find_node(flags.tpu())
+            say(f"deleted: {', '.join(deleted)}" if deleted else f"there was no TPU {flags.tpu.name} to delete")
+        node = find_node(flags.tpu)
     except GcloudError as error:
         say(f"error: {error}")
-        say(f"{flags.name} may still bill; to delete it: {flags.down_command()}")
+        say(f"{flags.tpu.name} may still bill; to delete it: {flags.down_command()}")
         return False
     if node is None:
-        say(f"no TPU {flags.name} is left, and none bills; gs://{flags.bucket} does, for what it stores")
+        say(f"no TPU {flags.tpu.name} is left, and none bills; gs://{flags.bucket} does, for what it stores")
     else:
-        say(f"{flags.name} is {node.state} and still bills; to delete it: {flags.down_command()}")
+        say(f"{flags.tpu.name} is {node.state} and still bills; to delete it: {flags.down_command()}")
     return True
 
 
@@ -213,7 +213,7 @@ def _plan(
     flags: RunFlags, checkout: Path, commands: HostCommands, train_flags: Sequence[str], logs: str
 ) -> Iterator[str]:
     """What a run without mishaps does, in this order."""
-    tpu = flags.tpu()
+    tpu = flags.tpu
     archive = shlex.join(["git", "-C", str(checkout), "archive", "--format=tar.gz", commands.commit])
     yield f"{archive} | {shlex.join(copy('-', commands.archive))}"
     nodes = tpu.nodes()

@@ -9,6 +9,9 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated
+
+import tyro
 
 from parallelism.exit_status import FAILED
 from scripts.common.command_line import Switch, parse
@@ -29,35 +32,7 @@ from scripts.launching.tpu_lifecycle import Keeper
 
 @dataclasses.dataclass(frozen=True)
 class TpuFlags:
-    name: str = "parallax-dev-tpu"
-    """Of the TPU, and of its queued resource."""
-    zone: str = "us-central1-a"
-    """Where it is."""
-    accelerator: str = "v3-8"
-    """GENERATION-SIZE; the size counts cores, but chips for v5e (also v5litepod) and v6e."""
-    slices: int = 1
-    """How many of these, connected by the data-center network, which one axis of --mesh crosses, as in
-    data=2@dcn,fsdp=256. They are asked for together, through a queued resource."""
-    runtime: str | None = None
-    """Software of its hosts; by default the one for its generation."""
-    spot: Switch = False
-    """Cheaper, and taken away when Google Cloud needs it."""
-    queued: Switch = False
-    """Ask through a queued resource, which waits in line."""
-    reservation: str | None = None
-    """Take it from this reservation, with --queued; any takes it from one that fits."""
-    flex_start_hours: float | None = None
-    """Ask by flex-start, with --queued: for so many hours at most, after which it is taken back."""
-    external_ips: Switch = False
-    """Give its hosts public addresses; by default they have none, and are reached by an IAP tunnel."""
-    project: str | None = None
-    """By default that of gcloud."""
-    service_account: str | None = None
-    """As whom its hosts act; by default as the project's compute account."""
-    network: str | None = None
-    """By default the network "default"."""
-    subnetwork: str | None = None
-    """By default the network's subnetwork in that region."""
+    tpu: Annotated[Tpu, tyro.conf.arg(name="")] = Tpu()
     bucket: str | None = None
     """Without gs://; holds commits, runs and logs."""
     poll_seconds: float = 30.0
@@ -72,14 +47,9 @@ class TpuFlags:
                 raise ValueError(f"{flag} {getattr(self, name):g} must not be negative; try {flag} 30")
         if self.bucket is not None and not re.fullmatch(r"[a-z0-9][-a-z0-9._]+[a-z0-9]", self.bucket):
             raise ValueError(f"--bucket {self.bucket} must be the name of a bucket; leave gs:// out")
-        self.tpu()
-
-    def tpu(self) -> Tpu:
-        """Raises ValueError if a value is not one of Google Cloud."""
-        return Tpu(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Tpu)})
 
     def keeper(self) -> Keeper:
-        return Keeper(self.tpu(), say, poll=self.poll_seconds, pause=self.retry_seconds)
+        return Keeper(self.tpu, say, poll=self.poll_seconds, pause=self.retry_seconds)
 
     def required_bucket(self) -> str:
         if self.bucket is None:
@@ -87,14 +57,15 @@ class TpuFlags:
         return self.bucket
 
     def described(self, node: Node) -> str:
-        several = f"{self.slices} × " if self.slices > 1 else ""
+        several = f"{self.tpu.slices} × " if self.tpu.slices > 1 else ""
         return f"{several}{node.accelerator}, {node.hosts} host(s)"
 
     def down_command(self) -> str:
         """What deletes the TPU."""
-        rest = [] if self.project is None else ["--project", self.project]
-        rest += [] if self.slices == 1 else ["--slices", str(self.slices)]
-        return shlex.join(["python", "scripts/launch.py", "down", "--name", self.name, "--zone", self.zone, *rest])
+        tpu, words = self.tpu, ["python", "scripts/launch.py", "down", "--name", self.tpu.name, "--zone", self.tpu.zone]
+        words += [] if tpu.project is None else ["--project", tpu.project]
+        words += [] if tpu.slices == 1 else ["--slices", str(tpu.slices)]
+        return shlex.join(words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +86,10 @@ def up(args: Sequence[str]) -> int:
     """Creates the TPU and returns once it is ready. Raises ValueError if a flag is wrong."""
     flags = parse(ChangeFlags, description="Create a TPU, and wait until it is READY.", args=args)
     if flags.dry_run:
-        return show([flags.tpu().create(), *(node.describe() for node in flags.tpu().nodes())])
+        return show([flags.tpu.create(), *(node.describe() for node in flags.tpu.nodes())])
     with gcloud_errors(flags):
         node = flags.keeper().ensure()
-    say(f"{flags.name} is READY: {flags.described(node)}")
+    say(f"{flags.tpu.name} is READY: {flags.described(node)}")
     say(f"it bills until it is deleted: {flags.down_command()}")
     return 0
 
@@ -127,17 +98,17 @@ def status(args: Sequence[str]) -> int:
     """Says what there is of the TPU. Raises ValueError if a flag is wrong."""
     flags = parse(TpuFlags, description="Say what the TPU and its hosts do.", args=args)
     with gcloud_errors(flags):
-        queued, node = find_queued(flags.tpu()), find_node(flags.tpu())
+        queued, node = find_queued(flags.tpu), find_node(flags.tpu)
         if queued is not None:
-            print(f"queued resource {flags.name} is {queued}")
+            print(f"queued resource {flags.tpu.name} is {queued}")
         if node is None:
-            print(f"there is no TPU {flags.name} in {flags.zone}, and none of that name bills")
+            print(f"there is no TPU {flags.tpu.name} in {flags.tpu.zone}, and none of that name bills")
             return 0
-        print(f"{flags.name} is {node.state}: {flags.described(node)} {node.health}".rstrip())
+        print(f"{flags.tpu.name} is {node.state}: {flags.described(node)} {node.health}".rstrip())
         if node.ready:
             line = "[ ! -e parallax/current ] || bash parallax/current/scripts/launching/host.sh report"
             try:
-                print(run_all([node.ssh(line) for node in flags.tpu().nodes()], seconds=ANSWER_SECONDS), end="")
+                print(run_all([node.ssh(line) for node in flags.tpu.nodes()], seconds=ANSWER_SECONDS), end="")
             except GcloudError as error:
                 print(f"its hosts did not all answer: {error}")
     print(f"it bills until it is deleted: {flags.down_command()}")
@@ -147,7 +118,7 @@ def status(args: Sequence[str]) -> int:
 def logs(args: Sequence[str]) -> int:
     """Prints the newest log of one host, from the bucket. Raises ValueError if a flag is wrong or there is none."""
     flags = parse(LogsFlags, description="Print what a host of the run printed last.", args=args)
-    folder = f"gs://{flags.required_bucket()}/runs/{flags.run_name or flags.name}.logs"
+    folder = f"gs://{flags.required_bucket()}/runs/{flags.run_name or flags.tpu.name}.logs"
     with gcloud_errors(flags):
         try:
             found = run(list_objects(f"{folder}/**/process-{flags.worker}.log")).split()
@@ -167,13 +138,13 @@ def logs(args: Sequence[str]) -> int:
 def down(args: Sequence[str]) -> int:
     """Deletes the TPU and its queued resource. Raises ValueError if a flag is wrong."""
     flags = parse(ChangeFlags, description="Delete the TPU and its queued resource, if they exist.", args=args)
-    tpu = flags.tpu()
+    tpu = flags.tpu
     if flags.dry_run:
         return show(deletion(tpu))
     with gcloud_errors(flags):
         deleted = flags.keeper().delete()
-    say(f"deleted: {', '.join(deleted)}" if deleted else f"there was no TPU {flags.name} to delete")
-    say(f"{flags.name} does not bill any more")
+    say(f"deleted: {', '.join(deleted)}" if deleted else f"there was no TPU {flags.tpu.name} to delete")
+    say(f"{flags.tpu.name} does not bill any more")
     return 0
 
 
