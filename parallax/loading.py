@@ -20,6 +20,7 @@ from parallax.inference.context import ContextGenerator
 from parallax.inference.generate import Generator
 from parallax.inference.stopping import round_up
 from parallax.interop.folders import read_model
+from parallax.layers.attend import cut
 from parallax.model.transformer import Params, TransformerLM
 from parallax.run_folder import PlaceParams, Run, abstract_params, load_run
 from parallax.storage import open_folder
@@ -164,10 +165,6 @@ def token_log_probs(
         log_probs_BC1 = jnp.take_along_axis(jax.nn.log_softmax(logits_BCW), targets_BC[..., None], axis=-1)
         return log_probs_BC1[..., 0], jnp.argmax(logits_BCW, axis=-1) == targets_BC
 
-    def by_chunks(array_BT: jax.Array) -> jax.Array:
-        padded = jnp.pad(array_BT, ((0, 0), (0, -T % chunk), *[(0, 0)] * (array_BT.ndim - 2)))
-        return padded.reshape(B, -1, chunk, *array_BT.shape[2:]).swapaxes(0, 1)
-
-    scored = jax.lax.map(of_chunk, (by_chunks(x_BTD), by_chunks(targets_BT)))
+    scored = jax.lax.map(of_chunk, (cut(x_BTD, chunk), cut(targets_BT, chunk)))
     log_probs_BT, greedy_BT = (array.swapaxes(0, 1).reshape(B, -1)[:, :T] for array in scored)
     return log_probs_BT, greedy_BT

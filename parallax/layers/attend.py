@@ -158,11 +158,11 @@ def attend_in_chunks(
         end, _ = jax.lax.scan(one_key_chunk, start, numbered)
         return jnp.moveaxis(end.weighted / end.normaliser[..., None], 3, 1).astype(dtype)
 
-    q_chunks = _cut(_grouped(q_BTHK, k_BSGK), chunk, 0)
-    keys = _cut(k_BSGK, chunk, 0), _cut(v_BSGK, chunk, 0), sinks_BH
+    q_chunks = cut(_grouped(q_BTHK, k_BSGK), chunk)
+    keys = cut(k_BSGK, chunk), cut(v_BSGK, chunk), sinks_BH
     # Padded keys get a position that no query reaches; what padded queries compute is cut off below.
-    q_at, k_at = _cut(positions[0], chunk, 0), _cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
-    q_in, k_in = (None, None) if segments is None else (_cut(segments[0], chunk, 0), _cut(segments[1], chunk, 0))
+    q_at, k_at = cut(positions[0], chunk), cut(positions[1], chunk, jnp.iinfo(jnp.int32).max // 2)
+    q_in, k_in = (None, None) if segments is None else (cut(segments[0], chunk), cut(segments[1], chunk))
     dropout_keys = None
     if keys_BHT is not None:
         chunks, B, _, G, R, _ = q_chunks.shape
@@ -190,24 +190,24 @@ def _over_queries(function: Callable[[jax.Array, tuple, tuple], jax.Array]) -> C
     def forward(queries, keys, beside):
         return mapped(queries, keys, beside), (queries, keys, beside)
 
-    def backward(kept, of_out):
+    def backward(kept, grad_out):
         queries, keys, (of_queries, of_keys) = kept
 
         def add(total, one):
             query, of_query, cotangent = one
             _, pull = jax.vjp(lambda query, keys: function(query, keys, (of_query, of_keys)), query, keys)
-            gradient, of_all_keys = pull(cotangent)
-            return jax.tree.map(lambda sofar, x: sofar + x.astype(sofar.dtype), total, of_all_keys), gradient
+            grad_query, grad_keys = pull(cotangent)
+            return jax.tree.map(lambda sofar, x: sofar + x.astype(sofar.dtype), total, grad_keys), grad_query
 
         zeros = jax.tree.map(lambda x: jax.lax.full_like(x, 0, jnp.promote_types(x.dtype, jnp.float32)), keys)
-        total, gradients = jax.lax.scan(add, zeros, (queries, of_queries, of_out), reverse=True)
-        return gradients, jax.tree.map(lambda x, key: x.astype(key.dtype), total, keys), None
+        total, grad_queries = jax.lax.scan(add, zeros, (queries, of_queries, grad_out), reverse=True)
+        return grad_queries, jax.tree.map(lambda x, key: x.astype(key.dtype), total, keys), None
 
     mapped.defvjp(forward, backward)
     return mapped
 
 
-def _cut(x: jax.Array, chunk: int, fill: int) -> jax.Array:
+def cut(x: jax.Array, chunk: int, fill: int = 0) -> jax.Array:
     """[B, T, ...] to [chunks, B, chunk, ...], padded with `fill` at the end."""
     padding = [(0, 0), (0, -x.shape[1] % chunk), *[(0, 0)] * (x.ndim - 2)]
     padded = jnp.pad(x, padding, constant_values=fill)

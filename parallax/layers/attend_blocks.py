@@ -46,7 +46,7 @@ def attend_by_blocks(
 
 
 class _Shape(NamedTuple):
-    """What is made of scores."""
+    """The settings that scores are made with."""
 
     window: int
     softcap: float
@@ -85,45 +85,45 @@ def _forward(
     return out, (q, k, v, segments, sinks, out, log_normaliser)
 
 
-def _backward(shape: _Shape, kept: tuple, of_out: jax.Array) -> tuple[Any, ...]:
+def _backward(shape: _Shape, kept: tuple, grad_out: jax.Array) -> tuple[Any, ...]:
     q, k, v, segments, sinks, out, log_normaliser = kept
     # The barriers keep XLA from computing such arrays again within matmuls that read them across, which takes longer.
-    of_out = jax.lax.optimization_barrier(of_out)
+    grad_out = jax.lax.optimization_barrier(grad_out)
     wide = log_normaliser.dtype
     # A sum as a matmul with ones: on CPUs XLA's sum of rows of 32 takes 20 times as long.
     ones = jnp.ones((out.shape[-1], 1), wide)
-    shared = jnp.matmul(of_out.astype(wide) * out.astype(wide), ones, precision="highest")
-    # Of keys and values with their length last, so that no scores are transposed for a matmul.
-    of_q, of_keys = [], tuple(jnp.zeros_like(jnp.swapaxes(x, 2, 3), dtype=wide) for x in (k, v))
+    shared = jnp.matmul(grad_out.astype(wide) * out.astype(wide), ones, precision="highest")
+    # Those of keys and values with their length last, so that no scores are transposed for a matmul.
+    grad_q, grad_keys = [], tuple(jnp.zeros_like(jnp.swapaxes(x, 2, 3), dtype=wide) for x in (k, v))
     for queries, keys in blocks(q.shape[3], shape.window):
 
-        def attend_back(of_keys: tuple[jax.Array, jax.Array], part: _Queries, keys: slice = keys):
-            log_normaliser, of_out, shared = part.beside
+        def attend_back(grad_keys: tuple[jax.Array, jax.Array], part: _Queries, keys: slice = keys):
+            log_normaliser, grad_out, shared = part.beside
             scores = _scores(part, k, segments, keys, shape)
             weights = jnp.exp(scores - log_normaliser)
-            of_weights = _einsum("BGRTK,BGSK->BGRTS", of_out, v[:, :, keys])
-            of_scores = weights * (of_weights - shared)
+            grad_weights = _einsum("BGRTK,BGSK->BGRTS", grad_out, v[:, :, keys])
+            grad_scores = weights * (grad_weights - shared)
             if shape.softcap:  # the slope of the tanh, 0 where a score is masked
-                of_scores = of_scores * (1 - (jnp.maximum(scores, -shape.softcap) / shape.softcap) ** 2)
-            weights, of_scores = jax.lax.optimization_barrier((weights.astype(v.dtype), of_scores.astype(q.dtype)))
-            of_q = _einsum("BGRTS,BGSK->BGRTK", of_scores, k[:, :, keys]).astype(q.dtype)
-            of_k, of_v = (
+                grad_scores = grad_scores * (1 - (jnp.maximum(scores, -shape.softcap) / shape.softcap) ** 2)
+            weights, grad_scores = jax.lax.optimization_barrier((weights.astype(v.dtype), grad_scores.astype(q.dtype)))
+            grad_q = _einsum("BGRTS,BGSK->BGRTK", grad_scores, k[:, :, keys]).astype(q.dtype)
+            grad_k, grad_v = (
                 so_far.at[..., keys].add(_einsum("BGRTK,BGRTS->BGKS", left, right), unique_indices=True)
-                for so_far, left, right in zip(of_keys, (part.q, of_out), (of_scores, weights), strict=True)
+                for so_far, left, right in zip(grad_keys, (part.q, grad_out), (grad_scores, weights), strict=True)
             )
-            return (of_k, of_v), of_q
+            return (grad_k, grad_v), grad_q
 
-        beside = tuple(x[:, :, :, queries] for x in (log_normaliser, of_out, shared))
-        of_keys, of_block = _in_parts(attend_back, of_keys, _Queries.of(queries, q, segments, beside))
-        of_q.append(of_block)
+        beside = tuple(x[:, :, :, queries] for x in (log_normaliser, grad_out, shared))
+        grad_keys, grad_block = _in_parts(attend_back, grad_keys, _Queries.of(queries, q, segments, beside))
+        grad_q.append(grad_block)
     # XLA on CPUs has no matmul of bfloat16 whose result is transposed in it.
-    of_keys = jax.lax.optimization_barrier(of_keys)
-    of_k, of_v = (jnp.swapaxes(of_x, 2, 3).astype(x.dtype) for of_x, x in zip(of_keys, (k, v), strict=True))
-    of_sinks = None
+    grad_keys = jax.lax.optimization_barrier(grad_keys)
+    grad_k, grad_v = (jnp.swapaxes(grad_x, 2, 3).astype(x.dtype) for grad_x, x in zip(grad_keys, (k, v), strict=True))
+    grad_sinks = None
     if sinks is not None:
-        of_weights = -jnp.exp(sinks.astype(wide) - log_normaliser) * shared
-        of_sinks = jnp.sum(of_weights, axis=3, keepdims=True).astype(sinks.dtype)
-    return jnp.concatenate(of_q, axis=3), of_k, of_v, None, of_sinks
+        grad_weights = -jnp.exp(sinks.astype(wide) - log_normaliser) * shared
+        grad_sinks = jnp.sum(grad_weights, axis=3, keepdims=True).astype(sinks.dtype)
+    return jnp.concatenate(grad_q, axis=3), grad_k, grad_v, None, grad_sinks
 
 
 _attend.defvjp(_forward, _backward)
@@ -142,7 +142,7 @@ def blocks(length: int, window: int) -> Iterator[tuple[slice, slice]]:
 
 
 class _Queries(NamedTuple):
-    """Those of a block, or of a part of one."""
+    """The queries of a block, or of a part of one."""
 
     q: jax.Array  # [B, G, R, t, K]
     positions: jax.Array  # [t]
@@ -176,7 +176,7 @@ def _in_parts(function: Callable, carry: Any, queries: _Queries) -> tuple[Any, A
     )
 
     def one(carry: Any, part: _Queries) -> tuple[Any, Any]:
-        # Positions alone would tell the masks of all parts, which would be made and kept before the first.
+        # Without the barrier XLA hoists the masks of all parts out of the loop, and keeps them.
         return function(carry, jax.lax.optimization_barrier(part))
 
     carry, results = jax.lax.scan(one, carry, parts)

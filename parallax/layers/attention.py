@@ -152,8 +152,10 @@ class Attention(nnx.Module):
         keys = ("batch", None, "act_kv_heads", None)
         # One row of positions may stand for all: those of the slots of a cache always do.
         row, key_row = (None if x.shape[0] == 1 else "batch" for x in (positions_BT, key_positions_BS))
-        names = (*(queries, keys, keys, (row, "length"), (key_row, None)), ("batch", "length"), ("batch", None))
-        names = (*names, ("batch", "act_heads", "length"), ("batch", "act_heads"))
+        names = (
+            *(queries, keys, keys, (row, "length"), (key_row, None)),
+            *(("batch", "length"), ("batch", None), ("batch", "act_heads", "length"), ("batch", "act_heads")),
+        )
         return local(on_device, names, queries)(
             *(q_BTHK, k_BSGK, v_BSGK, positions_BT, key_positions_BS, segments_BT, segments_BT, keys_BHT),
             self._sinks(q_BTHK),

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from parallax.config import TrainConfig, TransformerConfig
+from parallax.layers.attend import cut
 from parallax.layers.attention import KERNELS
 from parallax.model.stack import Aux
 from parallax.model.transformer import TransformerLM, parameters
@@ -64,6 +65,11 @@ def _check_targets(of_BT: jax.Array, targets_BT: jax.Array) -> None:
         )
 
 
+def tokens_at_once(vocab_size: int, length: int) -> int:
+    """How many tokens of a row have their logits held at once, by ROW_LOGITS and CHUNKS."""
+    return max(1, ROW_LOGITS // vocab_size, -(-length // CHUNKS))
+
+
 def chunked_losses(
     logits: Callable[[jax.Array, jax.Array], jax.Array],
     table_WD: jax.Array,
@@ -87,16 +93,10 @@ def chunked_losses(
         return sums["loss"], sums
 
     _check_targets(x_BTD, targets_BT)
-    B, T, D = x_BTD.shape
-    if chunk >= T:
+    if chunk >= x_BTD.shape[1]:
         loss, sums = losses(table_WD, x_BTD, targets_BT)
     else:
-        padding = -T % chunk
-        x_BTD = jnp.pad(x_BTD, ((0, 0), (0, padding), (0, 0)))
-        targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)), constant_values=NO_TARGET)
-        x_chunks = jnp.moveaxis(x_BTD.reshape(B, -1, chunk, D), 1, 0)
-        target_chunks = jnp.moveaxis(targets_BT.reshape(B, -1, chunk), 1, 0)
-        loss, sums = _sum_over_chunks(losses)(table_WD, x_chunks, target_chunks)
+        loss, sums = _sum_over_chunks(losses)(table_WD, cut(x_BTD, chunk), cut(targets_BT, chunk, NO_TARGET))
     return jax.lax.stop_gradient(sums) | {"loss": loss}
 
 
@@ -113,16 +113,16 @@ def _sum_over_chunks(losses: Callable) -> Callable:
 
     def forward(table, x_chunks, target_chunks):
         def add(sofar, chunk):
-            results, (of_table, of_x) = jax.value_and_grad(losses, (0, 1), has_aux=True)(table, *chunk)
-            return jax.tree.map(jnp.add, sofar, (results, of_table)), of_x
+            results, (grad_table, grad_x) = jax.value_and_grad(losses, (0, 1), has_aux=True)(table, *chunk)
+            return jax.tree.map(jnp.add, sofar, (results, grad_table)), grad_x
 
         one = jax.eval_shape(losses, table, x_chunks[0], target_chunks[0])
-        (results, of_table), of_x = jax.lax.scan(add, _zeros((one, table), x_chunks), (x_chunks, target_chunks))
-        return results, (of_table, of_x)
+        (results, grad_table), grad_x = jax.lax.scan(add, _zeros((one, table), x_chunks), (x_chunks, target_chunks))
+        return results, (grad_table, grad_x)
 
     def backward(gradients, cotangents):
-        of_table, of_x = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), gradients)
-        return of_table, of_x, None
+        grad_table, grad_x = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), gradients)
+        return grad_table, grad_x, None
 
     summed.defvjp(forward, backward)
     return summed
@@ -148,13 +148,12 @@ def make_loss(config: TransformerConfig, train: TrainConfig) -> LossFn:
             shards = (x_BTD, model.head.table[...])
             x_BTD, model.head.table[...] = jax.lax.optimization_barrier(shards)
             table_WD = model.head.whole()
-        T = x_BTD.shape[1]
         sums = chunked_losses(
             model.head.logits,
             table_WD,
             x_BTD,
             batch["targets"],
-            chunk=max(1, ROW_LOGITS // config.vocab_size, -(-T // CHUNKS)),
+            chunk=tokens_at_once(config.vocab_size, x_BTD.shape[1]),
             vocab_size=config.vocab_size,
             label_smoothing=train.label_smoothing,
             z_loss=train.z_loss,

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from parallax.config import TransformerConfig
 from parallax.layer_config import require
+from parallax.layers.attend import cut
 from parallax.model.stack import Aux
 from parallax.model.transformer import TransformerLM
-from parallax.training.loss import CHUNKS, NO_TARGET, ROW_LOGITS, LossFn, Sums, described, with_experts
+from parallax.training.loss import NO_TARGET, LossFn, Sums, described, tokens_at_once, with_experts
 
 CHOSEN, REJECTED = 1, 2
 """The segments of a row."""
@@ -55,7 +56,7 @@ def make_log_probs(config: TransformerConfig, *, length_normalized: bool = False
         model = TransformerLM.from_params(config, params)
         shares_BT = _shares(batch)
         x_BTD, _, aux = model.hidden(batch["inputs"], segments=batch["segments"], dropout_key=key, counted_BT=shares_BT)
-        found_BT = _of_targets(model, x_BTD, batch["targets"], config.vocab_size)
+        found_BT = _of_targets(model, x_BTD, batch["targets"])
 
         def of(segment: int) -> jax.Array:
             counted_BT = _counted(batch, segment)
@@ -78,15 +79,15 @@ def is_pair(batch: Mapping[str, Any]) -> jax.Array:
 
 
 def _shares(batch: Mapping[str, Any]) -> jax.Array:
-    """Of each target its share in those of its pair, float32 [B, T]; 0 of all that is no pair."""
+    """The share of each target in those of its pair, float32 [B, T]; 0 everywhere else."""
     counted_BT = (batch["targets"] != NO_TARGET) & is_pair(batch)[:, None]
     return counted_BT / jnp.maximum(jnp.sum(counted_BT, axis=1, keepdims=True), 1)
 
 
-def _of_targets(model: TransformerLM, x_BTD: jax.Array, targets_BT: jax.Array, vocab_size: int) -> jax.Array:
+def _of_targets(model: TransformerLM, x_BTD: jax.Array, targets_BT: jax.Array) -> jax.Array:
     """log p of each target, [B, T], the logits of a chunk of tokens at a time and again in the backward pass."""
-    table_WD, (B, T, D) = model.head.whole(), x_BTD.shape
-    chunk = max(1, ROW_LOGITS // vocab_size, -(-T // CHUNKS))
+    table_WD, (B, T, _) = model.head.whole(), x_BTD.shape
+    chunk = tokens_at_once(model.config.vocab_size, T)
 
     @jax.checkpoint
     def of_chunk(table_WD: jax.Array, x_BCD: jax.Array, targets_BC: jax.Array) -> jax.Array:
@@ -97,10 +98,7 @@ def _of_targets(model: TransformerLM, x_BTD: jax.Array, targets_BT: jax.Array, v
 
     if chunk >= T:
         return of_chunk(table_WD, x_BTD, targets_BT)
-    padding = -T % chunk
-    x_chunks = jnp.moveaxis(jnp.pad(x_BTD, ((0, 0), (0, padding), (0, 0))).reshape(B, -1, chunk, D), 1, 0)
-    targets = jnp.moveaxis(jnp.pad(targets_BT, ((0, 0), (0, padding))).reshape(B, -1, chunk), 1, 0)
-    found = jax.lax.map(lambda part: of_chunk(table_WD, *part), (x_chunks, targets))
+    found = jax.lax.map(lambda part: of_chunk(table_WD, *part), (cut(x_BTD, chunk), cut(targets_BT, chunk)))
     return jnp.moveaxis(found, 0, 1).reshape(B, -1)[:, :T]
 
 

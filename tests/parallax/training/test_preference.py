@@ -9,7 +9,7 @@ import pytest
 from parallax.config import TransformerConfig
 from parallax.layer_config import ExpertsConfig, LoraConfig
 from parallax.model.transformer import TransformerLM, init_params
-from parallax.training import preference
+from parallax.training import loss, preference
 from parallax.training.preference import (
     PreferenceConfig,
     make_log_probs,
@@ -17,6 +17,7 @@ from parallax.training.preference import (
     make_preference_loss,
 )
 from parallelism import reduction
+from tests.parallax.inference.models import draw_params
 
 CONFIG = TransformerConfig(
     vocab_size=13, embed_dim=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_dim=12, max_seq_len=16
@@ -24,11 +25,9 @@ CONFIG = TransformerConfig(
 PROMPT, CHOSEN, REJECTED = [1, 2, 3], [4, 5], [6, 7, 8]
 
 
-def pair_row(length=14):
+def pair_row():
     """A row of a pair: inputs, targets and segments, of answers behind the same prompt; and a row of padding."""
-    rows = {
-        name: np.full((2, length), fill, np.int32) for name, fill in (("inputs", 0), ("targets", -1), ("segments", 0))
-    }
+    rows = {name: np.full((2, 14), fill, np.int32) for name, fill in (("inputs", 0), ("targets", -1), ("segments", 0))}
     at = 0
     for segment, answer in enumerate((CHOSEN, REJECTED), start=1):
         ids = PROMPT + answer
@@ -39,15 +38,9 @@ def pair_row(length=14):
     return rows
 
 
-def random_params(config):
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jax.device_put(rng.normal(0, 0.5, leaf.shape).astype(np.float32)), shapes)
-
-
 @pytest.fixture(scope="module")
 def params():
-    return random_params(CONFIG)
+    return draw_params(CONFIG, scale=0.5)
 
 
 @jax.jit
@@ -65,8 +58,8 @@ def alone(params, answer):
 
 @pytest.mark.parametrize("chunks", [1, 5])
 def test_a_pair_in_one_row_is_the_two_answers_apart(params, chunks, monkeypatch):
-    monkeypatch.setattr(preference, "ROW_LOGITS", 1)
-    monkeypatch.setattr(preference, "CHUNKS", chunks)
+    monkeypatch.setattr(loss, "ROW_LOGITS", 1)
+    monkeypatch.setattr(loss, "CHUNKS", chunks)
     *found, _ = jax.jit(make_log_probs(CONFIG))(params, pair_row(), None)
     expected = [alone(params, CHOSEN), alone(params, REJECTED)]
     np.testing.assert_allclose([float(each[0]) for each in found], expected, rtol=1e-5)
@@ -93,7 +86,7 @@ def test_losses_of_routers_are_added_of_each_pair_their_mean_over_its_targets():
     """By what routers report of the row alone, where each target counts as one token; the held-out loss has none."""
     experts = ExpertsConfig(num_experts=4, mlp_dim=6, balance_loss=0.02, router_z_loss=0.01, balance_bias_rate=0.1)
     config = dataclasses.replace(CONFIG, experts=experts)
-    params = random_params(config)
+    params = draw_params(config, scale=0.5)
     batch = pair_row() | dict.fromkeys(preference.REFERENCES, np.zeros(2, np.float32))
     for name in ("inputs", "targets", "segments"):  # an answer alone is no pair
         batch[name][1] = np.where(batch["segments"][0] == 1, batch[name][0], {"targets": -1}.get(name, 0))
@@ -106,12 +99,12 @@ def test_losses_of_routers_are_added_of_each_pair_their_mean_over_its_targets():
         losses = make_preference_loss(config, PreferenceConfig())(params, batch, None)
         return losses, make_preference_evaluation(config, PreferenceConfig())(params, batch)[0], alone
 
-    (sums, pairs), loss, alone = all_of_them(params)
+    (sums, pairs), held_out, alone = all_of_them(params)
     added = {name: float(alone[name].sum()) / targets.sum() for name in ("balance_loss", "router_z_loss")}
     assert int(pairs) == 1
     for name, value in added.items():
         np.testing.assert_allclose(float(sums[name]), value, rtol=1e-5)
-    np.testing.assert_allclose(float(sums["loss"]), float(loss) + sum(added.values()), rtol=1e-5)
+    np.testing.assert_allclose(float(sums["loss"]), float(held_out) + sum(added.values()), rtol=1e-5)
     assert sums["expert_load"].tolist() == alone["expert_load"].tolist()
     assert sums["expert_load"].sum() == 2 * targets.sum()
 
