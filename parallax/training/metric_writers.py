@@ -18,8 +18,6 @@ from typing import Any, TextIO
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 """What a model made of fixed prompts, as {"step", "prompt", "text"}."""
-TIMING_FIELDS = frozenset({"tokens_per_second", "step_time", "mfu"})
-"""What differs between two runs of the same curve."""
 
 Row = dict[str, Any]
 
@@ -54,9 +52,10 @@ class MetricsWriter:
         and no event. An evaluation is a row of its own, {"step", "eval_loss"}.
         """
         numbers = {name: float(value) for name, value in values.items()}
-        self._file.write(_line({"step": int(step), **numbers}))
-        self._file.flush()
         finite = {name: number for name, number in numbers.items() if math.isfinite(number)}
+        row = {"step": int(step)} | {name: finite.get(name) for name in numbers}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
         self._events.write(int(step), finite)
 
     def write_samples(self, step: int, texts: Mapping[str, str]) -> None:
@@ -162,8 +161,3 @@ def _parsed(line: str) -> Row | None:
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def _line(row: Row) -> str:
-    finite = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"

@@ -11,6 +11,7 @@ from parallax.training.loop import Stopwatch, train
 from parallax.training.state import TrainState
 
 TIMING = {"tokens_per_second", "step_time", "mfu"}
+"""Fields of a row that differ between two runs of the same curve."""
 TOKENS = 12
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.training.metric_writers import TIMING_FIELDS, MetricsWriter, read_metrics
+from parallax.training.metric_writers import MetricsWriter, read_metrics
+from tests.parallax.training.harness import TIMING
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 
@@ -31,7 +32,7 @@ def write_run(writer: MetricsWriter, steps, seconds=1.0):
 
 def timeless(path) -> list[str]:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [json.dumps({name: value for name, value in row.items() if name not in TIMING_FIELDS}) for row in rows]
+    return [json.dumps({name: value for name, value in row.items() if name not in TIMING}) for row in rows]
 
 
 def events(folder) -> dict[str, dict[int, float]]:
@@ -117,7 +118,7 @@ def test_a_resumed_record_equals_one_that_never_stopped(tmp_path, torn):
     assert [file for file in path.parent.iterdir() if "tfevents" not in file.name] == [path]
     curves, expected = events(tmp_path / "cut"), events(tmp_path / "whole")
     assert curves.keys() == expected.keys()
-    for tag in expected.keys() - TIMING_FIELDS:
+    for tag in expected.keys() - TIMING:
         assert curves[tag] == expected[tag]
 
 
