@@ -56,9 +56,13 @@ def experts_from_hf(values: Values) -> ExpertsConfig:
     router logits. Raises ValueError if a number is missing, or the experts compute what these cannot.
     """
     kind = values["model_type"]
-    _refuse_what_differs(
-        values, of_all={"decoder_sparse_step": 1, "mlp_only_layers": []} if kind != "qwen3_moe" else {}
-    )
+    all_layers = {"decoder_sparse_step": 1, "mlp_only_layers": []} if kind != "qwen3_moe" else {}
+    for name, plain in {"clip_qkv": None, "swiglu_alpha": SLOPE, **all_layers}.items():
+        found = values.get(name)
+        if found is not None and found != plain:
+            raise ValueError(
+                f"{name}={found!r} in config.json is not supported, {plain!r} alone is; convert another model"
+            )
     # transformers writes the one name or the other.
     count = "num_local_experts" if values.get("num_local_experts") is not None else "num_experts"
     return ExpertsConfig(
@@ -109,13 +113,3 @@ def _clamp(values: Values) -> float:
             "restore the model's file"
         )
     return limit
-
-
-def _refuse_what_differs(values: Values, of_all: Values) -> None:
-    """Refuses other values than these, and what no family has."""
-    for name, plain in {"clip_qkv": None, "swiglu_alpha": SLOPE, **of_all}.items():
-        found = values.get(name)
-        if found is not None and found != plain:
-            raise ValueError(
-                f"{name}={found!r} in config.json is not supported, {plain!r} alone is; convert another model"
-            )

@@ -15,7 +15,7 @@ FIRST_LIMIT = "original_max_position_embeddings"
 EXACT_LIMIT = "max_seq_len"
 """In what is exported here, where LIMIT would be read as a length that is yet to be stretched."""
 
-ROPE_KINDS = {"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"}
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 def rope_from_hf(values: Values) -> tuple[float, RopeScaling]:
@@ -73,7 +73,7 @@ def _scaling(rope: Values, values: Values) -> RopeScaling:
         )
     if kind == "default":
         return RopeScaling()
-    fields: Values = {"kind": ROPE_KINDS[kind]}
+    fields: Values = {"kind": kind}
     if kind in ("llama3", "yarn"):
         fields["original_max_seq_len"] = _first_limit(rope, values)
     if kind == "yarn" and "factor" not in rope:
