@@ -18,8 +18,8 @@ from parallax.serving.engine import Counts, Job
 from parallax.serving.errors import Refusal, to_json
 from parallax.serving.request import Ask
 from parallax.tokenizers.base import StreamDecoder, Tokenizer
+from parallax.tokenizers.hugging_face import END_OF_TEXT
 
-END_OF_TEXT = "<|endoftext|>"
 LEAST_LOGPROB = -9999.0
 """Stands for what JSON cannot hold: the logarithm of 0."""
 

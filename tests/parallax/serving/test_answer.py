@@ -5,7 +5,7 @@ import random
 import pytest
 
 from parallax.inference.batching import Token
-from parallax.serving.answer import END_OF_TEXT, AnswerText, logprobs_json, spell
+from parallax.serving.answer import AnswerText, logprobs_json, spell
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer
 from tests.parallax.interop.tokenizers import sentencepiece
@@ -86,4 +86,4 @@ def test_the_prompt_comes_back_as_it_was_given(prompt):
     tokenizer = HuggingFaceTokenizer(definition, 300, [end, 5])
     text = AnswerText(tokenizer, tokenizer.encode(prompt).tolist(), (), echo=True)
     assert text.push(Token(1, end, -1.0, (), False, "stop")).text == prompt
-    assert [spell(token, tokenizer) for token in (end, 5)] == [END_OF_TEXT] * 2
+    assert [spell(token, tokenizer) for token in (end, 5)] == ["<|endoftext|>"] * 2
