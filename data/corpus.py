@@ -53,7 +53,7 @@ class Corpus:
 
     @cached_property
     def sha256(self) -> str:
-        """Of all documents, each with its length in bytes before it; of stores that of their content.
+        """The sha256 of all documents, each with its length in bytes before it; of stores that of their content.
 
         With other stores to be evaluated, of both.
         """

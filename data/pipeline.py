@@ -156,7 +156,7 @@ def _prepare_documents(
 
 
 def _first_held_out(count: int, fraction: float) -> int:
-    """Of several documents, so that each side has one."""
+    """The first of several documents that is held out, so that each side has one."""
     return min(max(_cut(count, fraction), 1), count - 1)
 
 

@@ -17,7 +17,7 @@ COMMANDS = {
     "convert": "weights of Llama, Mistral and Qwen models in and out",
     "serve": "an OpenAI-compatible server, and a page to talk to it",
     "plan": "what a run takes on TPUs that are not here",
-    "ladder": "what a large run will reach, told by small ones",
+    "ladder": "what a large run will reach, forecast from small ones",
     "launch": "a run as several processes, here or on a TPU",
     "benchmark": "measure speed, alone and against PyTorch",
 }

@@ -177,7 +177,7 @@ class TransformerConfig:
         return sum(layer._layer_params(active) for layer in self.layers) + outside
 
     def _layer_params(self, active: bool) -> int:
-        """Of a layer of this config."""
+        """Parameters of one layer that is as this config says."""
         heads = self.num_heads + 2 * self.num_kv_heads
         attention = self.embed_dim * self.head_dim * (heads + self.num_heads)
         attention += heads * self.head_dim if self.attention_bias else 0

@@ -9,7 +9,7 @@ With n = embed_dim / base_width and m = num_layers / base_depth:
 Width: Yang et al. 2022 (arXiv:2203.03466, table 3). Adam's update has entries of one size that line up with what comes
 in, so its effect grows as the fan-in. Muon's is orthogonal and has by `consistent_rms` the entries of one size too: its
 spectral norm grows as the square root of the width (Yang et al. 2023, arXiv:2310.17813, asks for one that stays).
-Of an adapter one side alone grows: A has the rate of an output, under Muon too, and B that of an input, as LoRA+ has it
+Only one side of an adapter grows: A has the rate of an output, under Muon too, and B that of an input, as LoRA+ has it
 for Adam (Hayou et al. 2024, arXiv:2402.12354), times the multiplier of the matrix beside it.
 Adam's ε stays, where CompleteP has it shrink with a parameter's gradient.
 A tied table is an input; what it gives as an output is divided by n in the final norm, whose scale goes before it.
@@ -43,7 +43,7 @@ def branch_multiplier(config: TransformerConfig) -> float:
 
 
 def branch_deviation(config: TransformerConfig, fan_in: int) -> float:
-    """Of the matrices that add to the residual stream: so that 2N branches sum up to one, at the base depth."""
+    """The deviation of matrices that add to the residual stream: 2N branches sum up to one at the base depth."""
     own = config.parametrization
     return (2 * (own.base_depth if own.kind == "mup" else config.num_layers) * fan_in) ** -0.5
 

@@ -16,13 +16,13 @@ class Stack(NamedTuple):
     name: str
     """Under which the tree of blocks holds it, after its first layer; empty where it is all of that tree."""
     config: TransformerConfig
-    """Of each of its layers."""
+    """The config of each of its layers."""
     numbers: range
     """Its layers, counted from 0."""
 
     @property
     def path(self) -> tuple[str, ...]:
-        """Of its parameters, in the tree of the model."""
+        """Where its parameters are in the tree of the model."""
         return ("blocks", self.name) if self.name else ("blocks",)
 
     def of(self, blocks: Any) -> Any:

@@ -30,11 +30,11 @@ class Prediction:
     """Probability that the last loss is between low and high."""
     params: int
     tokens: float
-    """That the run learns from."""
+    """Tokens that the run learns from."""
     seq_len: int
-    """Of the ladder's runs: with more context before it a token is told better."""
+    """Of the ladder's runs: a token is predicted better with more context before it."""
     eval_tokens: int | None
-    """Of an evaluation, as train.py's --eval-tokens: other ones have another loss."""
+    """How many tokens an evaluation takes, as train.py's --eval-tokens: others have another loss."""
     model: dict[str, Any]
     """Its config, as config.json has it."""
     corpus_sha256: str
@@ -77,7 +77,7 @@ def read_prediction(folder: str | os.PathLike) -> Prediction | None:
 
 
 def differences(prediction: Prediction, config: dict[str, Any]) -> list[str]:
-    """In what a run, by its config.json, is not the one that was predicted."""
+    """The settings in which a run, by its config.json, is not the one that was predicted."""
     train, model = config["train"], config["model"]
     tokens = train["steps"] * train["batch_size"] * train["seq_len"]
     found = [

@@ -41,7 +41,7 @@ class Run:
 
     @property
     def context_length(self) -> int:
-        """As `context_length` has it."""
+        """`context_length` of its settings."""
         return context_length(self.settings)
 
     def prepared(self) -> "Run":
@@ -179,7 +179,7 @@ def best_source(run: str | os.PathLike) -> Source:
 
 
 def _checkpoints(run: epath.Path, notify: Callable[[str], None] = to_stderr) -> closing[Checkpointer]:
-    """Those of a run, to be read alone."""
+    """The checkpoints of a run, to be read alone."""
     return closing(Checkpointer(run / "checkpoints", keep=1, is_writer=False, notify=notify))
 
 

@@ -211,7 +211,7 @@ class Output:
 
 @contextlib.contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """Those of gcsfs, aiohttp, google.auth and requests, of which many are none."""
+    """Raises errors of gcsfs, aiohttp, google.auth and requests, many of which are no OSError, as one."""
     try:
         yield
     except OSError:

@@ -69,7 +69,7 @@ class Settings:
             raise ValueError("field='' must name where the text is; try text")
 
     def to_json(self) -> dict[str, Any]:
-        """As a manifest holds them; `chat` only where it is given."""
+        """The settings as a manifest holds them; `chat` only where it is given."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "chat" or value is not None}
 
 
@@ -226,11 +226,11 @@ class Preparation:
             )
 
     def _dtype(self, tokenizer: Tokenizer) -> str:
-        """Of the ids: four bytes where a bit of them says what is not learned."""
+        """The dtype of ids: four bytes where a bit of them says what is not learned."""
         return "uint16" if tokenizer.vocab_size <= 1 << 16 and self._settings.chat is None else "uint32"
 
     def _records(self) -> Iterator[Record]:
-        """What is behind the last whole shard."""
+        """The records behind the last whole shard."""
         first, passed = self._at
         total = max(1, sum(source.bytes for source in self._sources))
         before = sum(source.bytes for source in self._sources[:first])

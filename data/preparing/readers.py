@@ -103,7 +103,7 @@ def _read_text(stream: io.BufferedIOBase, field: str) -> Found:
 
 
 def _cut(piece: bytes) -> int:
-    """Behind the last line, or before the last character where there is no other line."""
+    """The position behind the last whole line, or before the last character where no line ends."""
     cut = piece.rfind(b"\n") + 1
     if not cut:
         cut = len(piece) - 1
@@ -191,7 +191,7 @@ def _read_json(stream: io.BufferedIOBase, field: str) -> Found:
 
 
 def _skipped(buffer: str, at: int) -> int:
-    """Behind the white space and commas between elements."""
+    """The position behind the white space and commas between elements."""
     found = BETWEEN.match(buffer, at)
     return found.end() if found else at
 

@@ -155,7 +155,7 @@ class SourceFile(io.RawIOBase):
         return size
 
     def sha256(self) -> str:
-        """Of the whole file, what was not read so far with it, and whether or not a reader closed this."""
+        """The sha256 of the whole file, however much was read so far, and whether or not a reader closed this."""
         with _open(self._path) as rest:
             rest.seek(self.count)
             while piece := rest.read(BUFFER_BYTES):
@@ -213,8 +213,8 @@ class _Zstandard(io.RawIOBase):
 def documents_in(folder: Path | epath.Path) -> list[tuple[str, str]]:
     """The files of documents below a folder, by name, each with its format.
 
-    What is hidden (a name with a dot first) is left out, what is in a token store, such as the one that is being made,
-    a tokenizer.json, and a README.md at its top, where that is not all.
+    Left out are hidden ones (a name with a dot first), those in a token store, such as the one that is being made, a
+    tokenizer.json, and a README.md at its top, where that is not all.
     """
     if is_remote(folder):
         names = [PurePosixPath(name) for name in file_sizes(epath.Path(folder))]

@@ -35,7 +35,7 @@ SAMPLED_SOURCES = 1024
 
 @dataclass(frozen=True)
 class Work:
-    """What is done with each record.
+    """How each record becomes a document.
 
     Attributes:
         tokenizer: its JSON form.

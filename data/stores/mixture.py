@@ -62,7 +62,7 @@ class Stores:
 
     @property
     def sha256(self) -> str:
-        """Of the content of a single store, or of all and their stages."""
+        """The sha256 of the content of a single store, or of all and their stages."""
         if len(self.stores) == 1:
             return self.stores[0].content_sha256
         stages = [[stage.until_step, [str(weight) for weight in stage.weights]] for stage in self.stages]
@@ -79,7 +79,7 @@ class Stores:
 
     @property
     def short_names(self) -> list[str]:
-        """Without folder and suffix, where that tells them apart."""
+        """Names without folder and suffix, where that tells them apart."""
         stems = [store.name for store in self.stores]
         return stems if len(set(stems)) == len(stems) else self.names
 
@@ -93,13 +93,11 @@ class Stores:
 
     def training(self, seq_len: int, packing: str | None = None) -> "StoreRows | Mixture":
         """Rows to train on, filled as one of PACKINGS. Raises ValueError where a store has none."""
-        sides = [(store.train, f"the training side of {store.folder}") for store in self.stores]
-        return self._joined(seq_len, packing, sides)
+        return self._joined(seq_len, packing, [store.train for store in self.stores], "training")
 
     def held_out(self, seq_len: int, packing: str | None = None) -> "StoreRows | Mixture":
         """Rows that are held out. Raises ValueError where a store has none."""
-        sides = [(store.held_out, f"the held-out side of {store.folder}") for store in self.stores]
-        return self._joined(seq_len, packing, sides)
+        return self._joined(seq_len, packing, [store.held_out for store in self.stores], "held-out")
 
     def _packing(self, name: str | None, store: TokenStore) -> Packing:
         """By default concat; conversations are kept apart, since one is no context of another, and text beside them
@@ -115,12 +113,12 @@ class Stores:
         return PACKINGS[name or ("whole" if store.learned else beside)]
 
     def _joined(
-        self, seq_len: int, packing: str | None, sides: Sequence[tuple[TokenSide, str]]
+        self, seq_len: int, packing: str | None, sides: Sequence[TokenSide], name: str
     ) -> "StoreRows | Mixture":
-        """The rows of a side of each store, which words name."""
+        """The rows of one side of each store; `name` is what messages call that side."""
         parts: list[StoreRows] = [
-            self._packing(packing, store)(side, seq_len, what)
-            for store, (side, what) in zip(self.stores, sides, strict=True)
+            self._packing(packing, store)(side, seq_len, f"the {name} side of {store.folder}")
+            for store, side in zip(self.stores, sides, strict=True)
         ]
         return parts[0] if len(parts) == 1 else Mixture(self.short_names, parts, self.stages)
 

@@ -57,7 +57,7 @@ class Files:
             return error
 
     def _read_by_pieces(self, ranges: Sequence[Range], pieces: Pieces) -> list[Any]:
-        """Of a piece that is here no more is read than its part of a range, and the others are fetched as wholes."""
+        """Reads no more than a range's part of a piece that is here, and fetches the others as wholes."""
         parts = [list(_parts(each)) for each in ranges]
         contents: dict[Part, Any] = {part: pieces.get(*part) for each in parts for part in each}
         missing: dict[tuple[str, int], list[Part]] = {}

@@ -31,7 +31,7 @@ class Span(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Behind the last token that it shows, as input or target."""
+        """The position behind the last token that it shows, as input or target."""
         return self.start + self.length + self.goes_on
 
 
@@ -63,7 +63,7 @@ class StoreRows(ABC):
         return count / self.order.size
 
     def count_cut(self) -> int:
-        """Of how many documents, or pairs, no row shows the end."""
+        """How many documents, or pairs, have an end that no row shows."""
         return 0
 
     def _that_show(self, rows: Sequence[int], start: int, stop: int) -> Iterator[int]:
@@ -266,7 +266,7 @@ class Pairs(SingleDocuments):
         return count
 
     def _sides(self, rows: Sequence[int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Of each row the tokens, from and to, of either conversation."""
+        """Where either conversation of each row begins, and the position behind its last token."""
         found, spans = [], self.tokens.spans_of(rows)
         for (start, stop), (_, learned) in zip(spans, self.tokens.read_learned(spans), strict=True):
             # The first run of learned tokens ends the preferred one.

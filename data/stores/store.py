@@ -63,7 +63,7 @@ class TokenStore:
 
     @property
     def sha256(self) -> str:
-        """Of everything: the manifest holds the sha256 of each file."""
+        """The sha256 of everything: the manifest holds that of each file."""
         return self.manifest["sha256"]
 
     @property
@@ -75,7 +75,7 @@ class TokenStore:
 
     @property
     def content_sha256(self) -> str:
-        """Of the shards and their tokenizer, wherever the sources were when they were prepared."""
+        """The sha256 of the shards and their tokenizer, wherever the sources were when they were prepared."""
         value = [self.manifest["shards"], self.manifest["tokenizer"]["sha256"], self.manifest["dtype"]]
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -90,7 +90,7 @@ class TokenStore:
 
     @property
     def name(self) -> str:
-        """Of the folder, without suffix."""
+        """The name of the folder, without suffix."""
         return PurePosixPath(os.path.abspath(self.folder) if not is_remote(self.folder) else self.folder).stem
 
     @cached_property
@@ -143,7 +143,7 @@ class TokenSide:
         return int(self._numbers[-1])
 
     def spans_of(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
-        """Of each document, numbered from 0, the first token and the one behind its last; read at the same time."""
+        """The first token of each document, numbered from 0, and the one behind its last; read at the same time."""
         shards = [int(np.searchsorted(self._numbers, number, "right")) - 1 for number in numbers]
         ranges, size = [], DOCUMENT.itemsize
         for number, shard in zip(numbers, shards, strict=True):
@@ -303,7 +303,7 @@ class _Draft:
 
 
 def file_name(shard: int, side: str, kind: str) -> str:
-    """Of a shard's file: kind is tokens or documents."""
+    """The name of a shard's file; kind is tokens or documents."""
     return f"{shard:05d}.{side}.{kind}"
 
 
@@ -357,7 +357,7 @@ def open_store(address: str | os.PathLike) -> TokenStore:
 
 
 def manifest_sha256(manifest: dict[str, Any]) -> str:
-    """Of all that a manifest holds but this."""
+    """The sha256 of all that a manifest holds but this."""
     rest = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -248,7 +248,7 @@ class Batcher:
         return *self._fill_on(self.params, self._resized(cache, room), np.int32(shared), arrays, allowed), None
 
     def _allowed(self, matchers: Sequence[Matcher | None]) -> np.ndarray:
-        """Of each row [B, W]; all tokens where it has no matcher."""
+        """The bits of `Matcher.allowed` for each row, [B, W]; all tokens where it has no matcher."""
         free = np.full(self._words, -1, np.int32)
         return np.stack([matcher.allowed() if matcher else free for matcher in matchers])
 

@@ -1,4 +1,4 @@
-"""What is reported of a token: its log-probability by the model itself, and those of the most probable in its place.
+"""The report of a token: its log-probability by the model itself, and those of the most probable in its place.
 
 Invariant: a report is a row of int32 on the device, so one transfer brings all; the host reads it by `read_report`.
 """

@@ -26,7 +26,7 @@ def bucket(length: int, most: int) -> int:
 
 
 class Matcher(Protocol):
-    """Says of one text, while it is generated, which tokens may come next."""
+    """Says which tokens may come next in one text, while it is generated."""
 
     def allowed(self) -> np.ndarray:
         """int32 [⌈V / 32⌉]: bit v % 32 of word v // 32 is 1 where token v may be drawn; one at least is."""

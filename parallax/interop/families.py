@@ -187,7 +187,7 @@ def _biases(config: TransformerConfig) -> Values:
 
 
 def _window_of(config: TransformerConfig) -> int | None:
-    """Of its local layers; where these differ none stands for all."""
+    """The widest window of its layers, or None; no single window stands for layers that differ."""
     return max(layer.sliding_window for layer in config.layers) or None
 
 

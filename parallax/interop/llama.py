@@ -33,7 +33,7 @@ class Tensor:
     name: str
     """In the files, with {} for the number of a layer, and another for that of an expert, where each has a tensor."""
     shape: tuple[int, ...]
-    """Of what is one tensor there."""
+    """The dims here of what is one tensor there."""
     parts: tuple[tuple[int, ...], ...]
     numbers: range = range(0)
     """The layers that the parameter here is stacked of."""
@@ -46,7 +46,7 @@ class Tensor:
     all_rows: int = 0
     """How many rows that tensor has; 0 for those of this parameter alone."""
     shift: float = 0.0
-    """What is added to a number there to make it the one here."""
+    """Added to a number there to make it the one here."""
 
     @property
     def is_stacked(self) -> bool:
@@ -143,7 +143,7 @@ NAMES = {
 """By the path of a parameter, within its block if it has one, in the order of the files: its tensor, and of which dims
 of one layer that is made."""
 BOTH_NORMS = {"mlp_norm/scale": (LAYER + "pre_feedforward_layernorm.weight", VECTOR)}
-"""What is called otherwise where blocks have norms before and after."""
+"""Other names that tensors have where blocks have norms before and after."""
 JOINED = {
     "self_attn.qkv_proj.weight": ("attention/query", "attention/key", "attention/value"),
     "mlp.gate_up_proj.weight": ("mlp/gate", "mlp/up"),

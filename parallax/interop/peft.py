@@ -32,7 +32,7 @@ EMPTY = (
     *("target_parameters", "layer_replication", "trainable_token_indices", "alora_invocation_tokens"),
     *("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config"),
 )
-"""The same of these, where they hold something."""
+"""What these would compute is not here either: a folder in which one of them holds something is refused."""
 RESIDUAL = ("pissa", "olora", "corda", "loftq")
 """Beginnings of `init_lora_weights` by which PEFT changes the base, both before it trains adapters and when it reads
 them."""
@@ -44,11 +44,11 @@ class _Adapter(NamedTuple):
     entry: Tensor
     layer: int
     place: int
-    """Of the layer in the stack of its parameter."""
+    """Where the layer is in the stack of its parameter."""
 
     @property
     def names(self) -> tuple[str, str]:
-        """Of A and of B."""
+        """The names of A and of B."""
         matrix = PREFIX + self.entry.name.format(self.layer).removesuffix(SUFFIX)
         return f"{matrix}.lora_A{SUFFIX}", f"{matrix}.lora_B{SUFFIX}"
 
@@ -59,7 +59,7 @@ class _Adapter(NamedTuple):
         return (*module, ADAPTERS, matrix)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of one layer of `down` and `up`."""
+        """The shapes of one layer of `down` and `up`."""
         outs, ins = ([self.entry.shape[dim] for dim in part] for part in self.entry.parts)
         return (*ins, rank), (rank, *outs)
 
@@ -123,7 +123,7 @@ def read_adapters(folder: Path, config: TransformerConfig) -> tuple[TransformerC
 
 
 def _adapters(config: TransformerConfig, lora: LoraConfig) -> Iterator[_Adapter]:
-    """Those that a model has, by its matrices; none of experts."""
+    """The adapters that a model has, one for each matrix but those of experts."""
     for entry in tensors(without_adapters(config)):
         is_matrix = entry.is_stacked and len(entry.parts) == 2 and not entry.experts
         if is_matrix and entry.path[-1] in ADAPTED and lora.adapts(entry.path[-1]):

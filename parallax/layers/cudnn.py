@@ -9,7 +9,7 @@ from parallax.layers.attend import check_whole
 from parallax.layers.attend_blocks import attend_by_blocks
 
 WIDEST = 128
-"""Of a head, on every card since Ampere; later ones take 256."""
+"""The widest head that every card since Ampere takes; later ones take 256."""
 
 
 def takes(head_dim: int, dtype: str) -> bool:

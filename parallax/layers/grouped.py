@@ -208,7 +208,7 @@ def rows_by_weights_in_triton(
 
 
 def _tiles_of_rows(sizes_E: jax.Array, n: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each tile the group, E where rows are of none, the first row and the end of the group; int32.
+    """The group of each tile, E where its rows are of none, its first row, and the end of the group; int32.
 
     They are as many as any sizes could need, in whole bands. What is left over begins beyond the last row.
     """

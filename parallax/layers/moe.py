@@ -22,7 +22,7 @@ Aux = dict[str, jax.Array]
 of the objective; `router_entropy` in nats; `expert_load` [E], how many tokens chose each expert."""
 
 SLOPE = 1.702
-"""Of the sigmoid in gpt-oss's activation, which makes it nearly GELU."""
+"""The slope of the sigmoid in gpt-oss's activation, which makes it nearly GELU."""
 
 
 class Experts(nnx.Module):

@@ -55,7 +55,7 @@ def merge(config: TransformerConfig, params: Params) -> Params:
 
 
 def _sum(weight: jax.Array, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
-    """Of arrays with a leading dim of layers; in float32 at least."""
+    """W + s A B of arrays with a leading dim of layers, computed in float32 at least."""
     wide = jnp.promote_types(weight.dtype, jnp.float32)
 
     def of_layer(weight: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:

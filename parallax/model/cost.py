@@ -135,7 +135,7 @@ class StepCost:
         return runs * config.num_layers * attention_flops(config, keys) * self.batch_size * self.seq_len
 
     def expert_flops(self) -> float:
-        """Those of `product_flops` that are inside experts, of which each has a part of the tokens."""
+        """The part of `product_flops` that is inside experts, each of which has a part of the tokens."""
         config = self.config
         if not config.experts.num_experts:
             return 0.0

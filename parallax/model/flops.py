@@ -40,7 +40,7 @@ def step_flops(config: TransformerConfig, batch_size: int, seq_len: int) -> floa
 
 @functools.lru_cache(maxsize=64)
 def block_weights(config: TransformerConfig, *, of_experts: bool = False) -> int:
-    """Of the matrices of one block, or of its experts alone, on average."""
+    """Weights in the matrices of one block, or in its experts alone, on average."""
     matrices = [each for each in jax.tree.leaves(parameters(config)) if each.role == "hidden"]
     return sum(each.size for each in matrices if "experts" in each.names or not of_experts) // config.num_layers
 
@@ -54,7 +54,10 @@ def learned_share(config: TransformerConfig) -> float:
 
 @functools.lru_cache(maxsize=64)
 def used_weights(config: TransformerConfig, *, frozen: bool = False) -> float:
-    """Of those, or of the frozen ones alone, and of the router, what a token is multiplied with: its own experts'."""
+    """Weights that a token is multiplied with in one block, on average: the router's too, and its own experts' alone.
+
+    With `frozen` those of them that are not learned.
+    """
     share = config.experts.experts_per_token / max(1, config.experts.num_experts)
     matrices = [each for each in jax.tree.leaves(parameters(config)) if each.inputs and "vocab" not in each.names]
     matrices = [each for each in matrices if not (frozen and each.learned)]
@@ -68,7 +71,7 @@ def table_sizes(config: TransformerConfig) -> tuple[int, ...]:
 
 
 def over_layers(config: TransformerConfig, keys: Callable[[int], float]) -> float:
-    """Of what layers have for their windows."""
+    """The mean over layers of `keys`, which is a function of their window."""
     return sum(keys(layer.sliding_window) for layer in config.layers) / config.num_layers
 
 
@@ -79,7 +82,10 @@ def attention_flops(config: TransformerConfig, keys: float) -> float:
 
 @functools.lru_cache(maxsize=64)
 def hidden_units(config: TransformerConfig, routed: float | None = None) -> float:
-    """Of a layer, on average: of its one network, or of the shared one and of so many experts, by default a token's."""
+    """Hidden units of a layer, on average: of its one network, or of the shared one and `routed` experts.
+
+    By default as many experts as a token goes to.
+    """
     experts = config.experts
     of_experts = (experts.experts_per_token if routed is None else routed) * config.expert_dim + experts.shared_mlp_dim
     units = [of_experts if layer.feed_forward == "experts" else config.mlp_dim for layer in config.layers]

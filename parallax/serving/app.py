@@ -42,7 +42,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 MAX_POINTS = 400
-"""Of each curve: more cannot be distinguished on a screen."""
+"""Points of each curve: more cannot be distinguished on a screen."""
 
 
 NO_CHAT = "this model has no chat template and takes no messages; serve it with --chat-template FILE, or plain"
@@ -251,7 +251,7 @@ def _rows(run: Run, name: str) -> list[dict[str, Any]]:
 
 
 def _of_last(samples: list[dict[str, Any]]) -> list[list[str]]:
-    """Of the newest step."""
+    """The samples of the newest step, as [prompt, text]."""
     return [[str(row["prompt"]), str(row["text"])] for row in samples if row["step"] == samples[-1]["step"]]
 
 

@@ -268,7 +268,7 @@ def _only(alphabet: str) -> str:
 
 
 def _first_error(validator: Draft202012Validator, value: Any) -> ValidationError | None:
-    """One alone, since a long list may hold a million."""
+    """The first error alone, since a long list may hold a million."""
     try:
         validator.validate(value)
     except ValidationError as error:

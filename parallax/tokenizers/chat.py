@@ -18,7 +18,7 @@ from parallax.tokenizers.hugging_face import END_OF_TEXT, HuggingFaceTokenizer
 from parallax.tokenizers.native import encode_with_places
 
 Learned = Literal["assistant", "last", "all"]
-"""Of which turns a model learns the tokens: the assistant's, its last one alone, or everybody's."""
+"""Whose turns a model learns: the assistant's, its last one alone, or everybody's."""
 
 
 class Encoded(NamedTuple):

@@ -235,7 +235,7 @@ def _read_config(path: epath.Path) -> dict[str, Any]:
 
 
 def _spelling(token: Any) -> str:
-    """Of a special token, which may stand with its properties."""
+    """The text of a special token, which a file may give with its properties."""
     return str(token.get("content", "") if isinstance(token, dict) else token)
 
 

@@ -22,7 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 1
 MEMORY = 1 << 29
-"""Of address space, this program's own included. macOS does not hold processes to it."""
+"""Bytes of address space, this program's own included. macOS does not hold processes to it."""
 MAX_TEXT = 1 << 23
 """Characters of all texts of a request."""
 HOSTILE = (SecurityError, jinja2.TemplateNotFound, OverflowError, RecursionError)

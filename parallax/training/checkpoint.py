@@ -352,8 +352,8 @@ def _agree(decide: Callable[[], int]) -> int:
             decision = decide()
         except OSError as error:
             failure = error
-    told = np.array([decision, failure is not None], np.int32)
-    decision, failed = multihost_utils.broadcast_one_to_all(told).tolist()
+    sent = np.array([decision, failure is not None], np.int32)
+    decision, failed = multihost_utils.broadcast_one_to_all(sent).tolist()
     if failed:
         raise failure or OSError("process 0 cannot read what is saved")
     return decision

@@ -23,7 +23,7 @@ from parallax.storage import write_whole
 
 PIECE_BYTES = 2**20
 PREFIX = "sha256.process_"
-"""Of the name of the file that each process leaves beside the arrays."""
+"""How the name of the file begins that each process leaves beside the arrays."""
 
 
 class DamageError(Exception):
@@ -40,7 +40,7 @@ class Cut(NamedTuple):
 
 
 class Hashes(NamedTuple):
-    """Of one array."""
+    """The hashes of one array."""
 
     piece_bytes: int
     chunks: Mapping[str, Sequence[str]]
@@ -48,7 +48,7 @@ class Hashes(NamedTuple):
 
 
 def cut(chunk: Sequence[int], itemsize: int, piece_bytes: int) -> Cut:
-    """Of a chunk with at least one dim."""
+    """How a chunk with at least one dim is cut into pieces of at most so many bytes."""
     row_bytes = tuple(itemsize * math.prod(chunk[dim + 1 :]) for dim in range(len(chunk)))
     dim = next(dim for dim, nbytes in enumerate(row_bytes) if nbytes <= piece_bytes)
     return Cut(dim, piece_bytes // row_bytes[dim], row_bytes)
@@ -67,12 +67,12 @@ def hash_chunk(value: np.ndarray, piece_bytes: int) -> list[str]:
 
 
 def hash_piece(content: Any) -> str:
-    """Of anything with bytes."""
+    """The sha256 of anything with bytes."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read_hashes(folder: epath.Path) -> dict[str, Hashes]:
-    """Of each array in a folder that `hashing_handler` wrote, by name; empty where whole files were hashed instead.
+    """The hashes of the arrays in a folder that `hashing_handler` wrote, by name; empty where whole files were hashed.
 
     Raises DamageError if they are not as they were written.
     """
