@@ -15,6 +15,8 @@ from parallax.tokenizers.native import encode, interruptible
 
 SMALLEST_SIZE = 257  # all bytes and the end of text
 
+LARGEST_SIZE = 2**24  # the library takes memory for all of them, and aborts the process where there is none
+
 LONGEST_WORD = 1024
 """Bytes: a longer word is cut into such pieces for training, whose time grows with the square of a word's length."""
 
@@ -83,10 +85,12 @@ def train_bpe(size: int, documents: Sequence[str]) -> BPETokenizer:
 
 
 def check_size(size: int) -> None:
-    """Raises ValueError if so few ids do not hold all bytes and the end of text."""
+    """Raises ValueError if so few ids do not hold all bytes and the end of text, or there are too many to train."""
     if size < SMALLEST_SIZE:
         rule = f"bpe:{size} must be at least {SMALLEST_SIZE} to hold all bytes and the end of text"
         raise ValueError(f"{rule}; try bpe:1024")
+    if size > LARGEST_SIZE:
+        raise ValueError(f"bpe:{size} must be at most {LARGEST_SIZE}; try bpe:32000")
 
 
 def byte_of_character() -> dict[str, int]:

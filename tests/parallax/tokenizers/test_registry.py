@@ -161,6 +161,8 @@ def test_unknown_spec_is_refused(refused, spec):
 def test_impossible_training_is_refused(refused):
     with refused("bpe:256 must be at least 257", "try"):
         train_tokenizer("bpe:256", [TEXT])
+    with refused("bpe:99999999999 must be at most 16777216", "try bpe:32000"):
+        train_tokenizer("bpe:99999999999", [TEXT])
     with refused("there is none"):
         train_tokenizer("char", [])
 
