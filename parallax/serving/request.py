@@ -97,7 +97,11 @@ class Form:
         given = data.get("model")
         if isinstance(given, str) and given not in self._models:
             raise unknown_model(given, self._models)
-        if error := _first_error(self._outline, data):
+        try:
+            error = _first_error(self._outline, data)
+        except ValueError:  # as below
+            raise Refusal(400, "names of fields must be of whole characters; send them as UTF-8") from None
+        if error:
             raise self._refusal([], error)
         for name, value in data.items():
             try:
@@ -107,8 +111,10 @@ class Form:
                 raise Refusal(400, f"{name} {rule}", param=name) from None
             broken = [error for error in errors if error]
             if len(broken) == len(errors):
-                # Of alternatives the one with the right types was meant, as far as it goes.
-                typed = [error for error in broken if not isinstance(error.kind, Kind.Type)]
+                # Of alternatives the one of the given type was meant, or with the right types, as far as it goes.
+                alternatives = self.schema["properties"][name].get("anyOf", [{}])
+                named = [error for error, rules in zip(broken, alternatives, strict=True) if _is_named(rules, value)]
+                typed = named or [error for error in broken if not isinstance(error.kind, Kind.Type)]
                 meant = max(typed, key=lambda error: len(error.instance_path), default=broken[0])
                 if not isinstance(meant.kind, Kind.Pattern):  # the tokenizer names the character
                     raise self._refusal([name], meant, untyped=len(errors) > 1 and not typed)
@@ -265,6 +271,13 @@ def _only(alphabet: str) -> str:
     """A pattern that holds for texts of these characters alone, in every dialect of regular expressions."""
     escaped = "".join("\\" + char if char in "\\]^-[" else char for char in alphabet)
     return f"^[{escaped}]+(?![\\s\\S])"
+
+
+def _is_named(rules: Schema, value: Any) -> bool:
+    """Whether `rules` are of objects of the type that `value` names."""
+    kind = rules.get("properties", {}).get("type", {})
+    known = kind.get("enum", [kind["const"]] if "const" in kind else [])
+    return isinstance(value, dict) and "type" in value and value["type"] in known
 
 
 def _first_error(validator: Draft202012Validator, value: Any) -> ValidationError | None:

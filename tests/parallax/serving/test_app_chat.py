@@ -2,10 +2,14 @@
 
 import json
 import math
+import re
 
 import openai
 import pytest
 
+from parallax.serving.access import Limits
+from parallax.serving.chat_request import ChatForm
+from parallax.serving.errors import Refusal
 from parallax.tokenizers.chat import Chat
 from parallax.tokenizers.chat_template import ChatTemplate, write_chat_template
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
@@ -188,3 +192,17 @@ def test_a_template_can_be_given(strict):
     assert answer.choices[0].message.content == strict.complete("abc!", **asked).choices[0].text
     with pytest.raises(openai.BadRequestError, match="messages: character '9' at position 0 is not among"):
         ask(strict, [{"role": "user", "content": "9"}], **asked)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"type": "json_schema"}, "response_format.json_schema must be given"),
+        ({"type": "json_schema", "json_schema": {"name": "a", "schema": False}}, "schema=False is not of type"),
+        ({"type": "json_object", "schema": {}}, "response_format.schema is not known"),
+    ],
+)
+def test_the_form_that_is_named_is_meant(chat, given, words):
+    body = {"model": "m", "messages": HELLO, "response_format": given}
+    with pytest.raises(Refusal, match=re.escape(words)):
+        ChatForm(["m"], chat, Limits(), 256).read(json.dumps(body).encode())

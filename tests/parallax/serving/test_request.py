@@ -46,6 +46,7 @@ FIELDS = [
 BODIES = [
     b"", b"{", b"[]", b"null", b"1", b'"a"', b"\xff\xfe", b'{"model": "\xff"}', b"[" * 100_000, b'{"a": 1e999}',
     b'{"a": ' + b"9" * 5000 + b"}", b"{} {}", b"{'a': 1}", b'{"model": "small-run"}', b'{"prompt": "a"}',
+    b'{"\\ud800": 1}',
 ]  # fmt: skip
 NEUTRAL = {
     "best_of": 1, "suffix": "", "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "user": "me",
