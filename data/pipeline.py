@@ -30,8 +30,8 @@ def tokenizer_for(corpus: Corpus, spec: str | None = None) -> Tokenizer:
     if tokens is None:
         return train_tokenizer(spec or "char", corpus.documents)
     if spec is not None:
-        kind = "token records" if corpus.stores is None else "a store"
-        raise ValueError(f"--tokenizer {spec} does not go with {kind}, which carry their own; leave it out")
+        kind = "token records, which carry their" if corpus.stores is None else "a store, which carries its"
+        raise ValueError(f"--tokenizer {spec} does not go with {kind} own; leave it out")
     return load_tokenizer(tokens.tokenizer_path)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from data.preparing.chats import ChatForm, chat_encoder
 from data.preparing.readers import Record, field_of, read_records
-from data.preparing.sources import Source, opened
+from data.preparing.sources import Source, opened, spelled
 from parallax.tokenizers.batches import Encode, document_encoder
 from parallax.tokenizers.registry import tokenizer_from_json
 
@@ -90,6 +90,17 @@ def sample_texts(sources: Sequence[Source], field: str, nfc: bool, limit: int | 
                     yield text
                 if limit is not None and size >= limit / len(chosen):
                     break
+
+
+def first_fault(sources: Sequence[Source], field: str, nfc: bool) -> str:
+    """Where and why the first record that is no text cannot be read, or nothing where there is none."""
+    for source in sources:
+        with opened(source.path) as file:
+            for record in read_records(source, 0, file, field):
+                _, document = read_text(record, field, nfc)
+                if document.error:
+                    return f"{spelled(source.path)}:{document.line}: {document.error}"
+    return ""
 
 
 def chunks_of(records: Iterable[Record]) -> Iterator[list[Record]]:

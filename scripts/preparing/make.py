@@ -14,7 +14,7 @@ from typing import Literal
 from data.preparing.chats import ChatForm
 from data.preparing.preparation import Preparation, Progress, Settings
 from data.preparing.sources import Source, find_sources
-from data.preparing.tokenizing import sample_texts
+from data.preparing.tokenizing import first_fault, sample_texts
 from data.stores.store import TokenStore
 from parallax.storage import open_folder
 from parallax.tokenizers.base import Tokenizer
@@ -102,7 +102,7 @@ def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> T
         for text in sample_texts(sources, settings.field, settings.nfc, None):
             alphabet.update(text)
         if not alphabet:
-            raise ValueError("the sources must hold a document and hold none that can be read; check --field")
+            raise _nothing_read(sources, settings)
         return CharTokenizer("".join(sorted(alphabet)), has_eos=True)
     if given == "byte":
         return ByteTokenizer()
@@ -110,7 +110,7 @@ def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> T
         bpe_size(given)  # it refuses what no text could be read for
         texts = list(sample_texts(sources, settings.field, settings.nfc, TRAINED_BYTES))
         if not texts:
-            raise ValueError("the sources must hold a document and hold none that can be read; check --field")
+            raise _nothing_read(sources, settings)
         return train_tokenizer(given, texts)
     path = open_folder(given) / "tokenizer.json"
     if not path.exists():
@@ -125,6 +125,12 @@ def choose_tokenizer(given: str, sources: list[Source], settings: Settings) -> T
     from parallax.interop.folders import read_tokenizer  # late: it loads JAX
 
     return read_tokenizer(Path(given))
+
+
+def _nothing_read(sources: list[Source], settings: Settings) -> ValueError:
+    fault = first_fault(sources, settings.field, settings.nfc)
+    rule = "the sources must hold a document and hold none that can be read"
+    return ValueError(f"{rule}{f' ({fault})' if fault else ''}; check --field")
 
 
 def usable_cores() -> int:

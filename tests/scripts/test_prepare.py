@@ -116,10 +116,11 @@ web --output store --describe store --tokenizer byte | got --output and --descri
 web --describe store | source web does not go with --describe
 web --output store --tokenizer words | --tokenizer words must be char, byte, bpe:VOCABULARY or a folder | try bpe:32000
 web --output store --tokenizer bpe:3 | bpe:3 must be at least 257
+web --output store --tokenizer bpe:99999999999 | must be at most 16777216 | try bpe:32000
 web --output store --tokenizer empty | --tokenizer empty must be char
 web --output store --tokenizer five | five/config.json
 web --output store --tokenizer byte --field body | web/a.jsonl:1: there is no field 'body' but id, text
-web --output store --tokenizer char --field body | hold none that can be read
+web --output store --tokenizer char --field body | hold none that can be read (web/a.jsonl:1: there is no field 'body'
 web --output store --tokenizer byte --min-chars 9999 | hold none that is kept
 web --output store --tokenizer byte --held-out 1.5 | --held-out 1.5 must be
 web --output store --tokenizer byte --workers 0 | --workers 0 must be at least 1
