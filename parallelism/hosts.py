@@ -190,10 +190,11 @@ def fix_cpu_rounding() -> None:
 
 
 def wait_for_all(what: str) -> None:
-    """Returns when every process of the run has come here, however long the others take."""
-    from jax._src import distributed  # there is no public barrier without a collective, which would time out
+    """Returns when every process of the run has come here, however long the others take.
 
-    client = distributed.global_state.client
+    There is no public barrier without a collective, which would time out.
+    """
+    client = _client()
     if client is not None:
         client.wait_at_barrier(what, timeout_in_ms=PATIENCE_HOURS * 3_600_000)
 

@@ -157,18 +157,14 @@ def choose_mesh(
             shape = {row_axis: rows, "tensor": tensor, "sequence": count // rows // tensor}
             sizes = across | {axis: shape.get(axis, 1) for axis in MESH_AXES}
             if is_legal(sizes, rules, shapes, state_axes, layout):
-                return along_torus(sizes, dims), _explain(sizes, reason, layout.batch_size)
+                if rows < count:
+                    reason += f"; no more devices can share batch_size={layout.batch_size}"
+                return along_torus(sizes, dims), reason
     unit = math.lcm(len(devices) * layout.accumulate, 16 if layout.reduction == "exact" else 1)
     raise ValueError(
         f"mesh=auto finds no shape for {len(devices)} devices and batch_size={layout.batch_size}; "
         f"try --batch-size {unit * max(1, round(layout.batch_size / unit))}"
     )
-
-
-def _explain(sizes: dict[str, int], reason: str, batch_size: int) -> str:
-    if sizes["tensor"] * sizes["sequence"] == 1:
-        return reason
-    return f"{reason}; no more devices can share batch_size={batch_size}"
 
 
 def along_torus(sizes: Mapping[str, int], dims: Sequence[int]) -> dict[str, int]:

@@ -129,10 +129,6 @@ def _scramble(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
-def _all_devices() -> Mesh:
-    return Mesh(np.array(jax.devices()), ("devices",))
-
-
 def _one_each(mesh: Mesh) -> PartitionSpec:
     """A leading dim of devices, in the order of `mesh.devices.flat`."""
     return PartitionSpec(mesh.axis_names)
@@ -180,7 +176,7 @@ def _first_difference(copies: Sequence[_Copies], facts: Mapping[str, bytes]) -> 
 
 def _common_mesh(copies: Sequence[_Copies]) -> Mesh:
     if not copies:
-        return _all_devices()
+        return Mesh(np.array(jax.devices()), ("devices",))
     mesh: Any = getattr(copies[0].leaf.sharding, "mesh", None)
     for copy in copies:
         if mesh is None or getattr(copy.leaf.sharding, "mesh", None) != mesh:

@@ -125,12 +125,9 @@ class Accelerator:
 
     def level(self, groups: Sequence[Sequence[int]]) -> str:
         """What joins the devices of a group, by their positions: links between chips, or the network between slices."""
-        crossing = any(len({place // self._of_a_slice for place in group}) > 1 for group in groups)
+        of_a_slice = self.devices // self.slices
+        crossing = any(len({place // of_a_slice for place in group}) > 1 for group in groups)
         return "network" if crossing else "links"
-
-    @property
-    def _of_a_slice(self) -> int:
-        return self.devices // self.slices
 
     @property
     def dims(self) -> tuple[Dim, ...]:
