@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
 from data.corpus import Corpus, is_plain, load_corpus
 from data.pipeline import held_out, require_same_tokenizer
@@ -175,9 +177,6 @@ def _first_bytes(tokens: np.ndarray, tokenizer: Tokenizer) -> int:
 
 def _score(evaluation: Callable[[Batch], Any], given: Iterator[Batch], total: int) -> tuple[float, int]:
     """Summed nats and number of the targets, with a bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
     nats, tokens = 0.0, 0
     console = Console(stderr=True)
     for batch in track(given, "windows", total, console=console, disable=not console.is_terminal, transient=True):

@@ -81,7 +81,7 @@ def design_ladder(flags: DesignFlags) -> Ladder:
         len(job.training.all_ids()) * job.training.seq_len,
         flags.train,
         flags.learning,
-        tuple(_members(flags, timed)),
+        tuple(members_of(flags, timed)),
     )
 
 
@@ -93,7 +93,7 @@ def _family(flags: DesignFlags) -> tuple[list[TransformerConfig], TransformerCon
     return [with_mup(model, models[0]) for model in models], with_mup(target, models[0])
 
 
-def _members(flags: DesignFlags, timed: Sequence[Timed]) -> list[Member]:
+def members_of(flags: DesignFlags, timed: Sequence[Timed]) -> list[Member]:
     """The longest runs that the budget allows. Raises ValueError if those are too short."""
     doublings, count = [2**number for number in range(flags.lengths)], flags.lengths * flags.seeds
     if flags.minutes is not None:

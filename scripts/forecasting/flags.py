@@ -99,9 +99,7 @@ class FitFlags(LadderFlags):
 
 
 @dataclasses.dataclass(frozen=True)
-class ForecastFlags:
-    ladder: tyro.conf.Positional[Path]
-    """The folder that design made."""
+class ForecastFlags(LadderFlags):
     tokens: float
     """That the run learns from, such as 20e9."""
     config: Preset | None = None
@@ -170,9 +168,7 @@ class CheckFlags:
 
 
 @dataclasses.dataclass(frozen=True)
-class TuneFlags:
-    ladder: tyro.conf.Positional[Path]
-    """The folder that design made; its smallest size is tried."""
+class TuneFlags(LadderFlags):
     rates: tuple[float, ...] = tuple(2.0**power for power in range(-11, -4))
     """Learning rates to choose from."""
     batch_sizes: tuple[int, ...] = ()

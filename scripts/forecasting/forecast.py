@@ -164,8 +164,7 @@ def plan(fitted: Fitted, model: TransformerConfig, flags: ForecastFlags) -> Cost
         price=flags.price,
         optimizer=fitted.ladder.learning,
     )
-    rows, _ = Plan(asked).rows(Console(stderr=True))
-    row = next((row for row in rows if row.report and row.fits(sliced.device_memory)), None)
+    row = Plan(asked).best(Console(stderr=True))
     if row is None:
         tell(f"no layout that was compiled fits {sliced.name}; try a larger machine, or a smaller --batch-size")
         return None

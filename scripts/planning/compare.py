@@ -45,8 +45,7 @@ def compare(flags: Flags) -> int:
     found = []
     for name in flags.compared:
         asked, sliced = dataclasses.replace(flags, topology=name), machine(name)
-        rows, _ = Plan(asked).rows(console)
-        row = next((row for row in rows if row.report and row.fits(sliced.device_memory)), None)
+        row = Plan(asked).best(console)
         found.append(Best(sliced, row, *(bill(row, sliced, asked) if row else (None, None))))
     found.sort(key=lambda best: (best.hours is None, best.hours))
     show_table(comparison(found, flags))

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from scripts.planning.flags import Flags
 from scripts.planning.maxtext import MaxText
 from scripts.planning.report import commands as commands_of
 from scripts.planning.report import describe, plan_file, plan_table, plan_to_json
-from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized, size_of
+from scripts.planning.search import MAX, MOST, UNIT, corrected, largest, resized
 from scripts.training.choices import choose_attention
 from scripts.training.flags import check_length
 from scripts.training.step import bind_state, bind_step
@@ -106,6 +106,14 @@ class Plan:
                 left.setdefault(name_of(row.choice), row)
         return rank(compiled, memory) + list(left.values()), len(rows)
 
+    def best(self, console: Console) -> Row | None:
+        """The best that was compiled and fits; None where none does."""
+        rows, _ = self.rows(console)
+        return next(self._fitting(rows), None)
+
+    def _fitting(self, rows: list[Row]) -> Iterator[Row]:
+        return (row for row in rows if row.report and row.fits(self._slice.device_memory))
+
     def _own_layout(self) -> Row | None:
         """That of the MaxText config, estimated, where one is given. Raises ValueError if it suits not the topology."""
         if self._maxtext is None:
@@ -154,7 +162,7 @@ class Plan:
         what, choice, memory = self._flags.sought or "batch_size", rows[0].choice, self._slice.device_memory
         tried = list(
             corrected(
-                size_of(choice, what),
+                getattr(choice.layout, what),
                 *self._steps(choice),
                 lambda size: self._compiled(resized(choice, what, size), devices),
                 memory,
@@ -220,7 +228,7 @@ class Plan:
 
     def _show(self, console: Console, path: Path, rows: list[Row], ranked: int) -> int:
         flags, sliced = self._flags, self._slice
-        fitting = [row for row in rows if row.report and row.fits(sliced.device_memory)]
+        best = next(self._fitting(rows), None)
         show_table(plan_table(rows, sliced, flags, ranked))
         with writing(f"--output {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,11 +236,11 @@ class Plan:
         console.print(f"The plan is also in {path}.", highlight=False)
         vocabulary = f"Planned for a vocabulary of {flags.model.vocab_size:,}; train.py takes its tokenizer's."
         console.print(vocabulary, highlight=False)
-        if not fitting:
+        if best is None:
             print("No layout that was compiled fits; try a smaller --batch-size, or a larger machine.")
             return 1
         print(f"The best that fits, on {sliced.name}, and rehearsed here without computing anything:")
-        print("\n".join(commands_of(fitting[0], sliced, flags)))
+        print("\n".join(commands_of(best, sliced, flags)))
         return 0
 
 

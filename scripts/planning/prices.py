@@ -1,4 +1,4 @@
-"""What a run costs: hours, and money by a table of list prices or by the price that was given.
+"""What a chip or a card costs, by a table of list prices or by the price that was given.
 
 Invariant: a price comes with its date and its source; a machine without one has no price, never a guess.
 """
@@ -28,8 +28,3 @@ def price_of(name: str, given: float | None = None) -> Price | None:
             if row["name"] == name:
                 return Price(float(row["usd_per_chip_hour"]), f"{row['terms']}, {row['date']}, {row['source']}")
     return None
-
-
-def hours(tokens: float, tokens_a_step: int, step_seconds: float) -> float:
-    """Of the steps alone; evaluations, checkpoints and restarts come on top."""
-    return tokens / tokens_a_step * step_seconds / 3600

@@ -102,7 +102,7 @@ def lay_out(row: Mapping[str, str]) -> Published:
     """Raises ValueError with the reason why a row is left out."""
     if not row["compute_dtype"].startswith("bf16") or "int8" in row["compute_dtype"]:
         raise ValueError(f"computes in {row['compute_dtype'] or 'no stated dtype'}, and plans are for bfloat16")
-    config, machine = _config(row), machine_of(row)
+    config, machine = config_of(row), machine_of(row)
     sizes = _sizes(row["sharding"], machine.devices)
     if not row["seqs_per_chip"] or not row["seq"]:
         raise ValueError("the batch is not stated")
@@ -123,7 +123,7 @@ def lay_out(row: Mapping[str, str]) -> Published:
     )
 
 
-def _config(row: Mapping[str, str]) -> TransformerConfig:
+def config_of(row: Mapping[str, str]) -> TransformerConfig:
     """The model, whose feed-forward has three matrices.
 
     One of two matrices, as GPT's, has the operations and the parameters of ours with two thirds of its width. Which it

@@ -20,7 +20,7 @@ from parallelism.planning.planner import Choice, Row, name_of
 from scripts.common.command_line import writing
 from scripts.common.config_words import config_words
 from scripts.planning.flags import Flags
-from scripts.planning.prices import Price, hours, price_of
+from scripts.planning.prices import Price, price_of
 
 SHOWN = 20
 """Rows of the table; the JSON has all."""
@@ -132,10 +132,13 @@ def describe(row: Row, sliced: Machine) -> str:
 
 
 def bill(row: Row, sliced: Machine, asked: Flags) -> tuple[float | None, float | None]:
-    """Hours of the run and what they cost, in the expected time of a step."""
+    """Hours of the run's steps and what they cost, in the expected time of a step.
+
+    Evaluations, checkpoints and restarts come on top.
+    """
     if asked.tokens is None:
         return None, None
-    taken = hours(asked.tokens, row.tokens, row.expected.seconds)
+    taken = asked.tokens / row.tokens * row.expected.seconds / 3600
     price = price_of(sliced.generation.name, asked.price)
     return taken, price and price.usd * sliced.chips * taken
 

@@ -27,10 +27,6 @@ def resized(choice: Choice, what: What, size: int) -> Choice:
     return dataclasses.replace(choice, layout=dataclasses.replace(choice.layout, **changes))
 
 
-def size_of(choice: Choice, what: What) -> int:
-    return getattr(choice.layout, what)
-
-
 def largest(unit: int, most: int, fits: Callable[[int], bool]) -> int:
     """The largest multiple of `unit`, up to `most`, that fits, within an eighth, which the compiler corrects; or 0.
 

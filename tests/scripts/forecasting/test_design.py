@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from parallax.config import OptimizerConfig, TrainConfig
-from scripts.forecasting.design import Timed, _members, design
+from scripts.forecasting.design import Timed, design, members_of
 from scripts.forecasting.flags import DesignFlags
 from tests.scripts.forecasting.ladders import TARGET
 
@@ -15,7 +15,7 @@ TIMED = [
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_runs_take_the_time_that_there_is(seeds):
-    members = _members(DesignFlags(output="ladder", minutes=100.0, lengths=3, seeds=seeds), TIMED)
+    members = members_of(DesignFlags(output="ladder", minutes=100.0, lengths=3, seeds=seeds), TIMED)
     assert len(members) == 3 * 3 * seeds
     assert 0.99 * 6000 < sum(member.seconds for member in members) <= 6000
     assert len({member.name for member in members}) == len(members)
@@ -25,19 +25,19 @@ def test_runs_take_the_time_that_there_is(seeds):
 
 
 def test_or_the_operations():
-    members = _members(DesignFlags(output="ladder", flops=1e12, lengths=3), TIMED)
+    members = members_of(DesignFlags(output="ladder", flops=1e12, lengths=3), TIMED)
     assert 0.99e12 < sum(member.flops for member in members) <= 1e12
 
 
 def test_too_little_is_refused():
     with pytest.raises(ValueError, match=r"--minutes 1 leaves \d+ steps for the shortest run and must leave 50"):
-        _members(DesignFlags(output="ladder", minutes=1.0, lengths=3), TIMED)
+        members_of(DesignFlags(output="ladder", minutes=1.0, lengths=3), TIMED)
 
 
 def test_a_warm_up_longer_than_the_shortest_run_is_refused():
     learning = OptimizerConfig(warmup_steps=100_000)
     with pytest.raises(ValueError, match=r"warmup_steps=100000 must not exceed steps=\d+"):
-        _members(DesignFlags(output="ladder", minutes=100.0, learning=learning), TIMED)
+        members_of(DesignFlags(output="ladder", minutes=100.0, learning=learning), TIMED)
 
 
 def test_a_folder_that_is_there_is_refused_before_anything_is_timed(tmp_path):
