@@ -40,9 +40,8 @@ class Pmap:
             check_dealing(layout.batch_size, count, layout.accumulate, "devices")
             self.gradients = reduction.pmean(AXIS, layout.accumulate)
         self._split, self._whole = _shardings(self.devices)
-        local_split, local_whole = _shardings(local)
+        self._local_split, self._local_whole = _shardings(local)
         self._blocks = RowBlocks(self._split, count)
-        self._local_split, self._local_whole = local_split, local_whole
         self.is_writer = jax.process_index() == 0
         self.stop_requested = StopRequest()
 
@@ -84,10 +83,8 @@ class Pmap:
         return lambda params, batch: compiled(params, self._blocks.place(batch, lambda shape: self._split))
 
     def put_batch(self, batch: Batch) -> Any:
-        return jax.device_put(self._deal(batch), self._local_split)
-
-    def _deal(self, batch: Batch) -> Batch:
-        return {name: x.reshape(self._local, x.shape[0] // self._local, *x.shape[1:]) for name, x in batch.items()}
+        dealt = {name: x.reshape(self._local, x.shape[0] // self._local, *x.shape[1:]) for name, x in batch.items()}
+        return jax.device_put(dealt, self._local_split)
 
     def canonical(self, state: State) -> State:
         return _regroup(state, self._whole)

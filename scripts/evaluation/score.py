@@ -6,6 +6,7 @@ byte = nats / ln 2 / UTF-8 bytes of the scored text, whatever the tokenizer.
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -212,17 +213,7 @@ def count_windows(lengths: Sequence[int], window: int, stride: int) -> int:
 
 def batches(rows: Iterator[tuple[np.ndarray, np.ndarray]], size: int, window: int) -> Iterator[Batch]:
     """Windows by the batch; the last batch is filled up with rows in which nothing is scored."""
-    batch: list[tuple[np.ndarray, np.ndarray]] = []
     padding = (np.zeros(window, np.int32), np.full(window, NO_TARGET, np.int32))
-    for row in rows:
-        batch.append(row)
-        if len(batch) == size:
-            yield _stacked(batch)
-            batch = []
-    if batch:
-        yield _stacked(batch + [padding] * (size - len(batch)))
-
-
-def _stacked(batch: list[tuple[np.ndarray, np.ndarray]]) -> Batch:
-    inputs, targets = zip(*batch, strict=True)
-    return {"inputs": np.stack(inputs), "targets": np.stack(targets)}
+    while batch := list(itertools.islice(rows, size)):
+        inputs, targets = zip(*batch, *[padding] * (size - len(batch)), strict=True)
+        yield {"inputs": np.stack(inputs), "targets": np.stack(targets)}

@@ -23,8 +23,15 @@ DEFAULTS: Values = {
     "base_emb_dim": 2048, "base_num_query_heads": 16, "base_num_kv_heads": 16, "base_mlp_dim": 7168,
     "base_num_decoder_layers": 16, "head_dim": 128, "vocab_size": 32_000, "per_device_batch_size": 12.0,
     "max_target_length": 2048, "rope_max_timescale": 10_000, "normalization_layer_epsilon": 1e-5,
+    "dtype": "bfloat16", "weight_dtype": "float32", "quantization": "", "remat_policy": "full", "dropout_rate": 0.0,
+    "mlp_activations": ["silu", "linear"], "decoder_block": "llama2", "logits_via_embedding": False,
+    "use_qk_norm": False, "attention_bias": False, "attention_type": "global", "sliding_window_size": 0,
+    "gradient_accumulation_steps": 1, "global_parameter_scale": 1, "mtp_num_layers": 0,
+    "num_experts": 1, "num_experts_per_tok": 1, "base_moe_mlp_dim": 0, "capacity_factor": -1.0,
+    "load_balance_loss_weight": 0.0,
 }  # fmt: skip
-"""Of MaxText's base.yml, for what neither the file nor those that it names give."""
+"""All fields that are read, beside parallelisms and other files, with what counts where neither the file nor those that
+it names give one."""
 SIZES = {
     "embed_dim": "base_emb_dim",
     "num_layers": "base_num_decoder_layers",
@@ -50,14 +57,6 @@ REMAT: dict[str, Literal["none", "dots", "full"]] = {
     "minimal_flash": "dots",
     "minimal_with_context": "dots",
 }
-OTHER = {
-    "base_config", "model_name", "dtype", "weight_dtype", "quantization", "mlp_activations", "decoder_block",
-    "logits_via_embedding", "use_qk_norm", "attention_bias", "dropout_rate", "gradient_accumulation_steps",
-    "remat_policy", "global_parameter_scale", "attention_type", "sliding_window_size",
-    "num_experts", "num_experts_per_tok", "base_moe_mlp_dim", "capacity_factor", "load_balance_loss_weight",
-    "mtp_num_layers",
-}  # fmt: skip
-"""Fields that are read by themselves."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +117,8 @@ def read_maxtext(path: str, overrides: Sequence[str] = ()) -> MaxText:
         per_device=_number(values, "per_device_batch_size"),
         seq_len=_whole(values, "max_target_length"),
         dtype=_dtype(values),
-        remat=REMAT.get(str(values.get("remat_policy", "full")), "full"),
-        accumulate=_whole({"gradient_accumulation_steps": 1} | values, "gradient_accumulation_steps"),
+        remat=REMAT.get(str(values["remat_policy"]), "full"),
+        accumulate=_whole(values, "gradient_accumulation_steps"),
         parallelisms=_parallelisms(values, "ici_"),
         across=_parallelisms(values, "dcn_"),
         notes=_notes(values, usual),
@@ -170,49 +169,48 @@ def _load(path: Path) -> Values:
 
 def _model(values: Values) -> TransformerConfig:
     _refuse(values)
-    window = values.get("sliding_window_size", 0) if values.get("attention_type") == "local_sliding" else 0
     sizes: dict[str, Any] = {ours: _whole(values, theirs) for ours, theirs in SIZES.items()}
     return TransformerConfig(
         **sizes,
         max_seq_len=max(8192, _whole(values, "max_target_length")),
         rope_theta=_number(values, "rope_max_timescale"),
         norm_eps=_number(values, "normalization_layer_epsilon"),
-        dropout_rate=_number({"dropout_rate": 0.0} | values, "dropout_rate"),
-        tie_embeddings=bool(values.get("logits_via_embedding", False)),
-        qk_norm=bool(values.get("use_qk_norm", False)),
-        attention_bias=bool(values.get("attention_bias", False)),
-        sliding_window=_whole({"window": window}, "window"),
+        dropout_rate=_number(values, "dropout_rate"),
+        tie_embeddings=bool(values["logits_via_embedding"]),
+        qk_norm=bool(values["use_qk_norm"]),
+        attention_bias=bool(values["attention_bias"]),
+        sliding_window=_whole(values, "sliding_window_size") if values["attention_type"] == "local_sliding" else 0,
         experts=_experts(values),
     )
 
 
 def _experts(values: Values) -> ExpertsConfig:
     """1 of them is a dense feed-forward there."""
-    if values.get("num_experts", 1) == 1:
+    if values["num_experts"] == 1:
         return ExpertsConfig()
     return ExpertsConfig(
         num_experts=_whole(values, "num_experts"),
-        experts_per_token=_whole({"num_experts_per_tok": 1} | values, "num_experts_per_tok"),
-        mlp_dim=max(0, _whole({"base_moe_mlp_dim": 0} | values, "base_moe_mlp_dim")),
-        balance_loss=_number({"load_balance_loss_weight": 0.0} | values, "load_balance_loss_weight"),
+        experts_per_token=_whole(values, "num_experts_per_tok"),
+        mlp_dim=max(0, _whole(values, "base_moe_mlp_dim")),
+        balance_loss=_number(values, "load_balance_loss_weight"),
     )
 
 
 def _refuse(values: Values) -> None:
     """What this model does not compute."""
-    if values.get("decoder_block", "llama2") not in BLOCKS:
+    if values["decoder_block"] not in BLOCKS:
         raise ValueError(
             f"decoder_block={values['decoder_block']} has no counterpart here; those of {', '.join(BLOCKS)} have"
         )
-    if values.get("mlp_activations", ["silu", "linear"]) != ["silu", "linear"]:
+    if values["mlp_activations"] != ["silu", "linear"]:
         raise ValueError(f"mlp_activations={values['mlp_activations']} has no counterpart; try ['silu','linear']")
-    if values.get("quantization"):
+    if values["quantization"]:
         raise ValueError(f"quantization={values['quantization']} has no counterpart; try quantization=''")
-    if values.get("attention_type", "global") not in ("global", "local_sliding"):
+    if values["attention_type"] not in ("global", "local_sliding"):
         raise ValueError(f"attention_type={values['attention_type']} has no counterpart; try global or local_sliding")
-    if values.get("mtp_num_layers", 0) != 0:
+    if values["mtp_num_layers"] != 0:
         raise ValueError(f"mtp_num_layers={values['mtp_num_layers']} has no counterpart; try mtp_num_layers=0")
-    if values.get("global_parameter_scale", 1) != 1:
+    if values["global_parameter_scale"] != 1:
         scale = values["global_parameter_scale"]
         raise ValueError(f"global_parameter_scale={scale} is not read; give the base_ sizes as they come out")
 
@@ -245,14 +243,14 @@ def _filled(sizes: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _notes(values: Values, usual: Values) -> list[str]:
     notes = []
-    policy = str(values.get("remat_policy", "full"))
+    policy = str(values["remat_policy"])
     if policy not in REMAT:
         notes.append(f"remat_policy={policy} has no counterpart; full comes next to it")
-    if str(values.get("weight_dtype", "float32")) != "float32":
+    if str(values["weight_dtype"]) != "float32":
         notes.append(f"weight_dtype={values['weight_dtype']} has no counterpart; parameters are float32 here")
-    if _number({"capacity_factor": -1.0} | values, "capacity_factor") > 0:
+    if _number(values, "capacity_factor") > 0:
         notes.append(f"capacity_factor={values['capacity_factor']} has no counterpart; no token is dropped here")
-    read = {*SIZES.values(), *DEFAULTS, *OTHER}
+    read = {*DEFAULTS, "base_config", "model_name"}
     changed = [key for key in values if key not in usual or values[key] != usual[key]]
     others = [key for key in changed if key not in read and not key.endswith("_parallelism")]
     if others:
@@ -262,21 +260,21 @@ def _notes(values: Values, usual: Values) -> list[str]:
 
 
 def _dtype(values: Values) -> Literal["bfloat16", "float32"]:
-    name = values.get("dtype", "bfloat16")
+    name = values["dtype"]
     if name not in ("bfloat16", "float32"):
         raise ValueError(f"dtype={name} in the MaxText config has no counterpart here; try bfloat16")
     return name
 
 
 def _whole(values: Values, name: str) -> int:
-    value = values.get(name)
+    value = values[name]
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}={value!r} in the MaxText config must be a whole number; mend it")
     return value
 
 
 def _number(values: Values, name: str) -> float:
-    value = values.get(name)
+    value = values[name]
     if isinstance(value, str):  # YAML reads 1e-5 as text
         with contextlib.suppress(ValueError):
             value = float(value)

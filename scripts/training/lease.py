@@ -105,10 +105,8 @@ class Lease:
     def _read(self) -> Owner | None:
         try:
             return Owner(**json.loads(self._file.read_text()))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):
-            return None  # of nobody who keeps to this
+        except (FileNotFoundError, ValueError, TypeError):
+            return None  # or it is of nobody who keeps to this
 
     def _write(self) -> None:
         owner = Owner(self._name, socket.gethostname(), os.getpid(), _space(), round(time.time(), 3))
