@@ -1,4 +1,4 @@
-"""Weights of Llama, Mistral and Qwen models in and out: `python scripts/convert.py --help`.
+"""Run folders of Hugging Face folders, and back: `python scripts/convert.py --help`.
 
 Invariant: a folder that exists is refused, and one that appears is whole.
 """
@@ -14,8 +14,8 @@ from scripts.converting.flags import ExportFlags, ImportFlags
 
 HELP = """usage: convert.py COMMAND ...
 
-Convert between run folders and Hugging Face folders of Llama, SmolLM, Mistral, Qwen 2 and 3, Gemma 2 and 3, OLMo 2 and
-Phi 3 and 4 models.
+Convert between run folders and Hugging Face folders of Llama, SmolLM, Mistral, Mixtral, Qwen 2, 3 and 3 MoE, Gemma 2
+and 3 (text), OLMo 2, OLMoE, Phi 3 and 4 and gpt-oss models.
 
 commands:
   import HF_FOLDER RUN   config.json, tokenizer.json and safetensors into a run folder, for

@@ -46,13 +46,14 @@ class Flags:
     strategy: Literal["single", "pmap", "mesh"] | None = None
     """Where the step runs; by default single, and pmap in mode distributed."""
     mesh: str = ""
-    """Sizes of the axes data, fsdp, sequence and tensor, such as data=2,tensor=4; "all" stands for what is left, and
-    data=2@dcn for two slices, or hosts, with a slow network between. auto chooses a shape and says why."""
+    """Sizes of the axes data, fsdp, expert, sequence and tensor, such as data=2,tensor=4; "all" stands for what is
+    left, and data=2@dcn for two slices, or hosts, with a slow network between. auto chooses a shape and says why."""
     rules: str = "default"
     """What a mesh axis splits: a rule set (default, replicated) or a JSON file of rules."""
     dataset: str = "tiny_shakespeare"
-    """tiny_shakespeare, or a path to a text file, a folder of text files, ArrayRecord files of tokens, a store that
-    prepare.py made, or a mixture such as web.store:0.7,code.store:0.3 or a JSON file of stages."""
+    """tiny_shakespeare, or a path to a text file, a folder of text files, jsonl, json, csv or parquet (prepared into
+    the cache first), ArrayRecord files of tokens, a store that prepare.py made, or a mixture such as
+    web.store:0.7,code.store:0.3 or a JSON file of stages."""
     data_dir: str | None = None
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     tokenizer: str | None = None
