@@ -123,12 +123,9 @@ def masked(line):
 
 BAD = """
 up --name My_TPU | --name My_TPU | try parallax-dev-tpu
-down --zone mars | --zone mars | try us-central1-a
-up --accelerator h100 | --accelerator h100 | try v3-8
 up --accelerator v3-many | --accelerator v3-many | try v3-8
 up --slices 0 | --slices 0 | try --slices 2
 up --reservation mine | --reservation mine | add --queued
-up --flex-start-hours 6 | --flex-start-hours 6 | add --queued
 up --retry-seconds -1 | --retry-seconds -1 | try --retry-seconds 30
 logs --bucket gs://b | --bucket gs://b | leave gs:// out
 logs | --bucket is missing | --bucket my-bucket

@@ -26,7 +26,6 @@ BAD = """
 --topology v3-16 | topology='v3-16' | try v3-8
 --topology gpu-8 | topology='gpu-8' | v5p | try v3-8
 --config huge | huge | tiny
---topology 0xv5litepod-16 | must have 1 to 256 slices | try 2xv5litepod-16
 --mesh data=16 | Unrecognized options: --mesh | see --help
 --batch-size 0 | batch_size=0 | try 32
 --compile 0 | compile=0 | at least 1
@@ -43,10 +42,7 @@ BAD = """
 --maxtext . | . cannot be read | choose a .yml file
 seq=3 | 'seq=3' is a word for --maxtext alone | see --help
 --topology h100-7 | topology='h100-7' | try h100-8
---topology h100-12 | whole hosts of 8 GPUs | try h100-16
 --topology h900-8 | topology='h900-8' | h100 | b200
---topology l4-100000 | more than 4096 | try l4-4096
---topology rtx4090-64 | which no network joins | try rtx4090-8
 --topology h100-8 | jax_plugins.xla_cuda13 | not installed | pip install -e ".[plan-gpu]"
 --batch-size max --seq-len max | no largest pair | give a number
 --batch-size max --exhaustive | batch_size=max does not go with --exhaustive | leave one out
