@@ -306,45 +306,55 @@ class TrainConfig:
         require(self.z_loss >= 0, f"z_loss={self.z_loss} must not be negative; 0 is off")
 
 
+TINY_CONFIG = TransformerConfig(mlp_dim=96)
+NANO_CONFIG = TransformerConfig()
+SMALL_CONFIG = TransformerConfig(embed_dim=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=2048)
+BASE_CONFIG = TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, num_kv_heads=12, head_dim=64, mlp_dim=2048)
+LLAMA_1B_CONFIG = TransformerConfig(
+    vocab_size=128_256, embed_dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192,
+    rope_theta=500_000.0, rope_scaling=RopeScaling(kind="llama3", factor=32.0),
+)  # fmt: skip
+LLAMA_8B_CONFIG = TransformerConfig(
+    vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
+    rope_theta=500_000.0, rope_scaling=RopeScaling(kind="llama3", factor=8.0), tie_embeddings=False,
+)  # fmt: skip
+GEMMA3_4B_CONFIG = TransformerConfig(
+    vocab_size=262_208, embed_dim=2560, num_layers=34, num_heads=8, num_kv_heads=4, head_dim=256, mlp_dim=10_240,
+    rope_theta=1_000_000.0, rope_scaling=RopeScaling(kind="linear", factor=8.0), norm_eps=1e-6, norms="both",
+    qk_norm=True, activation="gelu_tanh", embedding_scale=2560**0.5,
+    pattern=5 * (LayerSpec(sliding_window=1024, rope_theta=10_000.0, rope_scaling=RopeScaling()),) + (LayerSpec(),),
+)  # fmt: skip
+_EIGHT = ExpertsConfig(num_experts=8, balance_loss=0.01, router_z_loss=1e-3)
+NANO_MOE_CONFIG = TransformerConfig(mlp_dim=176, experts=_EIGHT)
+MIXTRAL_8X7B_CONFIG = TransformerConfig(
+    vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
+    rope_theta=1e6, tie_embeddings=False, experts=ExpertsConfig(num_experts=8, balance_loss=0.01),
+)  # fmt: skip
+QWEN3_30B_A3B_CONFIG = TransformerConfig(
+    vocab_size=151_936, embed_dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, mlp_dim=6144,
+    rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tie_embeddings=False,
+    experts=ExpertsConfig(num_experts=128, experts_per_token=8, mlp_dim=768, balance_loss=0.001),
+)  # fmt: skip
+GPT_OSS_20B_CONFIG = TransformerConfig(
+    vocab_size=201_088, embed_dim=2880, num_layers=24, num_heads=64, num_kv_heads=8, head_dim=64, mlp_dim=2880,
+    rope_theta=150_000.0, attention_bias=True, attention_out_bias=True, attention_sinks=True, tie_embeddings=False,
+    rope_scaling=RopeScaling(kind="yarn", factor=32.0, original_max_seq_len=4096, whole_ends=False),
+    pattern=(LayerSpec(sliding_window=128), LayerSpec()),
+    experts=ExpertsConfig(num_experts=32, experts_per_token=4, bias=True, clamp=7.0, balance_loss=0.001),
+)  # fmt: skip
 PRESETS = {
-    "tiny": TransformerConfig(mlp_dim=96),
-    "nano": TransformerConfig(),
-    "small": TransformerConfig(embed_dim=512, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=2048),
-    "base": TransformerConfig(embed_dim=768, num_layers=12, num_heads=12, num_kv_heads=12, head_dim=64, mlp_dim=2048),
-    "llama-1b": TransformerConfig(
-        vocab_size=128_256, embed_dim=2048, num_layers=16, num_heads=32, num_kv_heads=8, head_dim=64, mlp_dim=8192,
-        rope_theta=500_000.0, rope_scaling=RopeScaling(kind="llama3", factor=32.0),
-    ),
-    "llama-8b": TransformerConfig(
-        vocab_size=128_256, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
-        rope_theta=500_000.0, rope_scaling=RopeScaling(kind="llama3", factor=8.0), tie_embeddings=False,
-    ),
-    "gemma3-4b": TransformerConfig(
-        vocab_size=262_208, embed_dim=2560, num_layers=34, num_heads=8, num_kv_heads=4, head_dim=256, mlp_dim=10_240,
-        rope_theta=1_000_000.0, rope_scaling=RopeScaling(kind="linear", factor=8.0), norm_eps=1e-6, norms="both",
-        qk_norm=True, activation="gelu_tanh", embedding_scale=2560**0.5,
-        pattern=5 * (LayerSpec(sliding_window=1024, rope_theta=10_000.0, rope_scaling=RopeScaling()),) + (LayerSpec(),),
-    ),
-    "nano-moe": TransformerConfig(
-        mlp_dim=176, experts=ExpertsConfig(num_experts=8, balance_loss=0.01, router_z_loss=1e-3)
-    ),
-    "mixtral-8x7b": TransformerConfig(
-        vocab_size=32_000, embed_dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14_336,
-        rope_theta=1e6, tie_embeddings=False, experts=ExpertsConfig(num_experts=8, balance_loss=0.01),
-    ),
-    "qwen3-30b-a3b": TransformerConfig(
-        vocab_size=151_936, embed_dim=2048, num_layers=48, num_heads=32, num_kv_heads=4, head_dim=128, mlp_dim=6144,
-        rope_theta=1e6, norm_eps=1e-6, qk_norm=True, tie_embeddings=False,
-        experts=ExpertsConfig(num_experts=128, experts_per_token=8, mlp_dim=768, balance_loss=0.001),
-    ),
-    "gpt-oss-20b": TransformerConfig(
-        vocab_size=201_088, embed_dim=2880, num_layers=24, num_heads=64, num_kv_heads=8, head_dim=64, mlp_dim=2880,
-        rope_theta=150_000.0, attention_bias=True, attention_out_bias=True, attention_sinks=True, tie_embeddings=False,
-        rope_scaling=RopeScaling(kind="yarn", factor=32.0, original_max_seq_len=4096, whole_ends=False),
-        pattern=(LayerSpec(sliding_window=128), LayerSpec()),
-        experts=ExpertsConfig(num_experts=32, experts_per_token=4, bias=True, clamp=7.0, balance_loss=0.001),
-    ),
-}  # fmt: skip
+    "tiny": TINY_CONFIG,
+    "nano": NANO_CONFIG,
+    "small": SMALL_CONFIG,
+    "base": BASE_CONFIG,
+    "llama-1b": LLAMA_1B_CONFIG,
+    "llama-8b": LLAMA_8B_CONFIG,
+    "gemma3-4b": GEMMA3_4B_CONFIG,
+    "nano-moe": NANO_MOE_CONFIG,
+    "mixtral-8x7b": MIXTRAL_8X7B_CONFIG,
+    "qwen3-30b-a3b": QWEN3_30B_A3B_CONFIG,
+    "gpt-oss-20b": GPT_OSS_20B_CONFIG,
+}
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.samples import Windows
-from parallax.config import PRESETS, OptimizerConfig, TransformerConfig
+from parallax.config import NANO_CONFIG, NANO_MOE_CONFIG, SMALL_CONFIG, TINY_CONFIG, OptimizerConfig, TransformerConfig
 
 Measure = Callable[[dict[str, Any]], dict[str, Any]]
 """A request to its result, in a contender's process; all work is done when it returns."""
@@ -29,16 +29,16 @@ MODELS = {
     "trial": TransformerConfig(
         vocab_size=64, embed_dim=32, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64
     ),
-    "tiny": dataclasses.replace(PRESETS["tiny"], vocab_size=_CHARACTERS),
-    "nano": dataclasses.replace(PRESETS["nano"], vocab_size=_CHARACTERS),
-    "small": dataclasses.replace(PRESETS["small"], vocab_size=_CHARACTERS),
-    "small-1365": dataclasses.replace(PRESETS["small"], vocab_size=32_000, mlp_dim=1365),
+    "tiny": dataclasses.replace(TINY_CONFIG, vocab_size=_CHARACTERS),
+    "nano": dataclasses.replace(NANO_CONFIG, vocab_size=_CHARACTERS),
+    "small": dataclasses.replace(SMALL_CONFIG, vocab_size=_CHARACTERS),
+    "small-1365": dataclasses.replace(SMALL_CONFIG, vocab_size=32_000, mlp_dim=1365),
     "nano-moe": dataclasses.replace(
-        PRESETS["nano-moe"],
+        NANO_MOE_CONFIG,
         vocab_size=_CHARACTERS,
-        experts=dataclasses.replace(PRESETS["nano-moe"].experts, balance_loss=0.0, router_z_loss=0.0),
+        experts=dataclasses.replace(NANO_MOE_CONFIG.experts, balance_loss=0.0, router_z_loss=0.0),
     ),
-    "nano-352": dataclasses.replace(PRESETS["nano"], vocab_size=_CHARACTERS, mlp_dim=352),
+    "nano-352": dataclasses.replace(NANO_CONFIG, vocab_size=_CHARACTERS, mlp_dim=352),
 }
 """small-1365 has about as many parameters a layer as a GPT-2 block of that width, and a vocabulary of 32,000. nano-moe
 computes the losses of its routers with weight 0, since those of others have none."""

@@ -22,14 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import jax
 
-from parallax.config import PRESETS, TransformerConfig
+from parallax.config import NANO_CONFIG, TINY_CONFIG, TransformerConfig
 from parallax.model.transformer import init_params
 from tests.parallelism.zipf import direction_error, gradient, norm_error, zipf_batch
 
 BOUND = 0.02
 LENGTH = 256
 TOKENS = (16_384, 65_536)
-MODELS = {name: PRESETS[name] for name in ("tiny", "nano")}
+MODELS = {"tiny": TINY_CONFIG, "nano": NANO_CONFIG}
 EVERYTHING = {"tie_embeddings": False, "num_kv_heads": 2, "qk_norm": True, "sliding_window": 64}
 VARIANTS = {"tied": {}, "untied, and all else": {**EVERYTHING, "attention_bias": True, "attention_out_bias": True}}
 """Each array is compared by itself, so one model may have all that differs from the first."""

@@ -19,13 +19,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.pipeline import training_batches
-from parallax.config import PRESETS, OptimizerConfig, TrainConfig
+from parallax.config import NANO_CONFIG, OptimizerConfig, TrainConfig
 from parallax.training.loop import Stopwatch, train
 from scripts.forecasting.family import at_share, with_mup
 from scripts.training.flags import Flags
 from scripts.training.job import prepare_job
 
-TARGET = dataclasses.replace(PRESETS["nano"], num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16)
+TARGET = dataclasses.replace(NANO_CONFIG, num_layers=2, num_heads=8, num_kv_heads=8, head_dim=16)
 RATES = [2.0**power for power in range(-11, -3)]
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from parallax.config import PRESETS, OptimizerConfig, config_from_dict, config_to_dict
+from parallax.config import NANO_CONFIG, NANO_MOE_CONFIG, OptimizerConfig, config_from_dict, config_to_dict
 from parallax.layer_config import LoraConfig
 from parallax.model.adapters import take_adapters
 from parallax.model.transformer import TransformerLM, init_params, parameters
@@ -15,7 +15,7 @@ from parallax.parametrization import Parametrization
 from parallax.training.optimizer import make_optimizer
 
 BASE = dataclasses.replace(
-    PRESETS["nano"], embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, num_layers=2
+    NANO_CONFIG, embed_dim=32, num_heads=2, num_kv_heads=2, head_dim=16, mlp_dim=64, num_layers=2
 )
 MUP = Parametrization(kind="mup", base_width=32, base_depth=2)
 init = jax.jit(init_params, static_argnums=0)
@@ -99,7 +99,7 @@ def test_updates_are_those_of_the_standard_one_times_the_rate_and_decay_is_not(o
 
 
 def test_experts_and_their_router():
-    config = dataclasses.replace(of_width(BASE, 4, deeper=2), experts=PRESETS["nano-moe"].experts)
+    config = dataclasses.replace(of_width(BASE, 4, deeper=2), experts=NANO_MOE_CONFIG.experts)
     mlp = parameters(config)["blocks"]["mlp"]
     rates = mlp["router"].rate, mlp["gate"].rate, mlp["up"].rate, mlp["down"].rate
     assert rates == (1 / 4, 1 / 4, 1 / 4, 1 / 8)
@@ -107,7 +107,7 @@ def test_experts_and_their_router():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_what_is_not_learned_has_no_update_to_scale(optimizer):
-    experts = dataclasses.replace(PRESETS["nano-moe"].experts, balance_bias_rate=1e-3)
+    experts = dataclasses.replace(NANO_MOE_CONFIG.experts, balance_bias_rate=1e-3)
     config = dataclasses.replace(of_width(BASE, 4), experts=experts)
     made, known = make_optimizer(OptimizerConfig(optimizer=optimizer), parameters(config)), parameters(config)
     assert not known["blocks"]["mlp"]["balance_bias"].learned

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from parallax.config import TransformerConfig
 from parallax.layers.attend import attend
 from parallax.layers.cudnn import attend_by_cudnn
 
@@ -40,3 +41,5 @@ def test_what_it_cannot_take_is_refused():
         attend_by_cudnn(q, k, v, None, 0)
     with pytest.raises(ValueError, match="attention=cudnn needs whole sequences on a device, not 64 of 128 tokens"):
         attend_by_cudnn(q[:, :64], k, v, None, 0)
+    with pytest.raises(ValueError, match=r"attention=cudnn drops no weights, and dropout_rate=0\.1; try xla"):
+        TransformerConfig(attention="cudnn", dropout_rate=0.1)

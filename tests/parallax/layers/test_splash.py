@@ -86,3 +86,8 @@ def test_lengths_that_no_block_divides_are_refused():
         attend_in_kernel(q[:, :200], k[:, :200], v[:, :200], None, 0)
     with pytest.raises(ValueError, match="needs whole sequences on a device, not 128 of 256 tokens"):
         attend_in_kernel(q[:, :128], k, v, None, 0)
+
+
+def test_a_config_that_drops_weights_is_refused():
+    with pytest.raises(ValueError, match=r"attention=splash drops no weights, and dropout_rate=0.1; try"):
+        TransformerConfig(attention="splash", dropout_rate=0.1)

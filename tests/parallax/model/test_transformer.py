@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from parallax.axes import PARAM_AXES
-from parallax.config import PRESETS, TransformerConfig
+from parallax.config import NANO_CONFIG, PRESETS, TransformerConfig
 from parallax.layers.cache import KVCache
 from parallax.layers.dropout import dropout, split
 from parallax.model.stack import TransformerBlock
@@ -42,7 +42,7 @@ loss_and_gradients = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums
 
 @pytest.mark.parametrize(
     ("config", "length"),
-    [(PRESETS["nano"], 64), (TransformerConfig(vocab_size=1000, embed_dim=48, num_layers=2, tie_embeddings=False), 64)],
+    [(NANO_CONFIG, 64), (TransformerConfig(vocab_size=1000, embed_dim=48, num_layers=2, tie_embeddings=False), 64)],
     ids=["nano", "another vocabulary"],
 )
 def test_first_loss_is_that_of_a_uniform_guess(config, length):

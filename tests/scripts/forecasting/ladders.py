@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from parallax.config import PRESETS, OptimizerConfig, TrainConfig
+from parallax.config import TINY_CONFIG, OptimizerConfig, TrainConfig
 from scripts.forecasting.family import below, flops_of, size_of, with_mup
 from scripts.forecasting.ladder import Ladder, Member
 from scripts.forecasting.law import Law
 
 LAW = Law(E=1.2, A=30.0, B=60.0, alpha=0.4, beta=0.35)
-TARGET = dataclasses.replace(PRESETS["tiny"], num_heads=8, num_kv_heads=8, head_dim=8, embed_dim=64)
+TARGET = dataclasses.replace(TINY_CONFIG, num_heads=8, num_kv_heads=8, head_dim=8, embed_dim=64)
 DATA = dict.fromkeys(("data_dir", "tokenizer", "packing", "held_out")) | {
     "dataset": "tiny_shakespeare",
     "eval_tokens": 4096,

@@ -5,14 +5,14 @@ import jax
 import numpy as np
 import pytest
 
-from parallax.config import PRESETS
+from parallax.config import NANO_CONFIG, NANO_MOE_CONFIG
 from parallax.model.transformer import TransformerLM, init_params
 from scripts.forecasting.check import activations, check
 
 SMALL = {"embed_dim": 32, "num_heads": 2, "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 48, "num_layers": 2}
 
 
-@pytest.mark.parametrize(("config", "norms"), [(PRESETS["nano"], "before"), (PRESETS["nano-moe"], "both")])
+@pytest.mark.parametrize(("config", "norms"), [(NANO_CONFIG, "before"), (NANO_MOE_CONFIG, "both")])
 def test_activations_are_those_of_the_model(config, norms):
     model = dataclasses.replace(config, **SMALL, norms=norms)
     params = jax.jit(init_params, static_argnums=0)(model, jax.random.key(0))

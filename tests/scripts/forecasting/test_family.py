@@ -2,11 +2,10 @@ import dataclasses
 
 import pytest
 
-from parallax.config import PRESETS
+from parallax.config import GEMMA3_4B_CONFIG, GPT_OSS_20B_CONFIG, LLAMA_1B_CONFIG, NANO_CONFIG, QWEN3_30B_A3B_CONFIG
 from scripts.forecasting.family import at_share, below, flops_of, size_of, with_mup
 
-NANO, LLAMA = PRESETS["nano"], PRESETS["llama-1b"]
-LARGE = (LLAMA, PRESETS["gemma3-4b"], PRESETS["qwen3-30b-a3b"], PRESETS["gpt-oss-20b"])
+LARGE = (LLAMA_1B_CONFIG, GEMMA3_4B_CONFIG, QWEN3_30B_A3B_CONFIG, GPT_OSS_20B_CONFIG)
 
 
 @pytest.mark.parametrize("target", LARGE)
@@ -25,26 +24,26 @@ def test_smaller_members_keep_the_shape(target):
 
 
 def test_a_target_of_uneven_sizes_is_a_member_too():
-    uneven = dataclasses.replace(NANO, mlp_dim=100)
+    uneven = dataclasses.replace(NANO_CONFIG, mlp_dim=100)
     assert at_share(uneven, 1.0) == uneven
 
 
 def test_sizes_below_differ_and_ascend():
-    sizes = below(LLAMA, 4, 0.5)
+    sizes = below(LLAMA_1B_CONFIG, 4, 0.5)
     assert [config.embed_dim for config in sizes] == sorted({config.embed_dim for config in sizes})
     assert sizes[-1].embed_dim == 1024
     with pytest.raises(ValueError, match="must differ, and 4 do; choose a larger"):
-        below(NANO, 6, 1.0)
+        below(NANO_CONFIG, 6, 1.0)
 
 
 def test_counts_leave_the_tables_out():
-    assert size_of(NANO) == NANO.num_params() - 72 * 128
-    untied = dataclasses.replace(NANO, tie_embeddings=False)
-    assert size_of(untied) == size_of(NANO)
-    assert flops_of(NANO, 128) > 6 * size_of(NANO)
+    assert size_of(NANO_CONFIG) == NANO_CONFIG.num_params() - 72 * 128
+    untied = dataclasses.replace(NANO_CONFIG, tie_embeddings=False)
+    assert size_of(untied) == size_of(NANO_CONFIG)
+    assert flops_of(NANO_CONFIG, 128) > 6 * size_of(NANO_CONFIG)
 
 
 def test_mup_has_another_member_as_its_base():
-    small = at_share(LLAMA, 0.125)
-    own = with_mup(LLAMA, small).parametrization
+    small = at_share(LLAMA_1B_CONFIG, 0.125)
+    own = with_mup(LLAMA_1B_CONFIG, small).parametrization
     assert (own.kind, own.base_width, own.base_depth) == ("mup", small.embed_dim, small.num_layers)

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from parallax.config import PRESETS, TrainConfig
+from parallax.config import TINY_CONFIG, TrainConfig
 from scripts.training.flags import Flags
 from scripts.training.job import build
 from scripts.training.step import TimedRun
 
-MODEL = dataclasses.replace(PRESETS["tiny"], num_layers=1, embed_dim=16, mlp_dim=16, vocab_size=13)
+MODEL = dataclasses.replace(TINY_CONFIG, num_layers=1, embed_dim=16, mlp_dim=16, vocab_size=13)
 TRAIN = TrainConfig(batch_size=2, seq_len=8, steps=100)
 
 
