@@ -81,7 +81,7 @@ def _obey(writer: Writer, flags: Flags, line: str, talk: Talk | None) -> Flags:
             talk.say(flags, line)
         else:
             writer.stream(dataclasses.replace(flags, prompt=line))
-        return dataclasses.replace(flags, seed=flags.seed + 1)
+        return dataclasses.replace(flags, seed=(flags.seed + 1) % 2**32)
     return flags
 
 

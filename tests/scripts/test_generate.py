@@ -147,6 +147,12 @@ def test_text_is_decoded_as_it_is_drawn():
     assert [next(pieces), next(pieces), next(drawn)] == ["a", "", TOKENIZER.encode("c")[0]]
 
 
+def test_the_seed_of_the_prompt_loop_goes_around(write):
+    status, out, err = write("--interactive", "--max-tokens", "2", "--seed", str(2**32 - 1), stdin="a\na\n")
+    assert (status, out.count("\n")) == (0, 2)
+    assert not [line for line in err if line.startswith("error")]
+
+
 def test_the_prompt_loop_continues_each_line(write, expected):
     lines = ["ab", "/temperature 0", "é", "é", "/stop c", "/max-tokens 3", "/help", "", "/quit", "never"]
     status, out, err = write("--interactive", "--max-tokens", "9", "--seed", "4", stdin="\n".join(lines))
