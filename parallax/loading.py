@@ -24,7 +24,7 @@ from parallax.layers.attend import cut
 from parallax.model.transformer import Params, TransformerLM
 from parallax.run_folder import PlaceParams, Run, abstract_params, load_run
 from parallax.storage import open_folder
-from parallax.text import Options, decode, listed, make_request
+from parallax.text import Options, decode, listed, make_request, whole_number
 from parallax.tokenizers.base import encode_checked
 
 SMALLEST_WIDTH, LOGITS_OF = 32, 256
@@ -89,6 +89,7 @@ class Model:
         such as <s>: then that one is left out. Raises ValueError if the text cannot be spelled, or is longer than the
         model sees at once.
         """
+        (text,) = listed([text])
         ids = encode_checked(self.tokenizer, text)
         inputs, targets, limit = ids[:-1], ids[1:], self.config.max_seq_len
         if len(inputs) > limit:
@@ -123,6 +124,7 @@ def load(
     Raises:
       ValueError: the folder holds no model that can be run here, or the mesh does not fit the devices or the model.
     """
+    step = None if step is None else whole_number("step", step)
     place = functools.partial(abstract_params, place=mesh)
     if _is_hugging_face(folder):
         if step is not None:

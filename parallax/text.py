@@ -3,8 +3,10 @@
 Invariant: a text is the same whether it is taken in pieces or at once.
 """
 
+import operator
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -20,7 +22,7 @@ class Options(Sampling, total=False):
 
     max_tokens: int
     """How many tokens to add at most."""
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     """End before this text, or before the first of several."""
     seed: int
     """All draws follow from it; prompt i, from 0, is continued as it would be alone with seed + i."""
@@ -33,15 +35,16 @@ def make_request(
     prompts: Sequence[str],
     *,
     max_tokens: int = 200,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     seed: int = 0,
     **sampling: Unpack[Sampling],
 ) -> Request:
     """The request that `Options` describe, one row a prompt, at temperature 0.8 by default.
 
-    Rows end with any id that ends a text. Raises ValueError if the tokenizer cannot spell a prompt or a stop, or a
-    setting is out of its range.
+    Rows end with any id that ends a text. Raises ValueError if the tokenizer cannot spell a prompt or a stop, one is no
+    text, or a setting is out of its range.
     """
+    prompts, seed = listed(prompts), whole_number("seed", seed)
     rows = len(prompts)
     other_ends = [np.array([token], np.int32) for token in tokenizer.end_ids if token != tokenizer.eos_id]
     given: Sampling = {"temperature": 0.8, **sampling}
@@ -49,18 +52,31 @@ def make_request(
         prompts=[tokenizer.encode(prompt) for prompt in prompts],
         settings=SamplingSettings.create(rows, **given),
         seeds=range(seed, seed + rows),
-        max_tokens=max_tokens,
+        max_tokens=whole_number("max_tokens", max_tokens),
         stops=[*(tokenizer.encode_part(text) for text in listed(stop)), *other_ends],
         eos_id=tokenizer.eos_id,
     )
 
 
-def listed(texts: str | Sequence[str]) -> list[str]:
-    """One text or several as a list."""
-    return [texts] if isinstance(texts, str) else list(texts)
+def listed(texts: str | Sequence[str] | None) -> list[str]:
+    """One text or several as a list, which is empty for None. Raises ValueError for what is no text."""
+    alone = isinstance(texts, str | bytes) or not isinstance(texts, Iterable)
+    several: list[Any] = [] if texts is None else [texts] if alone else list(texts)
+    for text in several:
+        if not isinstance(text, str):
+            raise ValueError(f"{reprlib.repr(text)} must be a text; give a str, or a list of them")
+    return several
 
 
-def decode(tokens: Iterable[int], tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> Iterator[str]:
+def whole_number(name: str, value: Any) -> int:
+    """An int of Python or NumPy as it is. Raises ValueError for anything else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={reprlib.repr(value)} must be a whole number; give an int") from None
+
+
+def decode(tokens: Iterable[int], tokenizer: Tokenizer, stop: str | Sequence[str] | None = ()) -> Iterator[str]:
     """The text of tokens, in pieces as they come, some of them empty, up to the first stop."""
     decoder, until_stop = StreamDecoder(tokenizer), StopFilter(listed(stop))
     for token in tokens:

@@ -93,13 +93,25 @@ class SamplingSettings:
 
 
 def _column(name: str, given: Any, num_rows: int) -> Any:
-    values, setting = list(given) if isinstance(given, Sequence) else [given] * num_rows, SETTINGS[name]
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    values, setting = list(given) if several else [given] * num_rows, SETTINGS[name]
     if len(values) != num_rows:
         raise ValueError(f"{name} has {len(values)} values for {num_rows} rows; give one, or one a row")
     for value in values:
-        if not setting.holds(value):
+        number = _number(setting, value)
+        if number is None or not setting.holds(number):
             raise ValueError(f"{name}={value} must be in {setting.rule}")
+        if number != value and setting.kind is int:
+            raise ValueError(f"{name}={value} must be a whole number; try {number}")
     return np.asarray(values, np.int32 if setting.kind is int else np.float32)
+
+
+def _number(setting: Setting, value: Any) -> float | None:
+    """A value as its setting has it, or None for what is no number."""
+    try:
+        return None if isinstance(value, str) else setting.kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def penalise(logits_BV: jax.Array, penalty_B: jax.Array, seen_BV: jax.Array) -> jax.Array:

@@ -143,6 +143,12 @@ def test_a_mesh_and_a_dtype_leave_the_text(run, model):
     np.testing.assert_allclose(rounded, model.score(text).log_probs, atol=0.1)
 
 
+def test_numbers_of_numpy_and_no_stop_are_taken(model):
+    given = {"max_tokens": np.int64(5), "seed": np.uint32(3), "top_k": np.int32(9), "top_p": np.float32(0.5)}
+    text = model.generate("Hello", max_tokens=5, seed=3, top_k=9, top_p=0.5)
+    assert model.generate("Hello", stop=None, **given) == text == "".join(model.stream("Hello", stop=None, **given))
+
+
 def test_what_cannot_be_meant_is_refused(model, hugging_face, tmp_path, refused):
     with refused("temperature=-1", "must", "try 0.8"):
         model.stream("Hello", temperature=-1)
@@ -159,6 +165,21 @@ def test_what_cannot_be_meant_is_refused(model, hugging_face, tmp_path, refused)
         parallax.load(hugging_face, dtype="float16")
     with refused("param_dtype='float16'", "is not one of", "try bfloat16"):
         parallax.load(hugging_face, param_dtype="float16")
+    with refused("step='3' must be a whole number"):
+        parallax.load(hugging_face, step="3")
+    for given in (3, None, b"Hello", ["Hello", 3]):
+        with refused("must be a text" if given else "prompt is empty"):
+            model.generate(given)
+    with refused("['Hello'] must be a text"):
+        model.stream(["Hello"])
+    with refused("None must be a text"):
+        model.score(None)
+    for name, value in (("max_tokens", 2.5), ("max_tokens", "2"), ("seed", None), ("seed", 1.5), ("top_k", 1.5)):
+        with refused(f"{name}={value!r} must be a whole number"):
+            model.generate("Hello", **{name: value})
+    for value in (None, "hot", "0.5"):
+        with refused(f"temperature={value} must be in"):
+            model.generate("Hello", temperature=value)
     with pytest.raises(TypeError, match="temprature"):
         model.generate("Hello", temprature=1)
 
