@@ -42,6 +42,8 @@ class Death:
     """Who died of what, in words."""
     step: int | None = None
     """The last step that the run reported."""
+    log: Path | None = None
+    """What the process that died had written, where that is kept here."""
 
     @property
     def may_pass(self) -> bool:
@@ -186,17 +188,17 @@ def supervise(
     def attempt(number: int) -> Death | None:
         folder = _make_attempt(log_dir)
         death = _run(commands(number), folder, interrupts)
-        if death is not None:
-            death = dataclasses.replace(death, step=_read_step(folder / "process-0.log"))
-        if death is not None and interrupts.count > 1:
+        if death is None:
+            return None
+        if interrupts.count > 1:
             say(f"{signal_name(interrupts.number)} came second; the processes were killed")
             return Death(-interrupts.number, "")
-        if death is not None and death.status == BAD_INPUT:
+        if death.status == BAD_INPUT:
             _remove(folder, missing)
             say(death.what)
-        elif death is not None:
-            say(f"{death.what}; its output: {death.log}")
-        return death
+            return death
+        say(f"{death.what}; its output: {death.log}")
+        return dataclasses.replace(death, step=_read_step(folder / "process-0.log"))
 
     with interrupts.noticed():
         return keep_running(
@@ -207,11 +209,6 @@ def supervise(
             pause=pause,
             sleep=interrupts.sleep,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ProcessDeath(Death):
-    log: Path
 
 
 class _Interrupts:
@@ -272,7 +269,7 @@ class _Interrupts:
             self.pass_on(process)
 
 
-def _run(commands: Sequence[Command], folder: Path, interrupts: _Interrupts) -> _ProcessDeath | None:
+def _run(commands: Sequence[Command], folder: Path, interrupts: _Interrupts) -> Death | None:
     """Runs one attempt to its end, and kills what is left of it; None when every process ended with status 0."""
     processes = interrupts.processes = []
     with selectors.DefaultSelector() as selector:
@@ -290,7 +287,7 @@ def _run(commands: Sequence[Command], folder: Path, interrupts: _Interrupts) -> 
                 process.finish()
 
 
-def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _ProcessDeath | None:
+def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> Death | None:
     """Relays until one process has failed or all have ended."""
     running = list(processes)
     while running:
@@ -315,7 +312,7 @@ def _watch(processes: Sequence[Child], selector: selectors.BaseSelector) -> _Pro
                 _quit(running)
             others = f"; ending the other {len(running)}" if running else ""
             what = f"process {first} {describe_status(status)}{others}"
-            return _ProcessDeath(status, what, log=processes[first].log)
+            return Death(status, what, log=processes[first].log)
         for process, status in statuses.items():
             if status is not None:
                 process.finish()
