@@ -44,7 +44,6 @@ HEADERS = {
 MAX_POINTS = 400
 """Points of each curve: more cannot be distinguished on a screen."""
 
-
 NO_CHAT = "this model has no chat template and takes no messages; serve it with --chat-template FILE, or plain"
 
 

@@ -57,7 +57,7 @@ def test_a_layer_differs_as_its_spec_says():
         CONFIG.replace(first_layers=(LOCAL,) * 3)
 
 
-def by_hand(config, params, keys_NB=None):
+def by_hand(config, params):
     """One layer after another, each as the layer of a model in which all are like it."""
     x = params["embedding"]["table"][TOKENS]
     for number, layer in enumerate(config.layers):
@@ -65,8 +65,7 @@ def by_hand(config, params, keys_NB=None):
         own = jax.tree.map(lambda leaf, n=of.numbers.index(number): leaf[None, n], of.of(params["blocks"]))
         alone = layer.replace(num_layers=1)
         model = TransformerLM.from_params(alone, params | {"blocks": own})
-        keys = None if keys_NB is None else keys_NB[number][None]
-        x, _, _ = model_stack.LayerStack(alone, model.blocks).fold(x, dropout_keys_NB=keys)
+        x, _, _ = model_stack.LayerStack(alone, model.blocks).fold(x)
     return model.unembed(model.final_norm(x))[..., :VOCAB]
 
 

@@ -22,11 +22,11 @@ def form(learned="assistant"):
     return ChatForm.of(plain_template(TOKENIZER), learned)
 
 
-def store_of(folder, rows, name="chats.jsonl", **settings):
-    path = folder / name
+def store_of(folder, rows, **settings):
+    path = folder / "chats.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"field": "", "chat": form(), "held_out": 0.0} | settings
-    return prepared(folder / f"{name}.store", path, tokenizer=TOKENIZER, **settings)
+    return prepared(folder / "chats.store", path, tokenizer=TOKENIZER, **settings)
 
 
 def learned_text(store):

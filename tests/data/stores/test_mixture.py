@@ -48,17 +48,6 @@ def test_shares_are_exact_in_each_block_and_close_within(folder):
         assert np.abs(counts - stop * np.array([0.7, 0.2, 0.1])).max() < 100
 
 
-def test_each_source_goes_through_its_own_epochs(folder):
-    _, train, _ = sides("web.store:0.5,code.store:0.5")
-    ids = np.concatenate([train.draw(SIZE, 0, k) for k in range(400)])
-    sources = train.source_of(ids)
-    for source, part in enumerate(train.parts):
-        seen = ids[sources == source] - train.starts[source]
-        count = part.order.size
-        for epoch in seen[: len(seen) // count * count].reshape(-1, count):
-            assert sorted(epoch.tolist()) == list(range(count))
-
-
 def test_stages_change_the_shares_and_no_source_begins_again(folder):
     name = write_stages(
         folder,

@@ -4,6 +4,7 @@ Invariant: weights are drawn in numpy, since compiling an initialisation takes l
 that the logits of two tokens hardly ever come within rounding of each other.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -61,6 +62,35 @@ def completion(number, **changes):
     fields = {"prompt": prompt(length, number), "max_tokens": 5 + 7 * number % 20, "seed": 100 + number}
     fields |= SETTINGS[number % len(SETTINGS)] | changes
     return Request.one(fields.pop("prompt"), **fields)
+
+
+def run(batcher, completions, order=None, cancel=lambda under_way: ()):
+    """The tokens of completions that are admitted in an order whenever a slot is free, a list for each."""
+    waiting = list(range(len(completions)) if order is None else order)
+    tokens = [[] for _ in completions]
+    while waiting or batcher.under_way:
+        came = []
+        while waiting and batcher.free:
+            came += batcher.admit(waiting[0], completions[waiting.pop(0)])
+        came += batcher.step()
+        for token in came:
+            tokens[token.ticket].append(token)
+        for ticket in cancel({token.ticket for token in came} - {token.ticket for token in came if token.finish}):
+            batcher.cancel(ticket)
+    return tokens
+
+
+def ids(tokens):
+    """The ids of those that were generated."""
+    return [token.token_id for token in tokens if not token.is_prompt]
+
+
+@contextlib.contextmanager
+def nothing_compiled(caplog):
+    """Fails where something is compiled within."""
+    with jax.log_compiles(True):
+        yield
+    assert not [record.message for record in caplog.records if "ompil" in record.message]
 
 
 def by_generator(config, params, completion):

@@ -75,8 +75,6 @@ def test_there_is_room_for_the_padded_prompts_and_for_the_whole():
         ({"settings": SamplingSettings.create(3)}, "2 prompts have 2 seeds and 3 settings; give one a prompt"),
     ],
 )
-def test_a_bad_request_names_rule_value_and_remedy(changes, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+def test_a_bad_request_names_rule_value_and_remedy(changes, message, refused):
+    with refused(message):
         request(**changes).arrays(CONFIG)
-    assert str(error.value).startswith(message)
-    assert "\n" not in str(error.value)

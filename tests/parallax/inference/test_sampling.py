@@ -151,8 +151,6 @@ def test_the_token_of_logits_that_are_not_numbers_is_still_one_of_the_vocabulary
         ("top_k", [1, 2], "top_k has 2 values for 3 rows; give one, or one a row"),
     ],
 )
-def test_bad_settings_name_rule_value_and_remedy(name, value, rule):
-    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
+def test_bad_settings_name_rule_value_and_remedy(name, value, rule, refused):
+    with refused(rule):
         SamplingSettings.create(3, **{name: value})
-    assert rule in str(error.value)
-    assert "\n" not in str(error.value)

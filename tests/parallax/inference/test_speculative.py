@@ -16,7 +16,7 @@ from parallax.inference.request import Request
 from parallax.inference.sampling import SamplingSettings
 from parallax.inference.speculative import BothParams, SpeculativeGenerator, check_proposals, draw
 from parallax.model.stack import prepare
-from tests.parallax.inference.models import CONFIG, VOCAB, draw_params, generator, logprobs, prompt
+from tests.parallax.inference.models import CONFIG, VOCAB, draw_params, generator, logprobs, nothing_compiled, prompt
 
 SMALL = CONFIG.replace(num_layers=1)
 LENGTHS = (5, 1, 9, 3, 17, 2, 88, 7)
@@ -29,9 +29,9 @@ def speculator():
     return SpeculativeGenerator(CONFIG, CONFIG, 4)
 
 
-def near(params, noise, seed=7):
+def near(params, noise):
     """Parameters of a draft that often agrees."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(7)
 
     def moved(leaf):
         return jax.device_put(np.asarray(leaf) + np.float32(noise) * rng.normal(size=leaf.shape).astype(np.float32))
@@ -190,10 +190,9 @@ def test_other_settings_and_prompts_compile_nothing(caplog):
     params = draw_params(CONFIG)
     both = BothParams(params, near(params, 0.01))
     speculator().generate(both, request())
-    with jax.log_compiles(True):
+    with nothing_compiled(caplog):
         other = request(seed=9, temperature=[0.0, 0.5] * 4, eos_id=3, stops=[prompt(3)], max_tokens=37)
         speculator().generate(both, other)
-        assert not [record.message for record in caplog.records if "ompil" in record.message]
 
 
 def test_drafts_that_cannot_propose_are_refused():

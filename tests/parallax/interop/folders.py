@@ -24,22 +24,21 @@ SMALL = {
 }
 
 
-def random_tensors(values, seed=0, dtype=np.float32):
+def random_tensors(values, dtype=np.float32):
     """Every tensor of such a model by its name, with values that float16 and bfloat16 hold exactly."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     entries = named(config_from_hf(values))
     return {
         name: (rng.integers(-127, 128, entry.shape_there) / 256).astype(dtype) for name, (entry, _) in entries.items()
     }
 
 
-def write_folder(folder, values=SMALL, tensors=None, files=1, tokenizer=True):
+def write_folder(folder, values=SMALL, tensors=None, files=1):
     """The folder, and its tensors. Several files take turns."""
     tensors = random_tensors(values) if tensors is None else tensors
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values))
-    if tokenizer:
-        (folder / "tokenizer.json").write_text(json.dumps(byte_level()[0]))
+    (folder / "tokenizer.json").write_text(json.dumps(byte_level()[0]))
     if files == 1:
         save_file(tensors, folder / "model.safetensors")
         return tensors

@@ -158,12 +158,9 @@ def _as_written(scaling: RopeScaling) -> RopeScaling:
         ({**GEMMA_3, "hidden_activation": "silu"}, "hidden_activation='silu' in config.json must be gelu_pytorch_tanh"),
     ],
 )
-def test_what_cannot_be_computed_is_refused(changes, message):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is compared below)
+def test_what_cannot_be_computed_is_refused(changes, message, refused):
+    with refused(message, "; "):
         config_from_hf({**SMALL, **changes})
-    assert message in str(refused.value)
-    assert "; " in str(refused.value)
-    assert "\n" not in str(refused.value)
 
 
 def test_a_family_without_a_number_of_groups_has_one_of_its_own():
@@ -181,10 +178,9 @@ def test_a_family_without_a_number_of_groups_has_one_of_its_own():
         ({"attention_bias": True, "attention_out_bias": True, "sliding_window": 5}, "sliding_window=5"),
     ],
 )
-def test_what_no_architecture_has_is_not_exported(changes, field):
-    with pytest.raises(ValueError, match=f"{field}.*; train with") as refused:
+def test_what_no_architecture_has_is_not_exported(changes, field, refused):
+    with refused(field, "; train with"):
         config_to_hf(TransformerConfig(**changes))
-    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +273,6 @@ def test_the_factor_of_attention_follows_from_what_is_given():
         ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor=0.5 must be at least 1"),
     ],
 )
-def test_a_rope_that_is_not_known_is_refused(values, message):
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 (the message is compared below)
+def test_a_rope_that_is_not_known_is_refused(values, message, refused):
+    with refused(message, "; "):
         rope_from_hf(values)
-    assert message in str(refused.value)
-    assert "; " in str(refused.value)

@@ -5,7 +5,7 @@ import json
 TEXT = "To be, or not to be: that is the question — 'ça va?', αβγ 🙂🙂\r\n\tif x == 3:\n" * 20
 
 
-def byte_level(begin="<|begin_of_text|>", size=300):
+def byte_level(begin="<|begin_of_text|>"):
     """As Llama 3 and Qwen have: (tokenizer.json, ids that begin a text or None, end it, and begin a chat's turn)."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -15,7 +15,7 @@ def byte_level(begin="<|begin_of_text|>", size=300):
     model.decoder = decoders.ByteLevel()
     special = [*([begin] if begin else []), "<|end_of_text|>", "<|im_start|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
+        vocab_size=300,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
         special_tokens=special,

@@ -14,7 +14,17 @@ from parallax.inference.speculative import BothParams, SpeculativeGenerator
 from parallax.layers.cache import KVCache
 from parallax.model.stack import prepare
 from parallax.model.transformer import TransformerLM
-from tests.parallax.inference.models import CONFIG, VOCAB, by_generator, completion, draw_params, generator, logprobs
+from tests.parallax.inference.models import (
+    CONFIG,
+    VOCAB,
+    by_generator,
+    completion,
+    draw_params,
+    generator,
+    ids,
+    logprobs,
+    run,
+)
 
 WINDOW, ROOM = 4, 40
 LOCAL = LayerSpec(sliding_window=WINDOW)
@@ -29,10 +39,10 @@ every = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 @functools.cache
 def step(config):
-    def run(params, tokens, positions, cache, lengths):
+    def forward(params, tokens, positions, cache, lengths):
         return TransformerLM.from_params(config, params)(tokens, positions, cache=cache, lengths=lengths)
 
-    return jax.jit(run)
+    return jax.jit(forward)
 
 
 @functools.cache
@@ -115,14 +125,7 @@ def test_generator_batcher_and_speculation_continue_past_the_window():
         whole = [*each.prompts[0].tolist(), *text]
         best = logprobs(config, params, whole).argmax(1)[len(each.prompts[0]) - 1 : -1]
         assert text == best.tolist()
-    batcher = Batcher(config, params, slots=2, capacity=64)
-    found = {number: [] for number in range(3)}
-    waiting = list(enumerate(asked))
-    while waiting or batcher.under_way:
-        tokens = batcher.admit(*waiting.pop(0)) if waiting and batcher.free else batcher.step()
-        for token in tokens:
-            found[token.ticket].append(token.token_id)
-    assert list(found.values()) == texts
+    assert [*map(ids, run(Batcher(config, params, slots=2, capacity=64), asked))] == texts
     draft = draw_params(config, seed=1)
     both = SpeculativeGenerator(config, config, draft_tokens=3)
     assert [both.generate(BothParams(params, draft), each)[0].tolist() for each in asked] == texts

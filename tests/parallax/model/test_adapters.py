@@ -22,6 +22,7 @@ from parallax.model.transformer import TransformerLM, init_params, parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallelism import reduction
+from tests.parallax.inference.models import draw_params
 
 BASE = TransformerConfig(
     vocab_size=16, embed_dim=8, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=12, max_seq_len=8,
@@ -34,12 +35,8 @@ def with_lora(base=BASE, **lora):
     return dataclasses.replace(base, lora=LoraConfig(rank=2, **lora))
 
 
-@functools.cache
-def drawn(config):
-    """Parameters whose adapters are not zero."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda leaf: jax.device_put(rng.normal(0, 0.3, leaf.shape).astype(leaf.dtype)), shapes)
+drawn = functools.cache(functools.partial(draw_params, scale=0.3))
+"""Parameters whose adapters are not zero."""
 
 
 @functools.cache

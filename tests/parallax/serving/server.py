@@ -109,9 +109,9 @@ def serving(run: Path, *flags: str, number: int = signal.SIGTERM, **options):
     assert (status, "Traceback" in words) == (0, False), words
 
 
-def eventually(condition, seconds: float = 20) -> bool:
-    """Whether something becomes true."""
-    end = time.monotonic() + seconds
+def eventually(condition) -> bool:
+    """Whether something becomes true within 20 seconds."""
+    end = time.monotonic() + 20
     while time.monotonic() < end:
         if condition():
             return True

@@ -13,8 +13,8 @@ from tests.parallax.interop.tokenizers import sentencepiece
 TOKENIZER = ByteTokenizer()
 
 
-def tokens_of(data: bytes, finish: str = "length") -> list[Token]:
-    ends = [None] * (len(data) - 1) + [finish]
+def tokens_of(data: bytes) -> list[Token]:
+    ends = [None] * (len(data) - 1) + ["length"]
     top = ((97, -1.0), (98, -2.0))
     return [Token(1, value, -1.5, top, False, end) for value, end in zip(data, ends, strict=True)]
 

@@ -12,7 +12,7 @@ from parallax.inference.request import Request
 from parallax.serving.grammar import Grammars
 from parallax.tokenizers.hugging_face import HuggingFaceTokenizer
 from parallax.tokenizers.plain import ByteTokenizer, CharTokenizer
-from tests.parallax.inference.models import CONFIG, by_generator, draw_params, prompt
+from tests.parallax.inference.models import CONFIG, by_generator, draw_params, ids, prompt, run
 from tests.parallax.interop.tokenizers import byte_level
 
 SCHEMA = {
@@ -80,18 +80,10 @@ def test_others_in_the_batch_are_as_they_would_be_alone():
     grammar = Grammars(tokenizer).json(SCHEMA)
     free = [Request.one(prompt(7, seed), max_tokens=20, seed=seed, temperature=seed / 2) for seed in range(2)]
     bound = Request.one(prompt(5), max_tokens=90, seed=5, temperature=3.0, grammar=grammar)
-    tokens = {ticket: [] for ticket in range(3)}
-    for ticket, each in enumerate([*free, bound]):
-        for token in batcher.admit(ticket, each):
-            tokens[token.ticket].append(token)
-    while batcher.under_way:
-        for token in batcher.step():
-            tokens[token.ticket].append(token)
-    for number, each in enumerate(free):
-        assert [token.token_id for token in tokens[number]] == by_generator(config, params, each)
-    value = json.loads(tokenizer.decode(token.token_id for token in tokens[2]))
-    assert jsonschema_rs.is_valid(SCHEMA, value)
-    assert [token.finish for token in tokens[2]][-1] == "stop"
+    *others, followed = run(batcher, [*free, bound])
+    assert [ids(tokens) for tokens in others] == [by_generator(config, params, each) for each in free]
+    assert jsonschema_rs.is_valid(SCHEMA, json.loads(tokenizer.decode(ids(followed))))
+    assert followed[-1].finish == "stop"
     short = Request.one(prompt(5), max_tokens=3, grammar=grammar)
     assert batcher.admit(0, short)[-1].token_id == ord("{")
     assert [token.finish for token in batcher.step() + batcher.step()] == [None, "length"]

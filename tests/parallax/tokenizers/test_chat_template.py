@@ -41,11 +41,10 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_refused(name):
+def test_a_hostile_template_is_refused(name, refused):
     template = ChatTemplate(HOSTILE[name], {})
-    with pytest.raises(ValueError, match="; give another with --chat-template") as refused:
+    with refused("; give another with --chat-template"):
         template.check()
-    assert "\n" not in str(refused.value)
 
 
 def test_a_template_that_was_stopped_is_started_again():

@@ -264,14 +264,13 @@ def test_files_of_users_whom_this_machine_does_not_know_are_saved_and_read(tmp_p
     assert_same_bits(reader(tmp_path)[0].restore_params(ABSTRACT.params)[1], make_state(30).params)
 
 
-def test_damage_everywhere_is_an_error_and_is_set_aside_once(tmp_path):
+def test_damage_everywhere_is_an_error_and_is_set_aside_once(tmp_path, refused):
     saved(tmp_path, [10, 20])
     for step in (10, 20):
         damage(next((tmp_path / str(step)).rglob("_METADATA")), "truncate")
     checkpointer, lines = reader(tmp_path)
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact; start again") as error:
+    with refused("no checkpoint in ", " is intact; start again"):
         checkpointer.restore(ABSTRACT)
-    assert "\n" not in str(error.value)
     assert [line.split(":")[0] for line in lines] == ["checkpoint 20 is damaged", "checkpoint 10 is damaged"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["10.damaged", "20.damaged"]
     assert checkpointer.restore(ABSTRACT) is None

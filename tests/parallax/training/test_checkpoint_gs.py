@@ -9,7 +9,7 @@ import pytest
 import tensorstore
 
 from parallax.storage import open_folder
-from parallax.training import checkpoint_arrays
+from parallax.training import checkpoint_hashes
 from parallax.training.checkpoint import Checkpointer
 from tests.parallax.training.checkpoints import (
     ABSTRACT,
@@ -65,7 +65,7 @@ def test_restores_the_bits_and_keeps_the_newest_and_the_best(folder):
 
 
 def test_restores_onto_any_sharding(folder, monkeypatch):
-    monkeypatch.setattr(checkpoint_arrays, "PIECE_BYTES", 64)  # some rows at a time
+    monkeypatch.setattr(checkpoint_hashes, "PIECE_BYTES", 64)  # some rows at a time
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def shard(leaf):

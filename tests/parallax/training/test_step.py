@@ -10,12 +10,13 @@ import pytest
 
 from parallax.axes import Parameter
 from parallax.config import OptimizerConfig, TrainConfig, TransformerConfig
-from parallax.model.transformer import init_params, parameters
+from parallax.model.transformer import parameters
 from parallax.training.loss import make_loss
 from parallax.training.optimizer import make_optimizer
 from parallax.training.state import TrainState
 from parallax.training.step import train_step
 from parallelism import reduction
+from tests.parallax.inference.models import draw_params
 
 METRICS = {"loss", "ce_loss", "z_loss", "grad_norm", "param_norm", "learning_rate", "tokens", "bad_steps"}
 CONFIG = TransformerConfig(
@@ -67,10 +68,7 @@ def assert_same_bits(actual, expected):
 @pytest.fixture(scope="module")
 def transformer():
     """A step on a tiny model, compiled to donate its state, and a maker of equal first states."""
-    rng = np.random.default_rng(0)  # numpy, since compiling an initialisation takes longer than the tests
-    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
-    params = jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
-    step, state = make_step(make_loss(CONFIG, TrainConfig()), params, lambda step: 1e-2)
+    step, state = make_step(make_loss(CONFIG, TrainConfig()), draw_params(CONFIG, scale=0.3), lambda step: 1e-2)
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     return jax.jit(step, donate_argnums=0), lambda: copy(state)
 
