@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from parallelism.planning.fitting import calibrate, leave_out
 from parallelism.planning.hardware import GIB
 from parallelism.planning.step_time import FITTED, calibration
 from scripts.common.command_line import errors_in_one_line
-from scripts.planning.published import ROWS, Published, lay_out, read_rows
+from tests.claims.published import ROWS, Published, lay_out, read_rows
+from tests.claims.step_time_fit import calibrate, leave_out
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "planning.md"
 MARKS = "<!-- published steps -->", "<!-- end of published steps -->"

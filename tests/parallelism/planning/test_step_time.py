@@ -5,8 +5,8 @@ import itertools
 
 import pytest
 
-from parallelism.planning.fitting import Run, calibrate, fit, leave_out
 from parallelism.planning.step_time import Calibration, Work, calibration
+from tests.claims.step_time_fit import Run, calibrate, fit, leave_out
 
 TRUE = Calibration(
     efficiency={"": 0.7, "a": 0.8, "b": 0.6},

@@ -16,12 +16,12 @@ from parallax.config import TransformerConfig
 from parallax.layer_config import ExpertsConfig, LayerSpec
 from parallax.model.cost import StepCost
 from parallax.model.flops import step_flops
-from parallelism.planning.fitting import Run
 from parallelism.planning.hardware import GENERATIONS
 from parallelism.planning.network import collective_seconds, place, waits
 from parallelism.planning.step_time import Work
 from parallelism.rules import MESH_AXES
-from scripts.planning.published_machines import Machine, machine_of
+from tests.claims.published_machines import Machine, machine_of
+from tests.claims.step_time_fit import Run
 
 ROWS = Path(__file__).with_name("published_steps.csv")
 COLUMNS = {

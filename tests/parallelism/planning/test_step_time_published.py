@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from parallelism.planning.step_time import calibration
-from scripts.planning.published import ROWS, config_of, lay_out, read_rows, stated_flops
+from tests.claims.published import ROWS, config_of, lay_out, read_rows, stated_flops
 
 ALL = {row["id"]: row for row in read_rows()}
 
