@@ -25,16 +25,15 @@ commands:
 
 ladder.py COMMAND --help says more; docs/forecasting.md tells how they go together."""
 
-MODULES = {
-    "design": "design",
-    "tune": "tune",
-    "run": "running",
-    "fit": "fitting",
-    "forecast": "forecast",
-    "report": "report",
-    "check": "check",
+COMMANDS = {
+    "design": late("scripts.forecasting.design", "design"),
+    "tune": late("scripts.forecasting.tune", "tune"),
+    "run": late("scripts.forecasting.running", "run"),
+    "fit": late("scripts.forecasting.fitting", "fit"),
+    "forecast": late("scripts.forecasting.forecast", "forecast"),
+    "report": late("scripts.forecasting.report", "report"),
+    "check": late("scripts.forecasting.check", "check"),
 }
-COMMANDS = {name: late(f"scripts.forecasting.{module}", name) for name, module in MODULES.items()}
 
 
 def main() -> int:

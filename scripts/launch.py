@@ -25,10 +25,13 @@ commands:
 launch.py COMMAND --help says more; docs/launch.md tells how they go together."""
 
 
-IN_TPU = ("up", "status", "logs", "down")
 COMMANDS = {
-    name: late(f"scripts.launching.{'tpu' if name in IN_TPU else name}", name)
-    for name in ("local", "up", "run", "status", "logs", "down")
+    "local": late("scripts.launching.local", "local"),
+    "up": late("scripts.launching.tpu", "up"),
+    "run": late("scripts.launching.run", "run"),
+    "status": late("scripts.launching.tpu", "status"),
+    "logs": late("scripts.launching.tpu", "logs"),
+    "down": late("scripts.launching.tpu", "down"),
 }
 
 
