@@ -22,7 +22,6 @@ from parallelism.rules import (
     Rules,
     check_activations,
     check_experts,
-    check_rules,
     check_used,
     crosses_slices,
     in_parts,
@@ -46,7 +45,7 @@ class MeshPlacement(axes.Placement):
     """
 
     def __init__(self, mesh: Mesh, rules: Rules, mapped: Sequence[str] = (), exact: bool = False):
-        self.rules = in_parts(check_rules(rules), mesh.axis_names)
+        self.rules = in_parts(rules, mesh.axis_names)
         self.ragged = mesh.devices.flat[0].device_kind in RAGGED
         self._mesh, self._mapped, self._exact = mesh, mapped, exact
         self._sizes = {axis: size for axis, size in mesh.shape.items() if axis not in mapped}

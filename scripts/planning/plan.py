@@ -147,12 +147,12 @@ class Plan:
 
     def _can_grow(self, choice: Choice) -> bool:
         """Whether the least size is allowed: a layout that cuts sequences may need longer ones than the model has."""
-        unit, most = self._steps(choice)
+        unit, most = self._unit_and_most(choice)
         return unit <= most
 
     def _largest(self, choice: Choice) -> Choice:
         """By the estimate, and at least the least that is possible, about which it may err."""
-        what, (unit, most) = self._flags.sought or "batch_size", self._steps(choice)
+        what, (unit, most) = self._flags.sought or "batch_size", self._unit_and_most(choice)
         memory = self._slice.device_memory
         size = largest(unit, most, lambda size: self._row(resized(choice, what, size)).needed_bytes <= memory)
         return resized(choice, what, max(unit, size))
@@ -163,7 +163,7 @@ class Plan:
         tried = list(
             corrected(
                 getattr(choice.layout, what),
-                *self._steps(choice),
+                *self._unit_and_most(choice),
                 lambda size: self._compiled(resized(choice, what, size), devices),
                 memory,
             )
@@ -171,7 +171,7 @@ class Plan:
         fitting = [row for row in tried if row.fits(memory)]
         return [max(fitting, key=lambda row: row.tokens)] if fitting else tried[-1:]
 
-    def _steps(self, choice: Choice) -> tuple[int, int]:
+    def _unit_and_most(self, choice: Choice) -> tuple[int, int]:
         """By how much the size that is sought grows, and how large it may be."""
         rules = in_parts(load_rules(choice.layout.rules), list(choice.sizes))
         if self._flags.sought == "batch_size":
