@@ -140,7 +140,7 @@ def result_of(ladder: Ladder, member: Member) -> Result:
         return Result(member, None, failure.read_text(encoding="utf-8"), curve)
     try:
         finished = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))["finished"]
-    except (OSError, ValueError):
+    except (OSError, ValueError, LookupError, TypeError):
         finished = False
     if not finished:
         return Result(member, None, None, curve)
@@ -151,10 +151,14 @@ def result_of(ladder: Ladder, member: Member) -> Result:
 
 
 def _require_text(ladder: Ladder, folder: Path) -> None:
-    sha256 = json.loads((folder / "config.json").read_text(encoding="utf-8"))["corpus"]["sha256"]
+    try:
+        sha256 = json.loads((folder / "config.json").read_text(encoding="utf-8"))["corpus"]["sha256"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        rule = f"{folder / 'config.json'} must say what the run learned from and cannot be read ({error})"
+        raise ValueError(f"{rule}; restore it, or remove {folder} and train it again") from None
     if sha256 != ladder.corpus_sha256:
         rule = f"{folder} must have learned from the text of {ladder.folder} (sha256 {ladder.corpus_sha256[:12]}…)"
-        raise ValueError(f"{rule} and has from another ({sha256[:12]}…); design another ladder of what is there now")
+        raise ValueError(f"{rule} and has from another ({sha256!s:.12}…); design another ladder of what is there now")
 
 
 def point_of(ladder: Ladder, result: Result) -> Point:

@@ -59,6 +59,21 @@ def test_a_run_of_another_text_is_refused(tmp_path):
         result_of(ladder, member)
 
 
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"corpus": null}'])
+def test_a_run_with_a_damaged_file_is_named(tmp_path, text):
+    ladder = ladder_in(tmp_path / "ladder")
+    member = ladder.members[0]
+    finish(ladder, member, 2.0)
+    folder = ladder.run_folder(member)
+    (folder / "config.json").unlink() if text is None else (folder / "config.json").write_text(text)
+    with pytest.raises(
+        ValueError, match=r"runs/.*/config\.json must say .* restore it, or remove .* and train it again"
+    ):
+        result_of(ladder, member)
+    (folder / "summary.json").write_text(text or "")
+    assert result_of(ladder, member).loss is None
+
+
 @pytest.mark.parametrize("text", ['"ladder"', "7", "[" * 100_000], ids=["text", "number", "deep"])
 def test_a_file_that_is_no_ladder(tmp_path, text):
     (tmp_path / "ladder.json").write_text(text)
