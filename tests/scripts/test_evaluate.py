@@ -111,6 +111,8 @@ BAD = """
 --window 0 | --window 0 must be at least 1;
 --batch-size 9 --mesh data=8 | batch_size=9 must be divisible by data=8
 --step 3 | checkpoint 3 is asked for
+--json ones | --json ones must be a file and is a folder; choose another
+--json one.txt/a/b.json | --json one.txt/a/b.json must be a file and is below
 """
 
 
