@@ -226,7 +226,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"{path} must be a JSON file ({reason}); restore the model's files") from None
+        adapters = path.with_name("adapter_config.json").exists()
+        remedy = "it holds adapters alone, so give --base RUN" if adapters else "restore the model's files"
+        raise ValueError(f"{path} must be a JSON file ({reason}); {remedy}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold an object; restore the model's files")
     return values

@@ -232,6 +232,8 @@ def test_a_folder_without_a_file_is_refused(refuses, tmp_path):
     ):
         (tmp_path / "hf" / name).unlink()
         refuses(convert, ["import", "hf", "run"], message)
+    (tmp_path / "hf/adapter_config.json").write_text("{}")
+    refuses(convert, ["import", "hf", "run"], "it holds adapters alone, so give --base RUN")
 
 
 BAD_TRAINING = """
