@@ -48,10 +48,10 @@ class DesignFlags:
     """How many sizes of the model, each about √2 as wide as the one before."""
     largest: float = 0.5
     """Width of the largest of them, as a share of the target's."""
-    lengths: int = 4
+    lengths: int = 3
     """How many numbers of tokens each size learns from, each twice the one before."""
-    seeds: int = 1
-    """Runs of each, from other initial weights and batches."""
+    seeds: int = 2
+    """Runs of each, from other initial weights and batches: what these do to a size, one seed alone does not show."""
     parametrization: Literal["mup", "standard"] = "mup"
     """mup: made so that one rate serves all sizes and the target; its base is the smallest size, unless --model says
     another."""

@@ -2,14 +2,13 @@
 
 A ladder of --minutes at the rate that `tune` finds on the smallest size, its forecast of a run with at least ten times
 the operations of its largest member, registered before that run begins, then the run. What is done is not done again,
-so the same command goes on after a stop. The last lines are those for docs/forecasting.md. --trimmed --share 1.25
---run other trains another run, wider than the ladder's target, forecast by the runs that are large and long.
+so the same command goes on after a stop. The last lines are those for docs/forecasting.md.
 
 Corpora: `grammar` is words of a lexicon, whose entropy is computed beside it; `sources` are the Python files of the
 installed packages, at least 50 MB. With --minutes 25 the ladder takes 25 minutes on the machine that designs it, about
-eight of them for its largest member, and the run ten times as many operations: about two hours on an idle machine,
-tuning aside. To try it, --flops 1e12 --sizes 3 --lengths 3 --characters 2000000 asks for nearly the shortest runs that
-a ladder may have.
+four of them for each of its largest members, and the run ten times as many operations, in less than ten times as long.
+To try it, --flops 1e12 --sizes 3 --seeds 1 --characters 2000000 asks for nearly the shortest runs that a ladder may
+have.
 """
 
 import argparse
@@ -25,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.forecasting.family import at_share, flops_of
-from scripts.forecasting.ladder import Ladder, Member, read_ladder
+from scripts.forecasting.ladder import Member, read_ladder
 from scripts.forecasting.running import train_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,11 +114,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=25, help="of the ladder's runs together")
     parser.add_argument("--flops", type=float, help="operations of the ladder's runs, in place of --minutes")
     parser.add_argument("--sizes", type=int, default=4)
-    parser.add_argument("--lengths", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--times", type=float, default=10, help="operations of the run, by the ladder's largest member")
-    parser.add_argument("--share", type=float, default=1, help="width of the run's model, by the ladder's target")
-    parser.add_argument("--trimmed", action="store_true", help="forecast without the smallest size and shortest runs")
-    parser.add_argument("--run", default="run", help="folder of the run in FOLDER")
+    parser.add_argument("--share", type=float, default=1.25, help="width of the run's model, by the ladder's target")
     parser.add_argument("--characters", type=int, default=CHARACTERS)
     flags = parser.parse_args()
     folder, ladder = flags.folder, flags.folder / "ladder"
@@ -132,7 +129,7 @@ def main() -> int:
         heads = ("--model.num-heads", 16, "--model.num-kv-heads", 16, "--model.head-dim", 8)
         model = ("--config", "nano", "--model.num-layers", 2, *heads)
         budget = ("--minutes", flags.minutes) if flags.flops is None else ("--flops", flags.flops)
-        sizes = ("--sizes", flags.sizes, "--lengths", flags.lengths)
+        sizes = ("--sizes", flags.sizes, "--largest", 0.75, "--seeds", flags.seeds)
         design = ("design", "--dataset", text, *model, *budget, *sizes, *SHAPE, "--output")
         tried = folder / "tried"
         if not tried.exists():
@@ -141,28 +138,20 @@ def main() -> int:
         rate = json.loads((tried / "tune.json").read_text())["best"]["rate"]
         call("ladder.py", *design, ladder, "--learning-rate", rate)
     call("ladder.py", "run", ladder)
-    read, run = read_ladder(ladder), folder / flags.run
-    without = ("--without", *_least(read)) if flags.trimmed else ()
-    call("ladder.py", "fit", ladder, *without)
+    call("ladder.py", "fit", ladder)
+    read, run = read_ladder(ladder), folder / "run"
     model, a_step = at_share(read.target, flags.share), read.train.batch_size * read.train.seq_len
     wanted = flags.times * max(member.flops for member in read.members)
     steps = int(np.ceil(wanted / flops_of(model, read.train.seq_len) / a_step))
     if not run.exists():
         asked = ("--share", flags.share, "--tokens", steps * a_step, "--register", run)
-        call("ladder.py", "forecast", ladder, *asked, *without)
+        call("ladder.py", "forecast", ladder, *asked)
     summary = run / "summary.json"
     if not summary.exists() or not json.loads(summary.read_text())["finished"]:
         words = train_words(read, Member("run", model, steps, 1, 0, 0.0, 0.0))
         own = words[3:]  # without the ladder's --output-dir FOLDER --resume
         call("train.py", *own, "--output-dir", run, "--resume")
     return _verdict(folder, ladder, run)
-
-
-def _least(ladder: Ladder) -> list[str]:
-    """Names of the runs of the smallest size, and of the shortest of each other."""
-    smallest = min(member.params for member in ladder.members)
-    shortest = min(member.steps for member in ladder.members)
-    return [each.name for each in ladder.members if each.params == smallest or each.steps == shortest]
 
 
 def _verdict(folder: Path, ladder: Path, run: Path) -> int:
