@@ -125,9 +125,12 @@ class ForecastFlags(LadderFlags):
 
     def __post_init__(self):
         _require(0 < self.tokens < math.inf, f"tokens={self.tokens} must be positive; try 1e9")
-        _require(0 < self.share < math.inf, f"share={self.share} must be positive; try 1")
+        _require(0 < self.share <= 1000, f"share={self.share} must be positive and at most 1000; try 1")
         _require(0 < self.level < 1, f"level={self.level} must be between 0 and 1; try 0.8")
         _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1; try 256")
+        _require(self.seq_len is None or self.seq_len >= 1, f"seq_len={self.seq_len} must be at least 1; try 256")
+        price = self.price is None or 0 <= self.price < math.inf
+        _require(price, f"price={self.price} must be 0 or more; try 1.20")
 
 
 @dataclasses.dataclass(frozen=True)
