@@ -32,7 +32,7 @@ class DesignFlags:
     """Folder to look for the data set in; by default PARALLAX_DATA_DIR."""
     tokenizer: str | None = None
     """char (the default), byte, or bpe[:VOCABULARY], trained on the data set."""
-    packing: Literal["concat", "best-fit", "none"] | None = None
+    packing: Literal["concat", "best-fit", "whole", "none"] | None = None
     """How documents of a store fill rows."""
     held_out: str | None = None
     """Evaluate on what this store, or mixture, holds out, and on nothing of --dataset."""
@@ -131,6 +131,8 @@ class ForecastFlags(LadderFlags):
         _require(self.seq_len is None or self.seq_len >= 1, f"seq_len={self.seq_len} must be at least 1; try 256")
         price = self.price is None or 0 <= self.price < math.inf
         _require(price, f"price={self.price} must be 0 or more; try 1.20")
+        for flag, idle in {"price": self.price is None, "seq-len": self.seq_len is None}.items():
+            _require(idle or self.topology is not None, f"--{flag} is of a machine; give --topology v5litepod-64")
 
 
 @dataclasses.dataclass(frozen=True)

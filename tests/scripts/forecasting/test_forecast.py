@@ -91,3 +91,6 @@ def test_says_what_it_needs(ladder):
     for flag, value in (("seq-len", "0"), ("price", "-3"), ("share", "1e9"), ("share", "0")):
         with pytest.raises(ValueError, match=f"{flag.replace('-', '_')}={value[0]}.* must be .*; try"):
             forecast([str(ladder.folder), "--tokens", "1e6", f"--{flag}", value])
+    for flag in ("seq-len", "price"):
+        with pytest.raises(ValueError, match=f"--{flag} is of a machine; give --topology"):
+            forecast([str(ladder.folder), "--tokens", "1e6", f"--{flag}", "2"])
