@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.pipeline import training_batches
+from parallax import mup
 from parallax.config import NANO_CONFIG, OptimizerConfig, TrainConfig
 from parallax.training.loop import Stopwatch, train
 from scripts.forecasting.family import at_share, with_mup
@@ -75,7 +76,9 @@ def main() -> int:
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--logits", type=float, default=1, help="by what all logits are multiplied")
     flags = parser.parse_args()
+    mup.output_multiplier = lambda config: flags.logits / mup.width_ratio(config)
     flags.folder.mkdir(parents=True, exist_ok=True)
     path = flags.folder / "rates.json"
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -100,7 +103,8 @@ def main() -> int:
 def _name(kind: str, width: int, rate: float, flags: argparse.Namespace) -> str:
     """Of a run in rates.json; in µP the base is a part of what it is."""
     base = f" of {flags.widths[0]}" if kind == "mup" else ""
-    return f"{kind}{base} {width} {rate:g} {flags.optimizer} {flags.steps}"
+    times = f" {flags.logits:g} times" if flags.logits != 1 else ""
+    return f"{kind}{base} {width} {rate:g} {flags.optimizer} {flags.steps}{times}"
 
 
 def _curve(found: dict, kind: str, width: int, flags: argparse.Namespace) -> list[float]:
