@@ -32,6 +32,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = 2**20
 CHARACTERS = 60_000_000
 LENGTH = 64
+PASSAGE = 5
+"""Lines; a passage that stands in two files is a copy."""
 SHAPE = ("--batch-size", "16", "--seq-len", str(LENGTH), "--final-rate", "0")
 TRIED = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 """Learning rates."""
@@ -85,19 +87,24 @@ def entropy_of(rows: list[str], chances: dict[str, float]) -> float:
 def sources(path: Path, characters: int) -> None:
     """Writes ASCII Python files of the installed packages, as many as are asked for.
 
-    They come in the order of the hashes of their paths, so that what is held out, the end, is like the rest.
+    They come in the order of the hashes of their paths, so that what is held out, the end, is like the rest. A file of
+    which a tenth was written before is left out, since packages carry copies of each other: a run that sees more of the
+    text would meet more of what is held out in it.
     Raises ValueError if there are too few.
     """
 
     def place(source: Path) -> bytes:
         return hashlib.sha256(source.relative_to(packages).as_posix().encode()).digest()
 
-    packages, written = Path(sysconfig.get_paths()["purelib"]), 0
+    packages, written, seen = Path(sysconfig.get_paths()["purelib"]), 0, set()
     with path.open("wb") as file:
         for source in sorted(packages.rglob("*.py"), key=place):
             text = source.read_bytes()
-            if text.isascii() and written < characters:
+            lines = text.splitlines()
+            passages = {hash(tuple(lines[at : at + PASSAGE])) for at in range(max(1, len(lines) - PASSAGE + 1))}
+            if text.isascii() and written < characters and len(passages & seen) <= 0.1 * len(passages):
                 written += file.write(text)
+                seen |= passages
     if written < characters:
         raise ValueError(f"--characters {characters} must not exceed {written}, those in {packages}; ask for fewer")
 
