@@ -2,7 +2,8 @@
 
 LADDER is a ladder whose runs are finished, as `tests/claims/forecasts.py` leaves one. Its design is copied to FOLDER
 and run again, and ladder.py is killed with SIGKILL five times on the way, each time after another sixth of all
-evaluations. It takes as long as the ladder and five starts more. Exit status: 0 where fit.json has the same bytes.
+evaluations. It takes as long as the ladder and five starts more, on as many cores, by which XLA rounds on a CPU. Exit
+status: 0 where fit.json has the same bytes.
 """
 
 import argparse
