@@ -52,7 +52,7 @@ class Files:
     def _read_local(self, wanted: Range) -> bytes | Exception:
         name, start, stop = wanted
         try:
-            return os.pread(self._opened(name).descriptor, stop - start, start)
+            return self._opened(name).read(start, stop)
         except OSError as error:
             return error
 
@@ -115,12 +115,15 @@ def _joined(contents: Sequence[Any]) -> bytes | Exception:
 
 
 class _Opened:
-    """An open file, closed when nobody reads it any more."""
+    """An open file, closed when nobody refers to it: `read` keeps it open where another thread drops it meanwhile."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = -1
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def read(self, start: int, stop: int) -> bytes:
+        return os.pread(self._descriptor, stop - start, start)
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
