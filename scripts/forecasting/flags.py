@@ -108,8 +108,8 @@ class ForecastFlags(LadderFlags):
     """Size of the model, as a share of the width of that."""
     topology: str | None = None
     """A machine, as plan.py's; then hours and money come with the loss."""
-    batch_size: int = 256
-    """Sequences a step there."""
+    batch_size: int | None = None
+    """Sequences a step there, by default 256."""
     seq_len: int | None = None
     """Tokens a sequence there; by default the ladder's."""
     price: float | None = None
@@ -127,12 +127,14 @@ class ForecastFlags(LadderFlags):
         _require(0 < self.tokens < math.inf, f"tokens={self.tokens} must be positive; try 1e9")
         _require(0 < self.share <= 1000, f"share={self.share} must be positive and at most 1000; try 1")
         _require(0 < self.level < 1, f"level={self.level} must be between 0 and 1; try 0.8")
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1; try 256")
-        _require(self.seq_len is None or self.seq_len >= 1, f"seq_len={self.seq_len} must be at least 1; try 256")
+        for name in ("batch_size", "seq_len"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}={value} must be at least 1; try 256")
         price = self.price is None or 0 <= self.price < math.inf
         _require(price, f"price={self.price} must be 0 or more; try 1.20")
-        for flag, idle in {"price": self.price is None, "seq-len": self.seq_len is None}.items():
-            _require(idle or self.topology is not None, f"--{flag} is of a machine; give --topology v5litepod-64")
+        for name in ("batch_size", "seq_len", "price"):
+            of_machine = getattr(self, name) is not None and self.topology is None
+            _require(not of_machine, f"--{name.replace('_', '-')} needs a machine; add --topology v5litepod-64")
 
 
 @dataclasses.dataclass(frozen=True)

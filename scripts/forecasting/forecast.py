@@ -158,7 +158,7 @@ def plan(fitted: Fitted, model: TransformerConfig, flags: ForecastFlags) -> Cost
     asked = PlanFlags(
         topology=sliced.name,
         model=model,
-        batch_size=flags.batch_size,
+        batch_size=flags.batch_size or 256,
         seq_len=seq_len,
         tokens=flags.tokens,
         price=flags.price,

@@ -88,9 +88,9 @@ def test_says_what_it_needs(ladder):
         forecast([str(ladder.folder)])
     with pytest.raises(ValueError, match=r"level=2\.0 must be between 0 and 1"):
         forecast([str(ladder.folder), "--tokens", "1e6", "--level", "2"])
-    for flag, value in (("seq-len", "0"), ("price", "-3"), ("share", "1e9"), ("share", "0")):
+    for flag, value in (("seq-len", "0"), ("batch-size", "0"), ("price", "-3"), ("share", "1e9"), ("share", "0")):
         with pytest.raises(ValueError, match=f"{flag.replace('-', '_')}={value[0]}.* must be .*; try"):
             forecast([str(ladder.folder), "--tokens", "1e6", f"--{flag}", value])
-    for flag in ("seq-len", "price"):
-        with pytest.raises(ValueError, match=f"--{flag} is of a machine; give --topology"):
+    for flag in ("batch-size", "seq-len", "price"):
+        with pytest.raises(ValueError, match=f"--{flag} needs a machine; add --topology"):
             forecast([str(ladder.folder), "--tokens", "1e6", f"--{flag}", "2"])
