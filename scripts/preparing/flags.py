@@ -8,9 +8,9 @@ import tyro
 from scripts.common.command_line import Switch
 
 DESCRIPTION = (
-    "Tokenize documents into a store for train.py --dataset STORE: .parquet, and .txt, .md, .jsonl, .json and .csv, "
-    "also with .gz, .zst or .bz2 behind. Memory does not grow with the corpus. A command that was ended goes on where "
-    "it was when it is given again, and makes the same store to the bit, whatever the number of workers."
+    "Tokenize documents into a store for train.py --dataset STORE: .parquet, and .txt, .md, .jsonl, .ndjson, .json and "
+    ".csv, also with .gz, .zst or .bz2 behind. Memory does not grow with the corpus. A command that was ended goes on "
+    "where it was when it is given again, and makes the same store to the bit, whatever the number of workers."
 )
 
 
