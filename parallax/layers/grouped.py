@@ -3,25 +3,20 @@
 Invariant: a row costs what one matmul with its own weights costs, however many weights there are and however unevenly
 they are used. No row is dropped, and rows beyond all groups are zero.
 
-A CPU multiplies blocks of rows in loops. A TPU has ragged dots, and Megablox's kernel for the gradients of weights.
-XLA's compiler for GPUs makes of a ragged dot a dense matmul of all rows by all weights, so GPUs have Triton kernels,
-written here in Pallas, whose Triton backend JAX 0.12 calls deprecated. They were compiled for GPUs and interpreted on a
-CPU, and never ran on a GPU.
+A CPU multiplies blocks of rows (parallax/cpu.py). A TPU has ragged dots, and Megablox's kernel for the gradients of
+weights. XLA's compiler for GPUs makes of a ragged dot a dense matmul of all rows by all weights, so GPUs have Triton
+kernels, written here in Pallas, whose Triton backend JAX 0.12 calls deprecated. They were compiled for GPUs and
+interpreted on a CPU, and never ran on a GPU.
 """
 
-import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-BLOCKS = (768, 256, 64)
-"""Rows that a CPU multiplies at a time: as many as a group still has. A large block keeps all cores busy, a small one
-computes little that nobody asked for."""
+from parallax import cpu
 
 TILE = 128
 """Rows and columns of a result that one program of a GPU's kernel computes."""
@@ -35,9 +30,6 @@ BAND = 8
 
 IN_KERNELS = (jnp.bfloat16, jnp.float32)
 """The dtypes that kernels take; others are multiplied by ragged dots on TPUs and GPUs."""
-
-Weights = tuple[jax.Array, ...]
-"""One or several stacks of matrices, each [E, D, F] with an F of its own."""
 
 
 def order_by_group(group_n: jax.Array, num_groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -68,7 +60,7 @@ def order_by_group(group_n: jax.Array, num_groups: int) -> tuple[jax.Array, jax.
 
 
 @jax.custom_vjp
-def grouped_matmul(x_nD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
+def grouped_matmul(x_nD: jax.Array, weights: cpu.Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
     """Each group of rows times its own matrix of each stack, [n, F] for each in the dtype of x.
 
     The first sizes[0] rows are multiplied by w[0], the next sizes[1] by w[1], and so on. What is left of the n rows
@@ -80,20 +72,20 @@ def grouped_matmul(x_nD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tup
     return _forward(x_nD, weights, sizes_E)[0]
 
 
-def _forward(x_nD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[tuple[jax.Array, ...], tuple]:
-    def ragged(x_nD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
+def _forward(x_nD: jax.Array, weights: cpu.Weights, sizes_E: jax.Array) -> tuple[tuple[jax.Array, ...], tuple]:
+    def ragged(x_nD: jax.Array, weights: cpu.Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(jax.lax.ragged_dot(x_nD, w_EDF, sizes_E) for w_EDF in weights)
 
-    def in_triton(x_nD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
+    def in_triton(x_nD: jax.Array, weights: cpu.Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(rows_by_weights_in_triton((x_nD,), (w_EDF,), sizes_E) for w_EDF in weights)
 
-    choices: dict[str, Any] = {"cpu": _rows_by_weights_in_blocks, "default": ragged}
+    choices: dict[str, Any] = {"cpu": cpu.rows_by_weights, "default": ragged}
     if x_nD.dtype in IN_KERNELS:
         choices["cuda"] = in_triton
     return jax.lax.platform_dependent(x_nD, weights, sizes_E, **choices), (x_nD, weights, sizes_E)
 
 
-def _backward(inputs: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, Weights, None]:
+def _backward(inputs: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, cpu.Weights, None]:
     x_nD, weights, sizes_E = inputs
     return _grads_by_weights(grads, weights, sizes_E), _rows_by_rows(x_nD, grads, sizes_E), None
 
@@ -101,15 +93,15 @@ def _backward(inputs: tuple, grads: tuple[jax.Array, ...]) -> tuple[jax.Array, W
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _grads_by_weights(grads: tuple[jax.Array, ...], weights: Weights, sizes_E: jax.Array) -> jax.Array:
+def _grads_by_weights(grads: tuple[jax.Array, ...], weights: cpu.Weights, sizes_E: jax.Array) -> jax.Array:
     """Σ_w g_i w_e(i)ᵀ over the stacks, [n, D]."""
 
-    def ragged(grads: tuple[jax.Array, ...], weights: Weights, sizes_E: jax.Array) -> jax.Array:
+    def ragged(grads: tuple[jax.Array, ...], weights: cpu.Weights, sizes_E: jax.Array) -> jax.Array:
         transposed = [jnp.swapaxes(w_EDF, 1, 2) for w_EDF in weights]
         first, *others = (jax.lax.ragged_dot(g, w, sizes_E) for g, w in zip(grads, transposed, strict=True))
         return sum(others, first)
 
-    choices: dict[str, Any] = {"cpu": _grads_by_weights_in_blocks, "default": ragged}
+    choices: dict[str, Any] = {"cpu": cpu.grads_by_weights, "default": ragged}
     if grads[0].dtype in IN_KERNELS:
         choices["cuda"] = functools.partial(rows_by_weights_in_triton, transposed=True)
     return jax.lax.platform_dependent(grads, weights, sizes_E, **choices)
@@ -130,7 +122,7 @@ def _rows_by_rows(x_nD: jax.Array, grads: tuple[jax.Array, ...], sizes_E: jax.Ar
     def in_triton(x_nD: jax.Array, grads: tuple[jax.Array, ...], sizes_E: jax.Array) -> tuple[jax.Array, ...]:
         return tuple(rows_by_rows_in_triton(x_nD, g_nF, sizes_E) for g_nF in grads)
 
-    choices: dict[str, Any] = {"cpu": _rows_by_rows_in_blocks, "default": ragged}
+    choices: dict[str, Any] = {"cpu": cpu.rows_by_rows, "default": ragged}
     if x_nD.dtype in IN_KERNELS:
         choices |= {"tpu": in_megablox, "cuda": in_triton}
     return jax.lax.platform_dependent(x_nD, grads, sizes_E, **choices)
@@ -153,7 +145,11 @@ def rows_by_rows_in_megablox(
 
 
 def rows_by_weights_in_triton(
-    rows: tuple[jax.Array, ...], weights: Weights, sizes_E: jax.Array, transposed: bool = False, interpret: bool = False
+    rows: tuple[jax.Array, ...],
+    weights: cpu.Weights,
+    sizes_E: jax.Array,
+    transposed: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """On a GPU: Σ over the pairs of [n, K] and [E, K, F] of each row by its group's matrix, [n, F].
 
@@ -277,110 +273,3 @@ def _dot(a: jax.Array, b: jax.Array, of_a: int, of_b: int) -> jax.Array:
     Float32 is rounded to TF32 before, as in a GPU's dense matmuls, unless jax_default_matmul_precision says otherwise.
     """
     return jax.lax.dot_general(a, b, (((of_a,), (of_b,)), ((), ())), preferred_element_type=jnp.float32)
-
-
-def _rows_by_weights_in_blocks(x_nD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
-    widths = [w_EDF.shape[2] for w_EDF in weights]
-
-    def multiply(block: Block, found: list[jax.Array]) -> list[jax.Array]:
-        y_rF = block.of(x_nD) @ jnp.concatenate(block.matrices(weights), axis=1)
-        return [block.put(out_nF, part) for out_nF, part in zip(found, _split(y_rF, widths), strict=True)]
-
-    nothing = [jax.lax.full_like(x_nD, 0, shape=(x_nD.shape[0], width)) for width in widths]
-    return tuple(_over_blocks(multiply, sizes_E, x_nD.shape[0], nothing))
-
-
-def _grads_by_weights_in_blocks(grads: tuple[jax.Array, ...], weights: Weights, sizes_E: jax.Array) -> jax.Array:
-    n = grads[0].shape[0]
-
-    def multiply(block: Block, out_nD: jax.Array) -> jax.Array:
-        g_rF = jnp.concatenate([block.of(g_nF) for g_nF in grads], axis=1)
-        return block.put(out_nD, jnp.einsum("rF,DF->rD", g_rF, jnp.concatenate(block.matrices(weights), axis=1)))
-
-    return _over_blocks(multiply, sizes_E, n, jax.lax.full_like(grads[0], 0, shape=(n, weights[0].shape[1])))
-
-
-def _rows_by_rows_in_blocks(x_nD: jax.Array, grads: tuple[jax.Array, ...], sizes_E: jax.Array) -> tuple[jax.Array, ...]:
-    (n, D), E, widths = x_nD.shape, sizes_E.shape[0], [g_nF.shape[1] for g_nF in grads]
-    wide = jnp.promote_types(x_nD.dtype, jnp.float32)
-
-    def multiply(block: Block, sums: list[jax.Array]) -> list[jax.Array]:
-        x_rD, g_rF = block.of(x_nD), jnp.concatenate([block.of(g_nF) for g_nF in grads], axis=1)
-        if block.own_r1 is not None:
-            x_rD = jnp.where(block.own_r1, x_rD, 0)
-        parts = _split(jnp.einsum("rD,rF->DF", x_rD, g_rF, preferred_element_type=wide), widths)
-        return [sums_EDF.at[block.group].add(part) for sums_EDF, part in zip(sums, parts, strict=True)]
-
-    nothing = [jax.lax.full_like(x_nD, 0, wide, shape=(E, D, width)) for width in widths]
-    return tuple(sums_EDF.astype(x_nD.dtype) for sums_EDF in _over_blocks(multiply, sizes_E, n, nothing))
-
-
-def _split(x_rF: jax.Array, widths: list[int]) -> list[jax.Array]:
-    """Its columns, so many for each."""
-    return jnp.split(x_rF, list(itertools.accumulate(widths[:-1])), axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """So many rows in a row, from `first` on, that are multiplied at once.
-
-    own_r1: which of them are the block's group's, and of no block before; None if all are.
-    """
-
-    rows: int
-    group: jax.Array
-    first: jax.Array
-    own_r1: jax.Array | None
-
-    def matrices(self, weights: Weights) -> list[jax.Array]:
-        """The group's own of each stack."""
-        return [jax.lax.dynamic_index_in_dim(w_EDF, self.group, keepdims=False) for w_EDF in weights]
-
-    def of(self, x_nD: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x_nD, self.first, self.rows)
-
-    def put(self, out_nF: jax.Array, y_rF: jax.Array) -> jax.Array:
-        own_rF = y_rF if self.own_r1 is None else jnp.where(self.own_r1, y_rF, self.of(out_nF))
-        return jax.lax.dynamic_update_slice_in_dim(out_nF, own_rF, self.first, axis=0)
-
-
-def block_sizes(n: int, num_groups: int) -> list[int]:
-    """Rows of a block, from the largest on: BLOCKS, and where groups have fewer rows on average a size like that."""
-    average = 1 << (max(1, n // num_groups) - 1).bit_length()
-    least = min(BLOCKS[-1], average, n)
-    return [*(rows for rows in BLOCKS if least < rows <= n), least]
-
-
-def _over_blocks(multiply: Callable[[Block, Any], Any], sizes_E: jax.Array, n: int, value: Any) -> Any:
-    """Folds `multiply` over blocks of each group: as many of the largest as it fills, then smaller ones.
-
-    A loop ends with the last block that holds a row, so that its time goes with the rows alone.
-    """
-    next_E, left_E = jnp.cumsum(sizes_E) - sizes_E, sizes_E
-    *larger, least = block_sizes(n, sizes_E.shape[0])
-    for rows in larger:
-        value = _over_equal_blocks(multiply, rows, left_E // rows, next_E, value)
-        next_E, left_E = next_E + left_E // rows * rows, left_E % rows
-
-    def multiply_own(block: Block, value: Any) -> Any:
-        # The last block of a group reaches beyond it, or beyond the rows, where it begins earlier instead.
-        first = jnp.minimum(block.first, n - least)
-        row_r = first + jnp.arange(least, dtype=sizes_E.dtype)
-        own_r = (row_r >= block.first) & (row_r < (next_E + left_E)[block.group])
-        return multiply(dataclasses.replace(block, first=first, own_r1=own_r[:, None]), value)
-
-    return _over_equal_blocks(multiply_own, least, -(-left_E // least), next_E, value)
-
-
-def _over_equal_blocks(
-    multiply: Callable[[Block, Any], Any], rows: int, counts_E: jax.Array, next_E: jax.Array, value: Any
-) -> Any:
-    """Folds `multiply` over so many blocks of each group, whose first begins at `next`."""
-    ends_E = jnp.cumsum(counts_E)
-
-    def body(number: jax.Array, value: Any) -> Any:
-        group = jnp.sum(ends_E <= number)
-        first = next_E[group] + (number - (ends_E - counts_E)[group]) * rows
-        return multiply(Block(rows, group, first, None), value)
-
-    return jax.lax.fori_loop(0, ends_E[-1], body, value)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from parallax.cpu import BLOCKS, block_sizes
 from parallax.layers import grouped
-from parallax.layers.grouped import BLOCKS, block_sizes, grouped_matmul, order_by_group
+from parallax.layers.grouped import grouped_matmul, order_by_group
 
 D, F = 5, 7
 LOADS = {
@@ -51,17 +52,28 @@ def test_value_and_gradients_at_any_load(x64, sizes):
     )
 
 
-@pytest.mark.parametrize("sizes", [(300, 0, 37, 1163), (0, 1500, 0, 0), (425, 425, 425, 100), (1, 63, 1, 900)])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (300, 0, 37, 2663),
+        (0, 3000, 0, 0),
+        (1000, 0, 0, 2000),
+        (1800, 500, 600, 100),
+        (1, 63, 1, 900),
+        (700, 800, 650, 600),
+    ],
+)
 def test_groups_of_many_blocks(sizes):
-    x, w, sizes = example(sizes, 1500, np.float32)
-    assert block_sizes(1500, 4) == [*BLOCKS]
+    """Large blocks that reach into the next groups, or would reach beyond the rows; groups that begin at once."""
+    x, w, sizes = example(sizes, 3000, np.float32)
+    assert block_sizes(3000, 4) == [*BLOCKS]
     value, of_x, of_w = jax.device_get(squared(x, w, sizes))
     np.testing.assert_allclose(value, expected(x, w, sizes), atol=1e-5)
     np.testing.assert_allclose(of_x, expected(value, np.swapaxes(w, 1, 2), sizes), atol=1e-4)
     ends = np.cumsum(sizes)
     for number, end in enumerate(ends):
         rows = slice(end - sizes[number], end)
-        # In float32, up to 1,500 addends.
+        # In float32, up to 3,000 addends.
         np.testing.assert_allclose(of_w[number], np.asarray(x)[rows].T @ value[rows], rtol=1e-5, atol=2e-3)
 
 
@@ -163,7 +175,7 @@ def test_gradient_of_weights_is_summed_in_float32():
 
 
 def test_blocks_fit_the_rows():
-    assert [block_sizes(1024, groups) for groups in (2, 8, 64, 4096)] == [
+    assert [block_sizes(4096, groups) for groups in (2, 8, 256, 8192)] == [
         [*BLOCKS], [*BLOCKS], [*BLOCKS, 16], [*BLOCKS, 1]
     ]  # fmt: skip
     assert [block_sizes(n, 4) for n in (1, 3, 9, 100, 300)] == [[1], [1], [2], [64, 32], [256, 64]]
