@@ -100,6 +100,24 @@ def argmax(logits_BV: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(logits_BV, cpu=first_equal, default=reduced)
 
 
+def replace_if(wanted: jax.Array, make_new: Callable[[], Any], old: Any) -> Any:
+    """The tree of arrays that `make_new` gives if `wanted`, bool [], is true, else `old`, which has the same shapes and
+    dtypes.
+
+    XLA's fusions have one result on CPUs. Where new moments are selected they are computed again for the parameters,
+    from old ones that are copied before they are overwritten. In a branch each is computed once, in its place: nano-moe
+    trains 1.05 to 1.08 times as fast with AdamW.
+    """
+
+    def branch() -> Any:
+        return jax.lax.cond(wanted, make_new, lambda: old)
+
+    def select() -> Any:
+        return jax.tree.map(lambda new, old: jnp.where(wanted, new, old), make_new(), old)
+
+    return jax.lax.platform_dependent(cpu=branch, default=select)
+
+
 def rows_by_weights(x_nD: jax.Array, weights: Weights, sizes_E: jax.Array) -> tuple[jax.Array, ...]:
     """Each group of rows times its own matrix [D, F] of each stack, [n, F] for each; rows of no group are zeros."""
     widths, weights = [w_EDF.shape[2] for w_EDF in weights], _joined(weights, x_nD.shape[0])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from parallax import cpu
 from parallax.training.loss import LossFn, Sums
 from parallax.training.optimizer import Schedule
 from parallax.training.state import TrainState
@@ -52,17 +53,18 @@ def train_step(
     losses = {name: value / jnp.maximum(tokens, 1) for name, value in sums.items() if name != "expert_load"}
     grad_norm = optax.tree.norm(grads)
     rate = learning_rate(state.step)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(  # what is frozen has neither gradient nor update
-        lambda param, update: param if update is None else param + rate * update, state.params, updates
-    )
-    if balance is not None and load_NE is not None:
-        params = balance(params, load_NE)
-
     finite = jnp.isfinite(losses["loss"]) & jnp.isfinite(grad_norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-    )
+
+    def updated() -> tuple[Any, Any]:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(  # what is frozen has neither gradient nor update
+            lambda param, update: param if update is None else param + rate * update, state.params, updates
+        )
+        if balance is not None and load_NE is not None:
+            params = balance(params, load_NE)
+        return params, opt_state
+
+    params, opt_state = cpu.replace_if(finite, updated, (state.params, state.opt_state))
     bad_steps = jnp.where(finite, 0, state.bad_steps + 1)
     metrics = losses | {
         "grad_norm": grad_norm,
