@@ -120,8 +120,8 @@ MODELS = [
         about="Along `expert` tokens travel to the devices that hold their experts, and back. Which experts a "
         "token goes to is a choice: where two scores are equal but for their rounding, layouts may choose differently, "
         "and go on from there as other runs. The step of the first such choice is in the last column; the bound is for "
-        f"the steps before it, of which there must be {STEPS // 2}, since a wrong program would differ at once, and "
-        "for all steps of a second run, with another seed.",
+        f"the steps before it, of which there must be {STEPS // 2}, since a wrong program would differ at once. Such a "
+        "layout is trained again with another seed, where the bound is for all steps.",
         has_experts=True,
         mean=EXPERTS_MEAN,
         exact=EXPERTS_EXACT,
@@ -200,8 +200,8 @@ def compare_losses(workshop: Workshop) -> tuple[list[str], bool]:
             of_loads = differences(layout, "float32", "balance_loss")
             same = next((step for step, each in enumerate(of_loads) if each > CHOICE), STEPS)
             again = 0.0 if same == STEPS else max(differences(layout, "float32", seed=OTHER_SEED))
-            before = f" step {same + 1}; before it {max(of_losses[:same]):.1e}; seed {OTHER_SEED[1]} {again:.1e} |"
-            notes += " |" if same == STEPS else before
+            before = f"{max(of_losses[:same], default=0.0):.1e}; seed {OTHER_SEED[1]} {again:.1e}"
+            notes += " |" if same == STEPS else f" step {same + 1}; before it {before} |"
             holds = holds and again < bound
         holds = holds and same >= STEPS // 2 and max(of_losses[:same]) < bound
         table.append(f"| {_described(layout)} | {max(of_losses):.1e} | {bound:.0e} |{notes}")

@@ -136,8 +136,8 @@ def report(trained: list[str], compiled: list[str]) -> str:
 
 NANO, {STEPS} steps of 16 × 32 tokens, by `launch.py local --processes 4 --devices 2`: two slices of two processes of
 two simulated devices, on loopback. The largest relative difference of a loss from that of a single device, and under
-`--reduction exact` the sha256 of the parameters, another one on another kind of processor. In the last run the two
-processes of one slice are killed by SIGKILL; all start again, from the newest checkpoint.
+`--reduction exact` the sha256 of the parameters; another kind of processor rounds otherwise and gives another. In the
+last run the two processes of one slice are killed by SIGKILL; all start again, from the newest checkpoint.
 
 | layout | losses differ by | bound | sha256 |
 | --- | --- | --- | --- |
