@@ -1,12 +1,12 @@
 """Matmuls of rows that are sorted by the weights that they are for.
 
-Invariant: a row costs what one matmul with its own weights costs, however many weights there are and however unevenly
-they are used. No row is dropped, and rows beyond all groups are zero.
+Invariant: a row costs about what one matmul with its own weights costs, however many weights there are and however
+unevenly they are used. No row is dropped, and rows beyond all groups are zero.
 
-A CPU multiplies blocks of rows (parallax/cpu.py). A TPU has ragged dots, and Megablox's kernel for the gradients of
-weights. XLA's compiler for GPUs makes of a ragged dot a dense matmul of all rows by all weights, so GPUs have Triton
-kernels, written here in Pallas, whose Triton backend JAX 0.12 calls deprecated. They were compiled for GPUs and
-interpreted on a CPU, and never ran on a GPU.
+A CPU multiplies the first rows of all groups at once where they have many, and the rest in blocks (parallax/cpu.py). A
+TPU has ragged dots, and Megablox's kernel for the gradients of weights. XLA's compiler for GPUs makes of a ragged dot a
+dense matmul of all rows by all weights, so GPUs have Triton kernels, written here in Pallas, whose Triton backend JAX
+0.12 calls deprecated. They were compiled for GPUs and interpreted on a CPU, and never ran on a GPU.
 """
 
 import functools
@@ -64,7 +64,8 @@ def grouped_matmul(x_nD: jax.Array, weights: cpu.Weights, sizes_E: jax.Array) ->
     """Each group of rows times its own matrix of each stack, [n, F] for each in the dtype of x.
 
     The first sizes[0] rows are multiplied by w[0], the next sizes[1] by w[1], and so on. What is left of the n rows
-    gives zeros. The gradients of the weights are added up in float32.
+    gives zeros, and must be finite: gradients are multiplied by zero there. Those of the weights are added up in
+    float32.
 
     Args:
       sizes_E: int32, not negative; their sum is at most n.
@@ -212,7 +213,7 @@ def _tiles_of_rows(sizes_E: jax.Array, n: int) -> tuple[jax.Array, jax.Array, ja
     until_G, tiles_G = jnp.cumsum(sizes_G, dtype=jnp.int32), -(-sizes_G // TILE)
     before_G, most = jnp.cumsum(tiles_G, dtype=jnp.int32) - tiles_G, (n + len(sizes_G) * (TILE - 1)) // TILE
     number_t = jnp.arange(-(-most // BAND) * BAND, dtype=jnp.int32)
-    group_t = jnp.sum(before_G[None, 1:] <= number_t[:, None], axis=1, dtype=jnp.int32)
+    group_t = jnp.searchsorted(before_G[1:], number_t, side="right", method="compare_all")
     first_t = (until_G - sizes_G)[group_t] + (number_t - before_G[group_t]) * TILE
     return group_t, first_t, until_G[group_t]
 

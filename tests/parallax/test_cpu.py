@@ -48,3 +48,16 @@ def test_argmax_is_the_first_of_the_greatest_and_always_an_id():
     assert 0 <= found[2] < 4
     drawn = draw(50, 7)
     np.testing.assert_array_equal(cpu.argmax(drawn), drawn.argmax(axis=1))
+
+
+@pytest.mark.parametrize("replace", [cpu.replace_if, cpu.replace_in_branch, cpu.replace_by_select])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_tree_is_replaced_whole_or_not_at_all(replace, wanted):
+    """What is not finite in the new one does not reach the old one; a None stays."""
+    old = {"a": draw(3), "frozen": None, "count": np.int32(7)}
+    new = {"a": np.array([np.nan, np.inf, 1], np.float32), "frozen": None, "count": np.int32(8)}
+    found = jax.jit(lambda wanted, new, old: replace(wanted, lambda: new, old))(wanted, new, old)
+    assert jax.tree.structure(found) == jax.tree.structure(old)
+    for name in ("a", "count"):
+        np.testing.assert_array_equal(found[name], (new if wanted else old)[name])
+        assert found[name].dtype == old[name].dtype

@@ -66,22 +66,32 @@ def test_value_and_gradients_at_any_load(x64, sizes):
 def test_groups_of_many_blocks(sizes):
     """Large blocks that reach into the next groups, or would reach beyond the rows; groups that begin at once."""
     x, w, sizes = example(sizes, 3000, np.float32)
+    weights = (w, jax.device_put(np.cos(np.asarray(w)[..., :3])))
     assert block_sizes(3000, 4) == [*BLOCKS]
-    value, of_x, of_w = jax.device_get(squared(x, w, sizes))
-    np.testing.assert_allclose(value, expected(x, w, sizes), atol=1e-5)
-    np.testing.assert_allclose(of_x, expected(value, np.swapaxes(w, 1, 2), sizes), atol=1e-4)
-    ends = np.cumsum(sizes)
-    for number, end in enumerate(ends):
-        rows = slice(end - sizes[number], end)
-        # In float32, up to 3,000 addends.
-        np.testing.assert_allclose(of_w[number], np.asarray(x)[rows].T @ value[rows], rtol=1e-5, atol=2e-3)
+    values, of_x, of_weights = jax.device_get(squared(x, weights, sizes))
+    back = 0
+    for value, of_w, stack in zip(values, of_weights, weights, strict=True):
+        np.testing.assert_allclose(value, expected(x, stack, sizes), atol=1e-5)
+        back = back + expected(value, np.swapaxes(stack, 1, 2), sizes)
+        for number, end in enumerate(np.cumsum(sizes)):
+            rows = slice(end - sizes[number], end)
+            # In float32, up to 3,000 addends.
+            np.testing.assert_allclose(of_w[number], np.asarray(x)[rows].T @ value[rows], rtol=1e-5, atol=2e-3)
+    np.testing.assert_allclose(of_x, back, atol=1e-4)
+
+
+def test_no_rows():
+    x, weights, sizes = example((0, 0), 0, np.float32)
+    (value,), of_x, (of_w,) = squared(x, (weights,), sizes)
+    assert (value.shape, of_x.shape) == ((0, F), (0, D))
+    np.testing.assert_array_equal(of_w, np.zeros((2, D, F)))
 
 
 @jax.jit
-def squared(x, w, sizes):
+def squared(x, weights, sizes):
     """What the rows give, and the gradients of half of its square."""
-    value, vjp = jax.vjp(lambda x, w: grouped_matmul(x, (w,), sizes)[0], x, w)
-    return value, *vjp(value)
+    values, vjp = jax.vjp(lambda x, weights: grouped_matmul(x, weights, sizes), x, weights)
+    return values, *vjp(values)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +169,10 @@ def test_a_gpu_has_kernels_of_two_dtypes(x64, dtype):
     assert kernels == ([2, 1] if dtype in ("bfloat16", "float32") else [0, 0])
 
 
-def test_gradient_of_weights_is_summed_in_float32():
+@pytest.mark.parametrize("sizes", [(512, 0), (512, 512)], ids=["in blocks", "at once"])
+def test_gradient_of_weights_is_summed_in_float32(sizes):
     """512 equal addends: in bfloat16 a sum of ones stops at 256."""
-    x, w, sizes = jnp.ones((512, 2), jnp.bfloat16), jnp.ones((2, 2, 3), jnp.bfloat16), jnp.array([512, 0])
+    x, w, sizes = jnp.ones((sum(sizes), 2), jnp.bfloat16), jnp.ones((2, 2, 3), jnp.bfloat16), jnp.array(sizes)
 
     @jax.jit
     def gradient(w):
@@ -170,8 +181,7 @@ def test_gradient_of_weights_is_summed_in_float32():
         return vjp(jnp.ones_like(value))[0]
 
     of_w = np.asarray(gradient(w), np.float32)
-    np.testing.assert_array_equal(of_w[0], 512)
-    np.testing.assert_array_equal(of_w[1], 0)
+    np.testing.assert_array_equal(of_w, np.broadcast_to(sizes[:, None, None], of_w.shape))
 
 
 def test_blocks_fit_the_rows():
@@ -180,6 +190,7 @@ def test_blocks_fit_the_rows():
     ]  # fmt: skip
     assert [block_sizes(n, 4) for n in (1, 3, 9, 100, 300)] == [[1], [1], [2], [64, 32], [256, 64]]
     assert block_sizes(3, 1) == [3]
+    assert block_sizes(0, 4) == []
 
 
 def test_order_by_group_is_a_stable_sort():
