@@ -120,9 +120,10 @@ class TransformerConfig:
             self.layer_loop != "unroll" or self.remat == "none",
             f"layer_loop=unroll keeps what remat={self.remat} would compute again; try scan",
         )
-        require(self.rope_theta > 1, f"rope_theta={self.rope_theta} must be above 1; try 10000")
-        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive; try 1e-5")
-        require(self.sliding_window >= 0, f"sliding_window={self.sliding_window} must not be negative; 0 is off")
+        require(1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be finite and above 1; try 10000")
+        require(0 < self.norm_eps < math.inf, f"norm_eps={self.norm_eps} must be finite and positive; try 1e-5")
+        window = self.sliding_window
+        require(0 <= window < 2**31, f"sliding_window={window} must not be negative, and below 2^31; 0 is off")
         for name in ("logit_softcap", "attention_softcap", "attention_scale"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name}={value} must be finite and not negative; 0 is off")

@@ -5,7 +5,8 @@ Invariant: as with every config, one that exists is valid in itself.
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import chex
 
@@ -17,11 +18,13 @@ def require(holds: bool, message: str) -> None:
 
 
 def require_choices(config: Any, prefix: str = "") -> None:
-    """Raises ValueError unless each field with a Literal type has one of its values."""
+    """Raises ValueError unless each field with a Literal type has one of its values, or None where it may."""
     for field in dataclasses.fields(config):
-        value, choices = getattr(config, field.name), get_args(field.type)
-        holds = get_origin(field.type) is not Literal or value in choices
-        require(holds, f"{prefix}{field.name}={value!r} is not one of {', '.join(map(str, choices))}")
+        value, is_union = getattr(config, field.name), get_origin(field.type) in (Union, UnionType)
+        kinds = get_args(field.type) if is_union else (field.type,)
+        choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), None)
+        holds = choices is None or value in choices or (value is None and type(None) in kinds)
+        require(holds, f"{prefix}{field.name}={value!r} is not one of {', '.join(map(str, choices or ()))}")
 
 
 @chex.dataclass(frozen=True)
@@ -181,6 +184,9 @@ class LayerSpec:
     norms: Literal["before", "after", "both"] | None = None
     activation: Literal["silu", "gelu_tanh"] | None = None
     feed_forward: Literal["dense", "experts"] | None = None
+
+    def __post_init__(self):
+        require_choices(self)
 
     def given(self) -> dict[str, Any]:
         """The fields that are not None."""

@@ -5,6 +5,7 @@ Invariant: a word that is read gives the LayerSpec that is written as it; `same`
 
 import dataclasses
 import json
+import math
 from typing import Any, get_args, get_origin
 
 import tyro
@@ -43,7 +44,10 @@ def read_layer(word: str) -> LayerSpec:
         if inner not in annotations or inner == "rope_scaling":
             known = ", ".join(field.name for field in dataclasses.fields(LayerSpec))
             raise ValueError(f"{name!r} of layer {word!r} is not one of {known}; try sliding_window=1024, or {SAME}")
-        (scaling if kind is RopeScaling else values)[inner] = _value(annotations[inner], name, value)
+        fields = scaling if kind is RopeScaling else values
+        if inner in fields:
+            raise ValueError(f"layer {word!r} gives {name} twice; give it once")
+        fields[inner] = _value(annotations[inner], name, value)
     return LayerSpec(**values, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
@@ -52,13 +56,17 @@ def _value(annotation: str, name: str, text: str) -> Any:
         return text
     try:
         value = json.loads(text)
-        if "bool" in annotation and isinstance(value, bool):
+        if "bool" in annotation or isinstance(value, bool):
+            holds = "bool" in annotation and isinstance(value, bool)
+        elif "float" in annotation:
+            holds, value = math.isfinite(value), float(value)
+        else:
+            holds = isinstance(value, int)
+        if holds:
             return value
-        if "bool" not in annotation and not isinstance(value, bool):
-            return float(value) if "float" in annotation else int(value)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         pass
-    wanted = "true or false" if "bool" in annotation else "a number"
+    wanted = "true or false" if "bool" in annotation else "a number" if "float" in annotation else "a whole number"
     raise ValueError(f"{name}={text} of a layer must be {wanted}; try {'true' if 'bool' in annotation else 1024}")
 
 
