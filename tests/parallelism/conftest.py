@@ -26,8 +26,8 @@ class Tiny:
     """One layer, 16 wide, so that 8 devices can split it; `gradient` descends by the bare gradient, at rate 1."""
 
     def __init__(self, optimizer="adamw", **sizes):
-        sizes = {"vocab_size": 11, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1} | sizes
-        self.config = TransformerConfig(head_dim=4, mlp_dim=24, **sizes)
+        usual = {"vocab_size": 11, "embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 24}
+        self.config = TransformerConfig(head_dim=4, **usual | sizes)
         bare = optimizer == "gradient"
         self._optimizer = (
             optax.identity() if bare else make_optimizer(OptimizerConfig(optimizer=optimizer), parameters(self.config))

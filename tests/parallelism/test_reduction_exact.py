@@ -18,13 +18,18 @@ EXPERTS = ExpertsConfig(
 )
 # The dense one has a size at which XLA rounds tanh in two ways on these layouts: its activation must do without.
 # With experts there are eight rows: a shard a device, a loop of one, which compilers like to dissolve, or of eight; and
-# Muon, whose matmuls sum over dims that fsdp splits.
+# Muon, whose matmuls sum over dims that fsdp splits. The tall one has a matrix whose norm XLA may add up in two orders.
 MODELS = {
     "dense": ({"activation": "gelu_tanh", "embed_dim": 64}, 16, [("pmap", "", 2), ("mesh", "data=2@dcn,fsdp=4", 1)]),
     "experts": (
         {"experts": EXPERTS, "dropout_rate": 0.1, "optimizer": "muon"},
         8,
         [("single", "", 1), ("mesh", "data=2,fsdp=2,expert=2", 1)],
+    ),
+    "tall": (
+        {"embed_dim": 128, "mlp_dim": 344, "optimizer": "muon"},
+        8,
+        [("single", "", 1), ("mesh", "data=2,fsdp=4", 1)],
     ),
 }
 """Sizes, rows of a batch, and layouts."""
@@ -57,7 +62,7 @@ print(json.dumps(found))
 
 
 def test_every_layout_has_the_same_bits():
-    """The loss of each step with clipping, and the parameters after them, of two models, by AdamW and by Muon.
+    """The loss of each step with clipping, and the parameters after them, of three models, by AdamW and by Muon.
 
     In a process whose rounding is fixed, compiled as for users, though in one piece. docs/evidence/equivalence.md has
     many more layouts, and real processes.
