@@ -122,8 +122,7 @@ class TransformerConfig:
         )
         require(1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be finite and above 1; try 10000")
         require(0 < self.norm_eps < math.inf, f"norm_eps={self.norm_eps} must be finite and positive; try 1e-5")
-        window = self.sliding_window
-        require(0 <= window < 2**31, f"sliding_window={window} must not be negative, and below 2^31; 0 is off")
+        require(0 <= self.sliding_window < 2**31, f"sliding_window={self.sliding_window} must be in [0, 2^31); try 0")
         for name in ("logit_softcap", "attention_softcap", "attention_scale"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"{name}={value} must be finite and not negative; 0 is off")
