@@ -19,6 +19,8 @@ from parallax.mup import muon_rate
 
 NEWTON_SCHULZ, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 """Muon's a, b and c, with the steepest slope at 0 (Jordan et al. 2024)."""
+UPDATE_RMS = 0.2
+"""Root mean square of an update of a matrix, about that of Adam's (Moonlight, arXiv:2502.16982, eq. 4)."""
 
 Schedule = Callable[[jax.Array], jax.Array]
 """Step, int32 from 0, to learning rate."""
@@ -80,7 +82,8 @@ def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransf
     if config.optimizer == "adamw":
         adamw = optax.adamw(1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decays)
         return optax.chain(clip, adamw)
-    moments = optax.contrib.muon(  # without a step of its own iteration, which `_orthogonalize` makes
+    # The momentum alone: no steps of its iteration, and a preconditioning that would come with the first of them.
+    moments = optax.contrib.muon(
         1.0,
         ns_steps=0,
         preconditioning="schatten",
@@ -105,11 +108,11 @@ def _of_learned(config: OptimizerConfig, labels: Params) -> optax.GradientTransf
 
 
 def _orthogonalize(parameter: Parameter, update: jax.Array) -> jax.Array:
-    """Each matrix of a stack with singular values near 1, in 0.7 to 1.2, times 0.2 √(the larger of its sides).
+    """Each matrix of a stack with singular values near 1, in 0.7 to 1.2, times UPDATE_RMS √(the larger of its sides).
 
-    Five Newton-Schulz iterations, X ← aX + (bA + cA²)X with A = XXᵀ, from X / |X| on. A tall matrix is multiplied from
-    the right, with A = XᵀX: transposed before, its norm would be added up in another order for one device than for
-    several.
+    Five Newton-Schulz iterations, X ← aX + (bA + cA²)X with A = XXᵀ, from X divided by its Frobenius norm. A tall
+    matrix is multiplied from the right, with A = XᵀX, and not transposed as in optax: XLA adds up the norm of a
+    transposed matrix in another order for one device than for several.
     """
     inputs, outputs = parameter.input_dims, parameter.output_dims
     stacked = tuple(dim for dim in range(update.ndim) if dim not in (*inputs, *outputs))
@@ -128,7 +131,7 @@ def _orthogonalize(parameter: Parameter, update: jax.Array) -> jax.Array:
     turned = x_Nio.reshape([update.shape[dim] for dim in order]).transpose(
         [order.index(dim) for dim in range(len(order))]
     )
-    return 0.2 * math.sqrt(max(fan_in, fan_out)) * turned
+    return UPDATE_RMS * math.sqrt(max(fan_in, fan_out)) * turned
 
 
 def _at_rates(labels: Params, rate: Callable[[Parameter], float]) -> optax.GradientTransformation:
